@@ -1,0 +1,1 @@
+"""Every model file read or written."""

@@ -1,0 +1,292 @@
+"""The mathematics of a decoder-only Transformer: configuration, layers, static KV cache, rope and masks.
+
+Shapes: B rows, S new tokens a row, R rows of logits wanted, C cache slots, D head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rope frequencies are stretched beyond the trained context.
+
+    `linear` divides all by `factor` (Chen et al. 2023); `llama3` divides the low ones and blends between the two
+    wavelengths (Llama 3.1); `factors` divides each by its own number, as GGUF files store Llama 3.1's result.
+    """
+
+    type: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.type not in ("linear", "llama3", "factors"):
+            raise ValueError(f"rope type {self.type!r} is not supported; supported: default, linear, llama3")
+
+    def apply(self, freqs: Tensor) -> Tensor:
+        """Scale `freqs` [D/2], radians per position."""
+        if self.type == "linear":
+            return freqs / self.factor
+        if self.type == "factors":
+            return freqs / torch.tensor(self.factors, dtype=freqs.dtype, device=freqs.device)
+        rotations = self.original_max_position_embeddings * freqs / (2 * math.pi)  # turns within the trained context
+        keep = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        keep = keep.clamp(0, 1)  # 1: a high frequency, kept as it is; 0: a low one, divided in full
+        return keep * freqs + (1 - keep) * freqs / self.factor
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The sizes and switches of one model; each field names the mathematics, none a brand."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_length: int
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # a token sees itself and the window - 1 before it
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        sizes = (self.dim, self.n_layer, self.n_head, self.n_kv_head, self.head_dim, self.intermediate_size)
+        if min(*sizes, self.vocab_size, self.max_seq_length) < 1:
+            raise ValueError(f"every size of a model must be at least 1: {self}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rope turns pairs")
+
+    def to_dict(self) -> dict:
+        """JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "ModelArgs":
+        """The inverse of `to_dict`. Raises ValueError on a field that is missing or unknown."""
+        scaling = fields.get("rope_scaling")
+        try:
+            if scaling is not None:
+                scaling = RopeScaling(**{**scaling, "factors": tuple(scaling.get("factors", ()))})
+            return cls(**{**fields, "rope_scaling": scaling})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the model's args do not fit this version: {error}") from None
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelArgs":
+        """A registry entry by its exact name. Raises ValueError that lists the names."""
+        if name not in REGISTRY:
+            raise ValueError(f"no model is named {name!r}; known: {', '.join(REGISTRY)}")
+        return REGISTRY[name]
+
+
+def _llama(dim, n_layer, n_head, n_kv_head, intermediate_size, vocab_size, max_seq_length, **others) -> ModelArgs:
+    head_dim = others.pop("head_dim", dim // n_head)
+    return ModelArgs(
+        dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, vocab_size, max_seq_length, **others
+    )
+
+
+_LLAMA_31 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+_LLAMA_32 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+_LLAMA_3 = {"rope_base": 500000.0}
+
+# For benchmarks and tests only: a checkpoint brings its own sizes.
+REGISTRY = {
+    "Llama-2-7B": _llama(4096, 32, 32, 32, 11008, 32000, 4096),
+    "Llama-2-13B": _llama(5120, 40, 40, 40, 13824, 32000, 4096),
+    "Llama-2-70B": _llama(8192, 80, 64, 8, 28672, 32000, 4096),
+    "CodeLlama-7B": _llama(4096, 32, 32, 32, 11008, 32016, 16384, rope_base=1e6),
+    "CodeLlama-34B": _llama(8192, 48, 64, 8, 22016, 32000, 16384, rope_base=1e6),
+    "Llama-3-8B": _llama(4096, 32, 32, 8, 14336, 128256, 8192, **_LLAMA_3),
+    "Llama-3-70B": _llama(8192, 80, 64, 8, 28672, 128256, 8192, **_LLAMA_3),
+    "Llama-3.1-8B": _llama(4096, 32, 32, 8, 14336, 128256, 131072, rope_scaling=_LLAMA_31, **_LLAMA_3),
+    "Llama-3.1-70B": _llama(8192, 80, 64, 8, 28672, 128256, 131072, rope_scaling=_LLAMA_31, **_LLAMA_3),
+    "Llama-3.1-405B": _llama(16384, 126, 128, 8, 53248, 128256, 131072, rope_scaling=_LLAMA_31, **_LLAMA_3),
+    "Llama-3.2-1B": _llama(
+        2048, 16, 32, 8, 8192, 128256, 131072, rope_scaling=_LLAMA_32, tie_embeddings=True, **_LLAMA_3
+    ),
+    "Llama-3.2-3B": _llama(
+        3072, 28, 24, 8, 8192, 128256, 131072, rope_scaling=_LLAMA_32, tie_embeddings=True, **_LLAMA_3
+    ),
+    "Mistral-7B": _llama(4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096),
+    "TinyLlama-1.1B": _llama(2048, 22, 32, 4, 5632, 32000, 2048),
+    "Qwen2.5-7B": _llama(3584, 28, 28, 4, 18944, 152064, 32768, norm_eps=1e-6, rope_base=1e6, qkv_bias=True),
+    "Qwen3-8B": _llama(
+        4096, 36, 32, 8, 12288, 151936, 40960, norm_eps=1e-6, rope_base=1e6, qk_norm=True, head_dim=128
+    ),
+    "stories15M": _llama(288, 6, 6, 6, 768, 32000, 256, tie_embeddings=True),
+    "stories110M": _llama(768, 12, 12, 12, 2048, 32000, 1024, tie_embeddings=True),
+    "SmolLM2-135M": _llama(576, 30, 9, 3, 1536, 49152, 8192, rope_base=1e5, tie_embeddings=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return h.to(x.dtype) * self.weight
+
+
+class KVCache(nn.Module):
+    """Keys and values of every position so far: the slot is the position. k, v [B, Hkv, C, D]."""
+
+    def __init__(self, batch_size: int, n_kv_head: int, slots: int, head_dim: int, dtype, device):
+        super().__init__()
+        shape = (batch_size, n_kv_head, slots, head_dim)
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> None:  # pos [B, S]; k, v [B, S, Hkv, D]
+        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
+        self.k[rows, :, pos] = k  # index_put stays in place; scatter_ would copy the whole cache
+        self.v[rows, :, pos] = v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]
+    """Rotary position embedding over half-split pairs (Su et al. 2021; the layout of Hugging Face)."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention. q [B, S, H, D]; k, v [B, Hkv, C, D]; mask bool [B, S, C] -> [B, S, H, D]."""
+    B, S, H, D = q.shape
+    n_kv_head = k.shape[1]
+    if S == 1 and torch.compiler.is_compiling():
+        # written out, inductor fuses it; a call of scaled_dot_product_attention costs more than the work
+        q = q.view(B, n_kv_head, H // n_kv_head, 1, D).float() * D**-0.5
+        scores = (q * k[:, :, None].float()).sum(-1)  # [B, Hkv, G, C]
+        scores = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+        return (scores[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
+    q = q.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=H != n_kv_head)
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over the cache. wqkv holds the rows of q, k and v in this order."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
+        rows = (args.n_head + 2 * args.n_kv_head) * args.head_dim
+        self.wqkv = nn.Linear(args.dim, rows, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.kv_cache: KVCache | None = None
+
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        self.kv_cache.update(pos, k, v)
+        used = mask.shape[-1]
+        y = attend(q, self.kv_cache.k[:, :, :used], self.kv_cache.v[:, :, :used], mask)
+        return self.wo(y.reshape(B, S, self.n_head * self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020). w13 holds the rows of the gate (w1) and of the up projection (w3)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)
+        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), pos, cos, sin, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model with a static KV cache; call `setup_caches` before `forward`."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Share the embedding's weight with the output head, where the model does so."""
+        if self.args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    def setup_caches(self, batch_size: int, slots: int) -> None:
+        """Allocate KV caches and rope tables for `batch_size` rows and `slots` positions, on the weights' device."""
+        args, dtype = self.args, self.tok_embeddings.weight.dtype
+        for layer in self.layers:
+            layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)
+        freqs = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2, device=self.device).float() / args.head_dim)
+        if args.rope_scaling is not None:
+            freqs = args.rope_scaling.apply(freqs)
+        angles = torch.outer(torch.arange(slots, device=self.device).float(), freqs)  # [C, D/2]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("slots", torch.arange(slots, device=self.device), persistent=False)
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor, rows: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
+
+        rows [B, R] picks the positions whose logits are wanted (indices into S; None: all S). slots [C'] is the
+        prefix of `self.slots` to attend to (None: all); it must reach every position in pos.
+        """
+        slots = self.slots if slots is None else slots
+        mask = slots <= pos[..., None]  # [B, S, C']
+        if self.args.sliding_window is not None:
+            mask &= slots > pos[..., None] - self.args.sliding_window
+        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, pos, cos, sin, mask)
+        if rows is not None:
+            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+        return self.output(self.norm(x))
