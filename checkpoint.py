@@ -1,1 +1,670 @@
-"""Every model file read or written."""
+"""Every model file read or written, and the decisions about device, dtype and memory that go with it.
+
+A checkpoint is read as a `Source`: the sizes, and for each tensor a function that fetches it. Tensors are fetched,
+converted and moved one at a time, so loading needs little more memory than the weights themselves.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from gguf_file import GGUFFile, is_gguf
+from model import REGISTRY, ModelArgs, RopeScaling, Transformer
+from qlinear import pack_
+
+DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GB = 1e9
+
+
+@dataclass
+class Source:
+    """A model file before it is read."""
+
+    args: ModelArgs
+    tensors: dict[str, Callable[[], Tensor]]  # by our names
+    quant: dict | None = None
+
+
+# ---------------------------------------------------------------- device, dtype, memory
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the first there is of cuda, mps and cpu. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, is_there in there.items() if is_there))
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not (index.isdecimal() and kind == "cuda")):
+        raise ValueError(f"device {name!r} is unknown; use one of {', '.join(there)}, or cuda:N")
+    if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} is not on this machine; use {pick_device(None).type}")
+    return torch.device(name)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`. Raises ValueError that lists the names."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024
+    except (OSError, TypeError):
+        return None
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
+
+
+def require_memory(size: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise ValueError, before anything is allocated, if `size` bytes for `what` do not fit on `device`."""
+    free = free_memory(device)
+    if free is not None and size > free:
+        raise ValueError(f"{what} need {size / GB:.1f} GB, but {device} has {free / GB:.1f} GB free; {advice}")
+
+
+# ---------------------------------------------------------------- plain files
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it is missing, broken or no object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise ValueError, before the work, if a file at `path` could not be written after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not.
+
+    Raises ValueError if the file cannot be written (no folder, no right, disk full).
+    """
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():  # /dev/stdout is written to, not replaced
+        yield path
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise ValueError(f"cannot write {path}: {reason}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values only, mapped where the format allows it."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
+            raise ValueError(
+                f"{path} is refused: its pickle names code that would run on loading, not only tensors; "
+                "get the model as safetensors"
+            ) from None
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
+
+
+# ---------------------------------------------------------------- names
+
+# Our module -> the source's modules whose rows it holds, in order; # is the layer's number.
+HF_MODULES = {
+    "tok_embeddings": ("model.embed_tokens",),
+    "layers.#.attention.wqkv": tuple(f"model.layers.#.self_attn.{x}_proj" for x in "qkv"),
+    "layers.#.attention.wo": ("model.layers.#.self_attn.o_proj",),
+    "layers.#.attention.q_norm": ("model.layers.#.self_attn.q_norm",),
+    "layers.#.attention.k_norm": ("model.layers.#.self_attn.k_norm",),
+    "layers.#.feed_forward.w13": ("model.layers.#.mlp.gate_proj", "model.layers.#.mlp.up_proj"),
+    "layers.#.feed_forward.w2": ("model.layers.#.mlp.down_proj",),
+    "layers.#.attention_norm": ("model.layers.#.input_layernorm",),
+    "layers.#.ffn_norm": ("model.layers.#.post_attention_layernorm",),
+    "norm": ("model.norm",),
+    "output": ("lm_head",),
+}
+GGUF_MODULES = {
+    "tok_embeddings": ("token_embd",),
+    "layers.#.attention.wqkv": tuple(f"blk.#.attn_{x}" for x in "qkv"),
+    "layers.#.attention.wo": ("blk.#.attn_output",),
+    "layers.#.feed_forward.w13": ("blk.#.ffn_gate", "blk.#.ffn_up"),
+    "layers.#.feed_forward.w2": ("blk.#.ffn_down",),
+    "layers.#.attention_norm": ("blk.#.attn_norm",),
+    "layers.#.ffn_norm": ("blk.#.ffn_norm",),
+    "norm": ("output_norm",),
+    "output": ("output",),
+}
+META_MODULES = {
+    "layers.#.attention.wqkv": tuple(f"layers.#.attention.w{x}" for x in "qkv"),
+    "layers.#.feed_forward.w13": ("layers.#.feed_forward.w1", "layers.#.feed_forward.w3"),
+}
+GPT_FAST_MODULES = META_MODULES | {"layers.#.attention.wqkv": ("layers.#.attention.wqkv",)}
+
+# Left in files by older versions of their writers: rope tables, and the head of a model that has none of its own.
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_c.*|causal_mask")
+TIED_HEADS = {"lm_head.weight", "output.weight"}
+
+
+def expected_tensors(args: ModelArgs) -> dict[str, torch.Size]:
+    """Name and shape of every tensor a float model of these sizes is made of."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+    if args.tie_embeddings:
+        del shapes["output.weight"]
+    return shapes
+
+
+def rename(args: ModelArgs, raw: dict[str, Callable[[], Tensor]], modules: dict, interleaved: bool, where) -> dict:
+    """Tensors by our names out of those of another format. Raises ValueError if one is missing or left over.
+
+    interleaved: the source turns neighbouring pairs in its rope, so q and k rows are brought into our order.
+    """
+    tensors, used = {}, set()
+    for name in expected_tensors(args):
+        module, _, leaf = name.rpartition(".")
+        layer = re.search(r"(?<=layers\.)\d+", module)
+        pattern = module.replace(f"layers.{layer[0]}", "layers.#") if layer else module
+        parts = [f"{part}.{leaf}" for part in modules.get(pattern, (pattern,))]
+        parts = [part.replace("#", layer[0]) if layer else part for part in parts]
+        absent = [part for part in parts if part not in raw]
+        if absent:
+            raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
+        used.update(parts)
+        tensors[name] = joined([raw[part] for part in parts])
+        if interleaved and pattern.endswith("wqkv"):
+            tensors[name] = halves_from_pairs(tensors[name], args)
+    dropped = TIED_HEADS if args.tie_embeddings else set()
+    extra = [name for name in raw if name not in used | dropped and not IGNORED.fullmatch(name)]
+    if extra:
+        raise ValueError(f"{where} has {len(extra)} tensors this model has no place for, the first is {extra[0]}")
+    return tensors
+
+
+def joined(parts: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+
+
+def halves_from_pairs(read: Callable[[], Tensor], args: ModelArgs) -> Callable[[], Tensor]:
+    """Reorder the q and k rows of wqkv from interleaved rope pairs to half-split ones."""
+
+    def reorder(rows: Tensor) -> Tensor:
+        pairs = rows.unflatten(0, (-1, args.head_dim // 2, 2))
+        return pairs.transpose(1, 2).reshape(rows.shape)
+
+    def converted() -> Tensor:
+        sizes = [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
+        q, k, v = checked_shape(read(), sum(sizes), "wqkv").split(sizes)
+        return torch.cat((reorder(q), reorder(k), v))
+
+    return converted
+
+
+def checked_shape(tensor: Tensor, rows: int, name: str) -> Tensor:
+    if tensor.shape[0] != rows:
+        raise ValueError(f"{name} has {tensor.shape[0]} rows; the model's sizes need {rows}")
+    return tensor
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _number(config: dict, key: str, kind: type = int, default=None):
+    """config[key] as a positive number; ValueError if it is missing or anything else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise ValueError(f"config.json: {key} is {value!r}; a number is needed")
+    if not (0 < value < (1 << 31 if kind is int else math.inf)):
+        raise ValueError(f"config.json: {key} is {value!r}, which is no possible size")
+    return kind(value)
+
+
+def _rope(config: dict) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, which occur as rope_theta and rope_scaling or together as rope_parameters."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"config.json: the rope settings are {parameters!r}; an object is needed")
+    base = _number({"rope_theta": parameters.get("rope_theta", config.get("rope_theta"))}, "rope_theta", float, 10000.0)
+    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind in (None, "default"):
+        return base, None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    factors = {"factor": _number(parameters, "factor", float)}
+    if kind == "llama3":
+        factors["low_freq_factor"] = _number(parameters, "low_freq_factor", float)
+        factors["high_freq_factor"] = _number(parameters, "high_freq_factor", float)
+        factors["original_max_position_embeddings"] = _number(parameters, "original_max_position_embeddings")
+    return base, RopeScaling(kind, **factors)
+
+
+def _sliding_window(config: dict, n_layer: int) -> int | None:
+    """The window all layers share. use_sliding_window: false wins over a window size."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    full = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+    kinds = config.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(n_layer)]
+    if set(kinds) == {"full_attention"}:
+        return None
+    if set(kinds) != {"sliding_attention"}:
+        raise ValueError("config.json: sliding_window in some layers only is not supported")
+    return _number(config, "sliding_window")
+
+
+# model_type -> what its mathematics adds to the plain Llama row
+HF_FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+def args_from_hf(config: dict) -> ModelArgs:
+    """ModelArgs from a Hugging Face config.json. Raises ValueError on anything that is not supported."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in HF_FAMILIES:
+        name = family or config.get("architectures")
+        raise ValueError(f"config.json: architecture {name!r} is not supported; supported: {', '.join(HF_FAMILIES)}")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"config.json: activation {activation!r} is not supported; supported: silu")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"config.json: {key} is set; biases other than on q, k and v are not supported")
+    dim, n_head, n_layer = (_number(config, f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    rope_base, rope_scaling = _rope(config)
+    return ModelArgs(
+        dim=dim,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_kv_head=_number(config, "num_key_value_heads", default=n_head),
+        head_dim=_number(config, "head_dim", default=dim // n_head),
+        intermediate_size=_number(config, "intermediate_size"),
+        vocab_size=_number(config, "vocab_size"),
+        max_seq_length=_number(config, "max_position_embeddings", default=2048),
+        norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
+        sliding_window=_sliding_window(config, n_layer),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        **HF_FAMILIES[family],
+    )
+
+
+def weights_from_hf(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Every tensor of a Hugging Face folder by its own name: safetensors, else .bin; sharded or single."""
+    for stem, reader in (("model.safetensors", safetensors_file), ("pytorch_model.bin", torch_file)):
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise ValueError(f"{index} has no weight_map of tensor names to file names")
+            names = sorted(set(weight_map.values()))
+        else:
+            names = [stem] if (folder / stem).exists() else []
+        if not names and stem.endswith("safetensors"):
+            names = [path.name for path in folder.glob("*.safetensors")]
+        if names:
+            if len(names) > 1 and not index.exists():
+                raise ValueError(f"{folder} has several .safetensors files and no {index.name} that says which belong")
+            tensors = {}
+            for name in names:
+                if Path(name).name != name or not (folder / name).exists():
+                    raise ValueError(f"{folder} lacks {name}, which its index names; download it again")
+                tensors |= reader(folder / name)
+            return tensors
+    return {}
+
+
+def safetensors_file(path: Path) -> dict[str, Callable[[], Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged: {error}") from None
+
+
+def torch_file(path: Path) -> dict[str, Callable[[], Tensor]]:
+    state = read_torch(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    return {name: lambda value=value: value for name, value in state.items()}
+
+
+def source_from_folder(folder: Path, model_name: str | None) -> Source:
+    """model.pth first, then a Hugging Face model, then a single GGUF file."""
+    if (folder / "model.pth").exists():
+        return source_from_torch(folder / "model.pth", model_name)
+    raw = weights_from_hf(folder)
+    if raw:
+        config = folder / "config.json"
+        if not config.exists():
+            raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
+        args = args_from_hf(read_json(config))
+        return Source(args, rename(args, raw, HF_MODULES, False, folder))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return source_from_gguf(files[0])
+    found = f"{len(files)} .gguf files: name one" if files else "none of these"
+    raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
+
+
+# ---------------------------------------------------------------- torch files: ours, gpt-fast's, llama2.c's
+
+
+def source_from_torch(path: Path, model_name: str | None) -> Source:
+    """Our self-describing file, a gpt-fast one (a bare state dict) or a llama2.c one."""
+    content = read_torch(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    if isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict):
+        return source_from_ours(content, path)
+    raw = content["model"] if isinstance(content.get("model"), dict) else content
+    raw = {str(name).removeprefix("_orig_mod."): value for name, value in raw.items()}
+    if not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise ValueError(f"{path} is not a checkpoint: it holds no dictionary of tensors")
+    if "tok_embeddings.weight" not in raw:
+        raise ValueError(f"{path} is not a model this toolkit knows: it has no tok_embeddings.weight")
+    if any(name.endswith("scales_and_zeros") for name in raw):
+        raise ValueError(f"{path} holds int4 tiles made for one kind of device; quantise again from the float file")
+    args = args_of_bare(path, content, model_name)
+    fused = "layers.0.attention.wqkv.weight" in raw
+    weights = {name: lambda name=name: dequantised(raw, name) for name in raw if not name.endswith(".scales")}
+    modules = GPT_FAST_MODULES if fused else META_MODULES
+    return Source(args, rename(args, weights, modules, True, path))
+
+
+def source_from_ours(content: dict, path: Path) -> Source:
+    args = ModelArgs.from_dict(content["args"])
+    raw = {name: lambda value=value: value for name, value in content["model"].items()}
+    return Source(args, rename(args, raw, {}, False, path), content.get("quant"))
+
+
+def dequantised(raw: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor of a gpt-fast file as float: int8 weights times the scale of their row."""
+    weight = raw[name]
+    if weight.dtype != torch.int8:
+        return weight
+    scales = raw.get(name.removesuffix("weight") + "scales")
+    if scales is None or scales.shape != weight.shape[:1]:
+        raise ValueError(f"{name} is int8 but its scales are missing or do not fit")
+    return weight.float() * scales.float()[:, None]
+
+
+def args_of_bare(path: Path, content: dict, model_name: str | None) -> ModelArgs:
+    """The sizes of a file that does not carry them all: llama2.c's own, config.json beside it, or --model_name."""
+    if isinstance(content.get("model_args"), dict):
+        return args_from_llama2c(content)
+    if (path.parent / "config.json").exists():
+        return args_from_hf(read_json(path.parent / "config.json"))
+    if model_name is None:
+        raise ValueError(
+            f"{path} does not say which model it is; put its config.json beside it, or give --model_name "
+            f"(one of {', '.join(REGISTRY)})"
+        )
+    return ModelArgs.from_name(model_name)
+
+
+def args_from_llama2c(content: dict) -> ModelArgs:
+    """ModelArgs from the model_args that llama2.c's train.py saves."""
+    sizes = content["model_args"]
+    w1 = next((value for name, value in content["model"].items() if name.endswith("feed_forward.w1.weight")), None)
+    try:
+        return ModelArgs(
+            dim=sizes["dim"],
+            n_layer=sizes["n_layers"],
+            n_head=sizes["n_heads"],
+            n_kv_head=sizes.get("n_kv_heads") or sizes["n_heads"],
+            head_dim=sizes["dim"] // sizes["n_heads"],
+            intermediate_size=w1.shape[0],
+            vocab_size=sizes["vocab_size"],
+            max_seq_length=sizes["max_seq_len"],
+            norm_eps=sizes.get("norm_eps", 1e-5),
+            tie_embeddings=True,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the file's model_args are not those of a llama2.c model: {error!r}") from None
+
+
+# ---------------------------------------------------------------- GGUF
+
+# architecture -> (interleaved rope pairs, what its mathematics adds)
+GGUF_FAMILIES = {"llama": (True, {}), "qwen2": (False, {"qkv_bias": True})}
+
+
+def args_from_gguf(file: GGUFFile) -> ModelArgs:
+    """ModelArgs from the metadata and tensor shapes. Raises ValueError on what is missing or not supported."""
+    family = file.metadata.get("general.architecture")
+    if family not in GGUF_FAMILIES:
+        known = ", ".join(GGUF_FAMILIES)
+        raise ValueError(f"{file.path}: architecture {family!r} is not supported; supported in GGUF: {known}")
+
+    def number(key: str, kind: type = int, default=None):
+        try:
+            return _number(file.metadata, f"{family}.{key}", kind, default)
+        except ValueError as error:
+            raise ValueError(str(error).replace("config.json", str(file.path))) from None
+
+    dim, n_head = number("embedding_length"), number("attention.head_count")
+    head_dim = number("attention.key_length", default=dim // n_head)
+    if file.metadata.get(f"{family}.expert_count") or number("rope.dimension_count", default=head_dim) != head_dim:
+        raise ValueError(f"{file.path}: experts and partial rope are not supported")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
+    scaling = file.metadata.get(f"{family}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"{file.path}: rope type {scaling!r} is not supported; supported: none, linear")
+    if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, already worked out
+        rope_scaling = RopeScaling("factors", factors=tuple(file.read("rope_freqs.weight").tolist()))
+    else:
+        rope_scaling = RopeScaling("linear", number("rope.scaling.factor", float)) if scaling == "linear" else None
+    window = file.metadata.get(f"{family}.attention.sliding_window")
+    return ModelArgs(
+        dim=dim,
+        n_layer=number("block_count"),
+        n_head=n_head,
+        n_kv_head=number("attention.head_count_kv", default=n_head),
+        head_dim=head_dim,
+        intermediate_size=number("feed_forward_length"),
+        vocab_size=file.tensors["token_embd.weight"][1][0],
+        max_seq_length=number("context_length"),
+        norm_eps=number("attention.layer_norm_rms_epsilon", float),
+        rope_base=number("rope.freq_base", float, 10000.0),
+        rope_scaling=rope_scaling,
+        sliding_window=window or None,
+        tie_embeddings="output.weight" not in file.tensors,
+        **GGUF_FAMILIES[family][1],
+    )
+
+
+def source_from_gguf(path: Path) -> Source:
+    file = GGUFFile(path)
+    args = args_from_gguf(file)
+    interleaved = GGUF_FAMILIES[file.metadata["general.architecture"]][0]
+    raw = {name: lambda name=name: file.read(name) for name in file.tensors}
+    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path))
+
+
+# ---------------------------------------------------------------- load and save
+
+
+def open_source(path: str | Path, model_name: str | None = None) -> Source:
+    """Find out what `path` is by its content and read its sizes. Raises ValueError on what cannot be a model."""
+    path = Path(path)
+    if path.is_dir():
+        source = source_from_folder(path, model_name)
+    elif not path.is_file():
+        raise ValueError(missing_checkpoint(path))
+    elif is_gguf(path):
+        source = source_from_gguf(path)
+    elif path.suffix == ".safetensors":
+        source = source_from_folder(path.parent, model_name)
+    else:
+        source = source_from_torch(path, model_name)
+    if model_name is not None:
+        reject_contradiction(source.args, ModelArgs.from_name(model_name), path, model_name)
+    return source
+
+
+def missing_checkpoint(path: Path) -> str:
+    repo = "/".join(path.parts[-3:-1]) if path.parts[:1] == ("checkpoints",) and len(path.parts) == 4 else None
+    hint = f"fetch it with: scripts/prepare.sh {repo}" if repo else "give --checkpoint_path a file or folder"
+    return f"there is no checkpoint at {path}; {hint}"
+
+
+def reject_contradiction(args: ModelArgs, named: ModelArgs, path: Path, model_name: str) -> None:
+    """What a file says about itself wins; a name that says otherwise is an error."""
+    named = replace(named, max_seq_length=args.max_seq_length, tie_embeddings=args.tie_embeddings)
+    ours, theirs = args.to_dict(), named.to_dict()
+    differing = [f"{key} {ours[key]} (not {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+    if differing:
+        raise ValueError(f"{path} is not {model_name}: it has {', '.join(differing)}; leave out --model_name")
+
+
+def read_tensors(source: Source, device: torch.device, dtype: torch.dtype, what: str) -> dict[str, Tensor]:
+    """Fetch every tensor, one at a time, as `dtype` on `device`. Raises ValueError on a wrong shape or NaN."""
+    shapes, state = expected_tensors(source.args), {}
+    for name, read in tqdm(source.tensors.items(), desc=what, unit="tensor", disable=None, leave=False):
+        tensor = read()
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(shapes[name])}")
+        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values in {str(dtype).removeprefix('torch.')}")
+    return state
+
+
+def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
+    """A model of these sizes around these tensors, each layer in the fastest form its device has."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    if args.tie_embeddings:
+        state = state | {"output.weight": state["tok_embeddings.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie()
+    pack_(model)
+    return model.requires_grad_(False).eval()
+
+
+def float_bytes(args: ModelArgs, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in expected_tensors(args).values()) * dtype.itemsize
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    model_name: str | None = None,
+) -> Transformer:
+    """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
+
+    model_name: a registry name, needed only for a file that does not say what it is. Raises ValueError, in words for
+    the person at the terminal, on every file that cannot be loaded.
+    """
+    device = torch.device(device)
+    source = open_source(path, model_name)
+    advice = "use a smaller model or --dtype"
+    require_memory(float_bytes(source.args, dtype), device, f"the weights in {dtype}".replace("torch.", ""), advice)
+    return build(source.args, read_tensors(source, device, dtype, "Loading"))
+
+
+def random_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 1234
+) -> Transformer:
+    """A model of a registry size with random weights, made on the device. Raises ValueError on an unknown name."""
+    args, device = ModelArgs.from_name(name), torch.device(device)
+    require_memory(float_bytes(args, dtype), device, f"the weights of {name}", "use a smaller model or --dtype")
+    generator = torch.Generator(device).manual_seed(seed)
+    pool = 0.02 * torch.randn(1 << 22, device=device, generator=generator)  # drawing billions takes minutes on a CPU
+    state = {}
+    for key, shape in tqdm(expected_tensors(args).items(), desc="Filling", unit="tensor", disable=None, leave=False):
+        if len(shape) == 1:
+            state[key] = torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
+            continue
+        state[key] = torch.empty(shape, dtype=dtype, device=device)
+        for part in state[key].view(-1).split(pool.numel()):
+            shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))
+            part.copy_(pool.roll(shift)[: part.numel()])
+    return build(args, state)
+
+
+def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor], quant: dict | None = None) -> None:
+    """Write our self-describing file, whole or not at all. Raises ValueError if the disk is full or refuses."""
+    path = Path(path)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    if size > free:
+        raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
+    # torch.save writes the whole storage of a slice
+    own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
+    with atomic_path(path) as temporary:
+        torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decoding step reads: all but the rows of the input embedding not looked up.
+
+    The output head counts, also when it shares the embedding's weight.
+    """
+    embedding, head = model.tok_embeddings.weight, model.output.weight
+    read = [weight for weight in model.parameters() if weight is not embedding and weight is not head]
+    return sum(weight.nbytes for weight in [*read, head])

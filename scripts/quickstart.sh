@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From a fresh clone to text: bash scripts/quickstart.sh [arguments for generate.py]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+model=HuggingFaceTB/SmolLM2-135M-Instruct
+
+make_venv requirements.txt
+if [ ! -f "checkpoints/$model/model.pth" ]; then
+    say "Fetching the default model, $model ..."
+    PYTHON=.venv/bin/python bash scripts/prepare.sh "$model" >&2
+fi
+
+if [ $# -eq 0 ]; then
+    set -- --chat --prompt "What is the capital of France?" --temperature 0 --num_samples 1
+    say "No arguments given, so: generate.py $(printf '%q ' "$@")"
+fi
+
+# torch.compile writes C++ (g++ unless CXX names another) that includes Python.h
+python_h=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+if command -v "${CXX:-c++}" >/dev/null && [ -f "$python_h" ]; then
+    say "Compiling; the first run takes a minute or so."
+    exec .venv/bin/python generate.py --compile "$@"
+fi
+say "No C++ compiler or no Python.h, so this runs uncompiled and slower; apt-get install g++ python3-dev mends that."
+exec .venv/bin/python generate.py "$@"
