@@ -37,6 +37,7 @@ class Source:
     args: ModelArgs
     tensors: dict[str, Callable[[], Tensor]]  # by our names
     quant: dict | None = None
+    gguf: Path | None = None  # the file, whose metadata holds the tokenizer too
 
 
 # ---------------------------------------------------------------- device, dtype, memory
@@ -387,17 +388,24 @@ def torch_file(path: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: lambda value=value: value for name, value in state.items()}
 
 
-def source_from_folder(folder: Path, model_name: str | None) -> Source:
-    """model.pth first, then a Hugging Face model, then a single GGUF file."""
-    if (folder / "model.pth").exists():
-        return source_from_torch(folder / "model.pth", model_name)
+def source_from_hf(folder: Path) -> Source | None:
+    """A Hugging Face model as downloaded; None if the folder holds no weights of one."""
     raw = weights_from_hf(folder)
-    if raw:
-        config = folder / "config.json"
-        if not config.exists():
-            raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
-        args = args_from_hf(read_json(config))
-        return Source(args, rename(args, raw, HF_MODULES, False, folder))
+    if not raw:
+        return None
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
+    args = args_from_hf(read_json(folder / "config.json"))
+    return Source(args, rename(args, raw, HF_MODULES, False, folder))
+
+
+def source_from_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> Source:
+    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file."""
+    if converted and (folder / "model.pth").exists():
+        return source_from_torch(folder / "model.pth", model_name)
+    source = source_from_hf(folder)
+    if source is not None:
+        return source
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return source_from_gguf(files[0])
@@ -538,7 +546,7 @@ def source_from_gguf(path: Path) -> Source:
     args = args_from_gguf(file)
     interleaved = GGUF_FAMILIES[file.metadata["general.architecture"]][0]
     raw = {name: lambda name=name: file.read(name) for name in file.tensors}
-    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path))
+    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path), gguf=path)
 
 
 # ---------------------------------------------------------------- load and save
@@ -554,7 +562,7 @@ def open_source(path: str | Path, model_name: str | None = None) -> Source:
     elif is_gguf(path):
         source = source_from_gguf(path)
     elif path.suffix == ".safetensors":
-        source = source_from_folder(path.parent, model_name)
+        source = source_from_folder(path.parent, converted=False)
     else:
         source = source_from_torch(path, model_name)
     if model_name is not None:

@@ -123,3 +123,8 @@ def is_gguf(path: str | Path) -> bool:
     """Whether the file begins as a GGUF file does."""
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def read_gguf_metadata(path: str | Path) -> dict:
+    """The file's metadata as plain values. Raises ValueError as GGUFFile does."""
+    return GGUFFile(Path(path)).metadata

@@ -264,7 +264,7 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.device
 
     def setup_caches(self, batch_size: int, slots: int) -> None:
-        """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, where the weights are."""
+        """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, beside the weights."""
         args, dtype = self.args, self.dtype
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: vocabularies of three file formats, chat templates, the end-of-text set, streamed text."""
+"""Text to token ids and back: vocabularies of three formats, chat templates, the end-of-text set, streamed text."""
 
 import codecs
 import ctypes
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import atomic_path, is_gguf, read_gguf_metadata, read_json
+from checkpoint import atomic_path, read_json
+from gguf_file import is_gguf, read_gguf_metadata
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not UTF-8 (yet)
 END_MARKERS = (
@@ -413,7 +414,7 @@ def _result_size(operator: str, left, right) -> int:
 
 
 class TextStream:
-    """Text of a growing list of ids, given out as soon as no later id can change it. Raises ValueError on an empty stop.
+    """Text of a growing list of ids, given out once no later id can change it. Raises ValueError on an empty stop.
 
     The pieces join to `tokenizer.decode` of all ids, or to what lies before the first stop string.
     """

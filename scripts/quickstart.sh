@@ -17,9 +17,9 @@ if [ $# -eq 0 ]; then
     say "No arguments given, so: generate.py $(printf '%q ' "$@")"
 fi
 
-# torch.compile writes C++ (g++ unless CXX names another) that includes Python.h
+# torch.compile writes C++ that includes Python.h and has g++ compile it, unless CXX names another compiler
 python_h=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
-if command -v "${CXX:-c++}" >/dev/null && [ -f "$python_h" ]; then
+if command -v "${CXX:-g++}" >/dev/null && [ -f "$python_h" ]; then
     say "Compiling; the first run takes a minute or so."
     exec .venv/bin/python generate.py --compile "$@"
 fi

@@ -1,0 +1,700 @@
+"""One request from prompt to text, and the command line that talks."""
+
+if __name__ == "__main__":
+    import command_line
+
+    command_line.quit_on_interrupt()  # before the slow imports
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from checkpoint import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    GB,
+    atomic_path,
+    load_model,
+    parse_dtype,
+    pick_device,
+    random_model,
+    require_memory,
+    require_writable,
+    weight_bytes,
+)
+from decoding import Sampling, compile_step, decode, decode_one_token, forward_chunk, prefill, used_slots
+from kernels import cpu
+from model import Transformer
+from tokenizer import TextStream, Tokenizer, load_tokenizer
+
+DEFAULT_PROMPT = "Hello, my name is"
+INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
+
+
+# ---------------------------------------------------------------- from prompt to ids
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    start: int = 0,
+    step: Callable = decode_one_token,
+    forward: Callable = forward_chunk,
+) -> Iterator[list[list[int]]]:
+    """Yield, for each row of a batch, the ids that are new since the last time, at least one; at most max_new_tokens.
+
+    prompts: the ids of each row, of any lengths; their first tokens stand at position `start`, before which the cache
+    is filled. The model's caches must hold start + the longest prompt + max_new_tokens slots. End-of-text is the
+    caller's business: stop reading.
+    """
+    token, pos = prefill(model, prompts, sampling, start, forward)
+    yield token.tolist()
+    chunks = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
+    for tokens, count in read_behind(chunks, 1 if model.device.type == "cuda" else 0):
+        yield [ids[:n] for ids, n in zip(tokens.tolist(), count.tolist(), strict=True)]
+
+
+def read_behind(chunks: Iterator, distance: int) -> Iterator:
+    """The same chunks, each after `distance` more have been launched, so that reading one never stalls the device."""
+    launched = []
+    for chunk in chunks:
+        launched.append(chunk)
+        if len(launched) > distance:
+            yield launched.pop(0)
+    yield from launched
+
+
+class Row:
+    """One sequence in the making: its new ids, its text so far, and why it ended."""
+
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer, max_new_tokens: int, stop: list[str], ignore_eos: bool):
+        self.prompt, self.max_new_tokens = prompt, max_new_tokens
+        self.eos_ids = frozenset() if ignore_eos else tokenizer.eos_ids
+        self.stream = TextStream(tokenizer, stop)
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+
+    def push(self, ids: list[int]) -> str:
+        """Take new ids up to the one that ends the row; return the text that can be printed now."""
+        text = ""
+        for token in ids:
+            if self.finish_reason:
+                break
+            self.token_ids.append(token)
+            if token in self.eos_ids:
+                self.finish_reason = "eos"
+            else:
+                text += self.stream.push([token])
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                elif len(self.token_ids) == self.max_new_tokens:
+                    self.finish_reason = "length"
+            if self.finish_reason:
+                text += self.stream.finish()
+        return text
+
+    def to_json(self) -> dict:
+        return {
+            "prompt_tokens": len(self.prompt),
+            "new_tokens": len(self.token_ids),
+            "token_ids": self.token_ids,
+            "text": self.stream.text,
+            "finish_reason": self.finish_reason,
+        }
+
+
+@dataclass
+class Timing:
+    """Seconds and counts of one sample; a sample of several batches adds them up."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    time_to_first_token_s: float | None = None
+    prompt_tokens: int = 0
+    decoded_tokens: int = 0  # without each row's first, which prefill draws
+    steps: int = 0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        return self.decoded_tokens / self.decode_s if self.decoded_tokens else None
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s
+
+    def to_json(self) -> dict:
+        return {
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "time_to_first_token_s": self.time_to_first_token_s,
+            "prefill_tok_s": self.prefill_tok_s,
+            "decode_tok_s": self.decode_tok_s,
+            "sequences": [row.to_json() for row in self.rows],
+        }
+
+
+def run_batch(
+    model: Transformer, rows: list[Row], sampling: Sampling, timing: Timing, began: float, show: Callable, **options
+) -> None:
+    """Generate until every row has ended; show(row, text) gets each piece of text as it is made."""
+    budget = max(row.max_new_tokens for row in rows)
+    before = time.perf_counter()
+    first = None
+    for chunk in generate(model, [row.prompt for row in rows], budget, sampling, **options):
+        now = time.perf_counter()
+        if first is None:
+            first = now
+            timing.prefill_s += now - before
+            if timing.time_to_first_token_s is None:
+                timing.time_to_first_token_s = now - began
+        else:
+            timing.steps += 1
+        for row, ids in zip(rows, chunk, strict=True):
+            text = row.push(ids)
+            if text:
+                show(row, text)
+        if all(row.finish_reason for row in rows):
+            break
+    timing.decode_s += now - first
+    timing.prompt_tokens += sum(len(row.prompt) for row in rows)
+    timing.decoded_tokens += sum(len(row.token_ids) - 1 for row in rows)
+    timing.rows += rows
+
+
+# ---------------------------------------------------------------- prompts
+
+
+class IdTokenizer:
+    """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
+
+    bos_id, eos_ids, chat_template = None, frozenset(), None
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [byte % self.vocab_size for byte in text.encode()]
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        raise ValueError("random weights have no chat template; leave out --chat")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+
+def read_prompt_file(path: str) -> list[str]:
+    """The prompts in a file, `-` for standard input: JSON Lines if it begins with {, else one prompt a line."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file {path} is not UTF-8: byte {error.start} is {data[error.start]:#x}") from None
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"the prompt file {path} has no prompt in it")
+    if not text.lstrip().startswith("{"):
+        return [line for _, line in lines]
+    return [_prompt_field(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _prompt_field(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    except (KeyError, TypeError):
+        raise ValueError(f'{where} has no "prompt" field') from None
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f'{where}: "prompt" must be a text that is not empty')
+    return prompt
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict]:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | int, args: argparse.Namespace) -> list[int]:
+    """Ids of one prompt; an integer N means N random ids. Raises ValueError on an empty one."""
+    if isinstance(prompt, int):
+        return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8") from None
+    if not prompt:
+        raise ValueError("the prompt is empty; give a text, or a number of random tokens")
+    ids = tokenizer.encode_chat(chat_messages(prompt, args.system)) if args.chat else tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt encodes to no tokens; give a longer text")
+    return ids
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError that names the packages, if torch.compile cannot work here."""
+    if device.type != "cpu":
+        return
+    missing = []
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        missing.append("a C++ compiler (Debian, Ubuntu: apt-get install g++)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        missing.append("Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
+    if missing:
+        raise ValueError(f"--compile on a CPU needs {' and '.join(missing)}; or leave out --compile")
+
+
+@torch.inference_mode()  # as decode does: a tensor made outside would be another form
+def warm_up(model: Transformer, batches: list[list[list[int]]], budget: int, sampling: Sampling, step, forward) -> None:
+    """Call the compiled functions in every form this run will need, so that nothing compiles once text flows.
+
+    The cache slots written here are written again before anything looks at them.
+    """
+    times = 3 if model.device.type == "cuda" else 1  # a CUDA graph warms up, is captured, then replayed
+    for prompts in {len(batch): batch for batch in batches}.values():
+        longest = max(len(prompt) for prompt in prompts)
+        if forward is not forward_chunk:
+            prefill(model, prompts, sampling, 0, forward)
+        if step is not decode_one_token:
+            sizes = {len(used_slots(model, count)): count for count in range(longest + 1, longest + budget + 1)}
+            for count in sizes.values():
+                token = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.device)
+                for _ in range(times):
+                    step(model, token, token + count - 1, used_slots(model, count), sampling)
+
+
+def choose_functions(device: torch.device, compile: bool, compile_prefill: bool) -> dict[str, Callable]:
+    """The step and the prefill, compiled as asked."""
+    if compile or compile_prefill:
+        require_compiler(device)
+    return {
+        "step": compile_step(decode_one_token, device) if compile else decode_one_token,
+        "forward": compile_step(forward_chunk, device) if compile_prefill else forward_chunk,
+    }
+
+
+# ---------------------------------------------------------------- memory and bandwidth
+
+
+def setup_caches(model: Transformer, batch_size: int, length: int) -> None:
+    """Caches for `length` positions: sizes go in powers of two, so that few forms of the step are ever compiled."""
+    slots = min(max(512, 1 << (length - 1).bit_length()), max(model.args.max_seq_length, length))
+    args = model.args
+    size = 2 * args.n_layer * batch_size * args.n_kv_head * slots * args.head_dim * model.dtype.itemsize
+    what = f"the caches of {batch_size} x {slots} positions"
+    require_memory(size, model.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
+    model.setup_caches(batch_size, slots)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, at most, that this process has held: of the device on CUDA, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:  # ru_maxrss would count the parent's peak too
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@torch.inference_mode()
+def measured_bandwidth(device: torch.device) -> float | None:
+    """GB/s this machine moves: the median of five reads of 256 MiB on a CPU, of copies (read + write) on CUDA."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    size = 256 << 20
+    buffer = torch.ones(size // 8192, 4096, dtype=torch.bfloat16, device=device)
+    other = torch.empty_like(buffer) if device.type == "cuda" else torch.ones(1, 4096, dtype=torch.bfloat16)
+    if device.type == "cuda":
+        moved, work = 2 * size, lambda: (other.copy_(buffer), torch.cuda.synchronize(device))
+    elif cpu.has_bf16():
+        moved, work = size, lambda: torch.ops.gpt_faster.linear_bf16(other, buffer, None)
+    else:
+        moved, work = size, lambda: buffer.view(torch.int64).sum()
+    return moved / median_seconds(work, 5) / GB
+
+
+def median_seconds(work: Callable, times: int) -> float:
+    work()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def say(*parts) -> None:
+    print(*parts, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _median(values) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def rate(tok_s: float | None) -> str:
+    return "no tokens to time" if tok_s is None else f"{tok_s:.1f} tokens/sec"
+
+
+def report(index: int, timing: Timing, model: Transformer) -> None:
+    """The lines after one sample, on standard error."""
+    total = timing.prefill_s + timing.decode_s
+    say(
+        f"Time for inference {index}: {total:.2f} sec total, {rate(timing.decode_tok_s)} decoding, "
+        f"{timing.prefill_tok_s:.1f} tokens/sec prefill, first token after {timing.time_to_first_token_s:.3f} sec"
+    )
+    if timing.steps:
+        read = weight_bytes(model)
+        achieved = read * timing.steps / timing.decode_s / GB
+        say(f"Bandwidth achieved: {achieved:.1f} GB/s (weights only, {read / GB:.3f} GB a step)")
+
+
+def new_row(prompt: list[int], tokenizer: Tokenizer, args: argparse.Namespace) -> Row:
+    return Row(prompt, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos)
+
+
+def run_sample(model, tokenizer, texts, batch_size, sampling, functions, args) -> Timing:
+    """Encode and generate every prompt, batch by batch; one row streams, several are printed whole."""
+    timing = Timing()
+    began = time.perf_counter()
+    prompts = [encode_prompt(tokenizer, text, args) for text in texts]
+    for begin in range(0, len(prompts), batch_size):
+        rows = [new_row(prompt, tokenizer, args) for prompt in prompts[begin : begin + batch_size]]
+        stream = len(prompts) == 1
+        run_batch(
+            model,
+            rows,
+            sampling,
+            timing,
+            began,
+            (lambda _, text: write(text)) if stream else lambda *_: None,
+            **functions,
+        )
+        if stream:
+            write("\n")
+        for index, row in enumerate([] if stream else rows, begin):
+            write(f"[row {index}]\n{row.stream.text}\n")
+    return timing
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raise ValueError on arguments that cannot work, before anything slow."""
+    for name in ("num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if args.prompt is not None and args.prompt_file is not None:
+        raise ValueError("--prompt and --prompt_file are both given; give one")
+    if args.interactive and (args.prompt_file or args.batch_size or args.prompt):
+        raise ValueError("--interactive reads its prompts from the keyboard; leave out --prompt and --batch_size")
+    if args.random_weights and args.checkpoint_path is not None:
+        raise ValueError("--random_weights and --checkpoint_path are both given; give one")
+    if args.system is not None and not (args.chat or args.interactive):
+        raise ValueError("--system needs --chat or --interactive")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; give the text that ends a row")
+    if args.seed < -1:
+        raise ValueError(f"--seed is {args.seed}; it must be 0 or above, or -1 to draw one")
+    if args.output_json is not None:
+        if args.interactive:
+            raise ValueError("--output_json reports samples, and --interactive makes none; leave one out")
+        require_writable(args.output_json)
+
+
+def context_length(model: Transformer, asked: int | None) -> int:
+    """Positions a row may take. Raises ValueError if more are asked for than the model was made for."""
+    if asked is not None and asked > model.args.max_seq_length:
+        raise ValueError(f"--max_seq_length {asked} is more than the model's context of {model.args.max_seq_length}")
+    return asked or model.args.max_seq_length
+
+
+def check_fit(prompts: list[list[int]], max_new_tokens: int, context: int) -> int:
+    """The longest prompt and its budget in positions. Raises ValueError if the context does not hold them."""
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > context:
+        fits = max(context - longest, 0)
+        advice = f"use --max_new_tokens {fits} or less" if fits else f"shorten the prompt below {context}"
+        raise ValueError(
+            f"the prompt's {longest} tokens and {max_new_tokens} new ones are more than the context of {context}; "
+            f"{advice}"
+        )
+    return longest + max_new_tokens
+
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    dtype, path = parse_dtype(args.dtype), args.checkpoint_path
+    if args.random_weights:
+        model = random_model(args.random_weights, device, dtype)
+        return model, IdTokenizer(model.args.vocab_size)
+    path = DEFAULT_CHECKPOINT if path is None else Path(path)
+    model = load_model(path, device, dtype, args.model_name)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > model.args.vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {path} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}; "
+            "they do not belong together"
+        )
+    return model, tokenizer
+
+
+def compile_before_use(work: Callable, functions: dict) -> float:
+    """Do the warm-up work, saying what it waits for; the seconds it took, 0 where nothing is compiled."""
+    if functions == {"step": decode_one_token, "forward": forward_chunk}:
+        return 0.0
+    say("Compiling: about 20 seconds the first time, about 5 from then on ...")
+    began = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - began
+    say(f"Compilation time: {seconds:.2f} seconds")
+    return seconds
+
+
+def main(**flags) -> None:
+    """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    args = argparse.Namespace(**flags)
+    check_request(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    device = pick_device(args.device)
+    parse_dtype(args.dtype)
+    functions = choose_functions(device, args.compile, args.compile_prefill)
+    texts = read_prompt_file(args.prompt_file) if args.prompt_file else None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    seed = args.seed if args.seed >= 0 else int.from_bytes(os.urandom(4), "little")
+    if args.seed < 0:
+        say(f"Seed: {seed}")
+
+    say(f"Using device={device}")
+    began = time.perf_counter()
+    model, tokenizer = load(args, device)
+    load_s = time.perf_counter() - began
+    say(f"Time to load model: {load_s:.2f} seconds")
+    context = context_length(model, args.max_seq_length)
+    if args.interactive:
+        torch.manual_seed(seed)
+        return interactive(
+            model,
+            tokenizer,
+            min(context, args.max_seq_length or INTERACTIVE_CONTEXT),
+            sampling,
+            functions,
+            args,
+        )
+
+    if texts is None:
+        texts = [DEFAULT_PROMPT if args.prompt is None else args.prompt] * (args.batch_size or 1)
+    batch_size = args.batch_size or len(texts)
+    samples = 1 if args.prompt_file else args.num_samples
+    torch.manual_seed(seed)
+    prompts = [encode_prompt(tokenizer, text, args) for text in texts]
+    setup_caches(model, min(batch_size, len(texts)), check_fit(prompts, args.max_new_tokens, context))
+    batches = [prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)]
+    compile_s = compile_before_use(
+        lambda: warm_up(model, batches, args.max_new_tokens, sampling, **functions), functions
+    )
+
+    torch.manual_seed(seed)  # compiling may have drawn numbers
+    timings = []
+    for index in range(1, samples + 1):
+        profiler = torch.profiler.profile() if args.profile and index == samples else nullcontext()
+        with profiler:
+            timing = run_sample(model, tokenizer, texts, batch_size, sampling, functions, args)
+        timings.append(timing)
+        report(index, timing, model)
+    if args.profile:
+        profiler.export_chrome_trace(args.profile.removesuffix(".json") + ".json")
+    summary = summarise(timings, model)
+    say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
+    say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
+    say(f"Memory used: {(summary['peak_memory_gb'] or 0):.2f} GB")
+    if args.output_json:
+        facts = {
+            "args": flags,
+            "device": str(device),
+            "dtype": args.dtype,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "seed": seed,
+            "load_s": load_s,
+            "compile_s": compile_s,
+        }
+        with atomic_path(args.output_json) as path:
+            path.write_text(json.dumps(facts | summary, indent=2) + "\n", encoding="utf-8")
+
+
+def summarise(timings: list[Timing], model: Transformer) -> dict:
+    """What --output_json says of all samples together; null where something does not apply."""
+    peak = peak_memory(model.device)  # before the bandwidth buffers
+    decode_s, steps = sum(t.decode_s for t in timings), sum(t.steps for t in timings)
+    return {
+        "samples": [timing.to_json() for timing in timings],
+        "decode_tok_s": _median(timing.decode_tok_s for timing in timings),
+        "prefill_tok_s": _median(timing.prefill_tok_s for timing in timings),
+        "time_to_first_token_s": _median(timing.time_to_first_token_s for timing in timings),
+        "weight_bytes_per_token": weight_bytes(model),
+        "bandwidth_gb_s": weight_bytes(model) * steps / decode_s / GB if steps else None,
+        "measured_bandwidth_gb_s": measured_bandwidth(model.device),
+        "peak_memory_gb": peak / GB if peak else None,
+    }
+
+
+# ---------------------------------------------------------------- interactive mode
+
+
+class Conversation:
+    """The turns so far, and which ids the cache already holds, so that a turn runs only what is new."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, context: int, args: argparse.Namespace):
+        self.model, self.tokenizer, self.context, self.args = model, tokenizer, context, args
+        self.reset()
+
+    def reset(self) -> None:
+        system = self.args.system
+        self.messages = [{"role": "system", "content": system}] if system is not None else []
+        self.history: list[int] = []  # the text so far as ids, where there is no template
+        self.cached: list[int] = []
+
+    def prompt_ids(self, text: str) -> list[int]:
+        if self.tokenizer.chat_template is not None:
+            return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
+        return self.history + self.tokenizer.encode(text)
+
+    def turn(self, text: str, sampling: Sampling, functions: dict) -> None:
+        """Answer one message, streaming. Raises ValueError if the context is full; the conversation stays as it was."""
+        began = time.perf_counter()
+        ids = self.prompt_ids(text)
+        room = self.context - len(ids)
+        if not ids or room < 1:
+            raise ValueError(
+                f"the context of {self.context} tokens is full (this turn needs {len(ids)}); /reset clears it"
+            )
+        start = min(shared_prefix(ids, self.cached), len(ids) - 1)
+        row = Row(ids[start:], self.tokenizer, min(self.args.max_new_tokens, room), self.args.stop,
+                  self.args.ignore_eos)  # fmt: skip
+        self.cached = self.cached[:start]
+        timing = Timing()
+        try:
+            run_batch(self.model, [row], sampling, timing, began, lambda _, text: write(text), start=start, **functions)
+        except KeyboardInterrupt:
+            say("\n[interrupted]")
+        else:
+            write("\n")
+            cut = f"; cut at {len(row.token_ids)} tokens" if row.finish_reason == "length" else ""
+            say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
+        if row.token_ids:  # the last one drawn has not been through the model
+            self.cached = ids + row.token_ids[:-1]
+            self.history = ids + row.token_ids
+            answer = {"role": "assistant", "content": row.stream.text}
+            self.messages += [{"role": "user", "content": text}, answer]
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def read_line() -> str | None:
+    """The next line typed, None at the end of the input."""
+    try:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            import readline  # noqa: F401, gives input() its line editing
+
+            return input("> ")
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    except EOFError:
+        return None
+
+
+def interactive(model, tokenizer, context: int, sampling: Sampling, functions: dict, args: argparse.Namespace) -> None:
+    """Talk until Ctrl-D or /exit."""
+    setup_caches(model, 1, context)
+    compile_before_use(lambda: warm_up(model, [[[0, 0]]], context - 2, sampling, **functions), functions)
+    if tokenizer.chat_template is None:
+        say("This model has no chat template: it continues your text.")
+    say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
+    conversation = Conversation(model, tokenizer, context, args)
+    while (line := read_line()) is not None and line.strip() != "/exit":
+        if line.strip() == "/reset":
+            conversation.reset()
+            say("[conversation cleared]")
+        elif line.strip():
+            try:
+                conversation.turn(line, sampling, functions)
+            except ValueError as error:
+                say(f"error: {error}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Generate text from a language model.")
+    where = parser.add_argument_group("model")
+    where.add_argument("--checkpoint_path", help=f"a .pth or .gguf file, or a folder (default: {DEFAULT_CHECKPOINT})")
+    where.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
+    where.add_argument("--random_weights", metavar="NAME", help="no file: a registry model with random weights")
+    where.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    what = parser.add_argument_group("prompt")
+    what.add_argument("--prompt", help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})")
+    what.add_argument(
+        "--prompt_file", metavar="FILE", help="one prompt a line, or JSON Lines with a prompt field; - is stdin"
+    )
+    what.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
+    what.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    what.add_argument("--system", help="system message, with --chat or --interactive")
+    how = parser.add_argument_group("generation")
+    how.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
+    how.add_argument("--max_new_tokens", type=int, default=200, help="tokens at most (default: %(default)s)")
+    how.add_argument("--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file all)")
+    how.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
+    )
+    how.add_argument(
+        "--top_k", type=int, default=200, help="draw from the k likeliest; 0 is off (default: %(default)s)"
+    )
+    how.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default: off)")
+    how.add_argument("--min_p", type=float, default=0.0, help="drop those below p times the likeliest (default: off)")
+    how.add_argument("--seed", type=int, default=1234, help="-1 draws one and prints it (default: %(default)s)")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    how.add_argument("--ignore_eos", action="store_true", help="go on after end-of-text")
+    how.add_argument("--max_seq_length", type=int, help="context in tokens (default: the model's)")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--compile", action="store_true", help="compile the decoding step")
+    speed.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
+    speed.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
+    speed.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, build_parser())

