@@ -20,7 +20,6 @@ fi
 # torch.compile writes C++ that includes Python.h and has g++ compile it, unless CXX names another compiler
 python_h=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
 if command -v "${CXX:-g++}" >/dev/null && [ -f "$python_h" ]; then
-    say "Compiling; the first run takes a minute or so."
     exec .venv/bin/python generate.py --compile "$@"
 fi
 say "No C++ compiler or no Python.h, so this runs uncompiled and slower; apt-get install g++ python3-dev mends that."
