@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gguf_file import GGUFFile, is_gguf
-from model import REGISTRY, ModelArgs, RopeScaling, Transformer
+from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ModelArgs, RopeScaling, Transformer
 from qlinear import pack_
 
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
@@ -74,8 +74,9 @@ def free_memory(device: torch.device) -> int | None:
         return None
     group = Path("/sys/fs/cgroup")  # a container's own limit
     try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+        limit, used = (group / "memory.max").read_text(), int((group / "memory.current").read_text())
+        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.M)))
+        return free if limit.strip() == "max" else min(free, int(limit) - used + cached)
     except (OSError, ValueError):
         return free
 
@@ -231,6 +232,16 @@ def rename(args: ModelArgs, raw: dict[str, Callable[[], Tensor]], modules: dict,
     return tensors
 
 
+def readers(state: Any, path: Path) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a dictionary, each as a function that fetches it. Raises ValueError if it is anything else."""
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} is not a checkpoint: beside tensors it holds {name!r}, a {type(value).__name__}")
+    return {name: lambda value=value: value for name, value in state.items()}
+
+
 def joined(parts: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
     return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
 
@@ -265,7 +276,8 @@ def _number(config: dict, key: str, kind: type = int, default=None):
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise ValueError(f"config.json: {key} is {value!r}; a number is needed")
-    if not (0 < value < (1 << 31 if kind is int else math.inf)):
+    limit = 1e30 if kind is float else MAX_LAYERS if key in ("num_hidden_layers", "block_count") else MAX_SIZE
+    if not 0 < value <= limit:
         raise ValueError(f"config.json: {key} is {value!r}, which is no possible size")
     return kind(value)
 
@@ -356,7 +368,7 @@ def weights_from_hf(folder: Path) -> dict[str, Callable[[], Tensor]]:
                 raise ValueError(f"{index} has no weight_map of tensor names to file names")
             names = sorted(set(weight_map.values()))
         else:
-            names = [stem] if (folder / stem).exists() else []
+            names = [stem] if (folder / stem).is_file() else []
         if not names and stem.endswith("safetensors"):
             names = [path.name for path in folder.glob("*.safetensors")]
         if names:
@@ -364,7 +376,7 @@ def weights_from_hf(folder: Path) -> dict[str, Callable[[], Tensor]]:
                 raise ValueError(f"{folder} has several .safetensors files and no {index.name} that says which belong")
             tensors = {}
             for name in names:
-                if Path(name).name != name or not (folder / name).exists():
+                if Path(name).name != name or not (folder / name).is_file():
                     raise ValueError(f"{folder} lacks {name}, which its index names; download it again")
                 tensors |= reader(folder / name)
             return tensors
@@ -382,10 +394,7 @@ def safetensors_file(path: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def torch_file(path: Path) -> dict[str, Callable[[], Tensor]]:
-    state = read_torch(path)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
-    return {name: lambda value=value: value for name, value in state.items()}
+    return readers(read_torch(path), path)
 
 
 def source_from_hf(folder: Path) -> Source | None:
@@ -424,9 +433,8 @@ def source_from_torch(path: Path, model_name: str | None) -> Source:
     if isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict):
         return source_from_ours(content, path)
     raw = content["model"] if isinstance(content.get("model"), dict) else content
-    raw = {str(name).removeprefix("_orig_mod."): value for name, value in raw.items()}
-    if not raw or not all(isinstance(value, Tensor) for value in raw.values()):
-        raise ValueError(f"{path} is not a checkpoint: it holds no dictionary of tensors")
+    readers(raw, path)  # it holds nothing else
+    raw = {name.removeprefix("_orig_mod."): value for name, value in raw.items()}
     if "tok_embeddings.weight" not in raw:
         raise ValueError(f"{path} is not a model this toolkit knows: it has no tok_embeddings.weight")
     if any(name.endswith("scales_and_zeros") for name in raw):
@@ -440,8 +448,7 @@ def source_from_torch(path: Path, model_name: str | None) -> Source:
 
 def source_from_ours(content: dict, path: Path) -> Source:
     args = ModelArgs.from_dict(content["args"])
-    raw = {name: lambda value=value: value for name, value in content["model"].items()}
-    return Source(args, rename(args, raw, {}, False, path), content.get("quant"))
+    return Source(args, rename(args, readers(content["model"], path), {}, False, path), content.get("quant"))
 
 
 def dequantised(raw: dict[str, Tensor], name: str) -> Tensor:
@@ -486,7 +493,7 @@ def args_from_llama2c(content: dict) -> ModelArgs:
             norm_eps=sizes.get("norm_eps", 1e-5),
             tie_embeddings=True,
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"the file's model_args are not those of a llama2.c model: {error!r}") from None
 
 
@@ -499,7 +506,7 @@ GGUF_FAMILIES = {"llama": (True, {}), "qwen2": (False, {"qkv_bias": True})}
 def args_from_gguf(file: GGUFFile) -> ModelArgs:
     """ModelArgs from the metadata and tensor shapes. Raises ValueError on what is missing or not supported."""
     family = file.metadata.get("general.architecture")
-    if family not in GGUF_FAMILIES:
+    if not isinstance(family, str) or family not in GGUF_FAMILIES:
         known = ", ".join(GGUF_FAMILIES)
         raise ValueError(f"{file.path}: architecture {family!r} is not supported; supported in GGUF: {known}")
 
@@ -559,6 +566,8 @@ def open_source(path: str | Path, model_name: str | None = None) -> Source:
         source = source_from_folder(path, model_name)
     elif not path.is_file():
         raise ValueError(missing_checkpoint(path))
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"cannot read {path}: permission denied")
     elif is_gguf(path):
         source = source_from_gguf(path)
     elif path.suffix == ".safetensors":
@@ -589,7 +598,12 @@ def read_tensors(source: Source, device: torch.device, dtype: torch.dtype, what:
     """Fetch every tensor, one at a time, as `dtype` on `device`. Raises ValueError on a wrong shape or NaN."""
     shapes, state = expected_tensors(source.args), {}
     for name, read in tqdm(source.tensors.items(), desc=what, unit="tensor", disable=None, leave=False):
-        tensor = read()
+        try:
+            tensor = read()
+        except (RuntimeError, IndexError) as error:  # parts that cannot be joined, types torch does not have
+            raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; the model needs plain float weights")
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(shapes[name])}")
         state[name] = tensor.to(device=device, dtype=dtype, copy=True)

@@ -16,11 +16,13 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
     """Call main with the parsed arguments and turn what goes wrong into an exit code: 2 with one line, or 130."""
     arguments = vars(parser.parse_args())
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C would refuse an emoji
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stream is not None:  # it was closed
+            stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C would refuse an emoji
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         main(**arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
+        quit_on_interrupt()  # while the interpreter shuts down
     except ValueError as error:
         quit_with(2, f"error: {error}")
     except (MemoryError, RuntimeError) as error:

@@ -95,7 +95,9 @@ def used_slots(model: Transformer, count: int) -> Tensor:
             size *= 2
     else:
         size = -(-count // 256) * 256
-    return model.slots[:size]
+    # never the whole cache: a form compiled for any shorter prefix would not fit it, and its last slot is not needed,
+    # because the last token of a row is drawn but not stored
+    return model.slots[: min(size, len(model.slots) - 1)]
 
 
 @torch.inference_mode()
@@ -105,10 +107,12 @@ def prefill(
     """Run the prompts, whose first tokens stand at position `start`, and draw each row's next token.
 
     Returns token and pos [B, 1]: the token drawn and its position. Prompts are padded on the right; each row takes
-    the logits of its own last token, and pad slots are overwritten before any row reaches them.
+    the logits of its own last token, and pad slots are overwritten before any row reaches them. The cache must hold one
+    token more than the longest prompt.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(len(prompt) for prompt in prompts)
+    longest += longest % PREFILL_CHUNK == 1  # a chunk of one column would be compiled apart
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=model.device)
     logits = None
@@ -147,6 +151,7 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
     One compiled form serves any length of `slots`, and of a prompt longer than one token, except on CUDA at decoding,
     where every size of `slots` is a CUDA graph.
     """
+    torch._dynamo.config.recompile_limit = 64  # every form is wanted: batch sizes, samplings, cache sizes on CUDA
     options = {"cpp.vec_isa_ok": True} if device.type == "cpu" else {}  # trust cpuinfo: the trial builds take 5 s
     graphs = device.type == "cuda" and function is decode_one_token
     if graphs:  # what mode="reduce-overhead" sets; torch.compile does not take both a mode and options

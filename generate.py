@@ -197,6 +197,12 @@ class IdTokenizer:
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)
 
+    def skips(self, token: int) -> bool:
+        return False
+
+    def byte(self, token: int) -> int | None:
+        return None
+
 
 def read_prompt_file(path: str) -> list[str]:
     """The prompts in a file, `-` for standard input: JSON Lines if it begins with {, else one prompt a line."""
@@ -210,7 +216,7 @@ def read_prompt_file(path: str) -> list[str]:
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"the prompt file {path} has no prompt in it")
-    if not text.lstrip().startswith("{"):
+    if not lines[0][1].startswith("{"):
         return [line for _, line in lines]
     return [_prompt_field(line, f"{path}, line {number}") for number, line in lines]
 
@@ -256,8 +262,9 @@ def require_compiler(device: torch.device) -> None:
     if device.type != "cpu":
         return
     missing = []
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        missing.append("a C++ compiler (Debian, Ubuntu: apt-get install g++)")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # where PyTorch looks
+    if shutil.which(compiler) is None:
+        missing.append(f"the C++ compiler {compiler} (Debian, Ubuntu: apt-get install g++, and leave CXX unset)")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
     if missing:
@@ -265,20 +272,22 @@ def require_compiler(device: torch.device) -> None:
 
 
 @torch.inference_mode()  # as decode does: a tensor made outside would be another form
-def warm_up(model: Transformer, batches: list[list[list[int]]], budget: int, sampling: Sampling, step, forward) -> None:
+def warm_up(model: Transformer, batches: list[list[int]], budget: int, sampling: Sampling, step, forward) -> None:
     """Call the compiled functions in every form this run will need, so that nothing compiles once text flows.
 
-    The cache slots written here are written again before anything looks at them.
+    batches: the lengths of the prompts in each. The cache slots written here are written again before anything looks
+    at them.
     """
     times = 3 if model.device.type == "cuda" else 1  # a CUDA graph warms up, is captured, then replayed
-    for prompts in {len(batch): batch for batch in batches}.values():
-        longest = max(len(prompt) for prompt in prompts)
+    longest = [max(lengths) for lengths in batches]
+    counts = range(min(longest) + 1, max(longest) + budget + 1)
+    sizes = {len(used_slots(model, count)): count for count in counts}
+    for n_rows in {len(lengths) for lengths in batches}:
         if forward is not forward_chunk:
-            prefill(model, prompts, sampling, 0, forward)
+            prefill(model, [[0] * max(longest)] * n_rows, sampling, 0, forward)
         if step is not decode_one_token:
-            sizes = {len(used_slots(model, count)): count for count in range(longest + 1, longest + budget + 1)}
+            token = torch.zeros(n_rows, 1, dtype=torch.long, device=model.device)
             for count in sizes.values():
-                token = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.device)
                 for _ in range(times):
                     step(model, token, token + count - 1, used_slots(model, count), sampling)
 
@@ -416,20 +425,30 @@ def check_request(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file are both given; give one")
-    if args.interactive and (args.prompt_file or args.batch_size or args.prompt):
-        raise ValueError("--interactive reads its prompts from the keyboard; leave out --prompt and --batch_size")
+    if isinstance(args.prompt, int) and args.prompt < 1:
+        raise ValueError(f"--prompt is {args.prompt}; a number of random tokens must be at least 1")
+    if args.interactive:
+        for name in ("prompt", "prompt_file", "batch_size", "output_json", "profile"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--interactive reads its prompts from the keyboard; leave out --{name}"
+                )
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system needs --chat or --interactive")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text that ends a row")
-    if args.seed < -1:
-        raise ValueError(f"--seed is {args.seed}; it must be 0 or above, or -1 to draw one")
+    if not -1 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
     if args.output_json is not None:
-        if args.interactive:
-            raise ValueError("--output_json reports samples, and --interactive makes none; leave one out")
         require_writable(args.output_json)
+    if args.profile is not None:
+        require_writable(trace_path(args.profile))
+
+
+def trace_path(profile: str) -> str:
+    return profile.removesuffix(".json") + ".json"
 
 
 def context_length(model: Transformer, asked: int | None) -> int:
@@ -439,9 +458,8 @@ def context_length(model: Transformer, asked: int | None) -> int:
     return asked or model.args.max_seq_length
 
 
-def check_fit(prompts: list[list[int]], max_new_tokens: int, context: int) -> int:
+def check_fit(longest: int, max_new_tokens: int, context: int) -> int:
     """The longest prompt and its budget in positions. Raises ValueError if the context does not hold them."""
-    longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > context:
         fits = max(context - longest, 0)
         advice = f"use --max_new_tokens {fits} or less" if fits else f"shorten the prompt below {context}"
@@ -488,7 +506,8 @@ def main(**flags) -> None:
     device = pick_device(args.device)
     parse_dtype(args.dtype)
     functions = choose_functions(device, args.compile, args.compile_prefill)
-    texts = read_prompt_file(args.prompt_file) if args.prompt_file else None
+    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    texts = [prompt] if args.prompt_file is None else read_prompt_file(args.prompt_file)
     if args.threads:
         torch.set_num_threads(args.threads)
     seed = args.seed if args.seed >= 0 else int.from_bytes(os.urandom(4), "little")
@@ -512,19 +531,19 @@ def main(**flags) -> None:
             args,
         )
 
-    if texts is None:
-        texts = [DEFAULT_PROMPT if args.prompt is None else args.prompt] * (args.batch_size or 1)
     batch_size = args.batch_size or len(texts)
-    samples = 1 if args.prompt_file else args.num_samples
-    torch.manual_seed(seed)
-    prompts = [encode_prompt(tokenizer, text, args) for text in texts]
-    setup_caches(model, min(batch_size, len(texts)), check_fit(prompts, args.max_new_tokens, context))
-    batches = [prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)]
+    copies = batch_size if args.prompt_file is None else 1
+    samples = args.num_samples if args.prompt_file is None else 1
+    lengths = [text if isinstance(text, int) else len(encode_prompt(tokenizer, text, args)) for text in texts]
+    length = check_fit(max(lengths), args.max_new_tokens, context)
+    setup_caches(model, min(batch_size, copies * len(texts)), length)
+    texts, lengths = texts * copies, lengths * copies
+    batches = [lengths[begin : begin + batch_size] for begin in range(0, len(lengths), batch_size)]
     compile_s = compile_before_use(
         lambda: warm_up(model, batches, args.max_new_tokens, sampling, **functions), functions
     )
 
-    torch.manual_seed(seed)  # compiling may have drawn numbers
+    torch.manual_seed(seed)
     timings = []
     for index in range(1, samples + 1):
         profiler = torch.profiler.profile() if args.profile and index == samples else nullcontext()
@@ -533,7 +552,8 @@ def main(**flags) -> None:
         timings.append(timing)
         report(index, timing, model)
     if args.profile:
-        profiler.export_chrome_trace(args.profile.removesuffix(".json") + ".json")
+        with atomic_path(trace_path(args.profile)) as path:
+            profiler.export_chrome_trace(str(path))
     summary = summarise(timings, model)
     say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
     say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
@@ -610,7 +630,10 @@ class Conversation:
             say("\n[interrupted]")
         else:
             write("\n")
-            cut = f"; cut at {len(row.token_ids)} tokens" if row.finish_reason == "length" else ""
+            cut = ""
+            if row.finish_reason == "length":
+                full = row.max_new_tokens == room
+                cut = "; the context is full, /reset clears it" if full else f"; cut at {row.max_new_tokens} tokens"
             say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
         if row.token_ids:  # the last one drawn has not been through the model
             self.cached = ids + row.token_ids[:-1]
@@ -639,7 +662,8 @@ def read_line() -> str | None:
 def interactive(model, tokenizer, context: int, sampling: Sampling, functions: dict, args: argparse.Namespace) -> None:
     """Talk until Ctrl-D or /exit."""
     setup_caches(model, 1, context)
-    compile_before_use(lambda: warm_up(model, [[[0, 0]]], context - 2, sampling, **functions), functions)
+    length = min(context // 2, 64)
+    compile_before_use(lambda: warm_up(model, [[length]], context - length, sampling, **functions), functions)
     if tokenizer.chat_template is None:
         say("This model has no chat template: it continues your text.")
     say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
@@ -655,6 +679,13 @@ def interactive(model, tokenizer, context: int, sampling: Sampling, functions: d
                 say(f"error: {error}")
 
 
+def number_or_text(argument: str) -> int | str:
+    try:
+        return int(argument)
+    except ValueError:
+        return argument
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Generate text from a language model.")
     where = parser.add_argument_group("model")
@@ -665,7 +696,9 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("prompt")
-    what.add_argument("--prompt", help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})")
+    what.add_argument(
+        "--prompt", type=number_or_text, help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})"
+    )
     what.add_argument(
         "--prompt_file", metavar="FILE", help="one prompt a line, or JSON Lines with a prompt field; - is stdin"
     )

@@ -85,6 +85,8 @@ class GGUFFile:
             if not 1 <= n_dim <= 4:
                 raise ValueError(f"{name} has {n_dim} dimensions")
             shape = tuple(self._scalar("<Q") for _ in range(n_dim))[::-1]
+            if 0 in shape:
+                raise ValueError(f"{name} has a dimension of 0")
             kind, offset = self._scalar("<I"), self._scalar("<Q")
             if kind not in GGMLQuantizationType._value2member_map_:
                 raise ValueError(f"{name} is of the unknown type {kind}")

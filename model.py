@@ -4,12 +4,30 @@ Shapes: B rows, S new tokens a row, R rows of logits wanted, C cache slots, D he
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; what is larger would be built forever
+
+
+def check_fields(config) -> None:
+    """Raise ValueError if a field of a config does not have the type it is declared with, or no possible value."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kind = {float: int | float, tuple[float, ...]: tuple}.get(field.type, field.type)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
+        limit = MAX_LAYERS if field.name == "n_layer" else MAX_SIZE
+        if isinstance(value, int) and kind is not bool and field.type is not float and not 1 <= value <= limit:
+            raise ValueError(f"{field.name} is {value}; it must be from 1 to {limit}")
+        numbers = value if kind is tuple else [value] if field.type is float else []
+        if not all(isinstance(number, int | float) and 0 < number <= 1e30 for number in numbers):
+            raise ValueError(f"{field.name} is {value!r}; it must be a positive number")
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,9 @@ class RopeScaling:
     def __post_init__(self):
         if self.type not in ("linear", "llama3", "factors"):
             raise ValueError(f"rope type {self.type!r} is not supported; supported: default, linear, llama3")
+        check_fields(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below {self.high_freq_factor}, the high one")
 
     def apply(self, freqs: Tensor) -> Tensor:
         """Scale `freqs` [D/2], radians per position."""
@@ -64,13 +85,16 @@ class ModelArgs:
     tie_embeddings: bool = False
 
     def __post_init__(self):
-        sizes = (self.dim, self.n_layer, self.n_head, self.n_kv_head, self.head_dim, self.intermediate_size)
-        if min(*sizes, self.vocab_size, self.max_seq_length) < 1:
-            raise ValueError(f"every size of a model must be at least 1: {self}")
+        check_fields(self)
+        if self.n_head * self.head_dim > MAX_SIZE:
+            raise ValueError(f"n_head {self.n_head} x head_dim {self.head_dim} is more than {MAX_SIZE}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rope turns pairs")
+        factors = self.rope_scaling.factors if self.rope_scaling else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise ValueError(f"rope has {len(factors)} frequency factors; head_dim {self.head_dim} needs half as many")
 
     def to_dict(self) -> dict:
         """JSON types only."""

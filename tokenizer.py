@@ -8,14 +8,22 @@ import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoint import atomic_path, read_json
 from gguf_file import is_gguf, read_gguf_metadata
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not UTF-8 (yet)
-END_MARKERS = (
-    *("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>"),
-)
+END_MARKERS = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eot|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "</s>",
+]
 
 
 class Tokenizer:
@@ -225,16 +233,29 @@ def _read_sentencepiece(path: Path) -> _SentencePiece:
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# name: where the text is split first, and whether GPT-2's own pattern then splits the parts
+
+
+class _PreTokenizer(NamedTuple):
+    """How a byte-level vocabulary wants its text prepared, as the model's own tokenizer.json has it."""
+
+    split: str | None = None  # a pattern whose matches are cut out first
+    gpt2_split: bool = True  # whether GPT-2's own pattern then splits the parts
+    whole_words: bool = False  # a word that is a token is not built by merges
+    compose: bool = False  # é is one letter, never e and an accent (NFC)
+    adds_bos: bool = False  # if the file does not say
+
+
+_LLAMA_3 = _PreTokenizer(_WORDS + r"\p{N}{1,3}" + _OTHERS, gpt2_split=False, whole_words=True, adds_bos=True)
 _PRE_TOKENIZERS = {
-    "default": (None, True),
-    "gpt-2": (None, True),
-    "smollm": (r"\p{N}", True),
-    "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _OTHERS, False),
-    "llama3": (_WORDS + r"\p{N}{1,3}" + _OTHERS, False),
-    "llama-v3": (_WORDS + r"\p{N}{1,3}" + _OTHERS, False),
-    "qwen2": (_WORDS + r"\p{N}" + _OTHERS, False),
+    "default": _PreTokenizer(),
+    "gpt-2": _PreTokenizer(),
+    "smollm": _PreTokenizer(r"\p{N}"),
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+    "qwen2": _PreTokenizer(_WORDS + r"\p{N}" + _OTHERS, gpt2_split=False, compose=True),
 }
+_GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format
 
 
@@ -243,16 +264,18 @@ def _read_gguf(path: Path) -> tuple[_HuggingFace, dict, dict]:
     metadata = read_gguf_metadata(path)
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, tokens = fields.get("model"), fields.get("tokens")
-    if kind not in ("gpt2", "llama") or not tokens:
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         raise ValueError(f"{path} has a tokenizer of type {kind!r}; supported: gpt2, llama (with a token list)")
     named = {key: fields.get(f"{name}_token_id") for key, name in _GGUF_NAMES.items()}
     named = {key: i for key, i in named.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     config = {key: tokens[i] for key, i in named.items()}
-    config["add_bos_token"] = bool(fields.get("add_bos_token", _adds_bos(fields)))
     config["chat_template"] = metadata.get("tokenizer.chat_template")
     ids = {"bos_token_id": named.get("bos_token")}
     ids["eos_token_id"] = _id_list([named.get("eos_token"), fields.get("eot_token_id")])
     try:
+        # a file that does not say means what the format's reference reader assumes
+        default = kind == "llama" or _pre_tokenizer(fields).adds_bos
+        config["add_bos_token"] = bool(fields.get("add_bos_token", default))
         tokenizer = _byte_level_bpe(fields) if kind == "gpt2" else _sentencepiece_bpe(fields, config.get("unk_token"))
         _add_tokens(tokenizer, fields)
         if config["add_bos_token"] and "bos_token" in config:
@@ -262,29 +285,24 @@ def _read_gguf(path: Path) -> tuple[_HuggingFace, dict, dict]:
         raise ValueError(f"the tokenizer in {path} cannot be rebuilt: {error}") from None
 
 
-_GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-def _adds_bos(fields: dict) -> bool:
-    """What a file that does not say means, by the format's reference reader."""
-    return fields["model"] == "llama" or fields.get("pre") in ("llama-bpe", "llama3", "llama-v3")
+def _pre_tokenizer(fields: dict) -> _PreTokenizer:
+    name = fields.get("pre", "default")
+    if name not in _PRE_TOKENIZERS:
+        raise ValueError(f"pre-tokenizer {name!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}")
+    return _PRE_TOKENIZERS[name]
 
 
 def _byte_level_bpe(fields: dict):
     """GPT-2's kind: bytes spelt as letters, merges in the file."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = fields.get("pre", "default")
-    if name not in _PRE_TOKENIZERS:
-        raise ValueError(f"pre-tokenizer {name!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}")
-    pattern, use_regex = _PRE_TOKENIZERS[name]
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
+    pre = _pre_tokenizer(fields)
+    steps = [pre_tokenizers.Split(Regex(pre.split), "isolated")] if pre.split else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2_split))
     vocab = {token: i for i, token in enumerate(fields["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    # Llama 3 looks a whole word up before it merges, and Qwen 2 composes accents: so say their tokenizer.json files
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges="llama" in name))
-    if name == "qwen2":
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole_words))
+    if pre.compose:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -349,6 +367,8 @@ def _render(template: str, variables: dict) -> str:
     def work():
         try:
             outcome["text"] = _environment().from_string(template).render(variables)
+        except SystemExit:  # from below
+            pass
         except Exception as error:  # a stranger's program can fail in every way there is
             outcome["error"] = " ".join((str(error) or type(error).__name__).split())
 
@@ -468,6 +488,8 @@ class TextStream:
 
     def _run_stops(self, byte: int) -> bool:
         """Whether a run of byte tokens has just completed a stop string."""
+        if not self.stop:
+            return False
         if self._run is None:
             self._run, self._tail = codecs.getincrementaldecoder("utf-8")("replace"), self._held
         self._tail += self._run.decode(bytes([byte]))

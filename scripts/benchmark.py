@@ -1,0 +1,215 @@
+"""Time gpt-faster and its peers on the same weights, in turn, each in its own process; write JSON and a table.
+
+    pip install -r requirements-bench.txt
+    python scripts/benchmark.py --output benchmarks/cpu.json
+
+Every round runs each side once (A B C A B C ...), so that a machine whose speed drifts is fair to all; medians count.
+"""
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command_line
+
+    command_line.quit_on_interrupt()  # before the slow imports
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from checkpoint import DEFAULT_CHECKPOINT, atomic_path, require_writable
+
+ROOT = Path(__file__).resolve().parent.parent
+NEW_TOKENS, LONG_PROMPT, REPEATS = 200, 512, 3
+SHORT_PROMPT = "Once upon a time"
+
+
+def ours(folder: Path, threads: int) -> dict:
+    """generate.py as a user runs it; the prefill from a second run with a long prompt."""
+    command = [sys.executable, "generate.py", "--checkpoint_path", folder / "model.pth", "--threads", threads]
+    command += ["--compile", "--temperature", 0, "--ignore_eos", "--num_samples", REPEATS]
+    short = run_json([*command, "--prompt", SHORT_PROMPT, "--max_new_tokens", NEW_TOKENS])
+    long = run_json([*command, "--prompt", LONG_PROMPT, "--max_new_tokens", 2])
+    kept = ("weight_bytes_per_token", "bandwidth_gb_s", "measured_bandwidth_gb_s", "peak_memory_gb", "compile_s")
+    return {"decode_tok_s": short["decode_tok_s"], "prefill_tok_s": long["prefill_tok_s"]} | {k: short[k] for k in kept}
+
+
+def run_json(command: list) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.json"
+        command = [str(part) for part in [*command, "--output_json", path]]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        return json.loads(path.read_text())
+
+
+def transformers_eager(folder: Path, threads: int) -> dict:
+    """transformers' own generate on the weights of the GGUF file, bfloat16, uncompiled."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    name = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+
+    def seconds(length: int, new_tokens: int) -> float:
+        ids = torch.randint(1000, 40000, (1, length))
+        began = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - began
+
+    seconds(4, 4)
+    decode = [(NEW_TOKENS - 1) / (seconds(4, NEW_TOKENS) - seconds(4, 1)) for _ in range(REPEATS)]
+    prefill = [LONG_PROMPT / seconds(LONG_PROMPT, 1) for _ in range(REPEATS)]
+    return {"decode_tok_s": statistics.median(decode), "prefill_tok_s": statistics.median(prefill)}
+
+
+def llama_cpp(folder: Path, threads: int) -> dict:
+    """llama.cpp on a BF16 file made from the same GGUF, with flash attention, its faster setting here."""
+    import llama_cpp
+    import numpy as np
+
+    source, target = next(folder.glob("*.gguf")), folder / "peer-bf16.bin"
+    if not target.exists():
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.allow_requantize, parameters.ftype = True, 32  # LLAMA_FTYPE_MOSTLY_BF16
+        assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
+    n_batch = {"n_ctx": 1024, "n_batch": LONG_PROMPT, "n_ubatch": LONG_PROMPT}
+    threading = {"n_threads": threads, "n_threads_batch": threads}
+    model = llama_cpp.Llama(str(target), **n_batch, **threading, flash_attn=True, verbose=False)
+
+    def decode() -> float:
+        model.reset()
+        model.eval(model.tokenize(SHORT_PROMPT.encode()))
+        began = time.perf_counter()
+        for _ in range(NEW_TOKENS - 1):
+            logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
+            model.eval([int(logits.argmax())])
+        return (NEW_TOKENS - 1) / (time.perf_counter() - began)
+
+    def prefill() -> float:
+        model.reset()
+        began = time.perf_counter()
+        model.eval(list(range(1000, 1000 + LONG_PROMPT)))
+        return LONG_PROMPT / (time.perf_counter() - began)
+
+    decode(), prefill()
+    decodes, prefills = [decode() for _ in range(REPEATS)], [prefill() for _ in range(REPEATS)]
+    return {"decode_tok_s": statistics.median(decodes), "prefill_tok_s": statistics.median(prefills)}
+
+
+SIDES = {"gpt-faster": ours, "llama.cpp": llama_cpp, "transformers": transformers_eager}
+
+
+def start_up(folder: Path) -> dict:
+    """Seconds from process start to the first byte of text, with an empty inductor cache and then with a full one."""
+    command = [sys.executable, "generate.py", "--checkpoint_path", str(folder / "model.pth"), "--compile"]
+    command += ["--prompt", SHORT_PROMPT, "--num_samples", "1", "--temperature", "0"]
+    result = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            process.stdout.read(1)
+            result[f"{name}_first_token_s"] = time.perf_counter() - began
+            _, log = process.communicate()
+            line = next(line for line in log.splitlines() if line.startswith("Compilation time:"))
+            result[f"{name}_compile_s"] = float(line.split()[2])
+    return result
+
+
+def machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    packages = {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")}
+    return {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today()), **packages}
+
+
+def table(result: dict) -> str:
+    """The README's table."""
+    sides, names = result["median"], list(SIDES)
+    lines = [f"| SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads, batch 1 | {' | '.join(names)} |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for key, label in (("decode_tok_s", "decode, 200 tokens"), ("prefill_tok_s", "prefill, 512 tokens")):
+        base = sides["gpt-faster"][key]
+        cells = [
+            f"{sides[n][key]:.0f} tok/s" + ("" if n == "gpt-faster" else f" (x{base / sides[n][key]:.2f})")
+            for n in names
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update_readme(result: dict, source: str) -> None:
+    path = ROOT / "README.md"
+    begin, end = f"<!-- table: {source} -->", "<!-- end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    if rest:
+        path.write_text(f"{before}{begin}\n{table(result)}\n{end}{after}", encoding="utf-8")
+
+
+def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: str | None) -> None:
+    folder = Path(checkpoint_dir)
+    if not (folder / "model.pth").exists() or not any(folder.glob("*.gguf")):
+        raise ValueError(f"{folder} needs model.pth and the .gguf file it came from; run scripts/quickstart.sh first")
+    if side is not None:
+        return print(json.dumps(SIDES[side](folder, threads)))
+    require_writable(output)
+    runs = {name: [] for name in SIDES}
+    for number in range(1, rounds + 1):
+        for name in SIDES:
+            command = [sys.executable, __file__, "--side", name, "--threads", threads, "--checkpoint_dir", folder]
+            finished = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            if finished.returncode:
+                raise ValueError(f"{name} failed: {finished.stderr.strip().splitlines()[-1]}")
+            runs[name].append(json.loads(finished.stdout.splitlines()[-1]))
+            print(f"round {number} of {rounds}, {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    median = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
+    result = {
+        "command": f"python scripts/benchmark.py --rounds {rounds} --threads {threads} --output {output}",
+        "machine": machine(),
+        "threads": threads,
+        "median": median,
+        "start_up": start_up(folder),
+        "runs": runs,
+    }
+    with atomic_path(output) as path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    update_readme(result, output)
+    print(table(result))
+    print(result["start_up"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time gpt-faster against llama.cpp and transformers, same weights.")
+    parser.add_argument("--checkpoint_dir", default=str(DEFAULT_CHECKPOINT.parent), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="times each side runs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", default="benchmarks/cpu.json", help="result file (default: %(default)s)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    command_line.run(main, parser)

@@ -1,0 +1,293 @@
+"""Sampling against transformers and hand-worked numbers, prefill against one forward, compiled steps against plain."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+from torch import tensor
+from transformers.generation import logits_process as hf
+
+import decoding
+from decoding import (
+    Sampling,
+    compile_step,
+    decode,
+    decode_one_token,
+    forward_chunk,
+    logits_to_probs,
+    prefill,
+    sample,
+    used_slots,
+)
+from model import ModelArgs, Transformer
+
+GREEDY = Sampling(temperature=0)
+CPU = torch.device("cpu")
+
+
+def tiny_model(seed=0, **changes):
+    """A float32 model on CPU with weights large enough that its greedy text varies."""
+    sizes = dict(dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96)
+    args = ModelArgs(**{**sizes, "vocab_size": 128, "max_seq_length": 1024, **changes})
+    torch.manual_seed(seed)
+    model = Transformer(args).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 1)
+    return model
+
+
+def random_prompts(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
+
+
+def continuation(model, prompts, count, sampling=GREEDY, step=decode_one_token, forward=forward_chunk, start=0):
+    """[B, count] tokens by prefill and decode."""
+    token, pos = prefill(model, prompts, sampling, start, forward)
+    later = [tokens.clone() for tokens, _ in islice(decode(model, token, pos, sampling, step), count - 1)]
+    return torch.cat([token, *later], 1)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("temperature", value) for value in (-1e-9, -1.0, math.nan, math.inf)],
+        *[("top_k", value) for value in (-1, -200)],
+        *[("top_p", value) for value in (0.0, -0.1, 1.0001, math.nan)],
+        *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
+    ],
+)
+def test_sampling_refuses_what_is_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; it must be"):
+        Sampling(**{field: value})
+
+
+def test_sampling_takes_the_ends_of_each_range():
+    Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    Sampling(temperature=1e6, top_k=10**9, top_p=1e-9, min_p=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4, 1e-4])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
+def test_probs_equal_those_of_transformers_warpers(temperature, top_k, top_p, min_p):
+    logits = torch.randn(7, 97, generator=torch.Generator().manual_seed(1)) * 3
+    warpers = [hf.TemperatureLogitsWarper(temperature)]
+    if top_k:
+        warpers.append(hf.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(hf.MinPLogitsWarper(min_p))
+    expected = hf.LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    probs = logits_to_probs(logits, Sampling(temperature, top_k, top_p, min_p))
+    torch.testing.assert_close(probs, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(probs > 0, expected > 0)
+
+
+# probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(1.0, 0), [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
+        (Sampling(0.5, 0), [16 / 22, 4 / 22, 1 / 22, 1 / 22]),  # squares: 16, 4, 1, 1
+        (Sampling(1.0, 2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(1.0, 1), [1, 0, 0, 0]),
+        (Sampling(1.0, 0, top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # the first alone does not reach 0.7
+        (Sampling(1.0, 0, top_p=0.3), [1, 0, 0, 0]),
+        (Sampling(1.0, 0, min_p=0.4), [2 / 3, 1 / 3, 0, 0]),  # 0.4 of 0.5 is 0.2
+        (Sampling(1.0, 2, top_p=0.6), [1, 0, 0, 0]),  # of the two left, the first has 2/3
+        (Sampling(1.0, 0, top_p=0.7, min_p=0.6), [1, 0, 0, 0]),  # 1/3 is below 0.6 of 2/3
+    ],
+)
+def test_probs_by_hand(sampling, expected):
+    logits = tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    torch.testing.assert_close(logits_to_probs(logits, sampling), tensor([expected], dtype=torch.float32))
+
+
+def test_temperature_zero_is_one_hot_at_the_first_of_equal_maxima():
+    logits = tensor([[1.0, 3.0, 2.999, 3.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.bfloat16)  # 2.999 rounds to 3 in bf16
+    probs = logits_to_probs(logits, GREEDY)
+    assert probs.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert probs.dtype == torch.float32
+    assert decoding.choose(logits, GREEDY).tolist() == [[1], [0]]
+
+
+def test_low_precision_logits_are_softened_in_float32():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = (logits.double() / 0.8).softmax(-1).float()
+    torch.testing.assert_close(logits_to_probs(logits, Sampling(0.8, 0)), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_samples_follow_the_distribution():
+    probs = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01, 0.0])
+    n = 100_000
+    torch.manual_seed(0)
+    counts = sample(probs.expand(n, -1)).bincount(minlength=7)
+    assert counts[6] == 0
+    chi_square = ((counts - n * probs)[:6] ** 2 / (n * probs[:6])).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom: beyond it once in a thousand seeds
+
+
+def test_the_compiled_draw_follows_the_distribution():
+    logits = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log().repeat(50_000, 1)
+    torch.manual_seed(0)
+    drawn = torch.compile(decoding.choose, fullgraph=True)(logits, Sampling(1.0, 5))
+    counts, expected = drawn[:, 0].bincount(minlength=6), 50_000 * logits[0].exp() / 0.99
+    assert counts[5] == 0
+    assert ((counts - expected)[:5] ** 2 / expected[:5]).sum() < 18.5  # 4 degrees of freedom
+
+
+# ---------------------------------------------------------------- prefill and decode
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 16, 2048])
+@pytest.mark.parametrize("lengths", [(9,), (1,), (1, 5, 13), (4, 8, 5, 12), (13, 13)])
+def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, lengths):
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
+    model, prompts = tiny_model(), random_prompts(*lengths)
+    model.setup_caches(len(prompts), 64)
+    seen = []
+
+    def forward(*arguments):
+        seen.append(arguments[1].shape[1])
+        return forward_chunk(*arguments)
+
+    token, pos = prefill(model, prompts, GREEDY, 0, forward)
+    assert max(seen) <= chunk
+    assert pos.tolist() == [[length] for length in lengths]
+    model.setup_caches(1, 64)
+    for row, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            logits = model(tensor([prompt]), torch.arange(len(prompt))[None])
+        assert token[row].item() == logits[0, -1].argmax().item()
+
+
+def test_prefill_of_the_second_half_equals_prefill_of_all():
+    model, (prompt,) = tiny_model(), random_prompts(40)
+    model.setup_caches(1, 128)
+    whole = continuation(model, [prompt], 8)
+    model.setup_caches(1, 128)
+    prefill(model, [prompt[:25]], GREEDY)
+    assert torch.equal(continuation(model, [prompt[25:]], 8, start=25), whole)
+
+
+def test_decode_equals_forwarding_everything_again():
+    model, prompts = tiny_model(), random_prompts(3, 11, 6)
+    model.setup_caches(3, 64)
+    tokens = continuation(model, prompts, 12)
+    model.setup_caches(1, 64)
+    for row, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(12):
+            with torch.inference_mode():
+                ids.append(model(tensor([ids]), torch.arange(len(ids))[None])[0, -1].argmax().item())
+        assert ids[len(prompt) :] == tokens[row].tolist()
+
+
+def test_decode_yields_one_new_token_a_row_and_moves_every_row_on():
+    model, prompts = tiny_model(), random_prompts(3, 7)
+    model.setup_caches(2, 64)
+    positions = []
+
+    def step(model, token, pos, slots, sampling):
+        positions.append(pos.flatten().tolist())
+        return decode_one_token(model, token, pos, slots, sampling)
+
+    token, pos = prefill(model, prompts, GREEDY)
+    for tokens, count in islice(decode(model, token, pos, GREEDY, step), 4):
+        assert tokens.shape == (2, 1) and count.tolist() == [1, 1]
+    assert positions == [[3, 7], [4, 8], [5, 9], [6, 10]]
+
+
+@pytest.mark.parametrize("count, slots", [(1, 256), (256, 256), (257, 512), (512, 512), (513, 768)])
+def test_a_step_attends_to_a_prefix_of_the_cache_that_holds_all_used_slots(count, slots):
+    model = tiny_model()
+    model.setup_caches(1, 1024)
+    assert used_slots(model, count).tolist() == list(range(slots))
+
+
+def test_bucket_sizes_do_not_change_the_tokens():
+    model, prompts = tiny_model(), random_prompts(250, 240)
+    model.setup_caches(2, 512)
+
+    def all_slots(model, token, pos, slots, sampling):
+        return decode_one_token(model, token, pos, model.slots, sampling)
+
+    assert torch.equal(continuation(model, prompts, 12), continuation(model, prompts, 12, step=all_slots))
+
+
+# ---------------------------------------------------------------- the compiled step
+
+
+def test_compiled_step_equals_plain_across_sizes_without_recompiling():
+    model = tiny_model()
+    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU)
+    model.setup_caches(1, 1024)
+    torch._dynamo.reset()
+    continuation(model, random_prompts(5), 3, step=step, forward=forward)  # compiles both, once
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (2, 3, 17, 250, 300, 511, 600):  # 250 crosses the 256 boundary while decoding
+            prompts = random_prompts(length, seed=length)
+            compiled = continuation(model, prompts, 12, step=step, forward=forward)
+            assert torch.equal(compiled, continuation(model, prompts, 12)), length
+
+
+def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
+    model, forward = tiny_model(), compile_step(forward_chunk, CPU)
+    model.setup_caches(1, 1024)
+    torch._dynamo.reset()
+    continuation(model, random_prompts(5), 2, forward=forward)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (1, 7, 8, 9, 17):  # 9 and 17 leave one token to the last chunk
+            prompts = random_prompts(length, seed=length)
+            assert torch.equal(continuation(model, prompts, 4, forward=forward), continuation(model, prompts, 4))
+
+
+def test_compiled_step_of_a_ragged_batch_equals_plain():
+    model, prompts = tiny_model(sliding_window=12), random_prompts(3, 30, 11)
+    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU)
+    model.setup_caches(3, 256)
+    plain = continuation(model, prompts, 20)
+    assert torch.equal(continuation(model, prompts, 20, step=step, forward=forward), plain)
+
+
+def test_models_samplings_and_batches_may_take_turns_on_one_compiled_step():
+    """Guards are skipped for kinds of call already seen; each call must still find its own compiled form."""
+    models = [tiny_model(seed=1), tiny_model(seed=2), tiny_model(seed=3, n_layer=1, sliding_window=8)]
+    for model in models:
+        model.setup_caches(2, 512)
+    step = compile_step(decode_one_token, CPU)
+    samplings = [GREEDY, Sampling(1.0, top_k=1), Sampling(0.7, top_k=0, top_p=1e-6)]  # all take the likeliest
+    for turn in range(3):
+        for model in models:
+            for n_rows in (1, 2):
+                prompts = random_prompts(*[6, 9][:n_rows], seed=turn)
+                plain = continuation(model, prompts, 6)
+                for sampling in samplings:
+                    assert torch.equal(continuation(model, prompts, 6, sampling, step=step), plain), (turn, sampling)
+
+
+def test_caches_made_anew_are_used_by_a_step_compiled_before():
+    model, step = tiny_model(), compile_step(decode_one_token, CPU)
+    for slots in (256, 512, 256):
+        model.setup_caches(1, slots)
+        prompts = random_prompts(9, seed=slots)
+        assert torch.equal(continuation(model, prompts, 8, step=step), continuation(model, prompts, 8))
+
+
+def test_the_seed_decides_what_a_compiled_step_draws():
+    model, step = tiny_model(), compile_step(decode_one_token, CPU)
+    model.setup_caches(1, 256)
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return continuation(model, [[1, 2, 3]], 20, Sampling(1.5), step=step).tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
