@@ -10,6 +10,8 @@ import os
 import pickle
 import re
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -130,11 +132,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise ValueError(f"cannot write {path}: {reason}") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -146,14 +145,15 @@ def read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text advises to load without weights_only
+        if re.search("GLOBAL|unsupported (global|class)", str(error), re.IGNORECASE):
             raise ValueError(
                 f"{path} is refused: its pickle names code that would run on loading, not only tensors; "
                 "get the model as safetensors"
             ) from None
-        raise ValueError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a checkpoint, or is damaged") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
@@ -193,7 +193,9 @@ META_MODULES = {
 GPT_FAST_MODULES = META_MODULES | {"layers.#.attention.wqkv": ("layers.#.attention.wqkv",)}
 
 # Left in files by older versions of their writers: rope tables, and the head of a model that has none of its own.
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_c.*|causal_mask")
+IGNORED = re.compile(
+    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
+)
 TIED_HEADS = {"lm_head.weight", "output.weight"}
 
 
@@ -308,11 +310,15 @@ def _sliding_window(config: dict, n_layer: int) -> int | None:
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:
         return None
-    full = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
-    kinds = config.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(n_layer)]
-    if set(kinds) == {"full_attention"}:
+    kinds = config.get("layer_types")
+    if kinds is None:  # the first layers may be full
+        full = config.get("max_window_layers", 28) if "use_sliding_window" in config else 0
+        if type(full) is not int:
+            raise ValueError(f"config.json: max_window_layers is {full!r}; a number is needed")
+        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(n_layer)]
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
         return None
-    if set(kinds) != {"sliding_attention"}:
+    if not isinstance(kinds, list) or not all(kind == "sliding_attention" for kind in kinds):
         raise ValueError("config.json: sliding_window in some layers only is not supported")
     return _number(config, "sliding_window")
 
@@ -410,7 +416,7 @@ def source_from_hf(folder: Path) -> Source | None:
 
 def source_from_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> Source:
     """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file."""
-    if converted and (folder / "model.pth").exists():
+    if converted and (folder / "model.pth").is_file():
         return source_from_torch(folder / "model.pth", model_name)
     source = source_from_hf(folder)
     if source is not None:
@@ -603,11 +609,11 @@ def read_tensors(source: Source, device: torch.device, dtype: torch.dtype, what:
         except (RuntimeError, IndexError) as error:  # parts that cannot be joined, types torch does not have
             raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
         if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; the model needs plain float weights")
+            raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; plain floats are needed")
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(shapes[name])}")
         state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        if not state[name].isfinite().all():
+        if not all(extreme.isfinite() for extreme in state[name].aminmax()):  # a NaN is both; needs no memory
             raise ValueError(f"{name} holds NaN or infinite values in {str(dtype).removeprefix('torch.')}")
     return state
 
@@ -669,17 +675,22 @@ def random_model(
 def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor], quant: dict | None = None) -> None:
     """Write our self-describing file, whole or not at all. Raises ValueError if the disk is full or refuses."""
     path = Path(path)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    require_writable(path)
+    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
     if size > free:
         raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
     # torch.save writes the whole storage of a slice
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
+        try:
+            torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
+            whole = zipfile.is_zipfile(
+                temporary
+            )  # its end is there; torch.save does not notice if the last write fails
+        except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
+            whole = False
+        if not whole:
+            raise OSError(f"the disk is full, or takes no file of {size / GB:.2f} GB")
 
 
 def weight_bytes(model: nn.Module) -> int:

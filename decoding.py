@@ -114,10 +114,10 @@ def prefill(
     longest = max(len(prompt) for prompt in prompts)
     longest += longest % PREFILL_CHUNK == 1  # a chunk of one column would be compiled apart
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    tokens = torch.tensor(padded, device=model.device)
     logits = None
     for begin in range(0, longest, PREFILL_CHUNK):
-        chunk = tokens[:, begin : begin + PREFILL_CHUNK]
+        # not a slice of one tensor: the compiled form depends on strides
+        chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
         last = lengths - 1 - begin  # of each row, counted from this chunk's first
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
@@ -160,21 +160,29 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
     ready = weakref.WeakKeyDictionary()  # model -> the kinds of call it has been compiled for
 
     def step(model, tokens, pos, slots, *others):
-        if not graphs:
-            torch._dynamo.mark_dynamic(slots, 0)
-            if tokens.shape[1] > 1:
-                torch._dynamo.mark_dynamic(tokens, 1)
-                torch._dynamo.mark_dynamic(pos, 1)
         kinds = ready.setdefault(model, set())
         kind = (tokens.shape[0], tokens.shape[1] > 1, len(slots), len(model.slots), *_values(others))
         if kind not in kinds:
             kinds.add(kind)
+            if not graphs:
+                mark_shapes(tokens, pos, slots, *others)
             return compiled(model, tokens, pos, slots, *others)
         # this very kind of call has passed the guards once; evaluating them all again costs 0.4 ms of a 30-layer model
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return compiled(model, tokens, pos, slots, *others)
 
     return step
+
+
+def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, *others) -> None:
+    """Tell the compiler what varies: the length of `slots` and of a prompt. Each number of rows is compiled apart."""
+    torch._dynamo.mark_dynamic(slots, 0)
+    for tensor in (tokens, pos):
+        if tensor.shape[1] > 1:
+            torch._dynamo.mark_dynamic(tensor, 1)
+    for tensor in (tokens, pos, *others):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.mark_static(tensor, 0)  # left to itself, the compiler tries to serve any number, and fails
 
 
 def _values(arguments: tuple) -> tuple:

@@ -430,9 +430,7 @@ def check_request(args: argparse.Namespace) -> None:
     if args.interactive:
         for name in ("prompt", "prompt_file", "batch_size", "output_json", "profile"):
             if getattr(args, name) is not None:
-                raise ValueError(
-                    f"--interactive reads its prompts from the keyboard; leave out --{name}"
-                )
+                raise ValueError(f"--interactive reads its prompts from the keyboard; leave out --{name}")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
     if args.system is not None and not (args.chat or args.interactive):

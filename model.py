@@ -11,23 +11,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
 
-MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; what is larger would be built forever
+
+def positive(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 def check_fields(config) -> None:
-    """Raise ValueError if a field of a config does not have the type it is declared with, or no possible value."""
+    """Raise ValueError if a field of a config is not of its type, or no size or factor of any model."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        kind = {float: int | float, tuple[float, ...]: tuple}.get(field.type, field.type)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
-        limit = MAX_LAYERS if field.name == "n_layer" else MAX_SIZE
-        if isinstance(value, int) and kind is not bool and field.type is not float and not 1 <= value <= limit:
-            raise ValueError(f"{field.name} is {value}; it must be from 1 to {limit}")
-        numbers = value if kind is tuple else [value] if field.type is float else []
-        if not all(isinstance(number, int | float) and 0 < number <= 1e30 for number in numbers):
-            raise ValueError(f"{field.name} is {value!r}; it must be a positive number")
+        name, value = field.name, getattr(config, field.name)
+        limit = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+        if field.type is float:
+            fits, wanted = positive(value), "a positive number"
+        elif field.type == tuple[float, ...]:
+            fits, wanted = isinstance(value, tuple) and all(map(positive, value)), "positive numbers"
+        elif field.type is int or type(value) is int:
+            fits, wanted = type(value) is int and 1 <= value <= limit, f"a whole number from 1 to {limit}"
+        else:
+            is_bool = isinstance(value, bool)  # which Python counts as an int
+            fits, wanted = isinstance(value, field.type) and is_bool == (field.type is bool), field.type
+        if not fits:
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class RopeScaling:
             raise ValueError(f"rope type {self.type!r} is not supported; supported: default, linear, llama3")
         check_fields(self)
         if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below {self.high_freq_factor}, the high one")
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
 
     def apply(self, freqs: Tensor) -> Tensor:
         """Scale `freqs` [D/2], radians per position."""
@@ -201,6 +209,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = (q * k[:, :, None].float()).sum(-1) + mask[:, None].float()  # [B, Hkv, G, C]
         probs = scores.softmax(-1)
         return (probs[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
+    if q.is_cuda and groups > 1:  # with a mask, CUDA's fast kernels want as many heads of k and v as of q
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None], enable_gqa=groups > 1)
     return y.transpose(1, 2)
 

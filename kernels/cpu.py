@@ -4,7 +4,9 @@ import functools
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,12 +23,14 @@ def library_path() -> Path:
 
 
 def build(library: Path) -> None:
-    """Compile `cpu.cpp` into `library`, about 10 s. Raises RuntimeError, OSError or ImportError if it cannot be."""
+    """Compile `cpu.cpp` into `library`, about 10 s. Raises what `available` catches if it cannot be."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise RuntimeError("no C++ compiler")
     from torch.utils import cpp_extension
 
     print("Building the CPU operators, once, about 10 seconds ...", file=sys.stderr, flush=True)
+    # ninja is installed beside this Python, whose folder is on the path only in an activated environment
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         # without -fopenmp at::parallel_for compiles to a plain loop
@@ -43,7 +47,7 @@ def available() -> bool:
         if not library.exists():
             build(library)
         torch.ops.load_library(str(library))
-    except (RuntimeError, OSError, ImportError) as error:
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         print(f"PyTorch's own linear layers are used: the CPU operators cannot be built ({reason})", file=sys.stderr)
         return False

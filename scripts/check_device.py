@@ -1,0 +1,121 @@
+"""Does everything work on this device, and how fast? Correctness against float32 on the CPU, then a table of speeds.
+
+    python scripts/check_device.py --device cuda --models SmolLM2-135M Llama-3.1-8B
+
+Random weights: nothing is downloaded.
+"""
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command_line
+
+    command_line.quit_on_interrupt()  # before the slow imports
+
+import argparse
+import time
+
+import torch
+
+from checkpoint import GB, build, parse_dtype, pick_device, random_model, weight_bytes
+from decoding import Sampling, compile_step, decode_one_token, forward_chunk
+from generate import generate, measured_bandwidth, setup_caches, warm_up
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
+
+
+@torch.inference_mode()
+def forced_logits(model, tokens: list[int], step) -> torch.Tensor:  # -> [S, V] float32 on the CPU
+    """Logits of each position, the first from a prefill and the others from steps of one token."""
+    ids = torch.tensor([tokens], device=model.device)
+    pos = torch.arange(len(tokens), device=model.device)[None]
+    half = len(tokens) // 2
+    logits = [model(ids[:, :half], pos[:, :half])[0]]
+    for i in range(half, len(tokens)):
+        logits.append(step(model, ids[:, i : i + 1].clone(), pos[:, i : i + 1].clone(), model.slots[:256])[0].clone())
+    return torch.cat(logits).float().cpu()
+
+
+def plain_step(model, token, pos, slots):
+    return model(token, pos, slots=slots)
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Print how far the logits are from float32 ones on the CPU, plain and compiled. Raises ValueError if too far."""
+    reference = random_model("stories15M", "cpu", torch.float32)
+    reference.setup_caches(1, 512)
+    tokens = torch.randint(32000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    wanted = forced_logits(reference, tokens, plain_step)
+    state = {name: weight.to(device, dtype) for name, weight in reference.state_dict().items()}
+    model = build(reference.args, state)
+    model.setup_caches(1, 512)
+    for name, step in (("plain", plain_step), ("compiled", compile_step(plain_step, device))):
+        off = ((forced_logits(model, tokens, step) - wanted).abs().max() / wanted.abs().max()).item()
+        print(f"{dtype} {name}: largest error {off:.1e} of the largest logit")
+        if not off < TOLERANCE[dtype]:
+            raise ValueError(f"{device} in {dtype}, {name}, is off by {off:.1e}; {TOLERANCE[dtype]:.0e} is allowed")
+
+
+def check_ragged(device: torch.device) -> None:
+    """Greedy float32 tokens of a ragged batch, compiled, equal those of each row alone on the CPU."""
+    model = random_model("stories15M", "cpu", torch.float32)
+    alone = []
+    for prompt in PROMPTS:
+        setup_caches(model, 1, 256)
+        alone.append([row[0] for rows in generate(model, [prompt], 24, GREEDY) for row in rows])
+    there = build(model.args, {name: weight.to(device) for name, weight in model.state_dict().items()})
+    setup_caches(there, len(PROMPTS), 256)
+    functions = {"step": compile_step(decode_one_token, device), "forward": compile_step(forward_chunk, device)}
+    chunks = list(generate(there, PROMPTS, 24, GREEDY, **functions))
+    together = [[chunk[row][0] for chunk in chunks] for row in range(len(PROMPTS))]
+    if together != alone:
+        raise ValueError(f"a ragged batch on {device} gives other tokens than its rows alone on the CPU")
+    print("ragged batch, compiled: the same tokens as each row alone")
+
+
+def speed(name: str, device: torch.device, dtype: torch.dtype, bandwidth: float | None, compiled: bool) -> str:
+    """A row of the table: decoding 200 tokens after 8, and the prefill of 2048."""
+    model = random_model(name, device, dtype)
+    long = min(2048, model.args.max_seq_length - 2)
+    setup_caches(model, 1, long + 2)
+    step = compile_step(decode_one_token, device) if compiled else decode_one_token
+    began = time.perf_counter()
+    warm_up(model, [[8]], 200, GREEDY, step, forward_chunk)
+    compile_s = time.perf_counter() - began if compiled else 0.0
+    times = [time.perf_counter() for _ in generate(model, [list(range(8))], 200, GREEDY, step=step)]
+    tok_s = (len(times) - 1) / (times[-1] - times[0])
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        next(generate(model, [[1] * long], 1, GREEDY))
+        seconds.append(time.perf_counter() - began)
+    share = f"{tok_s * weight_bytes(model) / GB / bandwidth:.0%}" if bandwidth else "-"
+    how = "compiled" if compiled else "eager"
+    return f"| {name} | {how} | {tok_s:.1f} | {share} | {long / sorted(seconds)[1]:.0f} | {compile_s:.1f} |"
+
+
+def main(*, device: str | None, dtype: str, models: list[str]) -> None:
+    target = pick_device(device)
+    for each in (torch.float32, parse_dtype(dtype)):
+        check(target, each)
+    check_ragged(target)
+    bandwidth = measured_bandwidth(target)
+    print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s\n")
+    print("| model | step | decode, tok/s | of bandwidth | prefill, tok/s | compile, s |\n|---|---|---|---|---|---|")
+    for name in models:
+        for compiled in (False, True):
+            print(speed(name, target, parse_dtype(dtype), bandwidth, compiled), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Check a device against float32 on the CPU and time it.")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--dtype", default="bfloat16", help="weights (default: %(default)s)")
+    parser.add_argument(
+        "--models", nargs="+", default=["stories15M"], help="registry sizes to time (default: stories15M)"
+    )
+    command_line.run(main, parser)

@@ -1,0 +1,515 @@
+"""generate.py as a person runs it: what lands on which stream, files, bad input, Ctrl-C, pipes and terminals."""
+
+import json
+import os
+import pty
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_generate import make_tiny_checkpoint
+
+from checkpoint import load_model
+from decoding import Sampling
+from generate import build_parser, generate, setup_caches
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = ("--temperature", 0, "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def talk(run_cli, tiny):
+    """talk("--prompt", "Hi") runs generate.py on the tiny model and expects success."""
+
+    def run(*flags, **options):
+        result = run_cli("generate.py", "--checkpoint_path", tiny, "--max_new_tokens", 12, *flags, **options)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+def start(*flags, **options):
+    """generate.py as a process of its own group, as a terminal would start it."""
+    command = [sys.executable, "generate.py", *map(str, flags)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **{**pipes, **options})
+
+
+def greedy_text(path, prompt, budget):
+    """The answer by way of the library."""
+    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    setup_caches(model, 1, len(ids) + budget)
+    new = []
+    for [token] in (chunk[0] for chunk in generate(model, [ids], budget, Sampling(temperature=0))):
+        new.append(token)
+        if token in tokenizer.eos_ids:
+            break
+    return tokenizer.decode(new)
+
+
+# ---------------------------------------------------------------- what goes where
+
+
+def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(talk, tiny):
+    result = talk("--prompt", "the cat", "--num_samples", 2, *GREEDY)
+    assert result.stdout == (greedy_text(tiny, "the cat", 12) + "\n") * 2
+    lines = result.stderr.splitlines()
+    starts = [
+        "Using device=",
+        "Time to load model: ",
+        "Time for inference 1: ",
+        "Bandwidth achieved: ",
+        "Time for inference 2: ",
+        "Bandwidth achieved: ",
+        "Average tokens/sec: ",
+        "Bandwidth of this machine: ",
+        "Memory used: ",
+    ]
+    assert len(lines) == len(starts)
+    assert all(line.startswith(begin) for line, begin in zip(lines, starts, strict=True)), lines
+
+
+def test_defaults_are_gpt_fasts():
+    args = build_parser().parse_args([])
+    assert (args.num_samples, args.max_new_tokens, args.top_k, args.temperature) == (5, 200, 200, 0.8)
+    assert (args.seed, args.dtype, args.top_p, args.min_p) == (1234, "bfloat16", 1.0, 0.0)
+    assert build_parser().parse_args(["--prompt", "16"]).prompt == 16
+    assert build_parser().parse_args(["--prompt", "16 cats"]).prompt == "16 cats"
+
+
+def test_output_json(talk, tiny, tmp_path):
+    path, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
+    prompts.write_text("the cat sat\nhe\nthe dog ate\n")
+    talk("--prompt_file", prompts, "--batch_size", 2, "--output_json", path, *GREEDY)
+    out = json.loads(path.read_text())
+    assert out["args"]["prompt_file"] == str(prompts) and out["args"]["max_new_tokens"] == 12
+    assert (out["device"], out["dtype"], out["torch"]) == ("cpu", "float32", torch.__version__)
+    assert out["threads"] >= 1 and out["load_s"] > 0 and out["compile_s"] == 0
+    (sample,) = out["samples"]
+    assert {*sample} == {"prefill_s", "decode_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "sequences"}
+    tokenizer = load_tokenizer(tiny)
+    for sequence, text in zip(sample["sequences"], ["the cat sat", "he", "the dog ate"], strict=True):
+        assert {*sequence} == {"prompt_tokens", "new_tokens", "token_ids", "text", "finish_reason"}
+        assert sequence["prompt_tokens"] == len(tokenizer.encode(text))
+        assert sequence["new_tokens"] == len(sequence["token_ids"]) <= 12
+        assert sequence["text"] == tokenizer.decode(sequence["token_ids"]) == greedy_text(tiny, text, 12)
+        assert sequence["finish_reason"] in ("length", "eos")
+    news = [sequence["new_tokens"] for sequence in sample["sequences"]]
+    assert sample["decode_tok_s"] == pytest.approx(sum(n - 1 for n in news) / sample["decode_s"])
+    prompt_tokens = sum(sequence["prompt_tokens"] for sequence in sample["sequences"])
+    assert sample["prefill_tok_s"] == pytest.approx(prompt_tokens / sample["prefill_s"])
+    for name in ("decode_tok_s", "prefill_tok_s", "time_to_first_token_s"):
+        assert out[name] == sample[name]
+    model = load_model(tiny, dtype=torch.float32)
+    assert out["weight_bytes_per_token"] == sum(
+        4 * p.numel() for p in model.parameters()
+    )  # the tied head is read whole
+    steps = max(news[:2]) - 1 + news[2] - 1
+    expected = out["weight_bytes_per_token"] * steps / sample["decode_s"] / 1e9
+    assert out["bandwidth_gb_s"] == pytest.approx(expected)
+    assert out["measured_bandwidth_gb_s"] > 0.1 and 0.1 < out["peak_memory_gb"] < 8
+
+
+def test_output_json_has_medians_of_the_samples_and_null_where_nothing_was_decoded(talk, tmp_path):
+    path = tmp_path / "out.json"
+    talk("--num_samples", 4, "--output_json", path)
+    out = json.loads(path.read_text())
+    assert len(out["samples"]) == 4
+    for name in ("decode_tok_s", "prefill_tok_s", "time_to_first_token_s"):
+        assert out[name] == pytest.approx(statistics.median(sample[name] for sample in out["samples"]))
+    talk("--num_samples", 1, "--max_new_tokens", 1, "--output_json", path)
+    out = json.loads(path.read_text())
+    assert out["decode_tok_s"] is out["bandwidth_gb_s"] is out["samples"][0]["decode_tok_s"] is None
+    assert out["samples"][0]["sequences"][0]["new_tokens"] == 1 and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_rows_are_printed_whole_and_in_order(talk, tiny, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    texts = ["the cat sat", "he", "and the dog ate the hat"]
+    prompts.write_text("\n".join(texts))
+    expected = "".join(f"[row {i}]\n{greedy_text(tiny, text, 12)}\n" for i, text in enumerate(texts))
+    together = talk("--prompt_file", prompts, "--num_samples", 3, *GREEDY)
+    assert together.stdout == expected and together.stderr.count("Time for inference") == 1
+    assert talk("--prompt_file", "-", "--batch_size", 2, *GREEDY, input="\n".join(texts)).stdout == expected
+    lines = "".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts))
+    assert talk("--prompt_file", "-", "--batch_size", 1, *GREEDY, input=lines).stdout == expected
+    same = greedy_text(tiny, "he", 12)
+    batch = talk("--prompt", "he", "--batch_size", 2, "--num_samples", 1, *GREEDY)
+    assert batch.stdout == f"[row 0]\n{same}\n[row 1]\n{same}\n"
+
+
+def test_stop_strings_end_a_row(talk, tiny, tmp_path):
+    text = greedy_text(tiny, "the cat", 12)
+    first, second = text[5:7], text[3:5]
+    path = tmp_path / "out.json"
+    stops = ("--stop", first, "--stop", second, "--stop", "never seen")
+    result = talk("--prompt", "the cat", *stops, "--num_samples", 1, "--output_json", path, *GREEDY)
+    expected = text[: min(text.index(first), text.index(second))]
+    (sequence,) = json.loads(path.read_text())["samples"][0]["sequences"]
+    assert result.stdout == expected + "\n"
+    assert (sequence["text"], sequence["finish_reason"]) == (expected, "stop")
+    assert expected + second in load_tokenizer(tiny).decode(sequence["token_ids"])
+
+
+def test_end_of_text_and_ignore_eos(run_cli, default_model_dir, tmp_path):
+    path = tmp_path / "out.json"
+    flags = ("--checkpoint_path", default_model_dir, "--chat", "--prompt", "What is the capital of France?", *GREEDY)
+    flags += ("--num_samples", 1, "--max_new_tokens", 30, "--output_json", path)
+    result = run_cli("generate.py", *flags)
+    assert result.stdout == "The capital of France is Paris.\n", result.stderr
+    (sequence,) = json.loads(path.read_text())["samples"][0]["sequences"]
+    assert (sequence["finish_reason"], sequence["token_ids"][-1]) == ("eos", 2)
+    result = run_cli("generate.py", *flags, "--ignore_eos")
+    (sequence,) = json.loads(path.read_text())["samples"][0]["sequences"]
+    assert (sequence["finish_reason"], sequence["new_tokens"]) == ("length", 30)
+    assert result.stdout.startswith("The capital of France is Paris.")
+
+
+def test_seed_repeats_the_text(talk):
+    first, again = talk("--num_samples", 2), talk("--num_samples", 2)
+    other = talk("--num_samples", 2, "--seed", 5)
+    assert first.stdout == again.stdout != other.stdout
+    drawn = talk("--seed", -1, "--num_samples", 2)
+    seed = next(line for line in drawn.stderr.splitlines() if line.startswith("Seed: ")).split()[1]
+    assert talk("--seed", seed, "--num_samples", 2).stdout == drawn.stdout
+
+
+def test_chat_with_a_system_message(talk, tiny):
+    messages = [{"role": "system", "content": "said he"}, {"role": "user", "content": "the cat"}]
+    result = talk("--chat", "--system", "said he", "--prompt", "the cat", "--num_samples", 1, *GREEDY)
+    assert result.stdout == greedy_text(tiny, messages, 12) + "\n"
+
+
+def test_random_weights_with_random_prompt_and_profile(run_cli, tmp_path):
+    out, trace = tmp_path / "out.json", tmp_path / "trace"
+    flags = ("--random_weights", "stories15M", "--prompt", 16, "--max_new_tokens", 8, "--num_samples", 2)
+    result = run_cli("generate.py", *flags, "--profile", trace, "--output_json", out)
+    assert result.returncode == 0, result.stderr
+    assert [len(line.split()) for line in result.stdout.splitlines()] == [8, 8]
+    samples = json.loads(out.read_text())["samples"]
+    assert [sample["sequences"][0]["prompt_tokens"] for sample in samples] == [16, 16]
+    events = json.loads(trace.with_suffix(".json").read_text())["traceEvents"]
+    assert any("linear" in event.get("name", "") for event in events)
+
+
+def test_max_seq_length_is_the_context(run_cli, tiny):
+    flags = ("--checkpoint_path", tiny, "--prompt", 20, "--max_seq_length", 30, "--num_samples", 1)
+    assert run_cli("generate.py", *flags, "--max_new_tokens", 10).returncode == 0
+    result = run_cli("generate.py", *flags, "--max_new_tokens", 11)
+    assert result.returncode == 2 and "context of 30; use --max_new_tokens 10 or less" in result.stderr
+
+
+def test_emoji_print_in_the_c_locale(run_cli, default_model_dir):
+    env = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    flags = ("--prompt_file", "-", "--max_new_tokens", 6, "--checkpoint_path", default_model_dir, *GREEDY)
+    command = [sys.executable, "generate.py", *map(str, flags)]
+    prompt = "🍕🍕🍕🍕🍕🍕🍕🍕".encode()
+    result = subprocess.run(command, cwd=ROOT, input=prompt, env=os.environ | env, capture_output=True, timeout=120)
+    assert result.returncode == 0 and "🍕".encode() in result.stdout, result.stderr
+
+
+def test_closed_standard_input_is_no_trouble(tiny):
+    command = f"{sys.executable} generate.py --checkpoint_path {tiny} --num_samples 1 --max_new_tokens 2 <&-"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_names_every_flag_and_its_default(run_cli):
+    result = run_cli("generate.py", "--help", env={"COLUMNS": 120})
+    assert result.returncode == 0
+    for action in build_parser()._actions:
+        assert action.option_strings[-1] in result.stdout and action.help
+        assert action.default in (None, False, "==SUPPRESS==") or "default" in action.help or action.default == []
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def test_compiled_text_equals_plain(run_cli, default_model_dir, tmp_path):
+    out = tmp_path / "out.json"
+    prompt = ("--prompt", "Once upon a time", "--max_new_tokens", 40, "--num_samples", 1)
+    flags = ("--checkpoint_path", default_model_dir, *GREEDY, *prompt, "--output_json", out)
+    plain = run_cli("generate.py", *flags)
+    for compiling in (["--compile"], ["--compile", "--compile_prefill"]):
+        compiled = run_cli("generate.py", *flags, *compiling)
+        assert compiled.stdout == plain.stdout != "", compiled.stderr
+        lines = compiled.stderr.splitlines()
+        announced, took = (next(i for i, x in enumerate(lines) if x.startswith(y)) for y in ("Compiling: ", "Compilat"))
+        assert announced < took and " seconds" in lines[announced]
+        facts = json.loads(out.read_text())
+        assert lines[took].startswith(f"Compilation time: {facts['compile_s']:.2f} seconds")
+        assert len(facts["samples"]) == 1
+
+
+def test_compiled_batches_of_two_sizes(talk):
+    texts = "the cat sat\nhe\nand the dog ate the hat"
+    plain = talk("--prompt_file", "-", "--batch_size", 2, *GREEDY, input=texts)
+    compiling = ("--compile", "--compile_prefill")
+    assert talk("--prompt_file", "-", "--batch_size", 2, *GREEDY, *compiling, input=texts).stdout == plain.stdout
+
+
+def test_compile_without_a_compiler_names_the_packages(tiny, tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
+    for more, name in (({}, "g++"), ({"CXX": "no-such-compiler"}, "no-such-compiler")):
+        process = start("--compile", "--checkpoint_path", tiny, env=env | more, text=True)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2 and "Traceback" not in errors
+        assert f"error: --compile on a CPU needs the C++ compiler {name}" in errors and "install g++" in errors
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "0"], "--prompt is 0"),
+        (["--prompt", "-3"], "--prompt is -3"),
+        (["--prompt", "99999999999"], "99999999999 tokens and 200 new ones are more than the context of 512"),
+        (["--max_new_tokens", "0"], "--max_new_tokens is 0; it must be at least 1"),
+        (["--max_new_tokens", "512"], "more than the context of 512"),
+        (["--max_new_tokens", "many"], "invalid int value"),
+        (["--num_samples", "0"], "--num_samples is 0"),
+        (["--batch_size", "-1"], "--batch_size is -1"),
+        (["--batch_size", "100000000"], "GB free; use a smaller"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--max_seq_length", "513"], "--max_seq_length 513 is more than the model's context of 512"),
+        (["--temperature", "-0.1"], "temperature is -0.1"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top_k", "-1"], "top_k is -1"),
+        (["--top_p", "0"], "top_p is 0.0"),
+        (["--top_p", "1.5"], "top_p is 1.5"),
+        (["--min_p", "2"], "min_p is 2.0"),
+        (["--seed", "-2"], "--seed is -2"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
+        (["--device", "tpu"], "device 'tpu' is unknown; use one of cuda, mps, cpu"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown; use one of bfloat16"),
+        (["--stop", ""], "--stop is empty"),
+        (["--system", "x"], "--system needs --chat"),
+        (["--prompt", "a", "--prompt_file", "b"], "both given"),
+        (["--prompt_file", ""], "cannot read the prompt file"),
+        (["--prompt_file", "/no/such/file"], "cannot read the prompt file /no/such/file: No such file"),
+        (["--random_weights", "stories15M"], "both given"),
+        (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--output_json", "/tmp"], "it is a folder"),
+        (["--profile", "/no/such/folder/x"], "there is no folder /no/such/folder"),
+        (["--interactive", "--prompt", "x"], "leave out --prompt"),
+        (["--interactive", "--output_json", "/tmp/x.json"], "leave out --output_json"),
+        (["--model_name", "Llama-2-7B"], "Llama-2-7B"),
+        (["--no_such_flag"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_cli, tiny, tmp_path, flags, message):
+    out = [] if "--output_json" in flags or "--interactive" in flags else ["--output_json", tmp_path / "out.json"]
+    result = run_cli("generate.py", "--checkpoint_path", tiny, *flags, *out, timeout=60)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and "error: " in result.stderr.splitlines()[-1]
+    assert result.stdout == "" and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["/no/such/model.pth", "generate.py", "tests", "/dev/null"])
+def test_no_checkpoint_there(run_cli, path):
+    result = run_cli("generate.py", "--checkpoint_path", path)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert path in result.stderr and "Traceback" not in result.stderr
+
+
+def test_unknown_registry_name_lists_those_there_are(run_cli):
+    result = run_cli("generate.py", "--random_weights", "Llama-9")
+    assert result.returncode == 2 and "'Llama-9'" in result.stderr and "stories15M" in result.stderr
+
+
+def test_model_too_large_for_the_memory_says_so_with_sizes(run_cli):
+    result = run_cli("generate.py", "--random_weights", "Llama-3.1-405B", timeout=60)
+    assert result.returncode == 2 and "the weights of Llama-3.1-405B need 811" in result.stderr
+    assert "GB free" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_looping_chat_template_ends(run_cli, tmp_path):
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    path = make_tiny_checkpoint(tmp_path / "loop", template=template)
+    result = run_cli("generate.py", "--checkpoint_path", path, "--chat", timeout=60)
+    assert result.returncode == 2 and "still running after 2 seconds" in result.stderr
+    path = make_tiny_checkpoint(tmp_path / "none", template=None)
+    result = run_cli("generate.py", "--checkpoint_path", path, "--chat", timeout=60)
+    assert result.returncode == 2 and "no chat template; leave out --chat" in result.stderr
+
+
+def test_missing_default_checkpoint_says_what_fetches_it(tmp_path):
+    for flags in ([], ["--interactive"]):
+        command = [sys.executable, str(ROOT / "generate.py"), *flags]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, input="")
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert "scripts/prepare.sh HuggingFaceTB/SmolLM2-135M-Instruct" in result.stderr, result.stderr
+
+
+# ---------------------------------------------------------------- pipes and Ctrl-C
+
+
+@pytest.mark.parametrize("streams", ["", "2>&1"])
+def test_a_broken_pipe_ends_quietly(tiny, streams):
+    flags = f"--checkpoint_path {tiny} --num_samples 20 --max_new_tokens 100 --ignore_eos"
+    command = f"{sys.executable} generate.py {flags} {streams} | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr and "Error" not in result.stderr and "xception" not in result.stderr
+    assert result.stdout.strip() in ("0", "141")
+
+
+def interrupt(process, after=None):
+    """Ctrl-C: SIGINT to the whole group, `after` a number of seconds or once a text is on standard error."""
+    errors = b""
+    if isinstance(after, str):
+        while after.encode() not in errors:
+            line = process.stderr.readline()
+            assert line, errors
+            errors += line
+    else:
+        time.sleep(after)
+    os.killpg(process.pid, signal.SIGINT)
+    out, rest = process.communicate(timeout=30)
+    return out, (errors + rest).decode()
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0])
+def test_interrupt_at_any_moment(tiny, delay):
+    flags = ("--checkpoint_path", tiny, "--num_samples", 100_000, "--ignore_eos")
+    _, errors = interrupt(start(*flags), delay)
+    process_ended = "Traceback" not in errors and "KeyboardInterrupt" not in errors
+    assert process_ended, errors
+
+
+@pytest.mark.parametrize(
+    "flags, after",
+    [
+        (["--num_samples", 100_000, "--ignore_eos"], 0.3),
+        (["--num_samples", 100_000, "--ignore_eos"], "Using device"),
+        (["--num_samples", 100_000, "--ignore_eos"], "Time for inference 2"),
+        (["--compile", "--num_samples", 100_000], "Compiling"),
+        (["--compile", "--num_samples", 100_000], "Time for inference 2"),
+        (["--interactive"], "Type a message"),
+    ],
+)
+def test_interrupt_ends_with_130(tiny, tmp_path, flags, after):
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start("--checkpoint_path", tiny, *flags, env=os.environ | caches)
+    _, errors = interrupt(process, after)
+    assert process.returncode == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+
+
+@pytest.mark.parametrize("delay", [0.5, 1.5, 3, 5])
+def test_interrupt_while_compiling(tiny, tmp_path, delay):
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start("--checkpoint_path", tiny, "--compile", "--num_samples", 100_000, env=os.environ | caches)
+    errors = b""
+    while b"Compiling" not in errors:
+        errors += process.stderr.readline()
+    _, rest = interrupt(process, delay)
+    assert process.returncode == 130 and "Traceback" not in rest and "Interrupt" not in rest, rest
+
+
+# ---------------------------------------------------------------- interactive
+
+
+def test_conversation_through_a_pipe(talk, tiny):
+    model, tokenizer = load_model(tiny, dtype=torch.float32), load_tokenizer(tiny)
+    result = talk(
+        "--interactive", "--system", "he said", *GREEDY, input="the cat\nthe dog\n/reset\n\nthe cat\n/exit\nno\n"
+    )
+    messages, answers = [{"role": "system", "content": "he said"}], []
+    for text in ("the cat", "the dog"):
+        messages.append({"role": "user", "content": text})
+        answers.append(greedy_text(tiny, messages, 12))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert result.stdout == "".join(f"{answer}\n" for answer in [*answers, answers[0]])
+    assert result.stderr.count("tokens/sec, first token after") == 3
+    assert "[conversation cleared]" in result.stderr
+    del model, tokenizer
+
+
+def test_conversation_ends_with_its_input_and_says_when_the_context_is_full(talk):
+    long = "the dog ate the hat " * 30
+    result = talk("--interactive", "--max_seq_length", 48, "--ignore_eos", input=f"the cat\n{long}\n/reset\nthe cat")
+    assert "error: the context of 48 tokens is full" in result.stderr and "/reset clears it" in result.stderr
+    assert result.stderr.count("tokens/sec") == 2
+
+
+def test_compiled_conversation_equals_plain(talk):
+    turns = "the cat\nthe dog\n"
+    plain = talk("--interactive", *GREEDY, input=turns)
+    compiled = talk("--interactive", "--compile", "--compile_prefill", *GREEDY, input=turns)
+    assert compiled.stdout == plain.stdout != "" and "Compilation time: " in compiled.stderr
+
+
+class Terminal:
+    """generate.py on a pseudo-terminal."""
+
+    def __init__(self, *flags):
+        self.master, slave = pty.openpty()
+        streams = SimpleNamespace(stdin=slave, stdout=slave, stderr=slave)
+        command = [sys.executable, "generate.py", *map(str, flags)]
+        launch = (
+            "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", launch, *command], cwd=ROOT, start_new_session=True, **vars(streams)
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def expect(self, text, timeout=60):
+        """Read on until `text` comes; return what came before it."""
+        until = time.monotonic() + timeout
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0, until - time.monotonic()))
+            assert ready, f"no {text!r} in {self.seen!r}"
+            try:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other side has closed
+                raise AssertionError(f"ended without {text!r}: {self.seen!r}") from None
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_terminal_conversation_survives_an_interrupt(tiny, default_model_dir):
+    flags = ("--interactive", "--checkpoint_path", default_model_dir, "--max_new_tokens", 2000, "--ignore_eos")
+    terminal = Terminal(*flags, "--temperature", 0)
+    terminal.expect("> ")
+    terminal.type("Count to a thousand.\n")
+    terminal.expect("Count to a thousand.")
+    terminal.expect("\n")
+    time.sleep(2)
+    terminal.type("\x03")
+    terminal.expect("[interrupted]")
+    terminal.expect("> ")
+    terminal.type("/reset\n")
+    terminal.expect("[conversation cleared]")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=20) == 0
+
+
+def test_terminal_prompt_is_left_by_ctrl_c(tiny):
+    terminal = Terminal("--interactive", "--checkpoint_path", tiny)
+    terminal.expect("> ")
+    terminal.type("\x03")
+    assert terminal.process.wait(timeout=20) == 130

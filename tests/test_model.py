@@ -1,0 +1,220 @@
+"""The model against itself taken the slow way, against published sizes and against transformers' rope."""
+
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from checkpoint import build, expected_tensors
+from decoding import Sampling, compile_step, decode, decode_one_token, prefill
+from model import REGISTRY, ModelArgs, RopeScaling
+
+TINY = ModelArgs(
+    dim=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, intermediate_size=48, vocab_size=64, max_seq_length=512
+)
+LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 16)
+VARIANTS = {
+    "plain": TINY,
+    "multi-head": replace(TINY, n_kv_head=4),
+    "multi-query": replace(TINY, n_kv_head=1),
+    "window": replace(TINY, sliding_window=5),
+    "llama3 rope": replace(TINY, rope_scaling=LLAMA3),
+    "linear rope": replace(TINY, rope_scaling=RopeScaling("linear", 3.0)),
+    "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
+}
+GREEDY = Sampling(temperature=0)
+
+
+def random_tiny(args, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = expected_tensors(args)
+    return build(args, {n: (0.3 * torch.randn(s, generator=generator)).to(dtype) for n, s in shapes.items()})
+
+
+def random_tokens(batch_size, length):
+    return torch.randint(TINY.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1))
+
+
+def full_forward(model, tokens):
+    """Logits [B, S, V] of one forward into an empty cache."""
+    model.setup_caches(*tokens.shape)
+    return model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["whole cache", "slots prefix"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_prefill_and_steps_equal_one_forward(variant, prefix):
+    model, tokens = random_tiny(VARIANTS[variant]), random_tokens(2, 24)
+    expected = full_forward(model, tokens)
+    model.setup_caches(2, 64)
+    slots = model.slots[:24] if prefix else None
+    pos = torch.arange(24).expand(2, -1)
+    torch.testing.assert_close(model(tokens[:, :9], pos[:, :9], slots=slots), expected[:, :9])
+    for i in range(9, 24):
+        step = model(tokens[:, i : i + 1], pos[:, i : i + 1], slots=slots)
+        torch.testing.assert_close(step[:, 0], expected[:, i])
+
+
+@pytest.mark.parametrize("variant", ["plain", "window", "llama3 rope"])
+@torch.inference_mode()
+def test_ragged_rows_equal_each_row_alone(variant):
+    model, lengths, n_new = random_tiny(VARIANTS[variant]), [3, 17, 9], 8
+    tokens = random_tokens(3, max(lengths) + n_new)
+    alone = [full_forward(model, row[None])[0] for row in tokens]
+
+    model.setup_caches(3, 64)
+    padded = tokens[:, : max(lengths)].clone()
+    for row, length in enumerate(lengths):
+        padded[row, length:] = 0
+    last = torch.tensor(lengths)[:, None] - 1
+    logits = model(padded, torch.arange(max(lengths)).expand(3, -1), rows=last)[:, 0]
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(logits[row], alone[row][length - 1])
+    for i in range(1, n_new + 1):
+        pos = last + i
+        logits = model(tokens.gather(1, pos), pos)[:, 0]
+        for row in range(3):
+            torch.testing.assert_close(logits[row], alone[row][pos[row, 0]])
+
+
+@torch.inference_mode()
+def test_rows_picks_the_positions_whose_logits_are_wanted():
+    model, tokens = random_tiny(TINY), random_tokens(2, 12)
+    expected = full_forward(model, tokens)
+    rows = torch.tensor([[0, 11, 4], [7, 7, 2]])
+    got = model(tokens, torch.arange(12).expand(2, -1), rows=rows)
+    torch.testing.assert_close(got, torch.stack([expected[row, rows[row]] for row in range(2)]))
+
+
+@torch.inference_mode()
+def test_a_window_hides_what_lies_before_it():
+    model, tokens = random_tiny(replace(TINY, n_layer=1, sliding_window=5)), random_tokens(1, 12)
+    expected = full_forward(model, tokens)[0, -1]
+    tokens[:, :7] = 0  # the last position sees itself and the four before it
+    torch.testing.assert_close(full_forward(model, tokens)[0, -1], expected)
+    tokens[:, 7] = (tokens[:, 7] + 1) % TINY.vocab_size
+    assert not torch.allclose(full_forward(model, tokens)[0, -1], expected)
+
+
+def greedy(model, prompts, n_new, step):
+    model.setup_caches(len(prompts), 1024)
+    token, pos = prefill(model, prompts, GREEDY)
+    stream = decode(model, token, pos, GREEDY, step=step)
+    return [token.flatten().tolist()] + [next(stream)[0].flatten().tolist() for _ in range(n_new)]
+
+
+@pytest.mark.parametrize("variant", ["plain", "window"])
+def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
+    torch._dynamo.reset()
+    model = random_tiny(VARIANTS[variant])
+    prompts = random_tokens(2, 247).tolist()
+    prompts[1] = prompts[1][:30]
+    expected = greedy(model, prompts, 20, decode_one_token)
+    step = compile_step(decode_one_token, torch.device("cpu"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert greedy(model, prompts, 20, step) == expected  # slot 256 is crossed on the way
+        assert greedy(model, [prompt * 2 for prompt in prompts], 5, step)  # and 512
+
+
+# Published parameter counts, of the models' pages or of transformers' num_parameters().
+PUBLISHED = {
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Mistral-7B": 7_241_732_096,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-8B": 8_190_735_360,
+    "SmolLM2-135M": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_registry_sizes_add_up_to_the_published_count(name):
+    assert sum(map(math.prod, expected_tensors(ModelArgs.from_name(name)).values())) == PUBLISHED[name]
+
+
+def test_from_name_is_exact():
+    assert ModelArgs.from_name("Llama-3.1-8B") is REGISTRY["Llama-3.1-8B"]
+    for name in ("llama-2-7b", "Llama-2-7B-chat", "7B", ""):
+        with pytest.raises(ValueError, match="Llama-2-7B, .*SmolLM2-135M"):
+            ModelArgs.from_name(name)
+
+
+@pytest.mark.parametrize("args", [*REGISTRY.values(), *VARIANTS.values()])
+def test_args_survive_json(args):
+    assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
+
+
+def test_frequency_factors_survive_json():
+    args = replace(TINY, rope_scaling=RopeScaling("factors", factors=(1.0, 1.0, 2.5, 8.0)))
+    assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
+
+
+HOSTILE = ["x", "7", None, True, -1, 0, 2.5, math.nan, math.inf, 10**9, 10**400, [1], {}]
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ModelArgs)])
+def test_no_field_takes_what_is_no_size(field):
+    for value in HOSTILE:
+        try:
+            args = ModelArgs.from_dict(TINY.to_dict() | {field: value})
+        except ValueError as error:
+            assert field in str(error) or field == "rope_scaling", error
+        else:  # what was taken is what the field is for
+            kept = getattr(args, field)
+            assert type(kept) in (bool, int, float, type(None)) and kept not in (-1, math.inf), (field, value)
+            expected_tensors(args)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(RopeScaling)])
+def test_no_rope_field_takes_what_is_no_factor(field):
+    for value in ["x", None, True, -1, 0, math.nan, math.inf, 10**400, [[1.0]], ["x"], {"a": 1}]:
+        scaling = {"type": "llama3", "factor": 2.0, field: value}
+        with pytest.raises(ValueError):
+            ModelArgs.from_dict(TINY.to_dict() | {"rope_scaling": scaling})
+
+
+def test_unknown_and_missing_fields_are_named():
+    with pytest.raises(ValueError, match="n_expert"):
+        ModelArgs.from_dict(TINY.to_dict() | {"n_expert": 8})
+    with pytest.raises(ValueError, match="vocab_size"):
+        ModelArgs.from_dict({k: v for k, v in TINY.to_dict().items() if k != "vocab_size"})
+    with pytest.raises(ValueError, match="3 frequency factors"):
+        replace(TINY, rope_scaling=RopeScaling("factors", factors=(1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B"])
+def test_llama3_rope_frequencies_equal_those_of_transformers(name):
+    args = ModelArgs.from_name(name)
+    scaling = args.rope_scaling
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        num_attention_heads=args.n_head,
+        head_dim=args.head_dim,
+        max_position_embeddings=args.max_seq_length,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": args.rope_base,
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        },
+    )
+    expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    assert attention_factor == 1.0
+    plain = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
+    torch.testing.assert_close(scaling.apply(plain), expected, atol=0, rtol=1e-6)
+    assert not torch.equal(scaling.apply(plain), plain)

@@ -1,0 +1,126 @@
+"""The default model in float32 against transformers reading the same GGUF itself: greedy tokens, one for one."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from checkpoint import load_model
+from decoding import Sampling, compile_step, decode_one_token, forward_chunk
+from generate import generate, setup_caches
+from tokenizer import load_tokenizer
+
+NEW_TOKENS = 24
+LONG = (
+    "The history of bread is as old as farming. People ground wild grain between two stones, mixed it with water and "
+    "baked the paste on hot ashes long before anybody sowed a field. When yeast from the air first raised a forgotten "
+    "dough nobody knows, but the bakers of Egypt used it on purpose four thousand years ago. "
+)
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "Q: What is 17 + 25?\nA:",
+    "3.14159265358979323846264338327950288",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "def fibonacci(n):\n    ",
+    "#include <stdio.h>\n\nint main(void)\n{\n\tfor (int i = 0;",
+    "SELECT name, COUNT(*) FROM users WHERE",
+    '{"name": "Alice", "age": 30, "tags": [',
+    "<html>\n  <body>\n    <h1>",
+    "Die Hauptstadt von Österreich heißt",
+    "Le château est situé près de la forêt, où",
+    "Столица России —",
+    "日本の首都は",
+    "中国最长的河流是",
+    "عاصمة مصر هي",
+    "नमस्ते, आप कैसे",
+    "I love pizza 🍕 and cats 🐈‍⬛, but not 👩‍👩‍👧‍👦",
+    "   leading spaces\tand\ttabs\n\n\n",
+    "a",
+    LONG * 5 + "\nIn short,",
+    LONG.upper(),
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "You answer in one word."},
+        {"role": "user", "content": "Is the sky blue? 🌤"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And grass?"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def model(default_gguf):
+    return load_model(default_gguf, dtype=torch.float32)  # model.pth is rounded to bfloat16
+
+
+@pytest.fixture(scope="module")
+def reference_model(default_gguf):
+    return AutoModelForCausalLM.from_pretrained(
+        default_gguf.parent, gguf_file=default_gguf.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(default_gguf):
+    tokenizer = load_tokenizer(default_gguf)
+    ids = [tokenizer.encode(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in PROMPTS]
+    assert max(map(len, ids)) > 300 and min(map(len, ids)) == 1
+    return ids
+
+
+@pytest.fixture(scope="module")
+def expected(reference_model, prompts):
+    """What transformers generates for each prompt alone, end-of-text ignored."""
+    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    answers = []
+    for ids in prompts:
+        tokens = torch.tensor([ids])
+        with torch.inference_mode():
+            out = reference_model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        answers.append(out[0, len(ids) :].tolist())
+    assert all(len(answer) == NEW_TOKENS for answer in answers)
+    return answers
+
+
+def ours(model, prompts, **functions):
+    rows = [[] for _ in prompts]
+    for chunk in generate(model, prompts, NEW_TOKENS, Sampling(temperature=0), **functions):
+        for row, ids in zip(rows, chunk, strict=True):
+            row += ids
+    return rows
+
+
+def test_weights_equal_those_transformers_reads(model, reference_model):
+    state = reference_model.state_dict()
+    assert torch.equal(model.tok_embeddings.weight, state["model.embed_tokens.weight"])
+    for i, layer in enumerate(model.layers):
+        qkv = [state[f"model.layers.{i}.self_attn.{x}_proj.weight"] for x in "qkv"]
+        gate_up = [state[f"model.layers.{i}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        assert torch.equal(layer.attention.wqkv.weight, torch.cat(qkv))
+        assert torch.equal(layer.feed_forward.w13.weight, torch.cat(gate_up))
+
+
+def test_each_prompt_alone(model, prompts, expected):
+    setup_caches(model, 1, max(map(len, prompts)) + NEW_TOKENS)
+    for text, ids, answer in zip(PROMPTS, prompts, expected, strict=True):
+        assert ours(model, [ids]) == [answer], text
+
+
+def test_ragged_batches(model, prompts, expected):
+    setup_caches(model, 7, max(map(len, prompts)) + NEW_TOKENS)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    for begin in range(0, len(order), 7):
+        some = order[begin : begin + 7]
+        assert ours(model, [prompts[i] for i in some]) == [expected[i] for i in some]
+
+
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_compiled(model, prompts, expected, n_rows):
+    functions = {
+        "step": compile_step(decode_one_token, model.device),
+        "forward": compile_step(forward_chunk, model.device),
+    }
+    setup_caches(model, n_rows, max(map(len, prompts)) + NEW_TOKENS)
+    for begin in range(0, len(prompts), n_rows):
+        rows = slice(begin, begin + n_rows)
+        assert ours(model, prompts[rows], **functions) == expected[rows]
