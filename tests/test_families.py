@@ -55,6 +55,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models gain nothing from threads, and lose much when other tests run beside them."""
+    n_thread = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_thread)
+
+
 def save_tiny(config, folder):
     """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
     torch.manual_seed(0)

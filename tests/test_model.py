@@ -29,6 +29,15 @@ VARIANTS = {
 GREEDY = Sampling(temperature=0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models gain nothing from threads, and lose much when other tests run beside them."""
+    n_thread = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_thread)
+
+
 def random_tiny(args, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shapes = expected_tensors(args)
