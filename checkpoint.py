@@ -684,9 +684,7 @@ def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor
     with atomic_path(path) as temporary:
         try:
             torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
-            whole = zipfile.is_zipfile(
-                temporary
-            )  # its end is there; torch.save does not notice if the last write fails
+            whole = zipfile.is_zipfile(temporary)  # it has its end: torch.save overlooks a last write that fails
         except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
             whole = False
         if not whole:

@@ -188,7 +188,7 @@ class IdTokenizer:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [byte % self.vocab_size for byte in text.encode()]
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
@@ -249,8 +249,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, args: argparse.Namesp
     if not prompt:
         raise ValueError("the prompt is empty; give a text, or a number of random tokens")
     ids = tokenizer.encode_chat(chat_messages(prompt, args.system)) if args.chat else tokenizer.encode(prompt)
+    return checked_ids(ids, tokenizer)
+
+
+def checked_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The same ids. Raises ValueError if there are none, or one that the model does not have."""
     if not ids:
         raise ValueError("the prompt encodes to no tokens; give a longer text")
+    if max(ids) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"the prompt encodes to token {max(ids)}, and the model has {tokenizer.vocab_size}; "
+            "its tokenizer files belong to another model"
+        )
     return ids
 
 
@@ -476,11 +486,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, T
     path = DEFAULT_CHECKPOINT if path is None else Path(path)
     model = load_model(path, device, dtype, args.model_name)
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > model.args.vocab_size:
-        raise ValueError(
-            f"the tokenizer beside {path} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}; "
-            "they do not belong together"
-        )
+    # some tokenizers name tokens that were never trained; a prompt that has one is refused
+    tokenizer.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size)
     return model, tokenizer
 
 
@@ -605,15 +612,17 @@ class Conversation:
 
     def prompt_ids(self, text: str) -> list[int]:
         if self.tokenizer.chat_template is not None:
-            return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
-        return self.history + self.tokenizer.encode(text)
+            ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
+        else:
+            ids = self.history + self.tokenizer.encode(text, add_special_tokens=not self.history)
+        return checked_ids(ids, self.tokenizer)
 
     def turn(self, text: str, sampling: Sampling, functions: dict) -> None:
         """Answer one message, streaming. Raises ValueError if the context is full; the conversation stays as it was."""
         began = time.perf_counter()
         ids = self.prompt_ids(text)
         room = self.context - len(ids)
-        if not ids or room < 1:
+        if room < 1:
             raise ValueError(
                 f"the context of {self.context} tokens is full (this turn needs {len(ids)}); /reset clears it"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
 
 
-def positive(value) -> bool:
+def _positive(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
@@ -24,9 +24,9 @@ def check_fields(config) -> None:
         name, value = field.name, getattr(config, field.name)
         limit = MAX_LAYERS if name == "n_layer" else MAX_SIZE
         if field.type is float:
-            fits, wanted = positive(value), "a positive number"
+            fits, wanted = _positive(value), "a positive number"
         elif field.type == tuple[float, ...]:
-            fits, wanted = isinstance(value, tuple) and all(map(positive, value)), "positive numbers"
+            fits, wanted = isinstance(value, tuple) and all(map(_positive, value)), "positive numbers"
         elif field.type is int or type(value) is int:
             fits, wanted = type(value) is int and 1 <= value <= limit, f"a whole number from 1 to {limit}"
         else:

@@ -40,7 +40,7 @@ def ours(folder: Path, threads: int) -> dict:
     command = [sys.executable, "generate.py", "--checkpoint_path", folder / "model.pth", "--threads", threads]
     command += ["--compile", "--temperature", 0, "--ignore_eos", "--num_samples", REPEATS]
     short = run_json([*command, "--prompt", SHORT_PROMPT, "--max_new_tokens", NEW_TOKENS])
-    long = run_json([*command, "--prompt", LONG_PROMPT, "--max_new_tokens", 2])
+    long = run_json([*command, "--compile_prefill", "--prompt", LONG_PROMPT, "--max_new_tokens", 2])
     kept = ("weight_bytes_per_token", "bandwidth_gb_s", "measured_bandwidth_gb_s", "peak_memory_gb", "compile_s")
     return {"decode_tok_s": short["decode_tok_s"], "prefill_tok_s": long["prefill_tok_s"]} | {k: short[k] for k in kept}
 
