@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import Transformer
 
-PREFILL_CHUNK = 2048  # prompt tokens a row in one forward: bounds the memory of mask and activations
+PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,11 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
         kinds = ready.setdefault(model, set())
         kind = (tokens.shape[0], tokens.shape[1] > 1, len(slots), len(model.slots), *_values(others))
         if kind not in kinds:
-            kinds.add(kind)
             if not graphs:
                 mark_shapes(tokens, pos, slots, *others)
-            return compiled(model, tokens, pos, slots, *others)
+            result = compiled(model, tokens, pos, slots, *others)
+            kinds.add(kind)  # only now: an interrupted compilation is no form
+            return result
         # this very kind of call has passed the guards once; evaluating them all again costs 0.4 ms of a 30-layer model
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return compiled(model, tokens, pos, slots, *others)

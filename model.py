@@ -200,19 +200,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; co
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention: q [B, S, H, D]; k, v [B, Hkv, C, D]; mask [B, S, C], added -> [B, S, H, D]."""
+    """Grouped-query attention: q [B, S, H, D]; k, v [B, Hkv, C, D]; mask from `additive_mask` -> [B, S, H, D]."""
     B, S, H, D = q.shape
-    groups = H // k.shape[1]
-    if S == 1 and torch.compiler.is_compiling():
-        # written out, inductor fuses it; a call of scaled_dot_product_attention costs more than the work
-        q = q.view(B, -1, groups, 1, D).float() * D**-0.5
+    n_kv_head = k.shape[1]
+    q = q.view(B, S, n_kv_head, -1, D)
+    if written_out(S):  # inductor fuses it; a call of scaled_dot_product_attention costs more than the work
+        q = q.view(B, n_kv_head, -1, 1, D).float() * D**-0.5
         scores = (q * k[:, :, None].float()).sum(-1) + mask[:, None].float()  # [B, Hkv, G, C]
         probs = scores.softmax(-1)
         return (probs[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
-    if q.is_cuda and groups > 1:  # with a mask, CUDA's fast kernels want as many heads of k and v as of q
-        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None], enable_gqa=groups > 1)
-    return y.transpose(1, 2)
+    # the G query heads of one key head go as rows of one head: larger blocks, and no copies of k and v
+    q = q.permute(0, 2, 3, 1, 4).reshape(B, n_kv_head, -1, D)  # [B, Hkv, G * S, D]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return y.view(B, n_kv_head, -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
+
+
+def written_out(S: int) -> bool:
+    """Whether attention for S queries a row is spelt out in elementary operators."""
+    return S == 1 and torch.compiler.is_compiling()
+
+
+def additive_mask(seen: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """0 where a position is seen [B, S, C] and -inf elsewhere, for each query row of `attend`: [B, G * S, C]."""
+    mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, float("-inf")).to(dtype)
+    return mask if written_out(seen.shape[1]) else mask.repeat(1, groups, 1)
 
 
 class Attention(nn.Module):
@@ -320,7 +331,7 @@ class Transformer(nn.Module):
         seen = slots <= pos[..., None]  # [B, S, C']
         if self.args.sliding_window is not None:
             seen &= slots > pos[..., None] - self.args.sliding_window
-        mask = torch.zeros_like(seen, dtype=self.cos.dtype).masked_fill(~seen, float("-inf")).to(self.dtype)
+        mask = additive_mask(seen, self.args.n_head // self.args.n_kv_head, self.dtype)
         cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
         x = self.tok_embeddings(tokens)
         # regions are measured on CPU only; elsewhere the blocks are inlined
