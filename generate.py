@@ -433,6 +433,8 @@ def check_request(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if args.threads is not None and args.threads > 1024:
+        raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file are both given; give one")
     if isinstance(args.prompt, int) and args.prompt < 1:
@@ -668,6 +670,8 @@ def read_line() -> str | None:
 
 def interactive(model, tokenizer, context: int, sampling: Sampling, functions: dict, args: argparse.Namespace) -> None:
     """Talk until Ctrl-D or /exit."""
+    if args.system is not None and tokenizer.chat_template is None:
+        raise ValueError("--system needs a chat template, and this model has none; leave it out")
     setup_caches(model, 1, context)
     length = min(context // 2, 64)
     compile_before_use(lambda: warm_up(model, [[length]], context - length, sampling, **functions), functions)

@@ -110,7 +110,7 @@ class GGUFFile:
         row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
         begin = self.start + offset
         codes = self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
-        step = max(1, (1 << 22) // shape[-1])  # 16 MiB of float32 at a time
+        step = max(1, (1 << 19) // shape[-1])  # 2 MiB of float32 at a time
         out = torch.empty(rows, shape[-1], dtype=torch.float32)
         for row in range(0, rows, step):
             try:
