@@ -151,6 +151,7 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
     One compiled form serves any length of `slots`, and of a prompt longer than one token, except on CUDA at decoding,
     where every size of `slots` is a CUDA graph.
     """
+    torch._dynamo.config.specialize_float = True  # models with other eps: a float made dynamic breaks the regions
     torch._dynamo.config.recompile_limit = 64  # every form is wanted: batch sizes, samplings, cache sizes on CUDA
     options = {"cpp.vec_isa_ok": True} if device.type == "cpu" else {}  # trust cpuinfo: the trial builds take 5 s
     graphs = device.type == "cuda" and function is decode_one_token

@@ -227,3 +227,14 @@ def test_llama3_rope_frequencies_equal_those_of_transformers(name):
     plain = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     torch.testing.assert_close(scaling.apply(plain), expected, atol=0, rtol=1e-6)
     assert not torch.equal(scaling.apply(plain), plain)
+
+
+def test_models_with_different_eps_compile_in_one_process():
+    for eps in (1e-5, 1e-6, 1e-4):
+        model = random_tiny(replace(TINY, norm_eps=eps))
+        model.setup_caches(1, 512)
+        token, pos = torch.tensor([[7]]), torch.tensor([[0]])
+        steps = (decode_one_token, compile_step(decode_one_token, model.device))
+        with torch.inference_mode():
+            answers = [step(model, token, pos, model.slots[:256], GREEDY)[0] for step in steps]
+        assert torch.equal(*answers)
