@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from scripts.download import DEFAULT_REPO, GGUF, download_pypi
@@ -67,3 +68,12 @@ def link_or_copy(source, target):
         os.link(source, target)
     except OSError:  # another file system
         target.write_bytes(source.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models gain nothing from threads, and lose much when other tests run beside them."""
+    n_thread = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_thread)

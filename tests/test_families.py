@@ -11,6 +11,7 @@ from checkpoint import args_from_hf, load_model
 from decoding import Sampling, decode, prefill
 
 GREEDY = Sampling(temperature=0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 N_NEW = 32
 SIZES = {
     "vocab_size": 96,
@@ -53,15 +54,6 @@ FAMILIES = {
     "qwen3": (Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, tied": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from threads, and lose much when other tests run beside them."""
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
 
 
 def save_tiny(config, folder):

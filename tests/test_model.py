@@ -27,15 +27,7 @@ VARIANTS = {
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from threads, and lose much when other tests run beside them."""
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_tiny(args, dtype=torch.float32):
