@@ -5,7 +5,6 @@ converted and moved one at a time, so loading needs little more memory than the 
 """
 
 import json
-import math
 import os
 import pickle
 import re
@@ -14,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from gguf_file import GGUFFile, is_gguf
 from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ModelArgs, RopeScaling, Transformer
-from qlinear import pack_
+from qlinear import QuantSpec, linear_table, pack_, quantize_, quantize_weight, table_from_json, table_to_json
 
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -38,7 +37,7 @@ class Source:
 
     args: ModelArgs
     tensors: dict[str, Callable[[], Tensor]]  # by our names
-    quant: dict | None = None
+    table: dict[str, QuantSpec] = field(default_factory=dict)  # the layers that are stored quantised
     gguf: Path | None = None  # the file, whose metadata holds the tokenizer too
 
 
@@ -199,22 +198,37 @@ IGNORED = re.compile(
 TIED_HEADS = {"lm_head.weight", "output.weight"}
 
 
-def expected_tensors(args: ModelArgs) -> dict[str, torch.Size]:
-    """Name and shape of every tensor a float model of these sizes is made of."""
+def shell(args: ModelArgs, table: dict[str, QuantSpec]) -> Transformer:
+    """A model on the meta device whose layers in `table` are quantised: every name, shape and dtype, no memory."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
-    if args.tie_embeddings:
-        del shapes["output.weight"]
-    return shapes
+        model = Transformer(args)
+    quantize_(model, table)
+    return model
 
 
-def rename(args: ModelArgs, raw: dict[str, Callable[[], Tensor]], modules: dict, interleaved: bool, where) -> dict:
+def expected_tensors(args: ModelArgs, table: dict[str, QuantSpec] | None = None) -> dict[str, Tensor]:
+    """Every tensor that a file of such a model holds, as meta tensors; the table names its quantised layers."""
+    table = table or {}
+    tensors = shell(args, table).state_dict()
+    if args.tie_embeddings and "output" not in table:
+        del tensors["output.weight"]
+    return tensors
+
+
+def rename(
+    args: ModelArgs,
+    raw: dict[str, Callable[[], Tensor]],
+    modules: dict,
+    interleaved: bool,
+    where: Path,
+    table: dict[str, QuantSpec] | None = None,
+) -> dict[str, Callable[[], Tensor]]:
     """Tensors by our names out of those of another format. Raises ValueError if one is missing or left over.
 
     interleaved: the source turns neighbouring pairs in its rope, so q and k rows are brought into our order.
     """
     tensors, used = {}, set()
-    for name in expected_tensors(args):
+    for name in expected_tensors(args, table):
         module, _, leaf = name.rpartition(".")
         layer = re.search(r"(?<=layers\.)\d+", module)
         pattern = module.replace(f"layers.{layer[0]}", "layers.#") if layer else module
@@ -446,26 +460,17 @@ def source_from_torch(path: Path, model_name: str | None) -> Source:
     if any(name.endswith("scales_and_zeros") for name in raw):
         raise ValueError(f"{path} holds int4 tiles made for one kind of device; quantise again from the float file")
     args = args_of_bare(path, content, model_name)
-    fused = "layers.0.attention.wqkv.weight" in raw
-    weights = {name: lambda name=name: dequantised(raw, name) for name in raw if not name.endswith(".scales")}
-    modules = GPT_FAST_MODULES if fused else META_MODULES
-    return Source(args, rename(args, weights, modules, True, path))
+    modules = GPT_FAST_MODULES if "layers.0.attention.wqkv.weight" in raw else META_MODULES
+    table = {}
+    if any(name.endswith(".scales") for name in raw):  # int8: every linear layer, one scale a row
+        table = linear_table(shell(args, {}), QuantSpec(8), QuantSpec(8))
+        raw = {name: value.unsqueeze(-1) if name.endswith(".scales") else value for name, value in raw.items()}
+    return Source(args, rename(args, readers(raw, path), modules, True, path, table), table)
 
 
 def source_from_ours(content: dict, path: Path) -> Source:
-    args = ModelArgs.from_dict(content["args"])
-    return Source(args, rename(args, readers(content["model"], path), {}, False, path), content.get("quant"))
-
-
-def dequantised(raw: dict[str, Tensor], name: str) -> Tensor:
-    """A tensor of a gpt-fast file as float: int8 weights times the scale of their row."""
-    weight = raw[name]
-    if weight.dtype != torch.int8:
-        return weight
-    scales = raw.get(name.removesuffix("weight") + "scales")
-    if scales is None or scales.shape != weight.shape[:1]:
-        raise ValueError(f"{name} is int8 but its scales are missing or do not fit")
-    return weight.float() * scales.float()[:, None]
+    args, table = ModelArgs.from_dict(content["args"]), table_from_json(content.get("quant"))
+    return Source(args, rename(args, readers(content["model"], path), {}, False, path, table), table)
 
 
 def args_of_bare(path: Path, content: dict, model_name: str | None) -> ModelArgs:
@@ -600,38 +605,76 @@ def reject_contradiction(args: ModelArgs, named: ModelArgs, path: Path, model_na
         raise ValueError(f"{path} is not {model_name}: it has {', '.join(differing)}; leave out --model_name")
 
 
-def read_tensors(source: Source, device: torch.device, dtype: torch.dtype, what: str) -> dict[str, Tensor]:
-    """Fetch every tensor, one at a time, as `dtype` on `device`. Raises ValueError on a wrong shape or NaN."""
-    shapes, state = expected_tensors(source.args), {}
+def read_tensors(
+    source: Source, device: torch.device, dtype: torch.dtype, what: str, quantize: dict[str, QuantSpec] | None = None
+) -> dict[str, Tensor]:
+    """Fetch every tensor, one at a time, onto `device`: floats as `dtype`, quantised layers as they are stored.
+
+    quantize: float layers to round to nearest on the way. Raises ValueError on a wrong shape or NaN.
+    """
+    quantize, expected, state = quantize or {}, expected_tensors(source.args, source.table), {}
     for name, read in tqdm(source.tensors.items(), desc=what, unit="tensor", disable=None, leave=False):
         try:
             tensor = read()
         except (RuntimeError, IndexError) as error:  # parts that cannot be joined, types torch does not have
             raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; plain floats are needed")
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(shapes[name])}")
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        if not all(extreme.isfinite() for extreme in state[name].aminmax()):  # a NaN is both; needs no memory
-            raise ValueError(f"{name} holds NaN or infinite values in {str(dtype).removeprefix('torch.')}")
+        check_tensor(name, tensor, expected[name])
+        module, _, leaf = name.rpartition(".")
+        tied_head = module == "tok_embeddings" and "output.weight" not in source.tensors
+        layers = [layer for layer in (module, "output") if layer == module or tied_head]
+        for layer in layers if leaf == "weight" else []:
+            if layer in quantize:
+                check_finite(name, tensor)
+                rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
+                state |= {f"{layer}.{key}": value for key, value in rounded.items()}
+        if module not in quantize or leaf != "weight":
+            as_stored = module in source.table and leaf != "bias"  # codes, scales and zeros
+            state[name] = tensor.to(device=device, dtype=tensor.dtype if as_stored else dtype, copy=True)
+            check_finite(name, state[name])
     return state
 
 
-def build(args: ModelArgs, state: dict[str, Tensor]) -> Transformer:
-    """A model of these sizes around these tensors, each layer in the fastest form its device has."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    if args.tie_embeddings:
+def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
+    """Raise ValueError unless the tensor can stand in the place of `expected`."""
+    is_float = expected.is_floating_point()
+    if (tensor.is_floating_point() if is_float else tensor.dtype == expected.dtype) is False or (
+        tensor.layout is not torch.strided or tensor.is_meta
+    ):
+        wanted = "plain floats" if is_float else f"codes of {expected.dtype}"
+        raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; {wanted} are needed")
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(expected.shape)}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a float tensor holds NaN or infinite values."""
+    if tensor.is_floating_point() and not all(extreme.isfinite() for extreme in tensor.aminmax()):  # a NaN is both
+        raise ValueError(f"{name} holds NaN or infinite values in {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def build(args: ModelArgs, state: dict[str, Tensor], table: dict[str, QuantSpec] | None = None) -> Transformer:
+    """A model of these sizes around these tensors, each layer in the fastest form its device has.
+
+    table: the layers that are quantised in `state`.
+    """
+    table = table or {}
+    model = shell(args, table)
+    tied = args.tie_embeddings and "output" not in table
+    if tied:
         state = state | {"output.weight": state["tok_embeddings.weight"]}
     model.load_state_dict(state, strict=True, assign=True)
-    model.tie()
+    del state  # else the packed forms would stand beside what they are made from
+    if tied:
+        model.tie()
     pack_(model)
     return model.requires_grad_(False).eval()
 
 
-def float_bytes(args: ModelArgs, dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) for shape in expected_tensors(args).values()) * dtype.itemsize
+def model_bytes(args: ModelArgs, dtype: torch.dtype, table: dict[str, QuantSpec] | None = None) -> int:
+    """Bytes of the tensors of a model whose floats are `dtype` and whose layers in `table` are quantised."""
+    tensors = expected_tensors(args, table)
+    stored = {name for name in tensors if name.rpartition(".")[0] in (table or {})}
+    return sum(t.numel() * (t.itemsize if name in stored else dtype.itemsize) for name, t in tensors.items())
 
 
 def load_model(
@@ -639,41 +682,78 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     model_name: str | None = None,
+    quantize: QuantSpec | None = None,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
-    model_name: a registry name, needed only for a file that does not say what it is. Raises ValueError, in words for
-    the person at the terminal, on every file that cannot be loaded.
+    model_name: a registry name, needed only for a file that does not say what it is. quantize: round the linear layers
+    of a float file to nearest. Raises ValueError, in words for the person at the terminal, on every file that cannot be
+    loaded.
     """
     device = torch.device(device)
     source = open_source(path, model_name)
-    advice = "use a smaller model or --dtype"
-    require_memory(float_bytes(source.args, dtype), device, f"the weights in {dtype}".replace("torch.", ""), advice)
-    return build(source.args, read_tensors(source, device, dtype, "Loading"))
+    table = new_table(source, quantize, path)
+    require_weights_fit(source.args, dtype, source.table | table, device, path)
+    return build(source.args, read_tensors(source, device, dtype, "Loading", table), source.table | table)
+
+
+def new_table(source: Source, spec: QuantSpec | None, path: str | Path, head: str = "int8") -> dict[str, QuantSpec]:
+    """The layers of a float model to be quantised by `spec`, none if it is None; head: int8, float, or as `spec`.
+
+    Raises ValueError if the source is quantised already, or a groupsize does not fit.
+    """
+    if spec is None:
+        return {}
+    if source.table:
+        kinds = ", ".join(sorted({str(each) for each in source.table.values()}))
+        raise ValueError(f"{path} is quantised already ({kinds}); start from the float file")
+    heads = {"int8": QuantSpec(8), "float": None, "int4": spec}
+    return linear_table(shell(source.args, {}), spec, heads[head])
+
+
+def require_weights_fit(
+    args: ModelArgs, dtype: torch.dtype, table: dict[str, QuantSpec], device: torch.device, name: str | Path
+) -> None:
+    """Raise ValueError, before anything is read, if the weights of model `name` do not fit into the device's memory."""
+    advice = "use a smaller model, --dtype or --quantize"
+    require_memory(model_bytes(args, dtype, table), device, f"the weights of {name}", advice)
 
 
 def random_model(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 1234
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 1234,
+    quantize: QuantSpec | None = None,
 ) -> Transformer:
     """A model of a registry size with random weights, made on the device. Raises ValueError on an unknown name."""
     args, device = ModelArgs.from_name(name), torch.device(device)
-    require_memory(float_bytes(args, dtype), device, f"the weights of {name}", "use a smaller model or --dtype")
     generator = torch.Generator(device).manual_seed(seed)
     pool = 0.02 * torch.randn(1 << 22, device=device, generator=generator)  # drawing billions takes minutes on a CPU
-    state = {}
-    for key, shape in tqdm(expected_tensors(args).items(), desc="Filling", unit="tensor", disable=None, leave=False):
+
+    def fill(key: str, shape: torch.Size) -> Tensor:
         if len(shape) == 1:
-            state[key] = torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
-            continue
-        state[key] = torch.empty(shape, dtype=dtype, device=device)
-        for part in state[key].view(-1).split(pool.numel()):
+            return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        for part in tensor.view(-1).split(pool.numel()):
             shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))
             part.copy_(pool.roll(shift)[: part.numel()])
-    return build(args, state)
+        return tensor
+
+    expected = expected_tensors(args)
+    source = Source(args, {key: lambda key=key: fill(key, expected[key].shape) for key in expected})
+    table = new_table(source, quantize, name)
+    require_weights_fit(args, dtype, table, device, name)
+    return build(args, read_tensors(source, device, dtype, "Filling", table), table)
 
 
-def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor], quant: dict | None = None) -> None:
-    """Write our self-describing file, whole or not at all. Raises ValueError if the disk is full or refuses."""
+def save_checkpoint(
+    path: str | Path, args: ModelArgs, tensors: dict[str, Tensor], table: dict[str, QuantSpec] | None = None
+) -> None:
+    """Write our self-describing file, whole or not at all; the table names the layers that `tensors` has quantised.
+
+    Raises ValueError if the disk is full or refuses.
+    """
     path = Path(path)
     require_writable(path)
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
@@ -683,7 +763,9 @@ def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
+            torch.save(
+                {"args": args.to_dict(), "quant": table_to_json(table) if table else None, "model": own}, temporary
+            )
             whole = zipfile.is_zipfile(temporary)  # it has its end: torch.save overlooks a last write that fails
         except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
             whole = False
@@ -694,8 +776,6 @@ def save_checkpoint(path: str | Path, args: ModelArgs, tensors: dict[str, Tensor
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of weights that one decoding step reads: all but the rows of the input embedding not looked up.
 
-    The output head counts, also when it shares the embedding's weight.
+    The output head counts, also when it shares the embedding's weight; caches and rope tables do not.
     """
-    embedding, head = model.tok_embeddings.weight, model.output.weight
-    read = [weight for weight in model.parameters() if weight is not embedding and weight is not head]
-    return sum(weight.nbytes for weight in [*read, head])
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight")

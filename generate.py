@@ -37,6 +37,7 @@ from checkpoint import (
 from decoding import Sampling, compile_step, decode, decode_one_token, forward_chunk, prefill, used_slots
 from kernels import cpu
 from model import Transformer
+from qlinear import GROUPSIZE_HELP, MODES, quant_spec
 from tokenizer import TextStream, Tokenizer, load_tokenizer
 
 DEFAULT_PROMPT = "Hello, my name is"
@@ -482,11 +483,12 @@ def check_fit(longest: int, max_new_tokens: int, context: int) -> int:
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, Tokenizer]:
     dtype, path = parse_dtype(args.dtype), args.checkpoint_path
+    spec = quant_spec(args.quantize, args.groupsize)
     if args.random_weights:
-        model = random_model(args.random_weights, device, dtype)
+        model = random_model(args.random_weights, device, dtype, quantize=spec)
         return model, IdTokenizer(model.args.vocab_size)
     path = DEFAULT_CHECKPOINT if path is None else Path(path)
-    model = load_model(path, device, dtype, args.model_name)
+    model = load_model(path, device, dtype, args.model_name, spec)
     tokenizer = load_tokenizer(path)
     # some tokenizers name tokens that were never trained; a prompt that has one is refused
     tokenizer.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size)
@@ -512,6 +514,7 @@ def main(**flags) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     device = pick_device(args.device)
     parse_dtype(args.dtype)
+    quant_spec(args.quantize, args.groupsize)
     functions = choose_functions(device, args.compile, args.compile_prefill)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     texts = [prompt] if args.prompt_file is None else read_prompt_file(args.prompt_file)
@@ -703,6 +706,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--checkpoint_path", help=f"a .pth or .gguf file, or a folder (default: {DEFAULT_CHECKPOINT})")
     where.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
     where.add_argument("--random_weights", metavar="NAME", help="no file: a registry model with random weights")
+    where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")
+    where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     where.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")

@@ -19,10 +19,9 @@ import torch
 from checkpoint import (
     DTYPES,
     GB,
-    float_bytes,
     parse_dtype,
     read_tensors,
-    require_memory,
+    require_weights_fit,
     require_writable,
     save_checkpoint,
     source_from_folder,
@@ -38,7 +37,7 @@ def main(*, checkpoint_dir: str, dtype: str) -> None:
     require_writable(target)
     source = source_from_folder(folder, converted=False)
     device = torch.device("cpu")
-    require_memory(float_bytes(source.args, parse_dtype(dtype)), device, "the weights", "convert on a larger machine")
+    require_weights_fit(source.args, parse_dtype(dtype), source.table, device, folder)
     tensors = read_tensors(source, device, parse_dtype(dtype), "Converting")
     if source.gguf is not None:
         save_tokenizer(source.gguf, folder)

@@ -88,10 +88,10 @@ def assert_refused(path, *words, **options):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
-def convert(source, target, dtype=torch.float32, quant=None):
+def convert(source, target, dtype=torch.float32):
     """What scripts/convert_hf_checkpoint.py does."""
     opened = open_source(source)
-    save_checkpoint(target, opened.args, read_tensors(opened, CPU, dtype, ""), quant)
+    save_checkpoint(target, opened.args, read_tensors(opened, CPU, dtype, ""))
     return target
 
 
@@ -108,7 +108,7 @@ def test_our_file_brings_back_every_bit(dtype, tied, tmp_path):
     theirs = tiny(Qwen2Config(**SIZES, tie_word_embeddings=tied))
     theirs.save_pretrained(tmp_path)
     path = convert(tmp_path, tmp_path / "ours.pth", dtype)
-    assert open_source(path).quant is None and open_source(path).args == open_source(tmp_path).args
+    assert open_source(path).table == {} and open_source(path).args == open_source(tmp_path).args
     a, b = load_model(path, dtype=dtype), load_model(tmp_path, dtype=dtype)
     assert a.state_dict().keys() == b.state_dict().keys()
     assert all(torch.equal(a.state_dict()[name], value) for name, value in b.state_dict().items())
@@ -122,7 +122,7 @@ def test_our_file_brings_back_every_bit(dtype, tied, tmp_path):
 def test_saved_tensors_own_their_storage(tmp_path):
     args = ModelArgs(256, 1, 4, 4, 64, 512, 1024, 64)
     big = torch.zeros(1 << 22)
-    tensors = {name: big[: math.prod(shape)].view(shape) for name, shape in expected_tensors(args).items()}
+    tensors = {name: big[: meta.numel()].view(meta.shape) for name, meta in expected_tensors(args).items()}
     save_checkpoint(tmp_path / "m.pth", args, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert size <= (tmp_path / "m.pth").stat().st_size < size * 1.01 + 20_000
@@ -374,7 +374,7 @@ def test_int8_of_gpt_fast_is_its_codes_times_its_scales(bare, llama):
             floats[name] = value.float() * (scales.float()[:, None] if value.dtype == torch.int8 else 1)
     got = logits(load_model(bare, dtype=torch.float32))
     torch.save(floats, bare)
-    assert torch.equal(got, logits(load_model(bare, dtype=torch.float32)))
+    torch.testing.assert_close(got, logits(load_model(bare, dtype=torch.float32)), atol=1e-4, rtol=1e-4)
     expected = llama(torch.arange(20)[None]).logits
     torch.testing.assert_close(got, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
 
@@ -385,7 +385,7 @@ def test_int8_without_fitting_scales(scales, bare, llama):
     name = "layers.0.attention.wo.scales"
     state = {k: v for k, v in state.items() if k != name} | ({} if scales is None else {name: scales})
     torch.save(state, bare)
-    assert_refused(bare, "layers.0.attention.wo.weight", "scales")
+    assert_refused(bare, "layers.0.attention.wo.scales")
 
 
 def test_tiled_int4_is_refused_with_what_to_do(bare, llama):
@@ -407,7 +407,7 @@ def test_a_bare_file_that_does_not_say_what_it_is(bare, llama):
 
 def test_a_bare_file_of_a_registry_size(tmp_path):
     args = ModelArgs.from_name("stories15M")
-    state = {name: torch.zeros(shape).bfloat16() for name, shape in expected_tensors(args).items()}
+    state = {name: torch.zeros(meta.shape).bfloat16() for name, meta in expected_tensors(args).items()}
     for i in range(args.n_layer):
         names = [f"layers.{i}.feed_forward.w{x}.weight" for x in "13"]
         state |= dict(zip(names, state.pop(f"layers.{i}.feed_forward.w13.weight").chunk(2), strict=True))
@@ -734,7 +734,7 @@ def test_loading_needs_little_more_memory_than_the_weights(form, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = checkpoint.args_from_hf(config)
     dtype = torch.float32 if "float32" in form else torch.bfloat16
-    weights = {name: torch.zeros(shape, dtype=dtype) for name, shape in expected_tensors(args).items()}
+    weights = {name: torch.zeros(meta.shape, dtype=dtype) for name, meta in expected_tensors(args).items()}
     if form == "safetensors":
         save_file(hf_names(weights, args), tmp_path / "model.safetensors")
     else:
@@ -774,7 +774,7 @@ from pathlib import Path
 from checkpoint import save_checkpoint, expected_tensors
 from model import ModelArgs
 path, args = Path(sys.argv[1]), ModelArgs(256, 2, 4, 4, 64, 512, 1024, 64)
-tensors = {name: torch.zeros(shape) for name, shape in expected_tensors(args).items()}
+tensors = {name: torch.zeros(meta.shape) for name, meta in expected_tensors(args).items()}
 save_checkpoint(path, args, tensors)
 size = path.stat().st_size
 path.unlink()

@@ -78,7 +78,7 @@ def test_linear_compiles_whole(M):
 
 def logits_of_tiny():
     shapes = expected_tensors(TINY)
-    state = {name: 0.1 * random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    state = {name: 0.1 * random(*meta.shape, seed=i) for i, (name, meta) in enumerate(shapes.items())}
     state = {name: value + 1 if value.ndim == 1 else value for name, value in state.items()}
     model = build(TINY, state)
     model.setup_caches(1, 32)
