@@ -11,6 +11,9 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <cstring>
+#include <vector>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
@@ -118,11 +121,265 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Te
   return y;
 }
 
+// ---------------------------------------------------------------- quantised weights
+//
+// Weights come as bytes, in tiles of 16 output rows: for each four inputs the 16 x 4 codes that one instruction
+// multiplies (VNNI: 64 products of an unsigned and a signed byte, summed by fours into 16 int32). int8 codes are stored
+// plus 128; int4 codes plus 8, two a byte: inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
+//
+// Activations are rounded to int8 in groups of 32 inputs. Sums of products are exact integers and what follows is
+// in one order for any number of rows, so a row's result does not depend on the rows beside it.
+
+constexpr int64_t kLanes = 16, kGroup = 32;
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+#if defined(__x86_64__)
+
+#define VNNI_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+bool has_int8() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// 16 values of any floating type as float32, those outside of the mask as 0.
+VNNI_TARGET INLINE __m512 load(const void* data, int64_t i, at::ScalarType type, __mmask16 mask = 0xffff) {
+  if (type == at::kFloat) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
+  if (type == at::kHalf) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+VNNI_TARGET INLINE void store(void* data, int64_t i, at::ScalarType type, __m512 value) {
+  if (type == at::kFloat) return _mm512_storeu_ps(static_cast<float*>(data) + i, value);
+  __m256i half;
+  if (type == at::kHalf) {
+    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  } else {  // to the nearest bfloat16, ties to even
+    __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i), half);
+}
+
+struct QuantisedLinear {
+  const void* x;  // [M, in]
+  void* y;        // [M, tiles * 16]
+  at::ScalarType type;  // of x and y
+  const uint8_t* w;     // [tiles, K * 16] bytes, or half as many with nibbles
+  const void* scales;   // [tiles, groups, 16], or with zeros [tiles, groups, 2, 16]
+  at::ScalarType scale_type;
+  const float* bias;  // [tiles * 16] or null
+  int64_t M, in, K, tiles, groups;
+  bool nibbles;  // int4, which has zeros
+  // x as int8, K = in rounded up to a multiple of 32
+  int8_t* codes;    // [M, K]
+  float* x_scales;  // [M, K / 32]
+  float* x_sums;    // [M, K / 32], of x itself
+  int32_t* starts;  // [M, K / 32], minus what the offset of the weights' codes adds to a sum of products
+
+  VNNI_TARGET void quantise_row(int64_t m) const {
+    const int64_t blocks = K / kGroup;
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t left = std::min(kGroup, in - b * kGroup), i = m * in + b * kGroup;
+      const uint32_t mask = left == kGroup ? ~0u : (1u << left) - 1;
+      const __m512 low = load(x, i, type, mask), high = load(x, i + 16, type, mask >> 16);
+      const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+      const float sum = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+      const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+      const __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+      __m128i* out = reinterpret_cast<__m128i*>(codes + m * K + b * kGroup);
+      _mm_storeu_si128(out, _mm512_cvtsepi32_epi8(a));
+      _mm_storeu_si128(out + 1, _mm512_cvtsepi32_epi8(c));
+      x_scales[m * blocks + b] = sum != sum ? sum : most / 127.0f;  // NaN stays NaN
+      x_sums[m * blocks + b] = sum;
+      starts[m * blocks + b] = -(nibbles ? 8 : 128) * _mm512_reduce_add_epi32(_mm512_add_epi32(a, c));
+    }
+  }
+
+  // Adds the products of 32 inputs of R rows and T tiles.
+  template <bool NIBBLES, int R, int T>
+  VNNI_TARGET INLINE void multiply(__m512i (&dot)[R][T], const int8_t* xb, const uint8_t* wb, int64_t w_stride) const {
+    constexpr int kStep = NIBBLES ? 8 : 4;
+    UNROLL for (int k = 0; k < kGroup; k += kStep) {
+      __m512i weights[T];
+      UNROLL for (int j = 0; j < T; j++) weights[j] = _mm512_loadu_si512(wb + j * w_stride + k / kStep * 64);
+      UNROLL for (int part = 0; part < kStep / 4; part++) {
+        __m512i unsigned_codes[T];
+        UNROLL for (int j = 0; j < T; j++) {
+          const __m512i shifted = part ? _mm512_srli_epi16(weights[j], 4) : weights[j];
+          unsigned_codes[j] = NIBBLES ? _mm512_and_si512(shifted, _mm512_set1_epi8(15)) : weights[j];
+        }
+        UNROLL for (int i = 0; i < R; i++) {
+          int32_t four;
+          std::memcpy(&four, xb + i * K + k + 4 * part, 4);
+          const __m512i row = _mm512_set1_epi32(four);
+          UNROLL for (int j = 0; j < T; j++) dot[i][j] = _mm512_dpbusd_epi32(dot[i][j], unsigned_codes[j], row);
+        }
+      }
+    }
+  }
+
+  // Rows r .. r + R - 1 of x against the tiles n, n + stride, ..., whose bytes begin at wn, wn + w_stride, ...
+  template <bool NIBBLES, bool GROUPED, bool ZEROS, int R, int T>
+  VNNI_TARGET void tile(int64_t r, int64_t n, int64_t stride, const uint8_t* wn, int64_t w_stride) const {
+    constexpr int kParts = ZEROS ? 2 : 1;
+    const int64_t blocks = K / kGroup, blocks_a_group = blocks / groups;
+    __m512 sum[R][T];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) sum[i][j] = _mm512_setzero_ps();
+    for (int64_t g = 0, b = 0; g < groups; g++) {
+      __m512 scale[T], zero[T];
+      if (GROUPED) UNROLL for (int j = 0; j < T; j++) {
+        const int64_t at = ((n + j * stride) * groups + g) * kParts * kLanes;
+        scale[j] = load(scales, at, scale_type);
+        if (ZEROS) zero[j] = load(scales, at + kLanes, scale_type);
+      }
+      for (; b < (g + 1) * blocks_a_group; b++) {
+        __m512i dot[R][T];
+        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
+          dot[i][j] = _mm512_set1_epi32(starts[(r + i) * blocks + b]);
+        }
+        multiply<NIBBLES, R, T>(dot, codes + r * K + b * kGroup, wn + b * kGroup * (NIBBLES ? 8 : 16), w_stride);
+        UNROLL for (int i = 0; i < R; i++) {
+          const __m512 x_scale = _mm512_set1_ps(x_scales[(r + i) * blocks + b]);
+          const __m512 x_sum = _mm512_set1_ps(x_sums[(r + i) * blocks + b]);
+          UNROLL for (int j = 0; j < T; j++) {
+            const __m512 product = _mm512_cvtepi32_ps(dot[i][j]);
+            sum[i][j] = _mm512_fmadd_ps(product, GROUPED ? _mm512_mul_ps(scale[j], x_scale) : x_scale, sum[i][j]);
+            if (ZEROS) sum[i][j] = _mm512_fmadd_ps(zero[j], x_sum, sum[i][j]);
+          }
+        }
+      }
+    }
+    UNROLL for (int j = 0; j < T; j++) {
+      const int64_t column = (n + j * stride) * kLanes;
+      UNROLL for (int i = 0; i < R; i++) {
+        __m512 value = sum[i][j];
+        if (!GROUPED) value = _mm512_mul_ps(value, load(scales, column, scale_type));
+        if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + column));
+        store(y, (r + i) * tiles * kLanes + column, type, value);
+      }
+    }
+  }
+
+  template <bool NIBBLES, bool GROUPED, bool ZEROS, int T>
+  void all_rows(int64_t n, int64_t stride, const uint8_t* wn, int64_t w_stride) const {
+    constexpr int kRows = 4;
+    int64_t r = 0;
+    for (; r + kRows <= M; r += kRows) tile<NIBBLES, GROUPED, ZEROS, kRows, T>(r, n, stride, wn, w_stride);
+    if (M - r == 3) tile<NIBBLES, GROUPED, ZEROS, 3, T>(r, n, stride, wn, w_stride);
+    if (M - r == 2) tile<NIBBLES, GROUPED, ZEROS, 2, T>(r, n, stride, wn, w_stride);
+    if (M - r == 1) tile<NIBBLES, GROUPED, ZEROS, 1, T>(r, n, stride, wn, w_stride);
+  }
+
+  // Few rows: the weight is read once, each thread's share as streams far apart.
+  template <bool NIBBLES, bool GROUPED, bool ZEROS>
+  void few() const {
+    const int64_t bytes = K * kLanes / (NIBBLES ? 2 : 1);
+    const int64_t grain = std::max<int64_t>(1, 65536 / bytes);
+    at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+      int64_t n = begin;
+      if (M == 1) {
+        const int64_t stride = (end - n) / STREAMS;
+        for (int64_t i = 0; i < stride; i++, n++)
+          tile<NIBBLES, GROUPED, ZEROS, 1, STREAMS>(0, n, stride, w + n * bytes, stride * bytes);
+        n += (STREAMS - 1) * stride;
+      }
+      const int64_t stride = (end - n) / 2;
+      for (int64_t i = 0; i < stride; i++, n++) all_rows<NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
+      n += stride;
+      if (n < end) all_rows<NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
+    });
+  }
+
+  // Many rows: two tiles at a time stay in the cache, as bytes, while all rows pass.
+  template <bool GROUPED, bool ZEROS>
+  void many() const {
+    at::parallel_for(0, (tiles + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> buffer(nibbles ? 2 * K * kLanes : 0);
+      for (int64_t n = 2 * begin; n < std::min(2 * end, tiles); n += 2) {
+        const int64_t count = std::min<int64_t>(2, tiles - n), bytes = K * kLanes;
+        const uint8_t* wn = w + n * bytes / (nibbles ? 2 : 1);
+        if (nibbles) {
+          unpack(wn, buffer.data(), count * bytes);
+          wn = buffer.data();
+        }
+        if (count == 2) all_rows<false, GROUPED, ZEROS, 2>(n, 1, wn, bytes);
+        else all_rows<false, GROUPED, ZEROS, 1>(n, 0, wn, 0);
+      }
+    });
+  }
+
+  VNNI_TARGET void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) const {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int64_t i = 0; i < bytes; i += 128) {
+      const __m512i two = _mm512_loadu_si512(from + i / 2);
+      _mm512_storeu_si512(to + i, _mm512_and_si512(two, mask));
+      _mm512_storeu_si512(to + i + 64, _mm512_and_si512(_mm512_srli_epi16(two, 4), mask));
+    }
+  }
+
+  void run() const {
+    at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) quantise_row(m);
+    });
+    if (M <= kFewRows) {
+      if (nibbles) few<true, true, true>();
+      else if (groups > 1) few<false, true, false>();
+      else few<false, false, false>();
+    } else {
+      if (nibbles) many<true, true>();
+      else if (groups > 1) many<true, false>();
+      else many<false, false>();
+    }
+  }
+};
+
+#else
+
+bool has_int8() { return false; }
+
+#endif
+
+// A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
+// bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
+Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
+  const int64_t in = x.size(-1), K = round_up(in, kGroup), M = x.numel() / in, tiles = weight.size(0);
+  const bool nibbles = scales.size(2) == 2;
+  TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: x has ", in, " features, too many or few");
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.scalar_type() != at::kDouble, "linear_codes: wrong dtype");
+  auto shape = x.sizes().vec();
+  shape.back() = tiles * kLanes;
+  Tensor y = at::empty(shape, x.options());
+#if defined(__x86_64__)
+  const int64_t blocks = M * K / kGroup;
+  Tensor buffer = at::empty({M * K + 12 * blocks}, x.options().dtype(at::kByte));
+  uint8_t* room = buffer.mutable_data_ptr<uint8_t>();
+  float* floats = reinterpret_cast<float*>(room + M * K);
+  const Tensor xc = x.contiguous();
+  QuantisedLinear{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>(),
+                  scales.const_data_ptr(), scales.scalar_type(), bias ? bias->const_data_ptr<float>() : nullptr,
+                  M, in, K, tiles, scales.size(1), nibbles,
+                  reinterpret_cast<int8_t*>(room), floats, floats + blocks,
+                  reinterpret_cast<int32_t*>(floats + 2 * blocks)}.run();
+#endif
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
+  m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
+  m.def("has_int8() -> bool", &has_int8);
 }
 
-TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) { m.impl("linear_bf16", &linear_bf16); }
+TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
+  m.impl("linear_bf16", &linear_bf16);
+  m.impl("linear_codes", &linear_codes);
+}

@@ -1,0 +1,303 @@
+"""Perplexity against transformers, against numbers worked out by hand, and as a person measures it."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+from test_families import SIZES, random_prompts, save_tiny
+from test_generate import make_tiny_checkpoint
+from transformers import LlamaConfig
+
+import eval as program
+from checkpoint import load_model
+from decoding import Sampling
+from eval import Window, build_parser, main, perplexity, split, token_nll
+from generate import generate
+from model import ModelArgs, Transformer
+from tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WINDOW = 16
+TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into the garden and slept in the sun. " * 3
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The same tiny random model in transformers and here, float32."""
+    folder = tmp_path_factory.mktemp("llama")
+    return save_tiny(LlamaConfig(**SIZES), folder), load_model(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@torch.inference_mode()
+def strided_nll(model, ids, window, stride):
+    """Mean and count as the documentation of transformers sums them: labels hide what an earlier window scored."""
+    total, count, done = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        labels = torch.tensor([ids[begin:end]])
+        labels[:, : done - end] = -100
+        scored = int((labels[:, 1:] != -100).sum())  # the model shifts them by one
+        if scored:
+            total += model(torch.tensor([ids[begin:end]]), labels=labels).loss.item() * scored
+        count, done = count + scored, end
+        if end == len(ids):
+            break
+    return total / count, count
+
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(
+    "n, size, stride, windows",
+    [
+        (10, 4, 4, [(0, 1, 4), (4, 5, 8), (8, 9, 10)]),
+        (9, 4, 4, [(0, 1, 4), (4, 5, 8)]),  # the last token is alone in its window
+        (10, 4, 2, [(0, 1, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10)]),
+        (9, 4, 3, [(0, 1, 4), (3, 4, 7), (6, 7, 9)]),
+        (5, 4, 1, [(0, 1, 4), (1, 4, 5)]),
+        (3, 4, 2, [(0, 1, 3)]),
+        (2, 2, 2, [(0, 1, 2)]),
+        (1, 4, 4, []),
+        (0, 4, 4, []),
+    ],
+)
+def test_windows(n, size, stride, windows):
+    assert split(n, size, stride) == [Window(*window) for window in windows]
+
+
+def test_batches_hold_windows_of_one_shape_in_order():
+    windows = split(25, 4, 2)
+    assert [len(batch) for batch in program.batches(windows, 4)] == [1, 4, 4, 2, 1]
+    assert sum(program.batches(windows, 4), []) == windows
+
+
+# ---------------------------------------------------------------- the number
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("n", [107, 7 * WINDOW, 7 * WINDOW + 1, WINDOW, 9])
+@pytest.mark.parametrize("stride", [None, WINDOW - 1, 5, 1])
+def test_perplexity_equals_transformers(pair, stride, n, batch_size):
+    theirs, ours = pair
+    (ids,) = random_prompts(n)
+    nll, count = strided_nll(theirs, ids, WINDOW, stride or WINDOW)
+    result = perplexity(ours, ids, window=WINDOW, stride=stride, batch_size=batch_size)
+    assert result.tokens == count
+    assert result.nll == pytest.approx(nll, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+@pytest.mark.parametrize("stride", [None, 4])
+@pytest.mark.parametrize("columns", [1, 3, 7])
+def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, stride):
+    _, model = pair
+    (ids,) = random_prompts(107)
+    whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
+    seen = []
+    hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
+    monkeypatch.setattr(program, "LOGIT_BYTES", 10 * 4 * columns * SIZES["vocab_size"])
+    chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
+    hook.remove()
+    assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)
+    assert max(seen) <= 4 * columns and sum(seen) == whole.tokens  # no logits but those that are scored
+
+
+def make_counter(vocab_size, lead):
+    """A model without layers to speak of, whose logit for the successor of a token is `lead`, for all others 0."""
+    args = ModelArgs(vocab_size, 1, 2, 1, 4, 8, vocab_size, 128, norm_eps=1e-12)
+    model = Transformer(args)
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight.zero_()
+        model.layers[0].feed_forward.w2.weight.zero_()
+        model.tok_embeddings.weight.copy_(torch.eye(vocab_size))  # the norm makes it sqrt(V) times as long
+        model.output.weight.copy_(lead / math.sqrt(vocab_size) * torch.eye(vocab_size).roll(1, dims=0))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_a_model_that_counts(stride):
+    model = make_counter(10, lead=3.0)
+    result = perplexity(model, [i % 10 for i in range(50)], window=8, stride=stride)
+    assert result.perplexity == pytest.approx((math.exp(3) + 9) / math.exp(3), rel=1e-5)
+    backwards = perplexity(model, [-i % 10 for i in range(50)], window=8, stride=stride)
+    assert backwards.perplexity == pytest.approx(math.exp(3) + 9, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_is_as_uncertain_as_its_vocabulary_is_large():
+    result = perplexity(make_counter(48, lead=0.0), list(range(48)), window=20, batch_size=2)
+    assert result.perplexity == pytest.approx(48, rel=1e-5) and (result.tokens, result.windows) == (45, 3)
+
+
+def test_a_model_that_is_sure_and_wrong_has_no_finite_perplexity():
+    result = perplexity(make_counter(10, lead=1e4), [5, 4, 3], window=8)
+    assert result.nll == pytest.approx(1e4) and result.perplexity == math.inf
+
+
+def test_nll_of_each_token(pair):
+    theirs, ours = pair
+    tokens = torch.tensor([random_prompts(12)[0], random_prompts(12, 12)[1]])
+    with torch.inference_mode():
+        log_probs = theirs(tokens).logits.log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    ours.setup_caches(2, 12)
+    for first in (1, 7, 11):
+        torch.testing.assert_close(token_nll(ours, tokens, first), expected[:, first - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_can_be_used_afterwards(tiny):
+    model = load_model(tiny, dtype=torch.float32)
+    perplexity(model, list(range(40)), window=WINDOW)
+    chunks = list(generate(model, [[1, 2, 3]], 4, Sampling(temperature=0)))
+    assert len(chunks) == 4
+    model(torch.tensor([[1]]), torch.tensor([[0]]))  # not in inference mode, as quantisation would
+
+
+# ---------------------------------------------------------------- the command
+
+
+def evaluate(*flags):
+    main(**vars(build_parser().parse_args([str(flag) for flag in flags])))
+
+
+def test_default_model(run_cli, default_model_dir, tmp_path):
+    text, out = tmp_path / "text", tmp_path / "out.json"
+    text.write_text(TEXT, encoding="utf-8")
+    sizes = ("--max_seq_length", 32, "--stride", 16, "--batch_size", 2)
+    flags = ("--checkpoint_path", default_model_dir, "--perplexity", text, *sizes, "--output_json", out)
+    done = run_cli("eval.py", *flags)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(out.read_text())
+    assert done.stdout == f"perplexity: {facts['perplexity']:.4f}\n"
+    n = len(load_tokenizer(default_model_dir).encode(TEXT))
+    scored = f"Scored {n - 1} of {n} tokens in {facts['windows']} windows: {facts['seconds']:.2f} seconds"
+    assert [line.split("=")[0].split(": ")[0] for line in done.stderr.splitlines()] == [
+        "Using device",
+        "Time to load model",
+        scored.split(": ")[0],
+    ]
+    assert done.stderr.endswith(scored + "\n")
+    assert facts["args"]["stride"] == 16 and facts["args"]["perplexity"] == str(text)
+    assert (facts["dtype"], facts["torch"], facts["tokens"]) == ("bfloat16", torch.__version__, n - 1)
+    assert facts["perplexity"] == pytest.approx(math.exp(facts["nll"])) and facts["threads"] >= 1
+    model = load_model(default_model_dir, dtype=torch.float32)
+    expected = perplexity(model, load_tokenizer(default_model_dir).encode(TEXT), window=32, stride=16)
+    assert facts["nll"] == pytest.approx(expected.nll, abs=0.02)  # bfloat16 against float32
+    assert 5 < expected.perplexity < 30 and sorted(os.listdir(tmp_path)) == ["out.json", "text"]
+
+
+def test_library_and_command_agree(tiny, tmp_path, capsys):
+    text, out = tmp_path / "text", tmp_path / "out.json"
+    text.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    evaluate("--checkpoint_path", tiny, "--perplexity", text, "--dtype", "float32", "--max_seq_length", 100,
+             "--device", "cpu", "--output_json", out)  # fmt: skip
+    result = perplexity(load_model(tiny, dtype=torch.float32), load_tokenizer(tiny).encode(TEXT), window=100)
+    assert capsys.readouterr().out == f"perplexity: {result.perplexity:.4f}\n"
+    facts = json.loads(out.read_text())
+    assert {key: facts[key] for key in dataclasses.asdict(result)} == pytest.approx(dataclasses.asdict(result))
+
+
+def test_bos_is_the_first_token_of_the_text_if_the_tokenizer_adds_one(tmp_path, capsys):
+    path = make_tiny_checkpoint(tmp_path / "tiny")
+    text, settings = tmp_path / "text", tmp_path / "tiny" / "tokenizer_config.json"
+    text.write_text(TEXT)
+    plain = load_tokenizer(path).encode(TEXT)
+    settings.write_text(json.dumps({"bos_token": "<|endoftext|>", "add_bos_token": True}))
+    bos = load_tokenizer(path).bos_id
+    evaluate("--checkpoint_path", path, "--perplexity", text, "--dtype", "float32", "--max_seq_length", 32)
+    expected = perplexity(load_model(path, dtype=torch.float32), [bos, *plain], window=32)
+    printed = capsys.readouterr()
+    assert printed.out == f"perplexity: {expected.perplexity:.4f}\n"
+    assert f"of {len(plain) + 1} tokens" in printed.err
+
+
+def test_defaults_and_help(run_cli):
+    args = build_parser().parse_args([])
+    assert (args.max_seq_length, args.stride, args.dtype, args.perplexity) == (512, None, "bfloat16", None)
+    result = run_cli("eval.py", "--help", env={"COLUMNS": 120})
+    assert result.returncode == 0
+    for action in build_parser()._actions:
+        assert action.option_strings[-1] in result.stdout and action.help
+        assert action.default in (None, "==SUPPRESS==") or "default" in action.help
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--max_seq_length", "1"], "--max_seq_length is 1; a window needs at least 2"),
+        (["--stride", "0"], "--stride is 0; it must be from 1 to the window of 512 tokens"),
+        (["--stride", "-1"], "--stride is -1"),
+        (["--stride", "513"], "--stride is 513; it must be from 1 to the window of 512 tokens"),
+        (["--stride", "3", "--max_seq_length", "2"], "--stride is 3; it must be from 1 to the window of 2"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--threads", "99999"], "--threads is 99999"),
+        (["--device", "tpu"], "device 'tpu' is unknown; use one of cuda, mps, cpu"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown; use one of bfloat16"),
+        (["--perplexity", "/no/such/file"], "cannot read the text /no/such/file: No such file"),
+        (["--perplexity", "/tmp"], "cannot read the text /tmp: Is a directory"),
+        (["--perplexity", "/dev/null"], "the text /dev/null is empty"),
+        (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--output_json", "/tmp"], "cannot write /tmp: it is a folder"),
+    ],
+)
+def test_bad_input_is_found_before_the_model_is_loaded(tmp_path, capsys, flags, message):
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    with pytest.raises(ValueError) as error:
+        evaluate("--checkpoint_path", tmp_path / "none.pth", "--perplexity", text, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "") and os.listdir(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"good\nbad \xff\n", "is not UTF-8: byte 9 is 0xff"),
+        ("text".encode("utf-16"), "is not UTF-8: byte 0 is 0xff"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"d", r"the text is too short \(tokens: 1\)"),
+    ],
+)
+def test_text_that_cannot_be_scored(tiny, tmp_path, capsys, data, message):
+    text = tmp_path / "text"
+    text.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        evaluate("--checkpoint_path", tiny, "--perplexity", text)
+    assert capsys.readouterr().out == ""
+
+
+def test_window_over_the_context(tiny, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    with pytest.raises(ValueError, match="--max_seq_length 513 is more than the model's context of 512"):
+        evaluate("--checkpoint_path", tiny, "--perplexity", tmp_path / "text", "--max_seq_length", 513)
+
+
+def test_token_that_the_model_does_not_have(tmp_path):
+    path = make_tiny_checkpoint(tmp_path / "tiny")
+    names = json.loads((path.parent / "tokenizer.json").read_text())
+    names["added_tokens"].append({**names["added_tokens"][0], "id": 900, "content": "<|extra|>"})
+    (path.parent / "tokenizer.json").write_text(json.dumps(names))
+    (tmp_path / "text").write_text("the cat<|extra|>")
+    with pytest.raises(ValueError, match="token 285, and the model has 285"):
+        evaluate("--checkpoint_path", path, "--perplexity", tmp_path / "text")
+
+
+def test_exit_codes(run_cli, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    done = run_cli("eval.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is nothing to measure; give a text with --perplexity FILE\n"
+    done = run_cli("eval.py", "--perplexity", tmp_path / "text", "--checkpoint_path", tmp_path / "none.pth")
+    assert done.returncode == 2 and "there is no checkpoint at" in done.stderr and "Traceback" not in done.stderr
