@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from gguf_file import GGUFFile, is_gguf
+from gguf_file import KEPT, GGUFFile, is_gguf
 from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ModelArgs, RopeScaling, Transformer
 from qlinear import QuantSpec, linear_table, pack_, quantize_, quantize_weight, table_from_json, table_to_json
 
@@ -215,6 +215,15 @@ def expected_tensors(args: ModelArgs, table: dict[str, QuantSpec] | None = None)
     return tensors
 
 
+def source_modules(module: str, modules: dict) -> list[str]:
+    """The source's modules whose rows `module` holds, in order; `modules` is one of the tables above."""
+    layer = re.search(r"(?<=layers\.)\d+", module)
+    if layer is None:
+        return list(modules.get(module, (module,)))
+    pattern = module.replace(f"layers.{layer[0]}", "layers.#")
+    return [part.replace("#", layer[0]) for part in modules.get(pattern, (pattern,))]
+
+
 def rename(
     args: ModelArgs,
     raw: dict[str, Callable[[], Tensor]],
@@ -230,16 +239,13 @@ def rename(
     tensors, used = {}, set()
     for name in expected_tensors(args, table):
         module, _, leaf = name.rpartition(".")
-        layer = re.search(r"(?<=layers\.)\d+", module)
-        pattern = module.replace(f"layers.{layer[0]}", "layers.#") if layer else module
-        parts = [f"{part}.{leaf}" for part in modules.get(pattern, (pattern,))]
-        parts = [part.replace("#", layer[0]) if layer else part for part in parts]
+        parts = [f"{part}.{leaf}" for part in source_modules(module, modules)]
         absent = [part for part in parts if part not in raw]
         if absent:
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
         used.update(parts)
         tensors[name] = joined([raw[part] for part in parts])
-        if interleaved and pattern.endswith("wqkv"):
+        if interleaved and module.endswith("wqkv"):
             tensors[name] = halves_from_pairs(tensors[name], args)
     dropped = TIED_HEADS if args.tie_embeddings else set()
     extra = [name for name in raw if name not in used | dropped and not IGNORED.fullmatch(name)]
@@ -428,16 +434,23 @@ def source_from_hf(folder: Path) -> Source | None:
     return Source(args, rename(args, raw, HF_MODULES, False, folder))
 
 
-def source_from_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> Source:
-    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file."""
+def source_from_folder(
+    folder: Path, model_name: str | None = None, converted: bool = True, keep_quantized: bool = False
+) -> Source:
+    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file.
+
+    keep_quantized: see `source_from_gguf`; a ValueError for a Hugging Face model, which is float.
+    """
     if converted and (folder / "model.pth").is_file():
         return source_from_torch(folder / "model.pth", model_name)
     source = source_from_hf(folder)
     if source is not None:
+        if keep_quantized:
+            raise ValueError(f"{folder} holds float weights; --keep_quantized is for a folder with only a GGUF file")
         return source
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
-        return source_from_gguf(files[0])
+        return source_from_gguf(files[0], keep_quantized)
     found = f"{len(files)} .gguf files: name one" if files else "none of these"
     raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
 
@@ -559,12 +572,53 @@ def args_from_gguf(file: GGUFFile) -> ModelArgs:
     )
 
 
-def source_from_gguf(path: Path) -> Source:
+def gguf_tensor(part: str, args: ModelArgs) -> str:
+    """The tensor with the weight of `part`, a name of GGUF_MODULES; a tied head has the embedding's."""
+    return "token_embd.weight" if part == "output" and args.tie_embeddings else f"{part}.weight"
+
+
+def kept_layers(file: GGUFFile, args: ModelArgs) -> dict[str, QuantSpec]:
+    """The linear layers that can be kept: their parts are all of types in KEPT, and of the same bits.
+
+    Raises ValueError if there are none.
+    """
+    table = {}
+    for module, layer in shell(args, {}).named_modules():
+        names = [gguf_tensor(part, args) for part in source_modules(module, GGUF_MODULES)]
+        if not isinstance(layer, nn.Linear) or any(name not in file.tensors for name in names):
+            continue
+        kinds, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
+        specs = {KEPT.get(kind.name) for kind in kinds}
+        rows, columns = sum(shape[0] for shape in shapes), {shape[1:] for shape in shapes}
+        # sizes that are a lie are refused on reading; a quantised shell of such sizes would first be built for minutes
+        fits = rows == layer.out_features and columns == {(layer.in_features,)}
+        if fits and len(specs) == 1 and None not in specs:
+            table[module] = specs.pop()
+    if not table:
+        there = ", ".join(sorted({kind.name for kind, _, _ in file.tensors.values()}))
+        raise ValueError(
+            f"{file.path} has no whole layer in {' or '.join(KEPT)} to keep; "
+            f"its types are {there}: convert it without --keep_quantized"
+        )
+    return table
+
+
+def source_from_gguf(path: Path, keep_quantized: bool = False) -> Source:
+    """A GGUF file; keep_quantized: layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again.
+
+    Raises ValueError if there is nothing to keep.
+    """
     file = GGUFFile(path)
     args = args_from_gguf(file)
     interleaved = GGUF_FAMILIES[file.metadata["general.architecture"]][0]
     raw = {name: lambda name=name: file.read(name) for name in file.tensors}
-    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path), gguf=path)
+    table = kept_layers(file, args) if keep_quantized else {}
+    for module, spec in table.items():
+        keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
+        for part in source_modules(module, GGUF_MODULES):
+            name = gguf_tensor(part, args)
+            raw |= {f"{part}.{key}": lambda name=name, key=key: file.read_codes(name, key) for key in keys}
+    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path, table), table, gguf=path)
 
 
 # ---------------------------------------------------------------- load and save

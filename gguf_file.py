@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlinear import QuantSpec, pack_nibbles
+
 GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
 GGUF_STRING, GGUF_ARRAY = 8, 9
+KEPT = {"Q4_0": QuantSpec(4, 32), "Q4_1": QuantSpec(4, 32), "Q8_0": QuantSpec(8, 32)}  # types `read_codes` reads
 
 
 class GGUFFile:
@@ -100,25 +103,52 @@ class GGUFFile:
             if shape[-1] % block or self.start + offset + math.prod(shape) // block * size > len(self.data):
                 raise ValueError(f"{name} {list(shape)} does not fit into the file")
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32, or in bfloat16 a part at a time if it is large. Shape [rows, columns] or [n]."""
+    def _rows(self, name: str):
+        """The bytes of a tensor as they are in the file: a numpy view [rows, bytes of a row]."""
         from gguf import GGML_QUANT_SIZES
-        from gguf.quants import dequantize
 
         kind, shape, offset = self.tensors[name]
         block, size = GGML_QUANT_SIZES[kind]
         row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
         begin = self.start + offset
-        codes = self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
+        return self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as float32, dequantised a part at a time. Shape [rows, columns] or [n]."""
+        from gguf.quants import dequantize
+
+        kind, shape, _ = self.tensors[name]
+        rows = self._rows(name)
         step = max(1, (1 << 19) // shape[-1])  # 2 MiB of float32 at a time
-        out = torch.empty(rows, shape[-1], dtype=torch.float32)
-        for row in range(0, rows, step):
+        out = torch.empty(len(rows), shape[-1], dtype=torch.float32)
+        for row in range(0, len(rows), step):
             try:
-                part = dequantize(codes[row : row + step], kind)
+                part = dequantize(rows[row : row + step], kind)
             except NotImplementedError:
                 raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
             out[row : row + step] = torch.tensor(part)
         return out.view(shape)
+
+    def read_codes(self, name: str, part: str) -> Tensor:
+        """The weight (codes), scales or zeros of a matrix of a type in KEPT, as `qlinear` stores a layer.
+
+        Nothing is rounded anew. Format: a block of ggml-common.h is float16 d (and m in Q4_1), then 32 codes q, int8 or
+        16 bytes whose low nibbles come first. A weight is q d in Q8_0, (q - 8) d in Q4_0, q d + m in Q4_1.
+        """
+        kind, shape, _ = self.tensors[name]
+        rows = self._rows(name)
+        blocks = rows.reshape(len(rows), shape[-1] // 32, -1)  # [rows, groups, bytes]
+        n_byte = 4 if kind.name == "Q4_1" else 2
+        if part == "weight":
+            q = torch.tensor(blocks[..., n_byte:])
+            if kind.name == "Q8_0":
+                return q.view(torch.int8).flatten(1)
+            codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [rows, groups, 32], -8..7
+            return pack_nibbles(codes.flatten(1))
+        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).float().unbind(-1)  # [rows, groups] each
+        if part == "scales":
+            return d
+        return m[0] + 8 * d if m else torch.zeros_like(d)
 
 
 def is_gguf(path: str | Path) -> bool:

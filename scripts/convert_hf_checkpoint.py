@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,20 +30,23 @@ from checkpoint import (
 from tokenizer import save_tokenizer
 
 
-def main(*, checkpoint_dir: str, dtype: str) -> None:
+def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
     folder, began = Path(checkpoint_dir), time.perf_counter()
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; fetch a model with scripts/download.py")
-    target = folder / "model.pth"
+    target = folder / ("model_quantized.pth" if keep_quantized else "model.pth")
     require_writable(target)
-    source = source_from_folder(folder, converted=False)
+    source = source_from_folder(folder, converted=False, keep_quantized=keep_quantized)
     device = torch.device("cpu")
     require_weights_fit(source.args, parse_dtype(dtype), source.table, device, folder)
     tensors = read_tensors(source, device, parse_dtype(dtype), "Converting")
     if source.gguf is not None:
         save_tokenizer(source.gguf, folder)
-    save_checkpoint(target, source.args, tensors)
+    save_checkpoint(target, source.args, tensors, source.table)
     size, seconds = target.stat().st_size / GB, time.perf_counter() - began
+    if keep_quantized:
+        counts = Counter(map(str, source.table.values())).most_common()
+        print(f"{len(source.table)} layers kept: {', '.join(f'{n} {kind}' for kind, n in counts)}", file=sys.stderr)
     print(f"Wrote {target}: {size:.2f} GB in {dtype}, {seconds:.1f} seconds", file=sys.stderr)
 
 
@@ -50,4 +54,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write CHECKPOINT_DIR/model.pth from safetensors, .bin or GGUF files.")
     parser.add_argument("--checkpoint_dir", required=True, help="folder of a downloaded model")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    parser.add_argument(
+        "--keep_quantized",
+        action="store_true",
+        help="write model_quantized.pth instead, where layers that a GGUF file has in Q4_0, Q4_1 or Q8_0 keep their "
+        "codes: int4 or int8 in groups of 32, not rounded again",
+    )
     command_line.run(main, parser)

@@ -1,5 +1,6 @@
 """GGUF files written by the package `gguf` from tiny transformers models; and files that lie about themselves."""
 
+import os
 import struct
 import time
 
@@ -12,8 +13,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, Qwen2Config
 
-from checkpoint import load_model
-from gguf_file import GGUFFile, read_gguf_metadata
+from checkpoint import load_model, read_tensors, save_checkpoint, source_from_gguf
+from gguf_file import KEPT, GGUFFile, read_gguf_metadata
+from qlinear import LAYERS, QuantSpec
+from scripts.convert_hf_checkpoint import main as convert
 
 SIZES = {
     "vocab_size": 96,
@@ -65,8 +68,18 @@ def interleaved(weight, n_head):
     return weight.reshape(n_head, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None):
-    """`model` of transformers as a GGUF file; matrices become what `kind` leaves of them, in the model too."""
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None):
+    """`model` of transformers as a GGUF file; matrices become what `kind` leaves of them, in the model too.
+
+    kinds: the type of those matrices in whose name in `model` a certain part occurs.
+    """
     config, family = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -83,20 +96,18 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None):
         writer.add_tensor(name, value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.named_parameters():  # a tied head is not among them
+        own = next((own for part, own in (kinds or {}).items() if part in name), kind)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         codes = weight.detach().numpy()
         if weight.ndim == 2:
-            codes = quantize(codes, kind)
-            weight.data = torch.tensor(dequantize(codes, kind))
+            codes = quantize(codes, own)
+            weight.data = torch.tensor(dequantize(codes, own))
         for part, n_head in heads.items():
             if family == "llama" and part in name:
                 codes = interleaved(codes, n_head)
-        writer.add_tensor(name, np.ascontiguousarray(codes), raw_dtype=kind if weight.ndim == 2 else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_tensor(name, np.ascontiguousarray(codes), raw_dtype=own if weight.ndim == 2 else None)
+    finish(writer)
     return path
 
 
@@ -155,6 +166,150 @@ def test_default_model_reads_as_the_package_reads_it(default_gguf):
     assert ours.tensors["token_embd.weight"][1] == (49152, 576)
     for key in ("general.architecture", "llama.block_count", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.tokens"):
         assert ours.metadata[key] == theirs.get_field(key).contents()
+
+
+# ---------------------------------------------------------------- codes that are kept
+
+INT4, INT8 = QuantSpec(4, 32), QuantSpec(8, 32)
+KEYS = {4: ("weight", "scales", "zeros"), 8: ("weight", "scales")}
+
+
+def fetch(path, keep_quantized=True):
+    """What convert_hf_checkpoint.py puts into a file: the source, which has the table, and the tensors."""
+    source = source_from_gguf(path, keep_quantized)
+    return source, read_tensors(source, torch.device("cpu"), torch.float32, "")
+
+
+def assert_kept(path, theirs, monkeypatch):
+    """The kept conversion has the weights of the plain one and the logits of `theirs`. Returns its table."""
+    source, tensors = fetch(path)
+    assert_same_weights(source, tensors, fetch(path, keep_quantized=False)[1])
+    save_checkpoint(path.with_suffix(".pth"), source.args, tensors, source.table)
+    monkeypatch.setattr("checkpoint.pack_", lambda model: None)  # operators that round activations too
+    assert_same_logits(path.with_suffix(".pth"), theirs)
+    return source.table
+
+
+def assert_same_weights(source, tensors, plain):
+    floats = dict(tensors)
+    for name, spec in source.table.items():
+        own = {key: floats.pop(f"{name}.{key}") for key in KEYS[spec.bits]}
+        assert all(tensor.dtype == torch.float32 for key, tensor in own.items() if key != "weight")
+        floats[f"{name}.weight"] = LAYERS[spec.bits](**own).dequantize()
+    plain.setdefault("output.weight", plain["tok_embeddings.weight"])  # a tied head may have codes of its own
+    floats.setdefault("output.weight", plain["output.weight"])
+    assert floats.keys() == plain.keys()
+    for name, weight in floats.items():  # one more rounding in Q4_1: of m + 8 d
+        torch.testing.assert_close(weight, plain[name], rtol=0, atol=2**-22 * float(weight.abs().max()))
+
+
+def in_layers(part, spec):
+    return {f"layers.{i}.{part}": spec for i in range(SIZES["num_hidden_layers"])}
+
+
+def whole_table(spec):
+    parts = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
+    return {name: spec for part in parts for name in in_layers(part, spec)} | {"output": spec}
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
+def test_every_layer_is_kept(config, tied, kind, tmp_path, monkeypatch):
+    theirs = tiny(config(**SIZES, tie_word_embeddings=tied))
+    table = assert_kept(write_gguf(tmp_path / "m.gguf", theirs, kind), theirs, monkeypatch)
+    assert table == whole_table(INT8 if kind == Type.Q8_0 else INT4)
+
+
+@pytest.mark.parametrize(
+    "tied, kinds, differing",
+    [
+        (False, {"k_proj": Type.F16}, in_layers("attention.wqkv", None)),
+        (False, {"v_proj": Type.Q8_0}, in_layers("attention.wqkv", None)),
+        (False, {"q_proj": Type.Q4_1, "up_proj": Type.Q4_1}, {}),
+        (False, {"layers.0.mlp.up_proj": Type.Q5_1}, {"layers.0.feed_forward.w13": None}),
+        (False, {"o_proj": Type.Q8_0, "lm_head": Type.F16}, in_layers("attention.wo", INT8) | {"output": None}),
+        (False, {"embed_tokens": Type.F16, "lm_head": Type.Q8_0}, {"output": INT8}),
+        (True, {"embed_tokens": Type.Q8_0}, {"output": INT8}),
+        (True, {"embed_tokens": Type.F16}, {"output": None}),
+    ],
+    ids=str,
+)
+def test_mixed_types(tied, kinds, differing, tmp_path, monkeypatch):
+    theirs = tiny(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    table = assert_kept(write_gguf(tmp_path / "m.gguf", theirs, Type.Q4_0, kinds=kinds), theirs, monkeypatch)
+    assert table == {name: spec for name, spec in (whole_table(INT4) | differing).items() if spec}
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_codes_are_those_of_the_file(kind, tmp_path):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(6, 96)).astype(np.float32)
+    weight[1] = 100 + weight[1] / 1000  # Q4_1: m + 8 d is rounded
+    weight[2] *= 1000
+    weight[3] = 0
+    weight[4] = -0.5
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("t", quantize(weight, kind), raw_dtype=kind)
+    finish(writer)
+    file, bits = GGUFFile(tmp_path / "m.gguf"), KEPT[kind.name].bits
+    ours = LAYERS[bits](**{key: file.read_codes("t", key) for key in KEYS[bits]}).dequantize()
+    theirs = torch.tensor(dequantize(quantize(weight, kind), kind))
+    size = theirs.abs().amax(1, keepdim=True)
+    assert ((ours - theirs).abs() <= (2**-22 * size if kind == Type.Q4_1 else 0)).all()
+
+
+def test_damaged_codes_are_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny(LlamaConfig(**SIZES)), Type.Q4_1)
+    whole, file = path.read_bytes(), GGUFFile(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="does not fit into the file"):
+        source_from_gguf(path, keep_quantized=True)
+    begin = file.start + file.tensors["blk.1.ffn_down.weight"][2]
+    for place, value, key in ((0, np.inf, "scales"), (0, np.nan, "scales"), (2, np.nan, "zeros")):
+        path.write_bytes(whole[: begin + place] + struct.pack("<e", value) + whole[begin + place + 2 :])
+        with pytest.raises(ValueError, match=f"layers.1.feed_forward.w2.{key} holds NaN or infinite"):
+            fetch(path)
+
+
+def test_sizes_that_lie_are_refused_at_once(tmp_path):
+    fields = {"add_embedding_length": 1 << 20, "add_feed_forward_length": 1 << 20, "add_key_length": 16}
+    path = write_gguf(tmp_path / "m.gguf", tiny(LlamaConfig(**SIZES)), Type.Q4_0, fields=fields)
+    began = time.process_time()
+    with pytest.raises(ValueError, match="no whole layer"):
+        fetch(path)
+    assert time.process_time() - began < 1
+
+
+def test_nothing_to_keep(tmp_path):
+    theirs = tiny(LlamaConfig(**SIZES))
+    write_gguf(tmp_path / "m.gguf", theirs, Type.F16)
+    with pytest.raises(ValueError, match="no whole layer in Q4_0 or .*types are F16, F32: convert it without"):
+        convert(checkpoint_dir=tmp_path, dtype="float32", keep_quantized=True)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="float weights; --keep_quantized is for"):
+        convert(checkpoint_dir=tmp_path, dtype="float32", keep_quantized=True)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@torch.inference_mode()
+def test_default_model_kept(default_gguf, run_cli, tmp_path, monkeypatch):
+    os.symlink(default_gguf, tmp_path / default_gguf.name)
+    path, options = tmp_path / "model_quantized.pth", ["--checkpoint_dir", tmp_path, "--dtype", "float32"]
+    done = run_cli("scripts/convert_hf_checkpoint.py", "--keep_quantized", *options)
+    assert done.returncode == 0 and "121 layers kept: 120 int4.g32, 1 int8.g32" in done.stderr, done.stderr
+    assert not (tmp_path / "model.pth").exists()
+    options = ["--temperature", 0, "--max_new_tokens", 4, "--num_samples", 1]
+    done = run_cli("generate.py", "--checkpoint_path", path, "--prompt", "The capital of France is", *options)
+    assert done.returncode == 0 and done.stdout.startswith(" Paris."), done
+    monkeypatch.setattr("checkpoint.pack_", lambda model: None)  # operators that round activations too
+    tokens, logits = torch.tensor([[504, 3575, 282, 4649, 314]]), []
+    for file in (path, default_gguf):
+        model = load_model(file, dtype=torch.float32)
+        model.setup_caches(1, 5)
+        logits.append(model(tokens, torch.arange(5)[None]))
+    # the same weights to the bit, so all that may differ is the order of float32 sums of up to 1536 terms
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- files that are cut short or lie
@@ -315,10 +470,7 @@ def test_types_that_cannot_be_dequantised(tmp_path):
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("t", np.zeros((2, 32), dtype=np.int8))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert read_gguf_metadata(path)["general.architecture"] == "llama"
     with pytest.raises(ValueError, match="t is of type I8"):
         GGUFFile(path).read("t")
