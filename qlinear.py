@@ -105,7 +105,7 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") ->
     """Round weight [out, in] to nearest: the tensors of `Int8Linear` or `Int4Linear`; a meta tensor gives meta ones."""
     n_group = spec.groups(weight.shape[1], name)
     parts = []
-    for rows in weight.split(max(1, PART // weight.shape[1])):
+    for rows in weight.split(len(weight) if weight.is_meta else max(1, PART // weight.shape[1])):
         groups = rows.float().unflatten(1, (n_group, -1))
         scales, zeros = scales_and_zeros(groups, spec.bits)
         codes = to_codes(groups, scales, zeros, spec.bits)
@@ -251,11 +251,42 @@ class FewRowsLinear(nn.Module):
         return torch.ops.gpt_faster.linear_bf16(x, self.weight, self.bias)
 
 
+class CodesLinear(nn.Module):
+    """An int8 or int4 linear layer whose weight lies as the instructions of a CPU want it (`kernels/cpu.cpp`).
+
+    Activations in half precision are rounded to int8 in groups of 32 inputs, float32 ones are not. weight uint8
+    [tiles, bytes], scales and zeros [tiles, groups, 1 or 2, 16] in the file's dtype, bias float32 [tiles * 16].
+    """
+
+    LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.out_features, in_features = layer.codes().shape
+        pad = (0, -in_features % self.GROUP, 0, -self.out_features % self.LANES)
+        offset = 8 if layer.bits == 4 else 128
+        unsigned = F.pad((layer.codes().to(torch.int16) + offset).to(torch.uint8), pad, value=offset)
+        tiles = unsigned.unflatten(0, (-1, self.LANES))  # [tiles, 16, in]
+        fours = tiles.unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, in / 4, 16, 4]
+        weight = fours[:, 0::2] | fours[:, 1::2] << 4 if layer.bits == 4 else fours
+        self.register_buffer("weight", weight.flatten(1).contiguous())
+        parts = [layer.scales, layer.zeros] if layer.bits == 4 else [layer.scales]
+        rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, 0, 0, pad[-1]))  # [out, groups, parts]
+        self.register_buffer("scales", rows.unflatten(0, (-1, self.LANES)).permute(0, 2, 3, 1).contiguous())
+        self.register_buffer("bias", None if layer.bias is None else F.pad(layer.bias.float(), (0, pad[-1])))
+
+    def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
+        y = torch.ops.gpt_faster.linear_codes(x, self.weight, self.scales, self.bias)
+        return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
+
+
 def fastest(layer: nn.Module) -> Callable | None:
     """The class that does the work of `layer` faster on its device; None where there is none."""
     kind = type(layer)
-    if kind is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16:
-        return FewRowsLinear if cpu.has_bf16() else None
+    if kind in (nn.Linear, *LAYERS.values()) and layer.weight.device.type == "cpu":
+        if kind is nn.Linear:
+            return FewRowsLinear if layer.weight.dtype == torch.bfloat16 and cpu.has_bf16() else None
+        return CodesLinear if cpu.has_int8() else None
     return None
 
 

@@ -26,6 +26,8 @@ using at::Tensor;
 
 // More rows than this amortise a weight well enough for a blocked matrix product.
 constexpr int64_t kFewRows = 16;
+// Parts of a thread's share of a weight that are read side by side when there is one row.
+constexpr int kStreams = 4;
 
 #if defined(__x86_64__)
 
@@ -81,7 +83,6 @@ struct Linear {
   }
 
   void run() const {
-    constexpr int kStreams = 4;
     const int64_t grain = std::max<int64_t>(kStreams, 32768 / K);  // below 64 KiB a second thread does not pay
     at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
       const int64_t stride = (end - begin) / kStreams;
@@ -127,8 +128,9 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Te
 // multiplies (VNNI: 64 products of an unsigned and a signed byte, summed by fours into 16 int32). int8 codes are stored
 // plus 128; int4 codes plus 8, two a byte: inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
 //
-// Activations are rounded to int8 in groups of 32 inputs. Sums of products are exact integers and what follows is
-// in one order for any number of rows, so a row's result does not depend on the rows beside it.
+// Activations in half precision are rounded to int8 in groups of 32 inputs; sums of products are then exact integers.
+// float32 ones are taken as they are (EXACT), three times slower where the arithmetic counts: whoever asks for float32
+// wants every digit. All sums are in one order for any number of rows: no row's result depends on the rows beside it.
 
 constexpr int64_t kLanes = 16, kGroup = 32;
 
@@ -175,57 +177,103 @@ struct QuantisedLinear {
   const float* bias;  // [tiles * 16] or null
   int64_t M, in, K, tiles, groups;
   bool nibbles;  // int4, which has zeros
-  // x as int8, K = in rounded up to a multiple of 32
-  int8_t* codes;    // [M, K]
+  // x made ready by prepare_row, K = in rounded up to a multiple of 32
+  void* ready;      // [M, K] int8, or float32 if EXACT
   float* x_scales;  // [M, K / 32]
   float* x_sums;    // [M, K / 32], of x itself
   int32_t* starts;  // [M, K / 32], minus what the offset of the weights' codes adds to a sum of products
 
-  VNNI_TARGET void quantise_row(int64_t m) const {
+  int32_t offset() const { return nibbles ? 8 : 128; }
+
+  VNNI_TARGET void prepare_row(int64_t m) const {
     const int64_t blocks = K / kGroup;
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t left = std::min(kGroup, in - b * kGroup), i = m * in + b * kGroup;
       const uint32_t mask = left == kGroup ? ~0u : (1u << left) - 1;
       const __m512 low = load(x, i, type, mask), high = load(x, i + 16, type, mask >> 16);
-      const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
       const float sum = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+      x_sums[m * blocks + b] = sum;
+      if (type == at::kFloat) {
+        float* out = static_cast<float*>(ready) + m * K + b * kGroup;
+        _mm512_storeu_ps(out, low);
+        _mm512_storeu_ps(out + 16, high);
+        continue;
+      }
+      const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
       const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
       const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
       const __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-      __m128i* out = reinterpret_cast<__m128i*>(codes + m * K + b * kGroup);
+      __m128i* out = reinterpret_cast<__m128i*>(static_cast<int8_t*>(ready) + m * K + b * kGroup);
       _mm_storeu_si128(out, _mm512_cvtsepi32_epi8(a));
       _mm_storeu_si128(out + 1, _mm512_cvtsepi32_epi8(c));
       x_scales[m * blocks + b] = sum != sum ? sum : most / 127.0f;  // NaN stays NaN
-      x_sums[m * blocks + b] = sum;
-      starts[m * blocks + b] = -(nibbles ? 8 : 128) * _mm512_reduce_add_epi32(_mm512_add_epi32(a, c));
+      starts[m * blocks + b] = -offset() * _mm512_reduce_add_epi32(_mm512_add_epi32(a, c));
     }
   }
 
-  // Adds the products of 32 inputs of R rows and T tiles.
+  // The 64 unsigned codes of 4 inputs and 16 rows. One load has those of two such parts if they are nibbles.
+  template <bool NIBBLES>
+  VNNI_TARGET INLINE __m512i codes_of(__m512i loaded, int part) const {
+    if (!NIBBLES) return loaded;
+    return _mm512_and_si512(part ? _mm512_srli_epi16(loaded, 4) : loaded, _mm512_set1_epi8(15));
+  }
+
+  // Sums of the products of 32 inputs of R rows and T tiles: x as int8 ...
   template <bool NIBBLES, int R, int T>
-  VNNI_TARGET INLINE void multiply(__m512i (&dot)[R][T], const int8_t* xb, const uint8_t* wb, int64_t w_stride) const {
+  VNNI_TARGET INLINE void multiply(__m512 (&product)[R][T], int64_t r, int64_t b, const uint8_t* wb,
+                                   int64_t w_stride) const {
     constexpr int kStep = NIBBLES ? 8 : 4;
+    const int64_t blocks = K / kGroup;
+    const int8_t* xb = static_cast<const int8_t*>(ready) + r * K + b * kGroup;
+    __m512i dot[R][T];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
+      dot[i][j] = _mm512_set1_epi32(starts[(r + i) * blocks + b]);
+    }
     UNROLL for (int k = 0; k < kGroup; k += kStep) {
-      __m512i weights[T];
-      UNROLL for (int j = 0; j < T; j++) weights[j] = _mm512_loadu_si512(wb + j * w_stride + k / kStep * 64);
+      __m512i loaded[T], codes[T];
+      UNROLL for (int j = 0; j < T; j++) loaded[j] = _mm512_loadu_si512(wb + j * w_stride + k / kStep * 64);
       UNROLL for (int part = 0; part < kStep / 4; part++) {
-        __m512i unsigned_codes[T];
-        UNROLL for (int j = 0; j < T; j++) {
-          const __m512i shifted = part ? _mm512_srli_epi16(weights[j], 4) : weights[j];
-          unsigned_codes[j] = NIBBLES ? _mm512_and_si512(shifted, _mm512_set1_epi8(15)) : weights[j];
-        }
+        UNROLL for (int j = 0; j < T; j++) codes[j] = codes_of<NIBBLES>(loaded[j], part);
         UNROLL for (int i = 0; i < R; i++) {
           int32_t four;
           std::memcpy(&four, xb + i * K + k + 4 * part, 4);
           const __m512i row = _mm512_set1_epi32(four);
-          UNROLL for (int j = 0; j < T; j++) dot[i][j] = _mm512_dpbusd_epi32(dot[i][j], unsigned_codes[j], row);
+          UNROLL for (int j = 0; j < T; j++) dot[i][j] = _mm512_dpbusd_epi32(dot[i][j], codes[j], row);
+        }
+      }
+    }
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = _mm512_cvtepi32_ps(dot[i][j]);
+  }
+
+  // ... and x as float32.
+  template <bool NIBBLES, int R, int T>
+  VNNI_TARGET INLINE void multiply_exact(__m512 (&product)[R][T], int64_t r, int64_t b, const uint8_t* wb,
+                                         int64_t w_stride) const {
+    constexpr int kStep = NIBBLES ? 8 : 4;
+    const float* xb = static_cast<const float*>(ready) + r * K + b * kGroup;
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = _mm512_setzero_ps();
+    for (int k = 0; k < kGroup; k += 4) {
+      __m512i codes[T];
+      UNROLL for (int j = 0; j < T; j++) {
+        const __m512i loaded = _mm512_loadu_si512(wb + j * w_stride + k / kStep * 64);
+        codes[j] = codes_of<NIBBLES>(loaded, k % kStep);
+      }
+      UNROLL for (int c = 0; c < 4; c++) {
+        __m512 weights[T];
+        UNROLL for (int j = 0; j < T; j++) {
+          const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes[j], 8 * c), _mm512_set1_epi32(255));
+          weights[j] = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(offset())));
+        }
+        UNROLL for (int i = 0; i < R; i++) {
+          const __m512 row = _mm512_set1_ps(xb[i * K + k + c]);
+          UNROLL for (int j = 0; j < T; j++) product[i][j] = _mm512_fmadd_ps(weights[j], row, product[i][j]);
         }
       }
     }
   }
 
   // Rows r .. r + R - 1 of x against the tiles n, n + stride, ..., whose bytes begin at wn, wn + w_stride, ...
-  template <bool NIBBLES, bool GROUPED, bool ZEROS, int R, int T>
+  template <bool EXACT, bool NIBBLES, bool GROUPED, bool ZEROS, int R, int T>
   VNNI_TARGET void tile(int64_t r, int64_t n, int64_t stride, const uint8_t* wn, int64_t w_stride) const {
     constexpr int kParts = ZEROS ? 2 : 1;
     const int64_t blocks = K / kGroup, blocks_a_group = blocks / groups;
@@ -239,17 +287,16 @@ struct QuantisedLinear {
         if (ZEROS) zero[j] = load(scales, at + kLanes, scale_type);
       }
       for (; b < (g + 1) * blocks_a_group; b++) {
-        __m512i dot[R][T];
-        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
-          dot[i][j] = _mm512_set1_epi32(starts[(r + i) * blocks + b]);
-        }
-        multiply<NIBBLES, R, T>(dot, codes + r * K + b * kGroup, wn + b * kGroup * (NIBBLES ? 8 : 16), w_stride);
+        __m512 product[R][T];
+        const uint8_t* wb = wn + b * kGroup * (NIBBLES ? 8 : 16);
+        if constexpr (EXACT) multiply_exact<NIBBLES, R, T>(product, r, b, wb, w_stride);
+        else multiply<NIBBLES, R, T>(product, r, b, wb, w_stride);
         UNROLL for (int i = 0; i < R; i++) {
-          const __m512 x_scale = _mm512_set1_ps(x_scales[(r + i) * blocks + b]);
+          const __m512 x_scale = _mm512_set1_ps(EXACT ? 1.0f : x_scales[(r + i) * blocks + b]);
           const __m512 x_sum = _mm512_set1_ps(x_sums[(r + i) * blocks + b]);
           UNROLL for (int j = 0; j < T; j++) {
-            const __m512 product = _mm512_cvtepi32_ps(dot[i][j]);
-            sum[i][j] = _mm512_fmadd_ps(product, GROUPED ? _mm512_mul_ps(scale[j], x_scale) : x_scale, sum[i][j]);
+            const __m512 factor = !GROUPED ? x_scale : EXACT ? scale[j] : _mm512_mul_ps(scale[j], x_scale);
+            sum[i][j] = _mm512_fmadd_ps(product[i][j], factor, sum[i][j]);
             if (ZEROS) sum[i][j] = _mm512_fmadd_ps(zero[j], x_sum, sum[i][j]);
           }
         }
@@ -266,38 +313,38 @@ struct QuantisedLinear {
     }
   }
 
-  template <bool NIBBLES, bool GROUPED, bool ZEROS, int T>
+  template <bool EXACT, bool NIBBLES, bool GROUPED, bool ZEROS, int T>
   void all_rows(int64_t n, int64_t stride, const uint8_t* wn, int64_t w_stride) const {
     constexpr int kRows = 4;
     int64_t r = 0;
-    for (; r + kRows <= M; r += kRows) tile<NIBBLES, GROUPED, ZEROS, kRows, T>(r, n, stride, wn, w_stride);
-    if (M - r == 3) tile<NIBBLES, GROUPED, ZEROS, 3, T>(r, n, stride, wn, w_stride);
-    if (M - r == 2) tile<NIBBLES, GROUPED, ZEROS, 2, T>(r, n, stride, wn, w_stride);
-    if (M - r == 1) tile<NIBBLES, GROUPED, ZEROS, 1, T>(r, n, stride, wn, w_stride);
+    for (; r + kRows <= M; r += kRows) tile<EXACT, NIBBLES, GROUPED, ZEROS, kRows, T>(r, n, stride, wn, w_stride);
+    if (M - r == 3) tile<EXACT, NIBBLES, GROUPED, ZEROS, 3, T>(r, n, stride, wn, w_stride);
+    if (M - r == 2) tile<EXACT, NIBBLES, GROUPED, ZEROS, 2, T>(r, n, stride, wn, w_stride);
+    if (M - r == 1) tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, T>(r, n, stride, wn, w_stride);
   }
 
   // Few rows: the weight is read once, each thread's share as streams far apart.
-  template <bool NIBBLES, bool GROUPED, bool ZEROS>
+  template <bool EXACT, bool NIBBLES, bool GROUPED, bool ZEROS>
   void few() const {
     const int64_t bytes = K * kLanes / (NIBBLES ? 2 : 1);
     const int64_t grain = std::max<int64_t>(1, 65536 / bytes);
     at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
       int64_t n = begin;
       if (M == 1) {
-        const int64_t stride = (end - n) / STREAMS;
+        const int64_t stride = (end - n) / kStreams;
         for (int64_t i = 0; i < stride; i++, n++)
-          tile<NIBBLES, GROUPED, ZEROS, 1, STREAMS>(0, n, stride, w + n * bytes, stride * bytes);
-        n += (STREAMS - 1) * stride;
+          tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, kStreams>(0, n, stride, w + n * bytes, stride * bytes);
+        n += (kStreams - 1) * stride;
       }
       const int64_t stride = (end - n) / 2;
-      for (int64_t i = 0; i < stride; i++, n++) all_rows<NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
+      for (int64_t i = 0; i < stride; i++, n++) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
       n += stride;
-      if (n < end) all_rows<NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
+      if (n < end) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
     });
   }
 
   // Many rows: two tiles at a time stay in the cache, as bytes, while all rows pass.
-  template <bool GROUPED, bool ZEROS>
+  template <bool EXACT, bool GROUPED, bool ZEROS>
   void many() const {
     at::parallel_for(0, (tiles + 1) / 2, 1, [&](int64_t begin, int64_t end) {
       std::vector<uint8_t> buffer(nibbles ? 2 * K * kLanes : 0);
@@ -308,8 +355,8 @@ struct QuantisedLinear {
           unpack(wn, buffer.data(), count * bytes);
           wn = buffer.data();
         }
-        if (count == 2) all_rows<false, GROUPED, ZEROS, 2>(n, 1, wn, bytes);
-        else all_rows<false, GROUPED, ZEROS, 1>(n, 0, wn, 0);
+        if (count == 2) all_rows<EXACT, false, GROUPED, ZEROS, 2>(n, 1, wn, bytes);
+        else all_rows<EXACT, false, GROUPED, ZEROS, 1>(n, 0, wn, 0);
       }
     });
   }
@@ -323,18 +370,19 @@ struct QuantisedLinear {
     }
   }
 
+  template <bool EXACT>
   void run() const {
     at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; m++) quantise_row(m);
+      for (int64_t m = begin; m < end; m++) prepare_row(m);
     });
     if (M <= kFewRows) {
-      if (nibbles) few<true, true, true>();
-      else if (groups > 1) few<false, true, false>();
-      else few<false, false, false>();
+      if (nibbles) few<EXACT, true, true, true>();
+      else if (groups > 1) few<EXACT, false, true, false>();
+      else few<EXACT, false, false, false>();
     } else {
-      if (nibbles) many<true, true>();
-      else if (groups > 1) many<true, false>();
-      else many<false, false>();
+      if (nibbles) many<EXACT, true, true>();
+      else if (groups > 1) many<EXACT, true, false>();
+      else many<EXACT, false, false>();
     }
   }
 };
@@ -356,16 +404,18 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   shape.back() = tiles * kLanes;
   Tensor y = at::empty(shape, x.options());
 #if defined(__x86_64__)
-  const int64_t blocks = M * K / kGroup;
-  Tensor buffer = at::empty({M * K + 12 * blocks}, x.options().dtype(at::kByte));
+  const bool exact = x.scalar_type() == at::kFloat;
+  const int64_t blocks = M * K / kGroup, bytes = M * K * (exact ? 4 : 1);
+  Tensor buffer = at::empty({bytes + 12 * blocks}, x.options().dtype(at::kByte));
   uint8_t* room = buffer.mutable_data_ptr<uint8_t>();
-  float* floats = reinterpret_cast<float*>(room + M * K);
+  float* floats = reinterpret_cast<float*>(room + bytes);
   const Tensor xc = x.contiguous();
-  QuantisedLinear{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>(),
-                  scales.const_data_ptr(), scales.scalar_type(), bias ? bias->const_data_ptr<float>() : nullptr,
-                  M, in, K, tiles, scales.size(1), nibbles,
-                  reinterpret_cast<int8_t*>(room), floats, floats + blocks,
-                  reinterpret_cast<int32_t*>(floats + 2 * blocks)}.run();
+  const QuantisedLinear work{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>(),
+                             scales.const_data_ptr(), scales.scalar_type(), bias ? bias->const_data_ptr<float>() : nullptr,
+                             M, in, K, tiles, scales.size(1), nibbles,
+                             room, floats, floats + blocks, reinterpret_cast<int32_t*>(floats + 2 * blocks)};
+  if (exact) work.run<true>();
+  else work.run<false>();
 #endif
   return y;
 }

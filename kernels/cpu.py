@@ -52,6 +52,7 @@ def available() -> bool:
         print(f"PyTorch's own linear layers are used: the CPU operators cannot be built ({reason})", file=sys.stderr)
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
+    torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
     return True
 
 
@@ -61,5 +62,15 @@ def has_bf16() -> bool:
     return available() and torch.ops.gpt_faster.has_bf16()
 
 
+@functools.cache
+def has_int8() -> bool:
+    """Whether this processor has the instructions that `linear_codes` is written for, and the operator is there."""
+    return available() and torch.ops.gpt_faster.has_int8()
+
+
 def _linear_bf16_shape(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_codes_shape(x, weight, scales, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] * scales.shape[3])

@@ -1,0 +1,424 @@
+"""Quantised layers against numbers by hand, GGUF's own rounding, and the dequantised float model."""
+
+import gguf
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import qlinear
+from checkpoint import build, expected_tensors, load_model, new_table, open_source, read_tensors, save_checkpoint, shell
+from decoding import Sampling, compile_step, decode_one_token, forward_chunk
+from generate import generate, setup_caches
+from gptq import gptq_
+from kernels import cpu
+from model import ModelArgs
+from qlinear import (
+    GROUPSIZES,
+    LAYERS,
+    CodesLinear,
+    Int4Linear,
+    Int8Linear,
+    QuantSpec,
+    linear_table,
+    pack_nibbles,
+    quant_spec,
+    quantize_,
+    quantize_weight,
+    table_from_json,
+    table_to_json,
+    unpack_nibbles,
+)
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0)
+# every groupsize divides these inputs
+TINY = ModelArgs(
+    dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=512, vocab_size=300, max_seq_length=512
+)
+SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
+needs_int8 = pytest.mark.skipif(not cpu.has_int8(), reason="this processor lacks VNNI, or the operators are not built")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- rounding
+
+
+def layer_of(weight, spec, bias=None):
+    return LAYERS[spec.bits](**quantize_weight(weight, spec), bias=bias)
+
+
+def test_int8_by_hand():
+    weight = torch.tensor([[127.0, -127.0, 64.0, 0.4], [0.0, 0.0, 0.0, 0.0], [2.54, -1.27, 0.02, 0.0]])
+    tensors = quantize_weight(weight, QuantSpec(8))
+    assert tensors["weight"].dtype == torch.int8 and tensors["scales"].dtype == torch.bfloat16
+    assert tensors["weight"].tolist() == [[127, -127, 64, 0], [0, 0, 0, 0], [127, -63, 1, 0]]
+    assert tensors["scales"].float().tolist() == [[1.0], [0.0], [torch.tensor(0.02).bfloat16().item()]]
+
+
+def test_int4_by_hand():
+    ramp = torch.arange(16.0).repeat(2)  # scale 1, zero 8: code - 8
+    tensors = quantize_weight(torch.stack([ramp, 3 * ramp - 5, torch.full((32,), 0.75)]), QuantSpec(4, 32))
+    codes = unpack_nibbles(tensors["weight"])
+    assert torch.equal(codes[0], (ramp - 8).to(torch.int8)) and torch.equal(codes[1], codes[0])
+    assert tensors["scales"].flatten().tolist() == [1, 3, 0]
+    assert tensors["zeros"].flatten().tolist() == [8, 19, 0.75]
+    assert Int4Linear(**tensors).dequantize()[2].tolist() == [0.75] * 32
+
+
+def test_nibbles_keep_the_even_input_low():
+    packed = pack_nibbles(torch.tensor([[-8, 7, 0, -1]]))
+    assert packed.dtype == torch.uint8 and packed.tolist() == [[0xF0, 0x78]]
+    assert unpack_nibbles(packed).tolist() == [[-8, 7, 0, -1]]
+
+
+def test_scales_are_bfloat16_before_codes_are_chosen():
+    weight = random(64, 256)
+    for spec in SPECS:
+        layer = layer_of(weight, spec)
+        groups = layer.scales.shape[1]
+        error = (layer.dequantize() - weight).unflatten(1, (groups, -1)).abs()
+        # half a step; at the ends of the range the rounding of scale and zero is added
+        assert (error <= layer.scales.float()[..., None] * (0.5 + 16 / 256) + 2**-8 * 5).all(), spec
+
+
+@pytest.mark.parametrize("kind, spec", [("Q4_1", QuantSpec(4, 32)), ("Q8_0", QuantSpec(8, 32))])
+def test_rounding_is_as_good_as_ggufs(kind, spec):
+    weight = random(64, 256)
+    kind = gguf.GGMLQuantizationType[kind]
+    theirs = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
+    ours = layer_of(weight, spec).dequantize()
+    assert (ours - weight).norm() <= 1.02 * (theirs - weight).norm()
+
+
+def test_parts_of_a_large_weight_are_rounded_as_one(monkeypatch):
+    weight = random(50, 64)
+    whole = quantize_weight(weight, QuantSpec(4, 32))
+    monkeypatch.setattr(qlinear, "PART", 640)
+    parts = quantize_weight(weight, QuantSpec(4, 32))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_plain_forward_is_the_dequantised_weight(spec):
+    weight, x, bias = random(40, 512), random(3, 512, seed=1), random(40, seed=2)
+    layer = layer_of(weight, spec, bias)
+    expected = F.linear(x.double(), layer.dequantize().double(), bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4)
+    layer.bias = bias.bfloat16()
+    half = layer(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------- specs and tables
+
+
+@pytest.mark.parametrize(
+    "bits, groupsize", [(4, None), (4, 16), (8, 0), (4, 48), (5, 32), (True, 32), (8, "32"), (4, 32.0)]
+)
+def test_specs_that_do_not_exist(bits, groupsize):
+    with pytest.raises(ValueError, match="bits is|groupsize"):
+        QuantSpec(bits, groupsize)
+
+
+def test_flags_to_specs():
+    assert quant_spec(None, None) is None
+    assert quant_spec("int8", None) == QuantSpec(8) and quant_spec("int8", 64) == QuantSpec(8, 64)
+    assert quant_spec("int4", None) == QuantSpec(4, 32) and quant_spec("int4", 128) == QuantSpec(4, 128)
+    for mode, groupsize in ((None, 32), ("int4", 0), ("int8", 7)):
+        with pytest.raises(ValueError, match="groupsize"):
+            quant_spec(mode, groupsize)
+
+
+def test_a_groupsize_that_does_not_divide_names_those_that_do():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"a": nn.Linear(256, 8), "b": nn.Linear(192, 8)})
+    with pytest.raises(ValueError, match="groupsize 128 does not divide the 192 inputs of b; use 32, 64$"):
+        linear_table(model, QuantSpec(4, 128), None)
+    with pytest.raises(ValueError, match="the 48 inputs of c; use --mode int8"):
+        quantize_weight(random(8, 48), QuantSpec(4, 32), "c")
+
+
+def test_tables_survive_json_and_damaged_ones_are_refused():
+    table = {"a.b": QuantSpec(8), "c": QuantSpec(4, 64)}
+    assert table_from_json(table_to_json(table)) == table and table_from_json(None) == {}
+    for wrong in ([1], {"a": 3}, {"a": {"bits": 4}}, {"a": {"bits": 8, "size": 3}}, {"a": {}}, {"a": None}):
+        with pytest.raises(ValueError):
+            table_from_json(wrong)
+    for name in ("layers.9.attention.wo", "norm", "layers.0", ""):
+        with pytest.raises(ValueError, match="no linear layer"):
+            quantize_(shell(TINY, {}), {name: QuantSpec(8)})
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_shells_have_the_shapes_and_types_of_real_layers(spec):
+    real = nn.Sequential(nn.Linear(512, 48))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(512, 48))
+    for model in (real, empty):
+        quantize_(model, {"0": spec})
+    kinds = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (real, empty)]
+    assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is {8: Int8Linear, 4: Int4Linear}[spec.bits]
+
+
+# ---------------------------------------------------------------- the CPU operator
+
+
+def rounded_activations(x):  # [M, in] -> the same shape, float64
+    """x to int8 in groups of 32 and back, as the operator does."""
+    groups = F.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    most = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(most > 0, torch.tensor(127.0) / most, 0)).round()  # 127 / most is not one division
+    return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+def expected_of(layer, x):
+    """What the operator computes, in float64: half-precision x is rounded where it meets codes, not where zeros."""
+    scales, codes = layer.scales.double()[..., None], layer.codes().double()
+    product = (codes.unflatten(1, (layer.scales.shape[1], -1)) * scales).flatten(1)
+    y = (x.double() if x.dtype == torch.float32 else rounded_activations(x)) @ product.T
+    if layer.bits == 4:
+        y += x.double().unflatten(1, (layer.scales.shape[1], -1)).sum(-1) @ layer.zeros.double().T
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def assert_right(y, expected):
+    """Half a unit in the last place of y's type, and the error of a float32 sum, from the truth."""
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[y.dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6 * expected.abs().max().item())
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 16, 17, 70])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_operator(M, spec, dtype):
+    for out in (7, 16, 160, 1000):
+        layer = layer_of(random(out, 512), spec, random(out, seed=2))
+        x = (random(M, 512, seed=1) * torch.logspace(-3, 3, 512)).to(dtype)
+        y = CodesLinear(layer)(x)
+        assert y.dtype == dtype and y.shape == (M, out)
+        assert_right(y, expected_of(layer, x))
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [1, 31, 33, 100, 2000])
+def test_operator_with_inputs_that_are_no_multiple(features, dtype):
+    layer = layer_of(random(20, features), QuantSpec(8))
+    for M in (1, 5, 40):
+        x = random(M, features, seed=1).to(dtype)
+        assert_right(CodesLinear(layer)(x), expected_of(layer, x))
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
+    layer = CodesLinear(layer_of(random(200, 512), spec))
+    x = random(40, 512, seed=1).to(dtype)
+    together = layer(x)
+    for M in (1, 2, 3, 5, 16, 17):
+        assert torch.equal(layer(x[:M]), together[:M])
+
+
+@needs_int8
+def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
+    layer = layer_of(random(32, 64), QuantSpec(4, 32))
+    packed = CodesLinear(layer)
+    assert packed(torch.zeros(2, 64)).tolist() == [[0.0] * 32] * 2
+    assert packed(torch.zeros(3, 0, 64)).shape == (3, 0, 32)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for spec, dtype in ((s, d) for s in (QuantSpec(8), QuantSpec(4, 32)) for d in (torch.float32, torch.bfloat16)):
+            x = random(2, 64).to(dtype)
+            x[0, 40] = bad
+            y = CodesLinear(layer_of(random(32, 64), spec))(x)
+            assert not y[0].isfinite().any() and y[1].isfinite().all()
+    x = random(64, 6).T[::2]
+    assert not x.is_contiguous() and torch.equal(packed(x), packed(x.contiguous()))
+    with pytest.raises(RuntimeError, match="linear_codes"):
+        packed(random(2, 65))
+    with pytest.raises(RuntimeError, match="linear_codes"):
+        packed(random(2, 64).double())
+
+
+@needs_int8
+def test_float32_scales_are_used_as_they_are():
+    layer = layer_of(random(32, 64), QuantSpec(4, 32))
+    layer.scales, layer.zeros = layer.scales.float() * 1.0001, layer.zeros.float() * 0.9999
+    x = random(3, 64, seed=1)
+    assert_right(CodesLinear(layer)(x), expected_of(layer, x))
+
+
+# ---------------------------------------------------------------- models
+
+
+def random_weights(args):
+    shapes = {name: meta.shape for name, meta in expected_tensors(args).items()}
+    return {n: 0.15 * random(*s, seed=i) + (len(s) == 1) for i, (n, s) in enumerate(shapes.items())}
+
+
+def save_quantised(source, target, spec, head="int8", gptq=False):
+    """What quantize.py does."""
+    source = open_source(source)
+    table = new_table(source, spec, target, head)
+    tensors = read_tensors(source, CPU, torch.float32, "", table)
+    if gptq:
+        ids = torch.randint(300, (4, 256), generator=torch.Generator().manual_seed(0))
+        model = build(source.args, read_tensors(source, CPU, torch.float32, ""))
+        tensors |= gptq_(model, ids, table, percdamp=0.01, blocksize=128, act_order=True)
+    save_checkpoint(target, source.args, tensors, table)
+    return target
+
+
+def saved(path, args, spec, head="int8", gptq=False):
+    """A checkpoint of random weights, quantised; the dequantised float model."""
+    save_checkpoint(path.parent / "float.pth", args, random_weights(args))
+    return dequantised(save_quantised(path.parent / "float.pth", path, spec, head, gptq))
+
+
+def dequantised(path):
+    """The float32 model whose weights are what the file's codes stand for."""
+    source = open_source(path)
+    state = read_tensors(source, CPU, torch.float32, "")
+    for name, spec in source.table.items():
+        parts = {key: state.pop(f"{name}.{key}") for key in ("weight", "scales", "zeros") if f"{name}.{key}" in state}
+        state[f"{name}.weight"] = LAYERS[spec.bits](**parts).dequantize()
+    if "output.weight" in state:  # no longer that of the embedding
+        return build(ModelArgs(**{**vars(source.args), "tie_embeddings": False}), state)
+    return build(source.args, state)
+
+
+def logits(model, ids):
+    model.setup_caches(1, len(ids) + 1)
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), torch.arange(len(ids))[None])[0].float()
+
+
+def assert_close_logits(got, expected, tolerance):
+    assert expected.std() > 0.1
+    error = (got - expected).norm() / expected.norm()
+    assert error < tolerance, f"{error:.1e}"
+
+
+MODES = [(spec, False) for spec in SPECS] + [(QuantSpec(4, size), True) for size in GROUPSIZES]
+MODE_IDS = [f"{spec}{' gptq' * gptq}" for spec, gptq in MODES]
+IDS = [[5, 6, 7, 8, 9], [11], list(range(100, 140)), [3] * 17]
+
+
+@pytest.mark.parametrize("spec, gptq", MODES, ids=MODE_IDS)
+def test_model_agrees_with_the_dequantised_one(spec, gptq, tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    expected = logits(saved(path, TINY, spec, gptq=gptq), IDS[2])
+    assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
+    # bfloat16 itself costs 2 %, activations rounded to int8 as much again in each of these random layers
+    assert_close_logits(logits(load_model(path), IDS[2]), expected, 0.1)
+    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
+
+
+def run(model, prompts, **functions):
+    setup_caches(model, len(prompts), max(map(len, prompts)) + 24)
+    rows = [[] for _ in prompts]
+    for chunk in generate(model, prompts, 24, GREEDY, **functions):
+        for row, ids in zip(rows, chunk, strict=True):
+            row += ids
+    return rows
+
+
+def compiled():
+    return {"step": compile_step(decode_one_token, CPU), "forward": compile_step(forward_chunk, CPU)}
+
+
+@pytest.mark.parametrize("spec, gptq", MODES, ids=MODE_IDS)
+def test_ragged_batch_equals_each_row_alone(spec, gptq, tmp_path):
+    saved(tmp_path / "model.pth", TINY, spec, gptq=gptq)
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    assert run(model, IDS) == [run(model, [ids])[0] for ids in IDS]
+
+
+@pytest.mark.parametrize(
+    "spec, plain",
+    [(QuantSpec(8), False), (QuantSpec(8, 64), False), (QuantSpec(4, 32), False), (QuantSpec(4, 32), True)],
+    ids=str,
+)
+def test_compiled_equals_eager(spec, plain, tmp_path, monkeypatch):
+    if plain:
+        monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    saved(tmp_path / "model.pth", TINY, spec)
+    model = load_model(tmp_path / "model.pth", dtype=torch.float32)
+    functions = compiled()
+    for prompts in (IDS[:1], IDS):
+        assert run(model, prompts, **functions) == run(model, prompts)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("head, kind", [("int8", Int8Linear), ("int4", Int4Linear), ("float", nn.Linear)])
+def test_heads(head, kind, tied, tmp_path, monkeypatch):
+    args = ModelArgs(**{**vars(TINY), "tie_embeddings": tied, "qkv_bias": True})
+    path = tmp_path / "model.pth"
+    reference = saved(path, args, QuantSpec(4, 64), head)
+    expected = logits(reference, IDS[2])
+    assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
+    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    model = load_model(path, dtype=torch.float32)
+    assert type(model.output) is kind and isinstance(model.tok_embeddings, nn.Embedding)
+    assert model.tok_embeddings.weight.dtype == torch.float32
+    assert_close_logits(logits(model, IDS[2]), expected, 1e-5)
+
+
+def test_quantising_while_loading_equals_the_file(tmp_path):
+    saved(tmp_path / "q.pth", TINY, QuantSpec(4, 32))
+    a = load_model(tmp_path / "q.pth").state_dict()
+    b = load_model(tmp_path / "float.pth", quantize=QuantSpec(4, 32)).state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="q.pth is quantised already .int4.g32, int8.; start from the float file"):
+        load_model(tmp_path / "q.pth", quantize=QuantSpec(8))
+
+
+def edit(path, change):
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+
+
+WO = "layers.0.attention.wo"
+DAMAGE = {
+    "no scales": (lambda c: c["model"].pop(f"{WO}.scales"), f"lacks the tensor {WO}.scales"),
+    "scales do not fit": (lambda c: c["model"].update({f"{WO}.scales": torch.ones(256, 3)}), f"{WO}.scales has shape"),
+    "NaN": (lambda c: c["model"][f"{WO}.scales"].fill_(float("nan")), f"{WO}.scales holds NaN"),
+    "codes of another type": (lambda c: c["model"].update({f"{WO}.weight": torch.ones(256, 128)}), "uint8 are needed"),
+    "a layer that is float": (lambda c: c["quant"].pop(WO), f"{WO}.weight|no place for"),
+    "a layer that is not": (lambda c: c["quant"].update({"norm": {"bits": 8}}), "'norm', which is no linear layer"),
+    "another groupsize": (lambda c: c["quant"][WO].update(groupsize=64), "has shape"),
+    "no table": (lambda c: c.update(quant=None), "no place for|codes|floats"),
+    "a table that is none": (lambda c: c.update(quant=[1, 2]), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files(case, tmp_path):
+    saved(tmp_path / "model.pth", TINY, QuantSpec(4, 32))
+    change, message = DAMAGE[case]
+    edit(tmp_path / "model.pth", change)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("groupsize", [32, 64])
+def test_default_model(groupsize, default_model_dir, tmp_path):
+    """Compiled float32 tokens, alone and in a ragged batch, are those of the dequantised float model."""
+    path = save_quantised(default_model_dir / "model.pth", tmp_path / "model.pth", QuantSpec(4, groupsize))
+    prompts = [[504, 3575, 282, 4649, 314], [1000], list(range(2000, 2060)), [504, 2988]]
+    reference, fast = dequantised(path), load_model(path, dtype=torch.float32)
+    expected = [run(reference, [ids])[0] for ids in prompts]
+    assert run(fast, prompts) == expected
+    assert run(fast, prompts, **compiled()) == expected
+    assert run(fast, prompts[:1], **compiled()) == expected[:1]
+    # in bfloat16 activations are rounded too
+    assert_close_logits(logits(load_model(path), prompts[2]), logits(reference, prompts[2]), 0.06)
