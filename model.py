@@ -4,6 +4,7 @@ Shapes: B rows, S new tokens a row, R rows of logits wanted, C cache slots, D he
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -238,6 +239,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.kv_cache: KVCache | None = None
+        self.attend_one: Callable | None = None  # a device's own operator for one query a row, set by `pack_`
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
@@ -247,7 +249,10 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin)
         self.kv_cache.update(pos, k, v)
         used = mask.shape[-1]
-        y = attend(q, self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used], mask)
+        if S == 1 and self.attend_one is not None:
+            y = self.attend_one(q, self.kv_cache.k, self.kv_cache.v, mask[:, :1])
+        else:
+            y = attend(q, self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used], mask)
         return self.wo(y.reshape(B, S, self.n_head * self.head_dim))
 
 

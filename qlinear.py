@@ -6,7 +6,6 @@ layout described here; what a device's kernels want instead is made by `pack_`, 
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from model import Attention
 
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")
@@ -280,19 +280,56 @@ class CodesLinear(nn.Module):
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
 
 
-def fastest(layer: nn.Module) -> Callable | None:
-    """The class that does the work of `layer` faster on its device; None where there is none."""
-    kind = type(layer)
-    if kind in (nn.Linear, *LAYERS.values()) and layer.weight.device.type == "cpu":
-        if kind is nn.Linear:
-            return FewRowsLinear if layer.weight.dtype == torch.bfloat16 and cpu.has_bf16() else None
-        return CodesLinear if cpu.has_int8() else None
+class TinygemmLinear(Int4Linear):
+    """An int4 layer on CUDA: PyTorch's tinygemm kernel for few rows, in bfloat16; for more the weight is dequantised.
+
+    The kernel's tiles, int32 [out/8, in/(16 t), 32, t/2], stand beside the layer's own codes.
+    """
+
+    FEW_ROWS = 16
+
+    def __init__(self, layer: Int4Linear):
+        super().__init__(layer.weight, layer.scales, layer.zeros, layer.bias)
+        swapped = layer.weight << 4 | layer.weight >> 4  # it wants the even input in the high nibble
+        tiles = torch.ops.aten._convert_weight_to_int4pack(swapped, self.inner_k_tiles(layer))
+        scales_and_zeros = torch.stack((layer.scales, layer.zeros), dim=2).transpose(0, 1).bfloat16().contiguous()
+        # not saved, and weight_bytes counts the codes: a step reads the one or the other
+        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("scales_and_zeros", scales_and_zeros, persistent=False)  # [in/g, out, 2]
+        self.groupsize = layer.in_features // layer.scales.shape[1]
+
+    @staticmethod
+    def inner_k_tiles(layer: Int4Linear) -> int | None:
+        """The largest tile that divides the layer; None if it does not fit the kernel at all."""
+        if layer.weight.shape[0] % 8:
+            return None
+        return next((tiles for tiles in (8, 4, 2) if layer.in_features % (16 * tiles) == 0), None)
+
+    def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
+        rows = x.flatten(0, -2)
+        if len(rows) > self.FEW_ROWS or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        y = torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.groupsize, self.scales_and_zeros)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+def fastest(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that does the work of `layer` faster on its device; None where the layer itself is the fastest."""
+    kind, weight = type(layer), getattr(layer, "weight", None)
+    if kind is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        return FewRowsLinear if cpu.has_bf16() else None
+    if kind in (Int8Linear, Int4Linear) and weight.device.type == "cpu":
+        return CodesLinear if cpu.has_vnni() else None
+    if kind is Int4Linear and weight.device.type == "cuda":
+        return TinygemmLinear if TinygemmLinear.inner_k_tiles(layer) else None
     return None
 
 
 def pack_(model: nn.Module) -> None:
-    """Give every linear layer the fastest form its device has; once, after the weights are in place."""
+    """Give every layer the fastest form its device has; once, after the weights are in place."""
     for name, layer in list(model.named_modules()):
         faster = fastest(layer)
         if faster is not None:
             replace_(model, name, faster(layer))
+        if isinstance(layer, Attention) and layer.wo.weight.device.type == "cpu" and layer.head_dim in cpu.HEAD_DIMS:
+            layer.attend_one = torch.ops.gpt_faster.attend_one if cpu.has_vnni() else None

@@ -11,6 +11,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -140,7 +141,7 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 #define VNNI_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-bool has_int8() {
+bool has_vnni() {
   return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
@@ -180,7 +181,7 @@ struct QuantisedLinear {
   // x made ready by prepare_row, K = in rounded up to a multiple of 32
   void* ready;      // [M, K] int8, or float32 if EXACT
   float* x_scales;  // [M, K / 32]
-  float* x_sums;    // [M, K / 32], of x itself
+  float* x_sums;    // [M, K / 32], of x itself, for zeros
   int32_t* starts;  // [M, K / 32], minus what the offset of the weights' codes adds to a sum of products
 
   int32_t offset() const { return nibbles ? 8 : 128; }
@@ -191,22 +192,25 @@ struct QuantisedLinear {
       const int64_t left = std::min(kGroup, in - b * kGroup), i = m * in + b * kGroup;
       const uint32_t mask = left == kGroup ? ~0u : (1u << left) - 1;
       const __m512 low = load(x, i, type, mask), high = load(x, i + 16, type, mask >> 16);
-      const float sum = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
-      x_sums[m * blocks + b] = sum;
+      if (nibbles) x_sums[m * blocks + b] = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
       if (type == at::kFloat) {
         float* out = static_cast<float*>(ready) + m * K + b * kGroup;
         _mm512_storeu_ps(out, low);
         _mm512_storeu_ps(out + 16, high);
         continue;
       }
-      const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+      // as integers the bits of absolute values are in the same order, and NaN is the largest of all
+      const __m512i low_bits = _mm512_castps_si512(_mm512_abs_ps(low)), high_bits = _mm512_castps_si512(_mm512_abs_ps(high));
+      const uint32_t most_bits = _mm512_reduce_max_epu32(_mm512_max_epu32(low_bits, high_bits));
+      float most;
+      std::memcpy(&most, &most_bits, 4);
       const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
       const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
       const __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
       __m128i* out = reinterpret_cast<__m128i*>(static_cast<int8_t*>(ready) + m * K + b * kGroup);
       _mm_storeu_si128(out, _mm512_cvtsepi32_epi8(a));
       _mm_storeu_si128(out + 1, _mm512_cvtsepi32_epi8(c));
-      x_scales[m * blocks + b] = sum != sum ? sum : most / 127.0f;  // NaN stays NaN
+      x_scales[m * blocks + b] = most / 127.0f;  // NaN if any of them is
       starts[m * blocks + b] = -offset() * _mm512_reduce_add_epi32(_mm512_add_epi32(a, c));
     }
   }
@@ -293,7 +297,7 @@ struct QuantisedLinear {
         else multiply<NIBBLES, R, T>(product, r, b, wb, w_stride);
         UNROLL for (int i = 0; i < R; i++) {
           const __m512 x_scale = _mm512_set1_ps(EXACT ? 1.0f : x_scales[(r + i) * blocks + b]);
-          const __m512 x_sum = _mm512_set1_ps(x_sums[(r + i) * blocks + b]);
+          const __m512 x_sum = _mm512_set1_ps(ZEROS ? x_sums[(r + i) * blocks + b] : 0.0f);
           UNROLL for (int j = 0; j < T; j++) {
             const __m512 factor = !GROUPED ? x_scale : EXACT ? scale[j] : _mm512_mul_ps(scale[j], x_scale);
             sum[i][j] = _mm512_fmadd_ps(product[i][j], factor, sum[i][j]);
@@ -387,9 +391,94 @@ struct QuantisedLinear {
   }
 };
 
+// ---------------------------------------------------------------- attention
+
+// e^x for x <= 0, to one unit in the last place or two: 2^n times a polynomial in what is left of x / ln 2.
+VNNI_TARGET INLINE __m512 exp_of(__m512 x) {
+  const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+  rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), rest);
+  __m512 power = _mm512_set1_ps(1.0f / 720);
+  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(term));
+  }
+  return _mm512_scalef_ps(power, n);
+}
+
+// Attention of one query a row to its cache.
+struct OneQuery {
+  const void *q, *k, *v, *mask;  // [B, H, D]; [B, Hkv, C, D]; [B, C] of zeros and -inf
+  void* y;                       // [B, H, D]
+  at::ScalarType type;           // of all of them
+  int64_t B, H, D, kv_row, kv_head, group, mask_row, slots;  // strides of k and v, query heads a key head, C
+
+  template <int N>  // D / 16; slots begin .. end - 1
+  VNNI_TARGET void head(int64_t b, int64_t h, int64_t begin, int64_t end, float* scores) const {
+    __m512 query[N], sum[N];
+    for (int n = 0; n < N; n++) {
+      query[n] = _mm512_mul_ps(load(q, (b * H + h) * D + 16 * n, type), _mm512_set1_ps(1.0f / std::sqrt(float(D))));
+      sum[n] = _mm512_setzero_ps();
+    }
+    const int64_t at = b * kv_row + h / group * kv_head;
+    for (int64_t c = begin; c < end; c++) {
+      __m512 dot = _mm512_mul_ps(query[0], load(k, at + c * D, type));
+      for (int n = 1; n < N; n++) dot = _mm512_fmadd_ps(query[n], load(k, at + c * D + 16 * n, type), dot);
+      scores[c] = _mm512_reduce_add_ps(dot);
+    }
+    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY);
+    __m512 most = minus_infinity, total = _mm512_setzero_ps();
+    for (int64_t c = begin; c < end; c += 16) {
+      const __mmask16 there = lanes(end - c);
+      const __m512 score = _mm512_add_ps(_mm512_maskz_loadu_ps(there, scores + c), load(mask, b * mask_row + c, type, there));
+      _mm512_mask_storeu_ps(scores + c, there, score);
+      most = _mm512_mask_max_ps(most, there, most, score);
+    }
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t c = begin; c < end; c += 16) {
+      const __mmask16 there = lanes(end - c);
+      const __m512 power = exp_of(_mm512_sub_ps(_mm512_mask_loadu_ps(minus_infinity, there, scores + c), most));
+      _mm512_mask_storeu_ps(scores + c, there, power);
+      total = _mm512_add_ps(total, power);
+    }
+    for (int64_t c = begin; c < end; c++) {
+      const __m512 weight = _mm512_set1_ps(scores[c]);
+      for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(weight, load(v, at + c * D + 16 * n, type), sum[n]);
+    }
+    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    for (int n = 0; n < N; n++) store(y, (b * H + h) * D + 16 * n, type, _mm512_mul_ps(sum[n], share));
+  }
+
+  static __mmask16 lanes(int64_t left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
+
+  // Whether any of up to 16 slots from c on is seen.
+  VNNI_TARGET bool any_seen(int64_t b, int64_t c) const {
+    const __mmask16 there = lanes(slots - c);
+    return _mm512_mask_cmp_ps_mask(there, load(mask, b * mask_row + c, type, there), _mm512_setzero_ps(), _CMP_EQ_OQ);
+  }
+
+  VNNI_TARGET void run() const {
+    const int64_t grain = std::max<int64_t>(1, 16384 / (slots * D));
+    at::parallel_for(0, B * H, grain, [&](int64_t first, int64_t last) {
+      std::vector<float> scores(slots + 16);
+      for (int64_t i = first; i < last; i++) {
+        const int64_t b = i / H;
+        int64_t begin = 0, end = round_up(slots, 16);  // the masked ends are left out, 16 slots at a time
+        while (end > 16 && !any_seen(b, end - 16)) end -= 16;
+        while (begin < end - 16 && !any_seen(b, begin)) begin += 16;
+        end = std::min(end, slots);
+        if (D == 64) head<4>(b, i % H, begin, end, scores.data());
+        else if (D == 96) head<6>(b, i % H, begin, end, scores.data());
+        else if (D == 128) head<8>(b, i % H, begin, end, scores.data());
+        else head<16>(b, i % H, begin, end, scores.data());
+      }
+    });
+  }
+};
+
 #else
 
-bool has_int8() { return false; }
+bool has_vnni() { return false; }
 
 #endif
 
@@ -420,16 +509,32 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
+// One query a row against the filled part of the cache: q [B, 1, H, D], k and v [B', Hkv, C', D], mask [B, 1, C] of
+// zeros and -inf over the first C slots -> [B, 1, H, D]. D is 64, 96, 128 or 256.
+Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+  const int64_t B = q.size(0), H = q.size(2), D = q.size(3);
+  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend_one: a head of ", D, " is not supported");
+  Tensor y = at::empty(q.sizes(), q.options());
+#if defined(__x86_64__)
+  const Tensor qc = q.contiguous();
+  OneQuery{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(), y.mutable_data_ptr(),
+           q.scalar_type(), B, H, D, k.stride(0), k.stride(1), H / k.size(1), mask.stride(0), mask.size(2)}.run();
+#endif
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
-  m.def("has_int8() -> bool", &has_int8);
+  m.def("attend_one(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+  m.def("has_vnni() -> bool", &has_vnni);
 }
 
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
+  m.impl("attend_one", &attend_one);
 }

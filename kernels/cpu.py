@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEAD_DIMS = (64, 96, 128, 256)  # that `attend_one` takes
 
 
 def library_path() -> Path:
@@ -53,6 +54,7 @@ def available() -> bool:
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
+    torch.library.register_fake("gpt_faster::attend_one")(lambda q, k, v, mask: torch.empty_like(q))
     return True
 
 
@@ -63,9 +65,9 @@ def has_bf16() -> bool:
 
 
 @functools.cache
-def has_int8() -> bool:
-    """Whether this processor has the instructions that `linear_codes` is written for, and the operator is there."""
-    return available() and torch.ops.gpt_faster.has_int8()
+def has_vnni() -> bool:
+    """Whether this processor has the instructions that the other operators are written for, and they are there."""
+    return available() and torch.ops.gpt_faster.has_vnni()
 
 
 def _linear_bf16_shape(x, weight, bias):

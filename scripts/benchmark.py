@@ -3,7 +3,8 @@
     pip install -r requirements-bench.txt
     python scripts/benchmark.py --output benchmarks/cpu.json
 
-Every round runs each side once (A B C A B C ...), so that a machine whose speed drifts is fair to all; medians count.
+Every round runs each side once at each precision (A B C A B C ...), so that a machine whose speed drifts is fair to
+all; medians count.
 """
 
 if __name__ == "__main__":
@@ -35,9 +36,17 @@ NEW_TOKENS, LONG_PROMPT, REPEATS = 200, 512, 3
 SHORT_PROMPT = "Once upon a time"
 
 
-def ours(folder: Path, threads: int) -> dict:
+# our file, and the number of llama.cpp's file type
+PRECISIONS = {"bf16": ("model.pth", 32), "int8": ("model_int8.pth", 7), "int4": ("model_int4.g32.pth", 2)}
+
+
+def ours(folder: Path, threads: int, precision: str) -> dict:
     """generate.py as a user runs it; the prefill from a second run with a long prompt."""
-    command = [sys.executable, "generate.py", "--checkpoint_path", folder / "model.pth", "--threads", threads]
+    path = folder / PRECISIONS[precision][0]
+    if not path.exists():
+        quantise = ["quantize.py", "--checkpoint_path", folder / "model.pth", "--mode", precision]
+        subprocess.run([sys.executable, *quantise], check=True, capture_output=True, cwd=ROOT)
+    command = [sys.executable, "generate.py", "--checkpoint_path", path, "--threads", threads]
     command += ["--compile", "--temperature", 0, "--ignore_eos", "--num_samples", REPEATS]
     short = run_json([*command, "--prompt", SHORT_PROMPT, "--max_new_tokens", NEW_TOKENS])
     long = run_json([*command, "--compile_prefill", "--prompt", LONG_PROMPT, "--max_new_tokens", 2])
@@ -53,7 +62,7 @@ def run_json(command: list) -> dict:
         return json.loads(path.read_text())
 
 
-def transformers_eager(folder: Path, threads: int) -> dict:
+def transformers_eager(folder: Path, threads: int, precision: str) -> dict:
     """transformers' own generate on the weights of the GGUF file, bfloat16, uncompiled."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,16 +90,25 @@ def transformers_eager(folder: Path, threads: int) -> dict:
     return {"decode_tok_s": statistics.median(decode), "prefill_tok_s": statistics.median(prefill)}
 
 
-def llama_cpp(folder: Path, threads: int) -> dict:
-    """llama.cpp on a BF16 file made from the same GGUF, with flash attention, its faster setting here."""
+def peer_file(folder: Path, precision: str) -> Path:
+    """The GGUF requantised by llama.cpp itself: BF16 (int8: Q8_0, int4: Q4_0 made from that)."""
+    import llama_cpp
+
+    target = folder / f"peer-{precision}.bin"
+    if not target.exists():
+        source = next(folder.glob("*.gguf")) if precision == "bf16" else peer_file(folder, "bf16")
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.allow_requantize, parameters.ftype = True, PRECISIONS[precision][1]
+        assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
+    return target
+
+
+def llama_cpp(folder: Path, threads: int, precision: str) -> dict:
+    """llama.cpp with flash attention, its faster setting here."""
     import llama_cpp
     import numpy as np
 
-    source, target = next(folder.glob("*.gguf")), folder / "peer-bf16.bin"
-    if not target.exists():
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.allow_requantize, parameters.ftype = True, 32  # LLAMA_FTYPE_MOSTLY_BF16
-        assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
+    target = peer_file(folder, precision)
     n_batch = {"n_ctx": 1024, "n_batch": LONG_PROMPT, "n_ubatch": LONG_PROMPT}
     threading = {"n_threads": threads, "n_threads_batch": threads}
     model = llama_cpp.Llama(str(target), **n_batch, **threading, flash_attn=True, verbose=False)
@@ -116,6 +134,9 @@ def llama_cpp(folder: Path, threads: int) -> dict:
 
 
 SIDES = {"gpt-faster": ours, "llama.cpp": llama_cpp, "transformers": transformers_eager}
+RUNS = [
+    (side, precision) for precision in PRECISIONS for side in SIDES if side != "transformers" or precision == "bf16"
+]
 
 
 def start_up(folder: Path) -> dict:
@@ -151,16 +172,15 @@ def machine() -> dict:
 
 def table(result: dict) -> str:
     """The README's table."""
-    sides, names = result["median"], list(SIDES)
-    lines = [f"| SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads, batch 1 | {' | '.join(names)} |"]
-    lines.append("|---" * (len(names) + 1) + "|")
+    lines = [f"| SmolLM2-135M-Instruct, {result['threads']} CPU threads, batch 1 | {' | '.join(SIDES)} |"]
+    lines.append("|---" * (len(SIDES) + 1) + "|")
     for key, label in (("decode_tok_s", "decode, 200 tokens"), ("prefill_tok_s", "prefill, 512 tokens")):
-        base = sides["gpt-faster"][key]
-        cells = [
-            f"{sides[n][key]:.0f} tok/s" + ("" if n == "gpt-faster" else f" (x{base / sides[n][key]:.2f})")
-            for n in names
-        ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        for precision, sides in result["median"].items():
+            base = sides["gpt-faster"][key]
+            cells = [f"{base:.0f} tok/s"]
+            for peer in list(SIDES)[1:]:
+                cells.append(f"{sides[peer][key]:.0f} tok/s (x{base / sides[peer][key]:.2f})" if peer in sides else "-")
+            lines.append(f"| {label}, {precision} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -173,28 +193,29 @@ def update_readme(result: dict, source: str) -> None:
         path.write_text(f"{before}{begin}\n{table(result)}\n{end}{after}", encoding="utf-8")
 
 
-def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: str | None) -> None:
+def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: str | None, precision: str) -> None:
     folder = Path(checkpoint_dir)
     if not (folder / "model.pth").exists() or not any(folder.glob("*.gguf")):
         raise ValueError(f"{folder} needs model.pth and the .gguf file it came from; run scripts/quickstart.sh first")
     if side is not None:
-        return print(json.dumps(SIDES[side](folder, threads)))
+        return print(json.dumps(SIDES[side](folder, threads, precision)))
     require_writable(output)
-    runs = {name: [] for name in SIDES}
+    runs = {precision: {} for precision in PRECISIONS}
     for number in range(1, rounds + 1):
-        for name in SIDES:
-            command = [sys.executable, __file__, "--side", name, "--threads", threads, "--checkpoint_dir", folder]
+        for name, precision in RUNS:
+            command = [sys.executable, __file__, "--side", name, "--precision", precision]
+            command += ["--threads", threads, "--checkpoint_dir", folder]
             finished = subprocess.run([str(part) for part in command], capture_output=True, text=True)
             if finished.returncode:
                 raise ValueError(f"{name} failed: {finished.stderr.strip().splitlines()[-1]}")
-            runs[name].append(json.loads(finished.stdout.splitlines()[-1]))
-            print(f"round {number} of {rounds}, {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
-    median = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
+            figures = json.loads(finished.stdout.splitlines()[-1])
+            runs[precision].setdefault(name, []).append(figures)
+            print(f"round {number} of {rounds}, {precision}, {name}: {figures}", file=sys.stderr, flush=True)
     result = {
         "command": f"python scripts/benchmark.py --rounds {rounds} --threads {threads} --output {output}",
         "machine": machine(),
         "threads": threads,
-        "median": median,
+        "median": {p: {name: medians(of) for name, of in sides.items()} for p, sides in runs.items()},
         "start_up": start_up(folder),
         "runs": runs,
     }
@@ -205,6 +226,10 @@ def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: s
     print(result["start_up"])
 
 
+def medians(runs: list[dict]) -> dict:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time gpt-faster against llama.cpp and transformers, same weights.")
     parser.add_argument("--checkpoint_dir", default=str(DEFAULT_CHECKPOINT.parent), help="default: %(default)s")
@@ -212,4 +237,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/cpu.json", help="result file (default: %(default)s)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help=argparse.SUPPRESS)
     command_line.run(main, parser)

@@ -22,9 +22,11 @@ import torch
 from checkpoint import GB, build, parse_dtype, pick_device, random_model, weight_bytes
 from decoding import Sampling, compile_step, decode_one_token, forward_chunk
 from generate import generate, measured_bandwidth, setup_caches, warm_up
+from qlinear import LAYERS, QuantSpec, fastest, quantize_weight
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
+PRECISIONS = {"float": None, "int8": QuantSpec(8), "int4.g32": QuantSpec(4, 32)}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
 
 
@@ -77,9 +79,29 @@ def check_ragged(device: torch.device) -> None:
     print("ragged batch, compiled: the same tokens as each row alone")
 
 
-def speed(name: str, device: torch.device, dtype: torch.dtype, bandwidth: float | None, compiled: bool) -> str:
+def check_quantised(device: torch.device, dtype: torch.dtype) -> None:
+    """Each kind of quantised layer, from one row to many, against its dequantised weight in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    for spec in (QuantSpec(8), QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256))):
+        layer = LAYERS[spec.bits](**quantize_weight(torch.randn(768, 512, generator=generator), spec))
+        there = LAYERS[spec.bits](**{name: tensor.to(device) for name, tensor in layer.state_dict().items()})
+        faster = fastest(there)
+        there = faster(there) if faster else there
+        for rows in (1, 2, 5, 16, 17, 512):
+            x = torch.randn(rows, 512, generator=generator).to(dtype)
+            wanted = torch.nn.functional.linear(x.float(), layer.dequantize())
+            for work in (there, torch.compile(there, fullgraph=True, dynamic=False)):
+                off = ((work(x.to(device)).float().cpu() - wanted).abs().max() / wanted.abs().max()).item()
+                if not off < 2e-2:
+                    raise ValueError(f"{type(there).__name__} {spec}, {rows} rows on {device}: off by {off:.1e}")
+        print(f"{spec}: {type(there).__name__} agrees with its dequantised weight, 1 to 512 rows, plain and compiled")
+
+
+def speed(
+    name: str, device: torch.device, dtype: torch.dtype, precision: str, bandwidth: float | None, compiled: bool
+) -> str:
     """A row of the table: decoding 200 tokens after 8, and the prefill of 2048."""
-    model = random_model(name, device, dtype)
+    model = random_model(name, device, dtype, quantize=PRECISIONS[precision])
     long = min(2048, model.args.max_seq_length - 2)
     setup_caches(model, 1, long + 2)
     step = compile_step(decode_one_token, device) if compiled else decode_one_token
@@ -95,7 +117,8 @@ def speed(name: str, device: torch.device, dtype: torch.dtype, bandwidth: float 
         seconds.append(time.perf_counter() - began)
     share = f"{tok_s * weight_bytes(model) / GB / bandwidth:.0%}" if bandwidth else "-"
     how = "compiled" if compiled else "eager"
-    return f"| {name} | {how} | {tok_s:.1f} | {share} | {long / sorted(seconds)[1]:.0f} | {compile_s:.1f} |"
+    prefill = long / sorted(seconds)[1]
+    return f"| {name} | {precision} | {how} | {tok_s:.1f} | {share} | {prefill:.0f} | {compile_s:.1f} |"
 
 
 def main(*, device: str | None, dtype: str, models: list[str]) -> None:
@@ -103,12 +126,16 @@ def main(*, device: str | None, dtype: str, models: list[str]) -> None:
     for each in (torch.float32, parse_dtype(dtype)):
         check(target, each)
     check_ragged(target)
+    check_quantised(target, parse_dtype(dtype))
     bandwidth = measured_bandwidth(target)
     print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s\n")
-    print("| model | step | decode, tok/s | of bandwidth | prefill, tok/s | compile, s |\n|---|---|---|---|---|---|")
+    print(
+        "| model | weights | step | decode, tok/s | of bandwidth | prefill, tok/s | compile, s |\n" + "|---" * 7 + "|"
+    )
     for name in models:
-        for compiled in (False, True):
-            print(speed(name, target, parse_dtype(dtype), bandwidth, compiled), flush=True)
+        for precision in PRECISIONS:
+            for compiled in (False, True):
+                print(speed(name, target, parse_dtype(dtype), precision, bandwidth, compiled), flush=True)
 
 
 if __name__ == "__main__":

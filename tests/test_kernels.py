@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from checkpoint import build, expected_tensors
 from kernels import cpu
-from model import ModelArgs
+from model import ModelArgs, attend
 from qlinear import FewRowsLinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,25 @@ def test_linear_compiles_whole(M):
 
     x = random(1, M, 50, seed=0)
     assert_right(doubled(x), x * 2, weight, bias)
+
+
+@pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks AVX-512, or the operators could not be built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
+def test_attention_of_one_query_equals_float64(head_dim, dtype):
+    for B, H, n_kv_head, slots, used in ((1, 1, 1, 2, 1), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299)):
+        q = random(B, 1, H, head_dim, seed=0).to(dtype) * 3
+        k, v = (random(B + 1, n_kv_head, slots, head_dim, seed=i).to(dtype) for i in (1, 2))  # of a cache for more rows
+        mask = torch.zeros(B, 1, used, dtype=dtype)
+        for row in range(B):  # an end that is not seen, and with a window a beginning
+            mask[row, :, 1 + row * used // B :] = float("-inf")
+            mask[row, :, : max(0, row * used // B - 20)] = float("-inf")
+        y = torch.ops.gpt_faster.attend_one(q, k, v, mask)
+        wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
+        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
+        rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
 
 
 def logits_of_tiny():

@@ -37,7 +37,7 @@ TINY = ModelArgs(
     dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=512, vocab_size=300, max_seq_length=512
 )
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
-needs_int8 = pytest.mark.skipif(not cpu.has_int8(), reason="this processor lacks VNNI, or the operators are not built")
+needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks VNNI, or the operators are not built")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -193,7 +193,7 @@ def assert_right(y, expected):
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6 * expected.abs().max().item())
 
 
-@needs_int8
+@needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 16, 17, 70])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -206,7 +206,7 @@ def test_operator(M, spec, dtype):
         assert_right(y, expected_of(layer, x))
 
 
-@needs_int8
+@needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [1, 31, 33, 100, 2000])
 def test_operator_with_inputs_that_are_no_multiple(features, dtype):
@@ -216,7 +216,7 @@ def test_operator_with_inputs_that_are_no_multiple(features, dtype):
         assert_right(CodesLinear(layer)(x), expected_of(layer, x))
 
 
-@needs_int8
+@needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
@@ -227,7 +227,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
         assert torch.equal(layer(x[:M]), together[:M])
 
 
-@needs_int8
+@needs_vnni
 def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
     layer = layer_of(random(32, 64), QuantSpec(4, 32))
     packed = CodesLinear(layer)
@@ -247,7 +247,7 @@ def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
         packed(random(2, 64).double())
 
 
-@needs_int8
+@needs_vnni
 def test_float32_scales_are_used_as_they_are():
     layer = layer_of(random(32, 64), QuantSpec(4, 32))
     layer.scales, layer.zeros = layer.scales.float() * 1.0001, layer.zeros.float() * 0.9999
@@ -318,7 +318,7 @@ def test_model_agrees_with_the_dequantised_one(spec, gptq, tmp_path, monkeypatch
     assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
     # bfloat16 itself costs 2 %, activations rounded to int8 as much again in each of these random layers
     assert_close_logits(logits(load_model(path), IDS[2]), expected, 0.1)
-    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
 
 
@@ -349,7 +349,7 @@ def test_ragged_batch_equals_each_row_alone(spec, gptq, tmp_path):
 )
 def test_compiled_equals_eager(spec, plain, tmp_path, monkeypatch):
     if plain:
-        monkeypatch.setattr(cpu, "has_int8", lambda: False)
+        monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     saved(tmp_path / "model.pth", TINY, spec)
     model = load_model(tmp_path / "model.pth", dtype=torch.float32)
     functions = compiled()
@@ -365,7 +365,7 @@ def test_heads(head, kind, tied, tmp_path, monkeypatch):
     reference = saved(path, args, QuantSpec(4, 64), head)
     expected = logits(reference, IDS[2])
     assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
-    monkeypatch.setattr(cpu, "has_int8", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     model = load_model(path, dtype=torch.float32)
     assert type(model.output) is kind and isinstance(model.tok_embeddings, nn.Embedding)
     assert model.tok_embeddings.weight.dtype == torch.float32
