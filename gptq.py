@@ -1,0 +1,224 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a weight so that its layer's outputs on real text change least.
+
+A layer's columns are rounded one by one, and the error of each is made up for by the columns still to come, as far as
+the inputs seen in calibration allow: their second moments are the Hessian H of the squared output error.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import read_text
+from model import KVCache, Transformer
+from qlinear import LAYERS, QuantSpec, quantize_weight, scales_and_zeros, stored, to_codes
+
+# ---------------------------------------------------------------- one weight
+
+
+def damped(H: Tensor, percdamp: float) -> Tensor:
+    """H with percdamp times its mean diagonal added to the diagonal; an input that is always 0 gets 1."""
+    diagonal = H.diagonal()
+    return H + torch.where(diagonal > 0, percdamp * diagonal.mean(), 1).diag()
+
+
+def inverse_root(H: Tensor, name: str) -> Tensor:
+    """The upper triangular U with U^T U = H^-1. Raises ValueError, naming the layer, if H is singular."""
+    L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if failed:
+        raise ValueError(f"the inputs of {name} vary too little; raise --percdamp or give more calibration text")
+    R = L.flip(0, 1)  # upper, R R^T = H
+    return torch.linalg.solve_triangular(R, torch.eye(len(H), device=H.device), upper=True)
+
+
+def round_columns(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round the columns of W [out, n] in turn, each after it has made up for the errors of those before it.
+
+    U [n, n] is their part of `inverse_root`; scales, zeros [out, n]. Returns codes, and errors / diag(U): [out, n].
+    """
+    codes, errors = torch.empty_like(W), torch.empty_like(W)
+    for i in range(W.shape[1]):
+        w = W[:, i] - errors[:, :i] @ U[:i, i]
+        codes[:, i] = to_codes(w, scales[:, i], zeros[:, i], bits)
+        errors[:, i] = (w - (codes[:, i] * scales[:, i] + zeros[:, i])) / U[i, i]
+    return codes, errors
+
+
+def gptq_weight(
+    weight: Tensor, H: Tensor, spec: QuantSpec, *, percdamp: float, blocksize: int, act_order: bool, name: str
+) -> dict[str, Tensor]:
+    """Round weight [out, in] of layer `name`, given H [in, in]: the same tensors as `quantize_weight` makes.
+
+    percdamp: damping of H, as a share of its mean diagonal. blocksize: columns after which all later ones are updated;
+    it changes the speed, not the result. act_order: round the inputs of most energy first; every group's scale is then
+    chosen before any column is rounded, else when the group is reached. Raises ValueError if H cannot be inverted.
+    """
+    n_group = spec.groups(weight.shape[1], name)
+    groupsize = weight.shape[1] // n_group
+    energy = H.diagonal()
+    order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
+    U = inverse_root(damped(H, percdamp)[order][:, order], name)
+    W = weight.float().masked_fill(energy == 0, 0)
+    scales, zeros = scales_and_zeros(W.unflatten(1, (n_group, -1)), spec.bits)  # [out, n_group, 1]
+    W, group = W[:, order], order // groupsize
+    codes = torch.empty_like(W)
+    for g in range(n_group):
+        begin, end = g * groupsize, (g + 1) * groupsize
+        if not act_order:
+            scales[:, g], zeros[:, g] = scales_and_zeros(W[:, begin:end], spec.bits)
+        for i in range(begin, end, blocksize):
+            j = min(i + blocksize, end)
+            block = slice(i, j)
+            s, z = scales[:, group[block], 0], zeros[:, group[block], 0]
+            codes[:, block], errors = round_columns(W[:, block], U[block, block], s, z, spec.bits)
+            W[:, j:] -= errors @ U[block, j:]
+    return stored(codes[:, order.argsort()], scales[..., 0], zeros[..., 0], spec.bits)
+
+
+# ---------------------------------------------------------------- one model
+
+
+class Reached(Exception):
+    """Carries the arguments of a module out of a forward that need not go on."""
+
+
+def arguments_of(module: nn.Module, function: Callable, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """What `function(*arguments)` calls `module` with; neither it nor what comes after it is computed."""
+
+    def stop(_, arguments):
+        raise Reached(*arguments)
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        function(*arguments)
+    except Reached as reached:
+        return reached.args
+    finally:
+        hook.remove()
+    raise AssertionError(f"{module} was not called")
+
+
+def first_batches(model: Transformer, sequences: Tensor, batch_size: int) -> list[tuple[Tensor, ...]]:
+    """What the first block is called with, for each batch of sequences [n, S]: x [B, S, dim], pos, cos, sin, mask."""
+    model.setup_caches(0, sequences.shape[1])  # for the rope tables
+    pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
+    batches, shared = [], None
+    for tokens in sequences.to(model.device).split(batch_size):
+        x, *others = arguments_of(model.layers[0], model, tokens, pos[: len(tokens)])
+        shared = shared or others
+        batches.append((x, *(other[: len(x)] for other in shared)))
+    return batches
+
+
+def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], name: str) -> Tensor:
+    """The mean of 2 x x^T over the inputs x of `layer`, all tokens of all batches of its block: [in, in] float32."""
+    H = torch.zeros(2 * [layer.weight.shape[1]], device=layer.weight.device)
+    n_tokens = sum(x.shape[0] * x.shape[1] for x, *_ in batches)
+    for batch in batches:
+        (x,) = arguments_of(layer, block, *batch)
+        x = x.flatten(0, -2).float()  # [tokens, in]
+        H.addmm_(x.T, x, alpha=2 / n_tokens)
+    if not H.isfinite().all():
+        raise ValueError(f"the inputs of {name} are NaN or infinite; use --dtype float32 or another calibration text")
+    return H
+
+
+@torch.no_grad()
+def gptq_(
+    model: Transformer,
+    sequences: Tensor,
+    table: dict[str, QuantSpec],
+    *,
+    percdamp: float,
+    blocksize: int,
+    act_order: bool,
+    batch_size: int = 8,
+) -> dict[str, Tensor]:
+    """Round the layers in `table`, those in blocks by GPTQ, others to nearest: their tensors by name, as in our files.
+
+    sequences: int64 [n, S], the calibration windows. percdamp, blocksize, act_order: as in `gptq_weight`. Each layer of
+    a block is rounded for the inputs that it gets once all before it are rounded; so its weight in `model` is
+    overwritten with what it was rounded to (other layers keep theirs), and the model's caches are gone. Raises
+    ValueError if the inputs of a layer are not finite or vary too little.
+    """
+    args, rounded = model.args, {}
+    batches = first_batches(model, sequences, batch_size)
+    cache = KVCache(batch_size, args.n_kv_head, sequences.shape[1], args.head_dim, model.dtype, model.device)
+    for i, block in enumerate(tqdm(model.layers, desc="Quantising", unit="block", disable=None, leave=False)):
+        block.attention.kv_cache = cache
+        for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
+            if name in table:
+                how = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order, "name": name}
+                rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
+                layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
+        for x, *others in batches:
+            x.copy_(block(x, *others))
+        block.attention.kv_cache = None
+    for name, spec in table.items():
+        if name not in rounded:
+            rounded[name] = quantize_weight(model.get_submodule(name).weight, spec, name)
+    return {f"{name}.{key}": tensor for name, tensors in rounded.items() for key, tensor in tensors.items()}
+
+
+# ---------------------------------------------------------------- calibration text
+
+
+def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: int, seed: int) -> Tensor:
+    """Up to `limit` windows [n, seq_length] of a text, drawn at random, in its order, none overlapping.
+
+    needed: the tokens they must hold together, the inputs of the widest layer: H of fewer is singular. Raises
+    ValueError if they hold less.
+    """
+    fewest = -(-max(needed, 1) // seq_length)  # windows
+    if len(ids) < fewest * seq_length:
+        raise ValueError(
+            f"the calibration text is too short (tokens: {len(ids)}); this model needs {fewest * seq_length}, "
+            f"{fewest} windows of {seq_length}"
+        )
+    if limit < fewest:
+        raise ValueError(
+            f"--calibration_limit {limit} windows of {seq_length} tokens are fewer tokens than the {needed} inputs of "
+            f"the widest layer; raise it to at least {fewest}"
+        )
+    windows = torch.tensor(ids[: len(ids) // seq_length * seq_length]).view(-1, seq_length)
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:limit]
+    return windows[drawn.sort().values]
+
+
+def calibration_text(path: str) -> str:
+    """The text in a file: plain, or JSONL, whose lines' texts are joined with a blank line between. UTF-8.
+
+    JSONL is what is called .jsonl or begins with a line that is a JSON object. Raises ValueError if the file cannot be
+    read, has no text, or a line is no object with a `text`.
+    """
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and (str(path).endswith(".jsonl") or isinstance(from_json(lines[0][1]), dict)):
+        text = "\n\n".join(text_field(line, f"line {number} of {path}") for number, line in lines)
+    if not text.strip():
+        raise ValueError(f"the text {path} is empty")
+    return text
+
+
+def text_field(line: str, where: str) -> str:
+    """The `text` of one line of JSONL. Raises ValueError if it has none."""
+    value = from_json(line)
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where} is no JSON object with a text; each line must be like {{"text": "some words"}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{where} is no text: half of a surrogate pair stands alone") from None
+    return text
+
+
+def from_json(line: str):
+    """The value that a line holds, None if it is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,383 @@
+"""Write a checkpoint whose linear layers have int8 or int4 weights, and say what that cost."""
+
+if __name__ == "__main__":
+    import command_line
+
+    command_line.quit_on_interrupt()  # before the slow imports
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import io
+import json
+import logging
+import math
+import mmap
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    GB,
+    Source,
+    atomic_path,
+    expected_tensors,
+    load_model,
+    model_bytes,
+    new_table,
+    open_source,
+    parse_dtype,
+    pick_device,
+    read_tensors,
+    require_memory,
+    require_writable,
+    save_checkpoint,
+)
+from eval import perplexity, read_text
+from generate import checked_ids, peak_memory, say
+from gptq import calibration_text, calibration_windows, gptq_
+from model import ModelArgs
+from qlinear import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
+from tokenizer import load_tokenizer, save_tokenizer
+
+GPTQ = "int4-gptq"
+GPTQ_FLAGS = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path")
+GPTQ_FLAGS += ("percdamp", "blocksize", "act_order", "seed")
+CHECK_WINDOW = 512
+PART = 1 << 20  # weights compared at a time
+
+# ---------------------------------------------------------------- reading
+
+
+def frugal(source: Source, path: Path) -> Source:
+    """The same source, but before it reads a tensor it gives back the memory of those before."""
+    weights = (".pth", ".bin", ".safetensors", ".gguf")
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in weights]
+    names = {os.path.realpath(file) for file in files}
+
+    def after_release(read):
+        release(names)
+        return read()
+
+    return replace(source, tensors={name: partial(after_release, read) for name, read in source.tensors.items()})
+
+
+def release(names: set[str]) -> None:
+    """Give back what Linux counts as our memory though nothing needs it: freed blocks, and pages of mapped files.
+
+    names: files that are only read, so that a page needed again is read again.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name in names:
+            begin, end = (int(address, 16) for address in span.split("-"))
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def encode(text: str, path: Path, vocab_size: int) -> list[int]:
+    """The ids of a text with the tokenizer of the model. Raises ValueError if they are not all its own."""
+    tokenizer = load_tokenizer(path)
+    tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
+    return checked_ids(tokenizer.encode(text), tokenizer)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def task_texts(tasks: list[str], include_path: str | None) -> list[str]:
+    """The first request of each document of some lm-eval tasks, with the answer it asks about.
+
+    Raises ValueError if lm-eval is missing, a task is unknown, or its data cannot be had.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError(
+            "--calibration_tasks needs lm-eval: pip install -r requirements-eval.txt; or give --calibration_file"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager, texts = TaskManager(include_path=include_path), []
+    for name in tasks:
+        if name not in manager.task_index:
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks)) or "nothing like it"
+            raise ValueError(f"lm-eval has no task {name!r}, but {near}; --include_path adds tasks of your own")
+        try:
+            for task in manager.load([name])["tasks"].values():
+                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
+                    task.build_all_requests()
+                first = {request.doc_id: request for request in reversed(task.instances)}
+                texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]
+        except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"the data of task {name} cannot be had ({reason}); "
+                "give a task of your own with --include_path, or a text with --calibration_file"
+            ) from None
+    return texts
+
+
+def calibration_windows_of(args: argparse.Namespace, sizes: ModelArgs) -> Tensor:  # [n, S]
+    """The windows of text to calibrate with. Raises ValueError if they cannot be had or are too few."""
+    if args.calibration_seq_length > sizes.max_seq_length:
+        raise ValueError(
+            f"--calibration_seq_length {args.calibration_seq_length} is more than the model's context of "
+            f"{sizes.max_seq_length}"
+        )
+    if args.calibration_file is not None:
+        text = calibration_text(args.calibration_file)
+    else:
+        tasks = args.calibration_tasks or ["wikitext"]
+        say(f"Reading the calibration text: {', '.join(tasks)} ...")
+        text = "\n\n".join(task_texts(tasks, args.include_path))
+    return calibration_windows(
+        encode(text, Path(args.checkpoint_path), sizes.vocab_size),
+        limit=args.calibration_limit,
+        seq_length=args.calibration_seq_length,
+        needed=max(sizes.dim, sizes.intermediate_size, sizes.n_head * sizes.head_dim),  # the widest layer input
+        seed=args.seed,
+    )
+
+
+def gptq_tensors(
+    args: argparse.Namespace, sizes: ModelArgs, table: dict[str, QuantSpec], device: torch.device, windows: Tensor
+) -> dict[str, Tensor]:
+    """Every tensor of the quantised file: those of the layers in `table` by GPTQ, the others as they are."""
+    model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name)
+    how = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
+    state = model.state_dict() | gptq_(model, windows, table, **how)
+    return {name: state[name] for name in expected_tensors(sizes, table)}
+
+
+# ---------------------------------------------------------------- what it cost
+
+
+def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
+    """||rounded - weight|| / ||weight|| of a layer [out, in], some rows at a time."""
+    n_rows = max(1, PART // weight.shape[1])
+    error = total = 0.0
+    for rows, *parts in zip(weight.split(n_rows), *(tensor.split(n_rows) for tensor in rounded), strict=True):
+        back, rows = LAYERS[bits](*parts).dequantize(), rows.float()
+        error += (back - rows).square().sum().item()
+        total += rows.square().sum().item()
+    return math.sqrt(error / total) if total else 0.0
+
+
+def layer_facts(source: Source, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
+    """Name, bits, groupsize and relative error of each quantised layer, whose tensors are taken out of `tensors`.
+
+    The original weights are read once more, and only one at a time is there.
+    """
+    facts = []
+    for name, spec in table.items():
+        kinds = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
+        rounded = [tensors.pop(f"{name}.{kind}") for kind in kinds]
+        read = source.tensors.get(f"{name}.weight") or source.tensors["tok_embeddings.weight"]  # a tied head
+        error = relative_error(read().to(rounded[0].device), rounded, spec.bits)
+        facts.append({"name": name, **asdict(spec), "relative_error": error})
+    return facts
+
+
+def measure(path: Path, model_name: str | None, ids: list[int], device: torch.device, dtype: torch.dtype) -> float:
+    """The perplexity of a text for the model in `path`."""
+    say(f"Measuring the perplexity of {path} ...")
+    model = load_model(path, device, dtype, model_name)
+    return perplexity(model, ids, window=min(CHECK_WINDOW, model.args.max_seq_length)).perplexity
+
+
+def report(facts: dict) -> None:
+    """The table at the end, on standard output."""
+    before, after = facts["bytes_before"], facts["bytes_after"]
+    print(f"{'':12}{'before':>12}{'after':>12}")
+    print(f"{'size':12}{before / 1e6:9.1f} MB{after / 1e6:9.1f} MB   {before / after:.2f} x smaller")
+    before, after = facts["perplexity_before"], facts["perplexity_after"]
+    if before is not None:
+        print(f"{'perplexity':12}{before:12.4f}{after:12.4f}   {100 * (after / before - 1):+.2f} %")
+    worst = sorted(facts["layers"], key=lambda layer: -layer["relative_error"])[:5]
+    width = max(len(layer["name"]) for layer in worst)
+    print(f"\nthe {len(worst)} of {len(facts['layers'])} layers that changed most, by ||new - old|| / ||old||:")
+    for layer in worst:
+        spec = QuantSpec(layer["bits"], layer["groupsize"])
+        print(f"  {layer['name']:{width}}  {str(spec):9}{100 * layer['relative_error']:6.2f} %")
+    print(f"\n{facts['seconds']:.1f} seconds, peak memory {facts['peak_memory_gb'] or 0:.2f} GB")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raise ValueError on arguments that cannot work, before anything slow."""
+    if args.mode != GPTQ:
+        defaults = build_parser().get_default
+        for name in GPTQ_FLAGS:
+            if getattr(args, name) != defaults(name):
+                raise ValueError(f"--{name} is for --mode {GPTQ}; --mode {args.mode} needs no calibration")
+    if args.mode == "int8" and args.head == "int4":
+        raise ValueError("--head int4 needs --mode int4 or int4-gptq; with int8 use --head int8 or float")
+    for name in ("calibration_tasks", "include_path"):
+        if args.calibration_file is not None and getattr(args, name) is not None:
+            raise ValueError(f"--calibration_file and --{name} are both given; give one")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise ValueError(f"--include_path {args.include_path} is no folder")
+    for name in ("calibration_limit", "calibration_seq_length", "blocksize"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not 0 < args.percdamp < math.inf:
+        raise ValueError(f"--percdamp is {args.percdamp}; it must be above 0, and 0.01 is common")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
+    if args.label and Path(args.label).name != args.label:
+        raise ValueError(f"--label is {args.label!r}; it becomes part of a file's name, so it cannot be a path")
+
+
+def target_path(path: Path, mode: str, groupsize: int | None, label: str | None) -> Path:
+    """Where the quantised file goes: beside the source, called after it and what was done."""
+    folder, stem = (path, "model") if path.is_dir() else (path.parent, path.stem)
+    label = f"_{label}" if label else ""
+    return folder / f"{stem}{label}_{mode}{f'.g{groupsize}' if groupsize else ''}.pth"
+
+
+def check_outputs(path: Path, target: Path, output_json: str | None) -> None:
+    """Raise ValueError if a file could not be written, or would be written over another of this run."""
+    taken = {os.path.realpath(file): f"{file} is the source" for file in (path, path / "model.pth")}
+    for output in (target, output_json):
+        if output is not None:
+            if os.path.realpath(output) in taken:
+                raise ValueError(f"cannot write {output}: {taken[os.path.realpath(output)]}")
+            require_writable(output)
+            taken[os.path.realpath(output)] = f"{output} is the quantised model"
+
+
+def check_text(file: str, path: Path, vocab_size: int) -> list[int]:
+    """The ids of the text to measure perplexity on. Raises ValueError if it cannot be read or is too short."""
+    ids = encode(read_text(file), path, vocab_size)
+    if len(ids) < 2:
+        raise ValueError(f"the text {file} is one token long; perplexity needs 2 or more")
+    return ids
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """Put the tokenizer of a GGUF file beside what is made from it, unless there is one."""
+    if source.gguf is not None and not any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model")):
+        save_tokenizer(source.gguf, folder)
+
+
+def main(**flags) -> None:
+    """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    args, began = argparse.Namespace(**flags), time.perf_counter()
+    check_request(args)
+    path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
+    spec = quant_spec(args.mode, args.groupsize)
+    source = open_source(path, args.model_name)
+    table = new_table(source, spec, path, args.head)
+    target = target_path(path, args.mode, spec.groupsize, args.label)
+    check_outputs(path, target, args.output_json)
+    before, after = model_bytes(source.args, dtype), model_bytes(source.args, dtype, table)
+    size = before + after if args.mode == GPTQ else after
+    require_memory(size, device, f"the weights of {path}", "use a smaller model")
+    text = check_text(args.check, path, source.args.vocab_size) if args.check is not None else None
+    windows = calibration_windows_of(args, source.args) if args.mode == GPTQ else None
+
+    n_thread = args.threads or torch.get_num_threads()
+    # rounding waits for memory: more threads gain little, and on a busy machine they wait for each other
+    torch.set_num_threads(n_thread if args.mode == GPTQ else args.threads or 1)
+    say(f"Using device={device}")
+    source = frugal(source, path)
+    if windows is None:
+        tensors = read_tensors(source, device, dtype, "Quantising", table)
+    else:
+        tensors = gptq_tensors(args, source.args, table, device, windows)
+    save_checkpoint(target, source.args, {name: tensor.cpu() for name, tensor in tensors.items()}, table)
+    say(f"Wrote {target}: {target.stat().st_size / GB:.2f} GB")
+    write_tokenizer(source, target.parent)
+    layers = layer_facts(source, tensors, table)
+    del tensors
+    seconds, peak = time.perf_counter() - began, peak_memory(device)
+    torch.set_num_threads(n_thread)
+
+    facts = {
+        "args": flags,
+        "target": str(target),
+        "device": str(device),
+        "torch": torch.__version__,
+        "bytes_before": before,
+        "bytes_after": after,
+        "layers": layers,
+        "perplexity_before": None if text is None else measure(path, args.model_name, text, device, dtype),
+        "perplexity_after": None if text is None else measure(target, None, text, device, dtype),
+        "seconds": seconds,
+        "peak_memory_gb": peak / GB if peak else None,
+    }
+    report(facts)
+    if args.output_json is not None:
+        with atomic_path(args.output_json) as file:
+            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a model with int8 or int4 weights beside the float one: model_int8.pth, model_int4.g32.pth, "
+        "model_int4-gptq.g32.pth. Every command reads it like any other."
+    )
+    where = parser.add_argument_group("model")
+    where.add_argument(
+        "--checkpoint_path",
+        default=str(DEFAULT_CHECKPOINT),
+        help="a float .pth or .gguf file, or a folder (default: %(default)s)",
+    )
+    where.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
+    where.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    where.add_argument(
+        "--dtype", default="bfloat16", help=f"of what stays float: {', '.join(DTYPES)} (default: %(default)s)"
+    )
+    where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice, 1 to round to nearest)")
+    what = parser.add_argument_group("quantisation")
+    what.add_argument(
+        "--mode",
+        choices=("int8", "int4", GPTQ),
+        default="int8",
+        help="round to nearest, or by GPTQ, which looks at how the layers are used in a text (default: %(default)s)",
+    )
+    what.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
+    what.add_argument(
+        "--head", choices=("int8", "int4", "float"), default="int8", help="the output layer (default: %(default)s)"
+    )
+    what.add_argument("--label", help="goes into the file's name: model_LABEL_int8.pth")
+    text = parser.add_argument_group(f"calibration, with --mode {GPTQ}")
+    text.add_argument(
+        "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval tasks whose text to use (default: wikitext)"
+    )
+    text.add_argument("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
+    text.add_argument("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
+    text.add_argument("--calibration_limit", type=int, default=128, help="windows of text (default: %(default)s)")
+    text.add_argument(
+        "--calibration_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)"
+    )
+    text.add_argument(
+        "--percdamp", type=float, default=0.01, help="damping, as a share of the mean (default: %(default)s)"
+    )
+    text.add_argument("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
+    text.add_argument("--act_order", action="store_true", help="round the most used inputs first")
+    text.add_argument("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
+    after = parser.add_argument_group("what it cost")
+    after.add_argument("--check", metavar="FILE", help="measure the perplexity of this text (UTF-8) before and after")
+    after.add_argument("--output_json", metavar="PATH", help="write the sizes, the error of each layer, the perplexity")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run(main, build_parser())

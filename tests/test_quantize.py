@@ -1,0 +1,608 @@
+"""quantize.py: its files against the dequantised model, what it prints, its memory, bad input, Ctrl-C, a full disk."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_checkpoint import HALF_GB, hf_names, needs_proc
+from test_generate import make_tiny_checkpoint
+from transformers import LlamaConfig
+
+import checkpoint
+import quantize as program
+from checkpoint import expected_tensors, load_model, model_bytes, open_source, save_checkpoint
+from decoding import Sampling
+from eval import perplexity
+from generate import generate, setup_caches
+from gptq import calibration_windows, gptq_
+from qlinear import LAYERS, QuantSpec, quantize_weight
+from quantize import build_parser, frugal, main, relative_error, task_texts
+from tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+MODES = ("int8", "int4", "int4-gptq")
+TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into the garden and slept in the sun. " * 20
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The tiny model with a head of its own ("untied") and without ("tied"); tests write into copies."""
+    tied = make_tiny_checkpoint(tmp_path_factory.mktemp("tied")).parent
+    untied = shutil.copytree(tied, tmp_path_factory.mktemp("untied"), dirs_exist_ok=True)
+    source = open_source(tied)
+    args = checkpoint.replace(source.args, tie_embeddings=False)
+    tensors = {name: read() for name, read in source.tensors.items()}
+    save_checkpoint(untied / "model.pth", args, tensors | {"output.weight": torch.randn(args.vocab_size, args.dim)})
+    return {"tied": tied, "untied": untied}
+
+
+@pytest.fixture
+def folder(sources, tmp_path):
+    return shutil.copytree(sources["tied"], tmp_path / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def quantise(path, *flags):
+    """Run the command here; what --output_json says."""
+    out = Path(path).parent / "facts.json"
+    flags = ["--checkpoint_path", path, "--output_json", out, *flags]
+    main(**vars(build_parser().parse_args([str(flag) for flag in flags])))
+    facts = json.loads(out.read_text())
+    out.unlink()
+    return facts
+
+
+def calibrated(mode, text):
+    return ["--calibration_file", text, "--calibration_seq_length", 32, "--seed", 7] if mode == "int4-gptq" else []
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def weights(path):
+    """The linear layers of a file, dequantised where need be, in float32."""
+    source = open_source(path)
+    layers = {}
+    for name, spec in source.table.items():
+        kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
+        layers[name] = LAYERS[spec.bits](*[source.tensors[f"{name}.{kind}"]() for kind in kinds]).dequantize()
+    return layers
+
+
+def dequantised(path, target):
+    """The float model in `path` with the layers of the quantised `target` put back as floats."""
+    source, layers = open_source(path), weights(target)
+    args = checkpoint.replace(source.args, tie_embeddings=source.args.tie_embeddings and "output" not in layers)
+    tensors = {name: read() for name, read in source.tensors.items()}
+    tensors |= {f"{name}.weight": weight for name, weight in layers.items()}
+    save_checkpoint(path.parent / "dequantised.pth", args, tensors)
+    return path.parent / "dequantised.pth"
+
+
+@torch.inference_mode()
+def logits(path):
+    model = load_model(path, dtype=torch.float32)
+    setup_caches(model, 1, 32)
+    return model(torch.arange(40, 72)[None], torch.arange(32)[None])
+
+
+def greedy(path):
+    """The text that generate.py continues a prompt with."""
+    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
+    ids = tokenizer.encode("the cat sat on")
+    setup_caches(model, 1, len(ids) + 24)
+    new = [chunk[0][0] for chunk in generate(model, [ids], 24, Sampling(temperature=0))]
+    return tokenizer.decode(new)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(
+    "mode, flags, name",
+    [
+        ("int8", [], "model_int8.pth"),
+        ("int8", ["--groupsize", 32], "model_int8.g32.pth"),
+        ("int4", [], "model_int4.g32.pth"),
+        ("int4", ["--head", "int4"], "model_int4.g32.pth"),
+        ("int4", ["--head", "float"], "model_int4.g32.pth"),
+        ("int4-gptq", [], "model_int4-gptq.g32.pth"),
+        ("int4-gptq", ["--head", "float", "--act_order"], "model_int4-gptq.g32.pth"),
+    ],
+)
+def test_text_is_that_of_the_dequantised_model(kind, mode, flags, name, sources, tmp_path, monkeypatch):
+    folder = shutil.copytree(sources[kind], tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(TEXT)
+    path, before = folder / "model.pth", (folder / "model.pth").read_bytes()
+    facts = quantise(path, "--mode", mode, "--dtype", "float32", *flags, *calibrated(mode, tmp_path / "text.txt"))
+    target = folder / name
+    assert facts["target"] == str(target) and names(folder) == sorted({*names(sources[kind]), name})
+    assert path.read_bytes() == before
+
+    table = open_source(target).table
+    linears = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
+    body = QuantSpec(8, 32 if "--groupsize" in flags else None) if mode == "int8" else QuantSpec(4, 32)
+    head = {"int4": QuantSpec(4, 32), "float": None}.get(flags[1] if "--head" in flags else "", QuantSpec(8))
+    assert table.pop("output", None) == head
+    assert table == {f"layers.{i}.{name}": body for i in range(2) for name in linears}
+
+    monkeypatch.setattr(checkpoint, "pack_", lambda model: None)  # the plain path: no rounded activations
+    floats = dequantised(path, target)
+    assert greedy(target) == greedy(floats)
+    torch.testing.assert_close(logits(target), logits(floats), atol=1e-4, rtol=1e-4)
+    assert (logits(target) - logits(path)).abs().max() > 1e-3
+
+
+def test_codes_are_those_of_the_original_weights_and_gptq_those_of_gptq(folder, text):
+    path = folder / "model.pth"
+    original = {name: read().clone() for name, read in open_source(path).tensors.items()}
+    for mode, spec in (("int8", QuantSpec(8)), ("int4", QuantSpec(4, 32))):
+        source = open_source(quantise(path, "--mode", mode)["target"])
+        for layer in source.table:
+            rounding = QuantSpec(8) if layer == "output" else spec
+            weight = original["tok_embeddings.weight" if layer == "output" else f"{layer}.weight"]
+            for key, value in quantize_weight(weight, rounding).items():
+                assert torch.equal(source.tensors[f"{layer}.{key}"](), value), (mode, layer, key)
+        assert torch.equal(source.tensors["norm.weight"](), original["norm.weight"].bfloat16())
+
+    flags = ["--percdamp", 0.1, "--blocksize", 16, "--act_order", "--calibration_limit", 4]
+    source = open_source(quantise(path, "--mode", "int4-gptq", *calibrated("int4-gptq", text), *flags)["target"])
+    windows = calibration_windows(load_tokenizer(path).encode(TEXT), limit=4, seq_length=32, needed=96, seed=7)
+    expected = gptq_(load_model(path), windows, source.table, percdamp=0.1, blocksize=16, act_order=True)
+    assert expected.keys() <= source.tensors.keys()
+    for name, value in expected.items():
+        assert torch.equal(source.tensors[name](), value), name
+
+
+def test_generate_reads_every_mode(folder, text, run_cli):
+    for mode in MODES:
+        target = quantise(folder / "model.pth", "--mode", mode, *calibrated(mode, text))["target"]
+        done = run_cli("generate.py", "--checkpoint_path", target, "--num_samples", 1, "--max_new_tokens", 8)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_label_and_folder(folder):
+    quantise(folder / "model.pth", "--label", "mine")
+    facts = quantise(folder, "--label", "mine", "--mode", "int4", "--groupsize", 32)
+    assert facts["target"] == str(folder / "model_mine_int4.g32.pth")
+    (folder / "model.pth").rename(folder / "other.v2.pth")
+    quantise(folder / "other.v2.pth")
+    assert {"model_mine_int8.pth", "model_mine_int4.g32.pth", "other.v2_int8.pth"} <= {*names(folder)}
+
+
+def test_hugging_face_folder(tmp_path):
+    config = LlamaConfig(**HALF_GB | {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 64, "head_dim": 8})
+    args = checkpoint.args_from_hf(config.to_dict())
+    tensors = {name: torch.randn(meta.shape) for name, meta in expected_tensors(args).items()}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(config.to_dict()))
+    save_file(hf_names(tensors, args), tmp_path / "hf/model.safetensors")
+    for path in (tmp_path / "hf", tmp_path / "hf/model.safetensors"):
+        target = Path(quantise(path)["target"])
+        assert target == tmp_path / "hf/model_int8.pth"
+        for name, weight in weights(target).items():
+            torch.testing.assert_close(weight, tensors[f"{name}.weight"], atol=0.02, rtol=0.01)
+        target.unlink()
+
+
+def test_gguf_brings_its_tokenizer(default_gguf, tmp_path):
+    os.symlink(default_gguf, tmp_path / "some.gguf")
+    facts = quantise(tmp_path / "some.gguf")
+    tokenizer = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert names(tmp_path) == sorted(["some.gguf", "some_int8.pth", *tokenizer])
+    assert facts["bytes_before"] == 2 * 134_515_008  # parameters in bfloat16, whatever the file has
+    assert all(0.005 < layer["relative_error"] < 0.02 for layer in facts["layers"])
+    (tmp_path / "some.gguf").unlink()
+    assert load_tokenizer(tmp_path / "some_int8.pth").encode(TEXT) == load_tokenizer(default_gguf).encode(TEXT)
+
+
+def test_a_tokenizer_that_is_there_is_kept(default_gguf, tmp_path):
+    source = open_source(default_gguf)
+    (tmp_path / "tokenizer.model").write_text("mine")
+    program.write_tokenizer(source, tmp_path)
+    assert names(tmp_path) == ["tokenizer.model"]
+
+
+def test_an_existing_file_is_replaced(folder):
+    target = folder / "model_int8.pth"
+    target.write_bytes(b"old")
+    with target.open("rb") as old:  # who has it open keeps it
+        quantise(folder / "model.pth")
+        assert old.read() == b"old" and open_source(target).table
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+def test_facts_and_report(folder, text, capsys):
+    path = folder / "model.pth"
+    capsys.readouterr()
+    facts = quantise(path, "--mode", "int4", "--check", text)
+    out, err = capsys.readouterr()
+    source, target = open_source(path), Path(facts["target"])
+    assert facts["args"]["mode"] == "int4" and facts["args"]["checkpoint_path"] == str(path)
+    assert facts["bytes_before"] == sum(2 * read().numel() for read in source.tensors.values())
+    assert facts["bytes_after"] == sum(read().nbytes for read in open_source(target).tensors.values())
+    assert facts["bytes_after"] == model_bytes(source.args, torch.bfloat16, open_source(target).table)
+    assert facts["seconds"] > 0 and 0.1 < facts["peak_memory_gb"] < 8
+
+    rounded = weights(target)
+    assert [layer["name"] for layer in facts["layers"]] == [*rounded]
+    for layer in facts["layers"]:
+        is_head = layer["name"] == "output"
+        weight = source.tensors["tok_embeddings.weight" if is_head else f"{layer['name']}.weight"]()
+        expected = (rounded[layer["name"]] - weight).norm() / weight.norm()
+        assert layer["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
+        assert (layer["bits"], layer["groupsize"]) == ((8, None) if is_head else (4, 32))
+
+    ids = load_tokenizer(path).encode(TEXT)
+    for when, file in (("before", path), ("after", target)):
+        assert facts[f"perplexity_{when}"] == pytest.approx(perplexity(load_model(file), ids, window=512).perplexity)
+
+    lines = out.splitlines()
+    before, after = facts["perplexity_before"], facts["perplexity_after"]
+    assert lines[1].split() == ["size", "0.2", "MB", "0.1", "MB", f"{lines[1].split()[5]}", "x", "smaller"]
+    assert float(lines[1].split()[5]) == pytest.approx(facts["bytes_before"] / facts["bytes_after"], abs=0.006)
+    assert lines[2].split() == [
+        "perplexity",
+        f"{before:.4f}",
+        f"{after:.4f}",
+        f"{100 * (after / before - 1):+.2f}",
+        "%",
+    ]
+    worst = sorted(facts["layers"], key=lambda layer: -layer["relative_error"])[:5]
+    assert [line.split()[0] for line in lines if line.startswith("  ")][1:] == [layer["name"] for layer in worst]
+    assert lines[-1].startswith(f"{facts['seconds']:.1f} seconds, peak memory ")
+    assert err.splitlines()[0] == "Using device=cpu"
+    assert err.splitlines()[1].startswith(f"Wrote {target}: 0.00 GB")
+
+
+def test_without_a_check_there_is_no_perplexity(folder, capsys):
+    facts = quantise(folder / "model.pth")
+    assert facts["perplexity_before"] is facts["perplexity_after"] is None
+    assert "perplexity" not in capsys.readouterr().out
+
+
+def test_relative_error_by_hand():
+    weight, rounded = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3, 5], [0, 0]], dtype=torch.int8)
+    assert relative_error(weight, [rounded, torch.ones(2, 1)], 8) == pytest.approx(1 / 5)
+    assert relative_error(torch.zeros(2, 2), [torch.zeros(2, 2, dtype=torch.int8), torch.ones(2, 1)], 8) == 0
+
+
+def test_relative_error_does_not_depend_on_the_parts(monkeypatch):
+    weight = torch.randn(50, 64)
+    rounded = [*quantize_weight(weight, QuantSpec(4, 32)).values()]
+    whole = relative_error(weight, rounded, 4)
+    monkeypatch.setattr(program, "PART", 3 * 64)
+    assert relative_error(weight, rounded, 4) == pytest.approx(whole, rel=1e-5)
+
+
+# ---------------------------------------------------------------- memory and time
+
+# In a process of its own, argv the flags: the growth of the peak beyond the imports.
+WATCH = """
+import sys
+import gguf.quants, safetensors, torch
+from checkpoint import pick_device
+from generate import peak_memory
+from quantize import build_parser, main
+flags, before = vars(build_parser().parse_args(sys.argv[1:])), peak_memory(pick_device("cpu"))
+main(**flags)
+print(peak_memory(pick_device("cpu")) - before)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("mode, form", [("int8", "default"), ("int4", "default"), ("int8", "half a GB of safetensors")])
+def test_memory_and_time(mode, form, default_model_dir, tmp_path):
+    path = tmp_path / "model.pth"
+    if form == "default":
+        os.symlink(default_model_dir / "model.pth", path)
+    else:
+        config, path = LlamaConfig(**HALF_GB).to_dict(), tmp_path
+        args = checkpoint.args_from_hf(config)
+        (path / "config.json").write_text(json.dumps(config))
+        zeros = {name: torch.zeros(meta.shape, dtype=torch.bfloat16) for name, meta in expected_tensors(args).items()}
+        save_file(hf_names(zeros, args), path / "model.safetensors")
+        del zeros
+    flags = ["--checkpoint_path", path, "--mode", mode, "--output_json", tmp_path / "facts.json"]
+    done = subprocess.run([sys.executable, "-c", WATCH, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts, grown = json.loads((tmp_path / "facts.json").read_text()), int(done.stdout.splitlines()[-1])
+    assert facts["bytes_before"] > 0.25e9 and facts["seconds"] < 20
+    assert grown <= 1.6 * facts["bytes_before"], f"{grown / facts['bytes_before']:.2f} x the float model"
+
+
+@needs_proc
+def test_frugal_gives_pages_back_and_reads_the_same(default_model_dir):
+    def resident():
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    path = default_model_dir / "model.pth"
+    plain, careful = open_source(path), frugal(open_source(path), path)
+    before = resident()
+    sums = [read().float().sum() for read in careful.tensors.values()]
+    assert resident() - before < 80e6  # of 269 MB: the last one read
+    assert sums == [read().float().sum() for read in plain.tensors.values()]
+
+
+# ---------------------------------------------------------------- calibration text from lm-eval
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: {kind}
+training_split: null
+validation_split: validation
+doc_to_text: "{question}"
+doc_to_target: "{answer}"
+{more}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of lm-eval tasks over one data file, as a user writes them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [{"q": f"Number {i} and", "a": [f" {i + 1}", " none"], "text": f"{i}. {TEXT[:300]}"} for i in range(12)]
+    (folder / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kinds = {
+        "mine_rolling": ("loglikelihood_rolling", "", "{{text}}", "metric_list: [{metric: word_perplexity}]"),
+        "mine_choice": ("multiple_choice", "{{q}}", "0", 'target_delimiter: ""\ndoc_to_choice: "{{a}}"'),
+        "mine_open": ("generate_until", "{{q}}", "{{a}}", 'generation_kwargs: {until: ["."]}'),
+        "mine_lost": ("generate_until", "{{q}}", "{{a}}", 'generation_kwargs: {until: ["."]}'),
+    }
+    for name, (kind, question, answer, more) in kinds.items():
+        data = folder / ("nowhere.json" if "lost" in name else "data.json")
+        yaml = TASK.format(name=name, data=data, kind=kind, question=question, answer=answer, more=more)
+        (folder / f"{name}.yaml").write_text(yaml)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    return {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1, "HF_HOME": tmp_path_factory.mktemp("hf")}
+
+
+# Prints, as JSON, the texts or the error of each list of tasks in argv[2]; argv[1] is their folder.
+ASK = """
+import functools, json, sys
+import lm_eval.tasks
+from quantize import task_texts
+lm_eval.tasks.TaskManager = functools.cache(lm_eval.tasks.TaskManager)  # it takes seconds
+for tasks in json.loads(sys.argv[2]):
+    try:
+        print(json.dumps(task_texts(tasks, sys.argv[1])))
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_texts_of_tasks(tasks, offline, run_cli):
+    asked = [["mine_rolling", "mine_choice", "mine_open"], ["wikitext"], ["mine_open", "mine_lost"], ["mine_opne"]]
+    done = run_cli("-c", ASK, tasks, json.dumps(asked), env=offline)
+    assert done.returncode == 0, done.stderr
+    texts, far, lost, unknown = map(json.loads, done.stdout.splitlines())
+    assert texts == [
+        *[f"{i}. {TEXT[:300]}" for i in range(12)],
+        *[f"Number {i} and {i + 1}" for i in range(12)],
+        *[f"Number {i} and" for i in range(12)],
+    ]
+    advice = "give a task of your own with --include_path, or a text with --calibration_file"
+    assert far.startswith("the data of task wikitext cannot be had (Couldn't reach") and far.endswith(advice)
+    assert lost.startswith("the data of task mine_lost cannot be had") and "nowhere.json" in lost
+    assert unknown.startswith("lm-eval has no task 'mine_opne', but mine_open")
+
+
+def test_calibration_with_a_task(tasks, offline, run_cli, folder):
+    flags = ("--checkpoint_path", folder / "model.pth", "--mode", "int4-gptq", "--calibration_seq_length", 32)
+    flags += ("--calibration_tasks", "mine_rolling", "--include_path", tasks)
+    done = run_cli("quantize.py", *flags, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert {*open_source(folder / "model_int4-gptq.g32.pth").table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
+
+
+def test_without_lm_eval_the_install_line_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-eval.txt"):
+        task_texts(["wikitext"], None)
+    assert "lm-eval==0.4.13" in (ROOT / "requirements-eval.txt").read_text()
+
+
+# ---------------------------------------------------------------- bad input
+
+GPTQ = ["--mode", "int4-gptq"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--mode", "int4", "--groupsize", "64"],
+            "groupsize 64 does not divide the 96 inputs of layers.0.feed_forward",
+        ),
+        (["--groupsize", "48"], "groupsize 48 is not supported; use one of 32, 64, 128, 256"),
+        (["--mode", "int3"], "invalid choice"),
+        (["--head", "int4"], "--head int4 needs --mode int4"),
+        (["--label", "a/b"], "--label is 'a/b'"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--model_name", "Llama-2-7B"], "is not Llama-2-7B"),
+        (["--checkpoint_path", "/no/model.pth"], "there is no checkpoint at /no/model.pth"),
+        (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--output_json", "/tmp"], "it is a folder"),
+        (["--output_json", "model.pth"], "model.pth is the source"),
+        (["--output_json", "model_int8.pth"], "model_int8.pth is the quantised model"),
+        (["--check", "/no/file"], "cannot read the text /no/file"),
+        (["--check", "one.txt"], "one.txt is one token long"),
+        (["--percdamp", "0.5"], "--percdamp is for --mode int4-gptq; --mode int8 needs no calibration"),
+        (["--mode", "int4", "--act_order"], "--act_order is for --mode int4-gptq"),
+        (["--calibration_tasks", "wikitext"], "--calibration_tasks is for --mode int4-gptq"),
+        ([*GPTQ, "--calibration_file", "/no/file"], "cannot read the text /no/file"),
+        ([*GPTQ, "--calibration_file", "one.txt"], "the calibration text is too short"),
+        ([*GPTQ, "--calibration_file", "one.txt", "--calibration_tasks", "x"], "both given"),
+        ([*GPTQ, "--include_path", "/no/folder"], "--include_path /no/folder is no folder"),
+        (
+            [*GPTQ, "--calibration_seq_length", "513"],
+            "--calibration_seq_length 513 is more than the model's context of",
+        ),
+        ([*GPTQ, "--calibration_limit", "0"], "--calibration_limit is 0"),
+        ([*GPTQ, "--calibration_seq_length", "-1"], "--calibration_seq_length is -1"),
+        ([*GPTQ, "--blocksize", "0"], "--blocksize is 0"),
+        ([*GPTQ, "--percdamp", "0"], "--percdamp is 0.0"),
+        ([*GPTQ, "--percdamp", "nan"], "--percdamp is nan"),
+        ([*GPTQ, "--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(flags, message, folder, capsys, monkeypatch):
+    (folder / "one.txt").write_text("t")
+    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main(**vars(build_parser().parse_args(["--checkpoint_path", "model.pth", *flags])))
+    printed = capsys.readouterr()
+    assert message in str(error.value) + printed.err and "\n" not in str(error.value), str(error.value)
+    assert printed.out == "" and {path.name: path.read_bytes() for path in folder.iterdir()} == there
+
+
+def test_an_error_is_one_line_and_exit_code_2(run_cli, folder):
+    done = run_cli("quantize.py", "--checkpoint_path", folder, "--head", "int4")
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: --head int4 needs")
+
+
+def refused(path, *words, flags=()):
+    """The command raises a ValueError of one line with these words and leaves the folder as it was."""
+    there = names(path.parent)
+    with pytest.raises(ValueError) as error:
+        main(**vars(build_parser().parse_args(["--checkpoint_path", str(path), *map(str, flags)])))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert names(path.parent) == there
+
+
+def test_sources_that_cannot_be_quantised(folder, text):
+    path = folder / "model.pth"
+    quantise(path, "--label", "x")
+    refused(folder / "model_x_int8.pth", "is quantised already (int8); start from the float file")
+
+    torch.save(
+        {"tok_embeddings.weight": torch.zeros(4, 4), "output.scales_and_zeros": torch.zeros(1)}, folder / "t.pth"
+    )
+    refused(folder / "t.pth", "int4 tiles", "quantise again from the float file")
+
+    source = open_source(path)
+    tensors = {name: read().clone() for name, read in source.tensors.items()}
+    tensors["layers.1.feed_forward.w2.weight"][3, 5] = math.nan
+    save_checkpoint(folder / "nan.pth", source.args, tensors)
+    for mode in MODES:
+        flags = ["--mode", mode, *calibrated(mode, text)]
+        refused(folder / "nan.pth", "layers.1.feed_forward.w2.weight holds NaN", flags=flags)
+
+
+def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(program, "read_tensors", lambda *_: pytest.fail("it has begun"))
+    path, target = folder / "model.pth", folder / "model_int8.pth"
+    target.mkdir()
+    refused(path, f"cannot write {target}: it is a folder")
+    target.rmdir()
+    target.symlink_to("model.pth")
+    refused(path, f"cannot write {target}: {path} is the source")
+    refused(folder, f"cannot write {target}: {path} is the source")
+    target.unlink()
+    monkeypatch.setattr(os, "access", lambda file, how: how != os.W_OK)  # root may write anywhere
+    refused(path, f"cannot write {target}: permission denied")
+
+
+def test_too_little_memory_is_said_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 100)
+    refused(folder / "model.pth", "need 0.0 GB, but cpu has 0.0 GB free; use a smaller model")
+
+
+def test_a_full_disk_leaves_nothing_and_spares_what_was_there(folder):
+    target = folder / "model_int8.pth"
+    for before in (None, b"old"):
+        if before:
+            target.write_bytes(before)
+        there = names(folder)
+        command = f"ulimit -f 50; {sys.executable} quantize.py --checkpoint_path {folder} --dtype float32"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert f"error: cannot write {target}: the disk is full" in done.stderr.splitlines()[-1]
+        assert names(folder) == there and (not before or target.read_bytes() == before)
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+INTERRUPTS = [("int8", False, 0.3), ("int8", False, 1.5), ("int4-gptq", True, 3)]
+INTERRUPTS += [("int4", True, delay) for delay in (0, 0.2, 0.4, 0.7, 1)]
+
+
+@pytest.mark.parametrize("mode, said, delay", INTERRUPTS)
+def test_interrupt_at_any_moment(mode, said, delay, default_model_dir, text, tmp_path):
+    """Importing, rounding, writing, comparing: `delay` seconds after the start, or after it has `said` its device."""
+    folder = shutil.copytree(default_model_dir, tmp_path / "model", copy_function=os.symlink)
+    there, target = names(folder), folder / f"model_{mode}{'' if mode == 'int8' else '.g32'}.pth"
+    text.write_text(TEXT * 5)
+    flags = ["--checkpoint_path", folder / "model.pth", "--mode", mode, *calibrated(mode, text)]
+    command = [sys.executable, "quantize.py", *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    first = process.stderr.readline() if said else b""
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    errors = (first + errors).decode()
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors
+    assert first.startswith(b"Using device") or not said
+    if "Wrote" in errors:
+        assert process.returncode in (0, 130) and names(folder) == sorted([*there, target.name])
+        assert open_source(target).table
+    else:
+        assert process.returncode == 130 and names(folder) == there
+
+
+# ---------------------------------------------------------------- the other commands and scripts
+
+
+def test_help_names_every_flag_and_its_default(run_cli):
+    done = run_cli("quantize.py", "--help", env={"COLUMNS": 120})
+    assert done.returncode == 0
+    for action in build_parser()._actions:
+        assert action.option_strings[-1] in done.stdout and action.help
+        assert action.default in (None, False, "==SUPPRESS==") or "default" in action.help
+
+
+def test_prepare_downloads_converts_and_quantises(tmp_path):
+    stand_in, log = tmp_path / "python3", tmp_path / "log"
+    stand_in.write_text(f'#!/bin/sh\necho "$*" >> {log}\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(["bash", ROOT / "scripts/prepare.sh", "a/b"], env=os.environ | {"PYTHON": str(stand_in)})
+    assert done.returncode == 0
+    assert log.read_text().splitlines() == [
+        "scripts/download.py --repo_id a/b",
+        "scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/a/b",
+        "quantize.py --checkpoint_path checkpoints/a/b/model.pth --mode int8",
+    ]
