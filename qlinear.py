@@ -19,7 +19,7 @@ from model import Attention
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")
 GROUPSIZE_HELP = "inputs that share a scale: 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
-PART = 1 << 22  # weights rounded at a time: bounds the float32 temporaries
+PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
 
 
 @dataclass(frozen=True)

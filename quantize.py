@@ -363,7 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
     text.add_argument("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
-    text.add_argument("--calibration_limit", type=int, default=128, help="windows of text (default: %(default)s)")
+    text.add_argument("--calibration_limit", type=int, default=64, help="windows of text (default: %(default)s)")
     text.add_argument(
         "--calibration_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)"
     )

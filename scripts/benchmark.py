@@ -163,11 +163,11 @@ def start_up(folder: Path) -> dict:
     return result
 
 
-def machine() -> dict:
+def machine(packages: tuple[str, ...]) -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    packages = {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")}
-    return {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today()), **packages}
+    facts = {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today())}
+    return facts | {name: version(name) for name in packages}
 
 
 def table(result: dict) -> str:
@@ -184,13 +184,14 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def update_readme(result: dict, source: str) -> None:
+def update_readme(table: str, source: str) -> None:
+    """Put the table where the README has one from this file."""
     path = ROOT / "README.md"
     begin, end = f"<!-- table: {source} -->", "<!-- end -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     if rest:
-        path.write_text(f"{before}{begin}\n{table(result)}\n{end}{after}", encoding="utf-8")
+        path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: str | None, precision: str) -> None:
@@ -213,7 +214,7 @@ def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: s
             print(f"round {number} of {rounds}, {precision}, {name}: {figures}", file=sys.stderr, flush=True)
     result = {
         "command": f"python scripts/benchmark.py --rounds {rounds} --threads {threads} --output {output}",
-        "machine": machine(),
+        "machine": machine(("torch", "transformers", "llama-cpp-python")),
         "threads": threads,
         "median": {p: {name: medians(of) for name, of in sides.items()} for p, sides in runs.items()},
         "start_up": start_up(folder),
@@ -221,7 +222,7 @@ def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: s
     }
     with atomic_path(output) as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
-    update_readme(result, output)
+    update_readme(table(result), output)
     print(table(result))
     print(result["start_up"])
 
