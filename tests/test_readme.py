@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_generate import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,8 @@ def replaced(args, option, value):
 def test_every_command_is_tried_below():
     known = (
         "python generate.py",
+        "python quantize.py",
+        "python eval.py",
         "python scripts/",
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
@@ -69,6 +72,39 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
     assert not list(tmp_path.glob("*.json")) or "sequences" in (tmp_path / "answers.json").read_text()
 
 
+TEXT = "The cat sat on the mat, and the dog beside the cat. Nobody had asked either of them to do so. " * 8
+
+
+@pytest.mark.parametrize("command", of("python quantize.py"))
+def test_quantize(command, run_cli, tmp_path):
+    """On a tiny model; a task that must be fetched is replaced by a file."""
+    args = shlex.split(command)[1:]
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    for name in ("book.txt", "other.txt"):
+        (tmp_path / name).write_text(TEXT, encoding="utf-8")
+    args = [str(tmp_path / arg) if arg.endswith(".txt") else arg for arg in args]
+    if "--calibration_tasks" in args:
+        at = args.index("--calibration_tasks")
+        args[at : at + 2] = ["--calibration_file", str(tmp_path / "book.txt")]
+    if "--groupsize" in args:
+        args = replaced(args, "--groupsize", 32)  # divides the tiny model's inputs
+    if "int4-gptq" in args:
+        args = replaced(args, "--calibration_seq_length", 32)
+    done = run_cli(*replaced(args, "--checkpoint_path", checkpoint))
+    assert done.returncode == 0, done.stderr
+    assert "smaller" in done.stdout and len(list(checkpoint.parent.glob("model_int*.pth"))) == 1
+
+
+@pytest.mark.parametrize("command", of("python eval.py"))
+def test_eval(command, run_cli, tmp_path):
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
+    args = replaced(shlex.split(command)[1:], "--perplexity", tmp_path / "other.txt")
+    done = run_cli(*replaced(replaced(args, "--checkpoint_path", checkpoint), "--max_seq_length", 32))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("perplexity: ")
+
+
 @pytest.mark.parametrize("command", of("python scripts/download.py") + of("./scripts/prepare.sh"))
 def test_download_parses_and_says_that_the_hub_is_away(command, tmp_path):
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
@@ -84,7 +120,8 @@ def test_convert(command, run_cli, default_gguf, tmp_path):
     done = run_cli(*replaced(shlex.split(command)[1:], "--checkpoint_dir", tmp_path))
     assert done.returncode == 0, done.stderr
     names = {path.name for path in tmp_path.iterdir()} - {default_gguf.name}
-    assert names == {"model.pth", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    model = "model_quantized.pth" if "--keep_quantized" in command else "model.pth"
+    assert names == {model, "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
 @pytest.mark.parametrize("command", of("./scripts/"))
@@ -92,6 +129,13 @@ def test_scripts_are_there_and_parse(command):
     path = ROOT / shlex.split(command)[0]
     assert os.access(path, os.X_OK)
     assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+@pytest.mark.parametrize("command", of("python scripts/benchmark.py") + of("python scripts/quality.py"))
+def test_benchmarks_parse(command, run_cli):
+    """They take minutes, and peers that are not installed here."""
+    done = run_cli(*shlex.split(command)[1:], "--help")
+    assert done.returncode == 0 and "--output" in done.stdout
 
 
 def test_library_example(run_cli, default_model_dir, tmp_path):
