@@ -1,7 +1,7 @@
 """Quantised linear layers, their arithmetic, and the fast paths of linear layers on each device.
 
 A weight is w = code * scale + zero, with one scale for each group of inputs of each output row: int8 is symmetric
-(codes -127..127, no zero; by default one group a row), int4 is not (codes -8..7). Layers are saved in the logical
+(codes -128..127, no zero; by default one group a row), int4 is not (codes -8..7). Layers are saved in the logical
 layout described here; what a device's kernels want instead is made by `pack_`, once, after loading.
 """
 

@@ -1,4 +1,5 @@
-// Operators for CPUs that PyTorch lacks: a linear layer for few rows that reads its weight at memory speed.
+// Operators for CPUs that PyTorch lacks: linear layers that read their weight at memory speed, bfloat16 for few rows, int8
+// and int4 for any number; and the attention of one query.
 //
 // One token through a linear layer is a matrix-vector product: every weight is read once and used once, so the only
 // thing that counts is to keep the memory busy. Each thread reads its share of the weight, in its plain row-major
@@ -200,11 +201,12 @@ struct QuantisedLinear {
         continue;
       }
       // as integers the bits of absolute values are in the same order, and NaN is the largest of all
-      const __m512i low_bits = _mm512_castps_si512(_mm512_abs_ps(low)), high_bits = _mm512_castps_si512(_mm512_abs_ps(high));
+      const __m512i low_bits = _mm512_castps_si512(_mm512_abs_ps(low));
+      const __m512i high_bits = _mm512_castps_si512(_mm512_abs_ps(high));
       const uint32_t most_bits = _mm512_reduce_max_epu32(_mm512_max_epu32(low_bits, high_bits));
       float most;
       std::memcpy(&most, &most_bits, 4);
-      const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+      const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? 127.0f / most : 0.0f);  // below, 127 / most is infinite
       const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
       const __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
       __m128i* out = reinterpret_cast<__m128i*>(static_cast<int8_t*>(ready) + m * K + b * kGroup);
@@ -341,7 +343,9 @@ struct QuantisedLinear {
         n += (kStreams - 1) * stride;
       }
       const int64_t stride = (end - n) / 2;
-      for (int64_t i = 0; i < stride; i++, n++) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
+      for (int64_t i = 0; i < stride; i++, n++) {
+        all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
+      }
       n += stride;
       if (n < end) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
     });
@@ -430,7 +434,8 @@ struct OneQuery {
     __m512 most = minus_infinity, total = _mm512_setzero_ps();
     for (int64_t c = begin; c < end; c += 16) {
       const __mmask16 there = lanes(end - c);
-      const __m512 score = _mm512_add_ps(_mm512_maskz_loadu_ps(there, scores + c), load(mask, b * mask_row + c, type, there));
+      const __m512 seen = load(mask, b * mask_row + c, type, there);
+      const __m512 score = _mm512_add_ps(_mm512_maskz_loadu_ps(there, scores + c), seen);
       _mm512_mask_storeu_ps(scores + c, there, score);
       most = _mm512_mask_max_ps(most, there, most, score);
     }
@@ -487,7 +492,7 @@ bool has_vnni() { return false; }
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
   const int64_t in = x.size(-1), K = round_up(in, kGroup), M = x.numel() / in, tiles = weight.size(0);
   const bool nibbles = scales.size(2) == 2;
-  TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: x has ", in, " features, too many or few");
+  TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: weight takes other than ", in, " features");
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.scalar_type() != at::kDouble, "linear_codes: wrong dtype");
   auto shape = x.sizes().vec();
   shape.back() = tiles * kLanes;
@@ -499,10 +504,13 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   uint8_t* room = buffer.mutable_data_ptr<uint8_t>();
   float* floats = reinterpret_cast<float*>(room + bytes);
   const Tensor xc = x.contiguous();
-  const QuantisedLinear work{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>(),
-                             scales.const_data_ptr(), scales.scalar_type(), bias ? bias->const_data_ptr<float>() : nullptr,
-                             M, in, K, tiles, scales.size(1), nibbles,
-                             room, floats, floats + blocks, reinterpret_cast<int32_t*>(floats + 2 * blocks)};
+  QuantisedLinear work{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>()};
+  work.scales = scales.const_data_ptr();
+  work.scale_type = scales.scalar_type();
+  work.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  work.M = M, work.in = in, work.K = K, work.tiles = tiles, work.groups = scales.size(1), work.nibbles = nibbles;
+  work.ready = room, work.x_scales = floats, work.x_sums = floats + blocks;
+  work.starts = reinterpret_cast<int32_t*>(floats + 2 * blocks);
   if (exact) work.run<true>();
   else work.run<false>();
 #endif

@@ -233,6 +233,9 @@ def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
     packed = CodesLinear(layer)
     assert packed(torch.zeros(2, 64)).tolist() == [[0.0] * 32] * 2
     assert packed(torch.zeros(3, 0, 64)).shape == (3, 0, 32)
+    assert (
+        CodesLinear(layer_of(random(32, 64), QuantSpec(8)))(torch.full((1, 64), 1e-38).bfloat16()).abs().max() < 1e-30
+    )
     for bad in (float("nan"), float("inf"), float("-inf")):
         for spec, dtype in ((s, d) for s in (QuantSpec(8), QuantSpec(4, 32)) for d in (torch.float32, torch.bfloat16)):
             x = random(2, 64).to(dtype)
