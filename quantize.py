@@ -371,7 +371,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--percdamp", type=float, default=0.01, help="damping, as a share of the mean (default: %(default)s)"
     )
     text.add_argument("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
-    text.add_argument("--act_order", action="store_true", help="round the most used inputs first")
+    text.add_argument(
+        "--act_order",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="round the most used inputs first (default: on)",
+    )
     text.add_argument("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
     after = parser.add_argument_group("what it cost")
     after.add_argument("--check", metavar="FILE", help="measure the perplexity of this text (UTF-8) before and after")

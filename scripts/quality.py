@@ -35,7 +35,7 @@ VARIANTS = {
     "int4, groups of 32": ["int4", "--groupsize", "32"],
     "int4, groups of 64": ["int4", "--groupsize", "64"],
     "int4-gptq, groups of 64": GPTQ,
-    "int4-gptq, groups of 64, --act_order": [*GPTQ, "--act_order"],
+    "int4-gptq, groups of 64, --no-act_order": [*GPTQ, "--no-act_order"],
 }
 
 
