@@ -6,7 +6,7 @@ say() { echo "$*" >&2; }
 # so an interrupted install is taken up again and a finished one costs nothing.
 make_venv() {
     local python=${PYTHON:-python3} stamp=".venv/.${1%.txt}" checksum
-    checksum=$(cat requirements.txt "$1" | cksum)
+    checksum=$(cat requirements*.txt | cksum)
     if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$checksum" ]; then
         return
     fi

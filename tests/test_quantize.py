@@ -126,7 +126,7 @@ def greedy(path):
         ("int4", ["--head", "int4"], "model_int4.g32.pth"),
         ("int4", ["--head", "float"], "model_int4.g32.pth"),
         ("int4-gptq", [], "model_int4-gptq.g32.pth"),
-        ("int4-gptq", ["--head", "float", "--act_order"], "model_int4-gptq.g32.pth"),
+        ("int4-gptq", ["--head", "float", "--no-act_order"], "model_int4-gptq.g32.pth"),
     ],
 )
 def test_text_is_that_of_the_dequantised_model(kind, mode, flags, name, sources, tmp_path, monkeypatch):
@@ -458,7 +458,7 @@ GPTQ = ["--mode", "int4-gptq"]
         (["--check", "/no/file"], "cannot read the text /no/file"),
         (["--check", "one.txt"], "one.txt is one token long"),
         (["--percdamp", "0.5"], "--percdamp is for --mode int4-gptq; --mode int8 needs no calibration"),
-        (["--mode", "int4", "--act_order"], "--act_order is for --mode int4-gptq"),
+        (["--mode", "int4", "--no-act_order"], "--act_order is for --mode int4-gptq"),
         (["--calibration_tasks", "wikitext"], "--calibration_tasks is for --mode int4-gptq"),
         ([*GPTQ, "--calibration_file", "/no/file"], "cannot read the text /no/file"),
         ([*GPTQ, "--calibration_file", "one.txt"], "the calibration text is too short"),
