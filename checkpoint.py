@@ -675,9 +675,8 @@ def read_tensors(
         check_tensor(name, tensor, expected[name])
         module, _, leaf = name.rpartition(".")
         tied_head = module == "tok_embeddings" and "output.weight" not in source.tensors
-        layers = [layer for layer in (module, "output") if layer == module or tied_head]
-        for layer in layers if leaf == "weight" else []:
-            if layer in quantize:
+        for layer in (module, "output") if tied_head else (module,):
+            if layer in quantize and leaf == "weight":
                 check_finite(name, tensor)
                 rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
                 state |= {f"{layer}.{key}": value for key, value in rounded.items()}
@@ -690,11 +689,11 @@ def read_tensors(
 
 def check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     """Raise ValueError unless the tensor can stand in the place of `expected`."""
-    is_float = expected.is_floating_point()
-    if (tensor.is_floating_point() if is_float else tensor.dtype == expected.dtype) is False or (
-        tensor.layout is not torch.strided or tensor.is_meta
-    ):
-        wanted = "plain floats" if is_float else f"codes of {expected.dtype}"
+    if expected.is_floating_point():
+        fits, wanted = tensor.is_floating_point(), "plain floats"
+    else:
+        fits, wanted = tensor.dtype == expected.dtype, f"codes of {expected.dtype}"
+    if not fits or tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; {wanted} are needed")
     if tensor.shape != expected.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(expected.shape)}")
@@ -817,9 +816,8 @@ def save_checkpoint(
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            torch.save(
-                {"args": args.to_dict(), "quant": table_to_json(table) if table else None, "model": own}, temporary
-            )
+            quant = table_to_json(table) if table else None
+            torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
             whole = zipfile.is_zipfile(temporary)  # it has its end: torch.save overlooks a last write that fails
         except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
             whole = False

@@ -265,7 +265,7 @@ class CodesLinear(nn.Module):
         self.out_features, in_features = layer.codes().shape
         pad = (0, -in_features % self.GROUP, 0, -self.out_features % self.LANES)
         offset = 8 if layer.bits == 4 else 128
-        unsigned = F.pad((layer.codes().to(torch.int16) + offset).to(torch.uint8), pad, value=offset)
+        unsigned = F.pad(layer.codes().view(torch.uint8) + offset, pad, value=offset)  # bytes wrap: -1 + 8 is 7
         tiles = unsigned.unflatten(0, (-1, self.LANES))  # [tiles, 16, in]
         fours = tiles.unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, in / 4, 16, 4]
         weight = fours[:, 0::2] | fours[:, 1::2] << 4 if layer.bits == 4 else fours

@@ -326,9 +326,9 @@ def test_model_agrees_with_the_dequantised_one(spec, gptq, tmp_path, monkeypatch
 
 
 def run(model, prompts, **functions):
-    setup_caches(model, len(prompts), max(map(len, prompts)) + 24)
+    setup_caches(model, len(prompts), max(map(len, prompts)) + 16)
     rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, 24, GREEDY, **functions):
+    for chunk in generate(model, prompts, 16, GREEDY, **functions):
         for row, ids in zip(rows, chunk, strict=True):
             row += ids
     return rows
@@ -420,8 +420,9 @@ def test_default_model(groupsize, default_model_dir, tmp_path):
     prompts = [[504, 3575, 282, 4649, 314], [1000], list(range(2000, 2060)), [504, 2988]]
     reference, fast = dequantised(path), load_model(path, dtype=torch.float32)
     expected = [run(reference, [ids])[0] for ids in prompts]
+    functions = compiled()
     assert run(fast, prompts) == expected
-    assert run(fast, prompts, **compiled()) == expected
-    assert run(fast, prompts[:1], **compiled()) == expected[:1]
+    assert run(fast, prompts, **functions) == expected
+    assert run(fast, prompts[:1], **functions) == expected[:1]
     # in bfloat16 activations are rounded too
     assert_close_logits(logits(load_model(path), prompts[2]), logits(reference, prompts[2]), 0.06)
