@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,15 +106,31 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def require_writable(path: str | Path) -> None:
-    """Raise ValueError, before the work, if a file at `path` could not be written after it."""
+def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise ValueError, before the work, if a file at `path` could not be written after it, or is one of the inputs.
+
+    An input may be a model's folder, or None.
+    """
     path = Path(path)
+    if path.exists():
+        real = path.resolve()
+        belongs = real.suffix != ".json" or re.match(r"(config|tokenizer|generation_config|model)\b", real.name)
+        for each in (Path(each).resolve() for each in inputs if each is not None):
+            if each == real or (each == real.parent and belongs):
+                raise ValueError(f"cannot write {path}: this run reads it")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: permission denied")
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raise ValueError if the disk has no room for a file of `size` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
 
 
 @contextmanager
@@ -482,7 +498,10 @@ def source_from_torch(path: Path, model_name: str | None) -> Source:
 
 
 def source_from_ours(content: dict, path: Path) -> Source:
-    args, table = ModelArgs.from_dict(content["args"]), table_from_json(content.get("quant"))
+    try:
+        args, table = ModelArgs.from_dict(content["args"]), table_from_json(content.get("quant"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return Source(args, rename(args, readers(content["model"], path), {}, False, path, table), table)
 
 
@@ -672,6 +691,8 @@ def read_tensors(
             tensor = read()
         except (RuntimeError, IndexError) as error:  # parts that cannot be joined, types torch does not have
             raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+            tensor = tensor.float()  # float8 and float64: few operators take them
         check_tensor(name, tensor, expected[name])
         module, _, leaf = name.rpartition(".")
         tied_head = module == "tok_embeddings" and "output.weight" not in source.tensors
@@ -809,9 +830,8 @@ def save_checkpoint(
     """
     path = Path(path)
     require_writable(path)
-    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
-    if size > free:
-        raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    require_space(path, size)
     # torch.save writes the whole storage of a slice
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
     with atomic_path(path) as temporary:

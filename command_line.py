@@ -1,6 +1,7 @@
 """What every command shares: Ctrl-C, broken pipes and errors in words. Imports nothing slow."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -31,6 +32,8 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
         quit_with(2, f"error: out of memory: {str(error).splitlines()[0]}; use a smaller model, batch or context")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
+    except OSError as error:  # a full disk behind standard output, a name that is too long
+        quit_with(2, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         quit_with(130, "")
 
@@ -38,9 +41,8 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
 def quit_with(code: int, message: str) -> None:
     """End now: background threads and compile workers must not hold the process, nor print after us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
+    with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        pass
     os._exit(code)

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def perplexity(
     """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
 
     Each token is scored at most once, in the first window that holds context for it. Replaces the model's caches.
-    Raises ValueError on sizes that do not fit each other or the model, or a text of one token.
+    Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
     """
     check_sizes(window, stride, batch_size)
     windows = split(len(ids), context_length(model, window), stride or window)
@@ -70,6 +71,8 @@ def perplexity(
             total += nll.sum().item()
             progress.update(nll.numel())
     mean = total / n_tokens
+    if math.isnan(mean):
+        raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")
     value = torch.tensor(mean, dtype=torch.float64).exp().item()  # math.exp would overflow
     return Perplexity(value, mean, n_tokens, len(windows))
 
@@ -134,7 +137,7 @@ def check_request(args: argparse.Namespace) -> None:
     if args.threads is not None and not 1 <= args.threads <= 1024:
         raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
     if args.output_json is not None:
-        require_writable(args.output_json)
+        require_writable(args.output_json, [args.perplexity, args.checkpoint_path])
 
 
 def read_text(path: str) -> str:

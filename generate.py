@@ -453,7 +453,7 @@ def check_request(args: argparse.Namespace) -> None:
     if not -1 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
     if args.output_json is not None:
-        require_writable(args.output_json)
+        require_writable(args.output_json, [args.prompt_file, args.checkpoint_path])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
 

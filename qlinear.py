@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return (groups * self.scales.float()[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
-        if self.scales.shape[1] > 1:
+        if self.scales.shape[1] > 1 or x.dtype == torch.float16:  # in which sums of unscaled codes would overflow
             return F.linear(x, self.dequantize().to(x.dtype), self.bias)
         # the scale of a row comes out of the sum, so that inductor reads int8 where it fuses a one-row product. It
         # stays float32: with bfloat16 scales inductor takes a naive kernel for more rows on CUDA
@@ -205,8 +205,8 @@ def table_from_json(value) -> dict[str, QuantSpec]:
     """The inverse of `table_to_json`; None is an empty table. Raises ValueError on anything else."""
     try:
         return {name: QuantSpec(**spec) for name, spec in (value or {}).items()}
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"the table of quantised layers is damaged: {error}") from None
+    except (TypeError, AttributeError):
+        raise ValueError("the table of quantised layers is damaged") from None
 
 
 def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:

@@ -39,6 +39,7 @@ from checkpoint import (
     pick_device,
     read_tensors,
     require_memory,
+    require_space,
     require_writable,
     save_checkpoint,
 )
@@ -251,15 +252,17 @@ def target_path(path: Path, mode: str, groupsize: int | None, label: str | None)
     return folder / f"{stem}{label}_{mode}{f'.g{groupsize}' if groupsize else ''}.pth"
 
 
-def check_outputs(path: Path, target: Path, output_json: str | None) -> None:
-    """Raise ValueError if a file could not be written, or would be written over another of this run."""
-    taken = {os.path.realpath(file): f"{file} is the source" for file in (path, path / "model.pth")}
-    for output in (target, output_json):
-        if output is not None:
-            if os.path.realpath(output) in taken:
-                raise ValueError(f"cannot write {output}: {taken[os.path.realpath(output)]}")
-            require_writable(output)
-            taken[os.path.realpath(output)] = f"{output} is the quantised model"
+def check_outputs(args: argparse.Namespace, target: Path, size: int) -> None:
+    """Raise ValueError if a file could not be written, for want of space too, or would replace one this run needs."""
+    path = Path(args.checkpoint_path)
+    if target.exists() and target.resolve() in (path.resolve(), (path / "model.pth").resolve()):
+        raise ValueError(f"cannot write {target}: it is the source")
+    require_writable(target)
+    require_space(target, size)
+    if args.output_json is not None:
+        require_writable(args.output_json, [path, args.check, args.calibration_file])
+        if Path(args.output_json).resolve() == target.resolve():
+            raise ValueError(f"cannot write {args.output_json}: the quantised model goes there")
 
 
 def check_text(file: str, path: Path, vocab_size: int) -> list[int]:
@@ -285,8 +288,8 @@ def main(**flags) -> None:
     source = open_source(path, args.model_name)
     table = new_table(source, spec, path, args.head)
     target = target_path(path, args.mode, spec.groupsize, args.label)
-    check_outputs(path, target, args.output_json)
     before, after = model_bytes(source.args, dtype), model_bytes(source.args, dtype, table)
+    check_outputs(args, target, after)
     size = before + after if args.mode == GPTQ else after
     require_memory(size, device, f"the weights of {path}", "use a smaller model")
     text = check_text(args.check, path, source.args.vocab_size) if args.check is not None else None

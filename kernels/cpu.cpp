@@ -493,7 +493,9 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   const int64_t in = x.size(-1), K = round_up(in, kGroup), M = x.numel() / in, tiles = weight.size(0);
   const bool nibbles = scales.size(2) == 2;
   TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: weight takes other than ", in, " features");
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.scalar_type() != at::kDouble, "linear_codes: wrong dtype");
+  const auto known = [](at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; };
+  TORCH_CHECK(known(x.scalar_type()) && known(scales.scalar_type()), "linear_codes: wrong dtype");
+  TORCH_CHECK(scales.size(0) == tiles && scales.is_contiguous() && weight.is_contiguous(), "linear_codes: wrong layout");
   auto shape = x.sizes().vec();
   shape.back() = tiles * kLanes;
   Tensor y = at::empty(shape, x.options());

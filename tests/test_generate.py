@@ -48,8 +48,9 @@ def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML):
         max_seq_length=context,
         tie_embeddings=True,
     )
+    shapes = Transformer(args).state_dict()
     torch.manual_seed(seed)
-    state = {name: torch.randn(t.shape) * 0.2 for name, t in Transformer(args).state_dict().items()}
+    state = {name: torch.randn(t.shape) * 0.2 for name, t in shapes.items()}
     save_checkpoint(folder / "model.pth", args, {k: v for k, v in state.items() if k != "output.weight"})
     return folder / "model.pth"
 

@@ -113,6 +113,9 @@ def test_plain_forward_is_the_dequantised_weight(spec):
     half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    layer.bias = None
+    large = 100 * x.half()  # sums of unscaled codes would be infinite in float16
+    torch.testing.assert_close(layer(large).double(), 100 * (expected - bias.double()), rtol=0, atol=50)
 
 
 # ---------------------------------------------------------------- specs and tables
@@ -392,6 +395,7 @@ def edit(path, change):
 
 WO = "layers.0.attention.wo"
 DAMAGE = {
+    "bits": (lambda c: c["quant"][WO].update(bits=5), "model.pth: bits is 5"),
     "no scales": (lambda c: c["model"].pop(f"{WO}.scales"), f"lacks the tensor {WO}.scales"),
     "scales do not fit": (lambda c: c["model"].update({f"{WO}.scales": torch.ones(256, 3)}), f"{WO}.scales has shape"),
     "NaN": (lambda c: c["model"][f"{WO}.scales"].fill_(float("nan")), f"{WO}.scales holds NaN"),
@@ -411,6 +415,13 @@ def test_damaged_files(case, tmp_path):
     edit(tmp_path / "model.pth", change)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
+def test_scales_of_other_float_types(dtype, tmp_path):
+    saved(tmp_path / "model.pth", TINY, QuantSpec(8))
+    edit(tmp_path / "model.pth", lambda c: c["model"].update({f"{WO}.scales": c["model"][f"{WO}.scales"].to(dtype)}))
+    assert logits(load_model(tmp_path / "model.pth"), IDS[2]).isfinite().all()
 
 
 @pytest.mark.parametrize("groupsize", [32, 64])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -453,8 +454,8 @@ GPTQ = ["--mode", "int4-gptq"]
         (["--checkpoint_path", "/no/model.pth"], "there is no checkpoint at /no/model.pth"),
         (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--output_json", "/tmp"], "it is a folder"),
-        (["--output_json", "model.pth"], "model.pth is the source"),
-        (["--output_json", "model_int8.pth"], "model_int8.pth is the quantised model"),
+        (["--output_json", "model.pth"], "model.pth: this run reads it"),
+        (["--output_json", "model_int8.pth"], "the quantised model goes there"),
         (["--check", "/no/file"], "cannot read the text /no/file"),
         (["--check", "one.txt"], "one.txt is one token long"),
         (["--percdamp", "0.5"], "--percdamp is for --mode int4-gptq; --mode int8 needs no calibration"),
@@ -528,8 +529,8 @@ def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeyp
     refused(path, f"cannot write {target}: it is a folder")
     target.rmdir()
     target.symlink_to("model.pth")
-    refused(path, f"cannot write {target}: {path} is the source")
-    refused(folder, f"cannot write {target}: {path} is the source")
+    refused(path, f"cannot write {target}: it is the source")
+    refused(folder, f"cannot write {target}: it is the source")
     target.unlink()
     monkeypatch.setattr(os, "access", lambda file, how: how != os.W_OK)  # root may write anywhere
     refused(path, f"cannot write {target}: permission denied")
@@ -606,3 +607,26 @@ def test_prepare_downloads_converts_and_quantises(tmp_path):
         "scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/a/b",
         "quantize.py --checkpoint_path checkpoints/a/b/model.pth --mode int8",
     ]
+
+
+def test_inputs_are_not_overwritten_by_the_report(tmp_path):
+    path, text = make_tiny_checkpoint(tmp_path), tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    for kept, flags in (
+        (text, ["--checkpoint_path", path, "--check", text]),
+        (path, ["--checkpoint_path", path]),
+        (tmp_path / "tokenizer.json", ["--checkpoint_path", tmp_path]),
+    ):
+        before = kept.read_bytes()
+        args = build_parser().parse_args([*map(str, flags), "--output_json", str(kept)])
+        with pytest.raises(ValueError, match="this run reads it"):
+            main(**vars(args))
+        assert kept.read_bytes() == before and not (tmp_path / "model_int8.pth").exists()
+
+
+def test_too_little_space_is_found_before_the_work(tmp_path, monkeypatch):
+    path = make_tiny_checkpoint(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(program, "read_tensors", None)
+    with pytest.raises(ValueError, match="0.00 GB are free"):
+        main(**vars(build_parser().parse_args(["--checkpoint_path", str(path)])))
