@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,3 +304,23 @@ def test_exit_codes(run_cli, tmp_path):
     assert done.stderr == "error: there is nothing to measure; give a text with --perplexity FILE\n"
     done = run_cli("eval.py", "--perplexity", tmp_path / "text", "--checkpoint_path", tmp_path / "none.pth")
     assert done.returncode == 2 and "there is no checkpoint at" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_and_a_name_too_long_are_one_line(tmp_path):
+    path = make_tiny_checkpoint(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat", encoding="utf-8")
+    command = [sys.executable, "eval.py", "--checkpoint_path", str(path), "--perplexity", str(text)]
+    with open("/dev/full", "w") as full:
+        into = subprocess.run(
+            command, cwd=Path(program.__file__).parent, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    others = [["--output_json", "/dev/full"], ["--output_json", "/tmp/" + "a" * 300]]
+    results = [
+        subprocess.run([*command, *flags], cwd=Path(program.__file__).parent, capture_output=True, text=True)
+        for flags in others
+    ]
+    for result in (into, *results):
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: "), result.stderr
