@@ -153,12 +153,12 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
     """
     torch._dynamo.config.specialize_float = True  # models with other eps: a float made dynamic breaks the regions
     torch._dynamo.config.recompile_limit = 64  # every form is wanted: batch sizes, samplings, cache sizes on CUDA
-    # trust cpuinfo: the trial builds take 5 s; and sizes and strides: checking them again takes a tenth of a step
-    options = {"cpp.vec_isa_ok": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
-    if device.type != "cpu":
-        options = {}
     graphs = device.type == "cuda" and function is decode_one_token
-    if graphs:  # what mode="reduce-overhead" sets; torch.compile does not take both a mode and options
+    options = {}
+    if device.type == "cpu":
+        # trust cpuinfo: the trial builds take 5 s; and sizes and strides: checking them again takes a tenth of a step
+        options = {"cpp.vec_isa_ok": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+    elif graphs:  # what mode="reduce-overhead" sets; torch.compile does not take both a mode and options
         options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     compiled = torch.compile(function, fullgraph=True, dynamic=False if graphs else None, options=options)
     ready = weakref.WeakKeyDictionary()  # model -> the kinds of call it has been compiled for

@@ -6,9 +6,7 @@ if __name__ == "__main__":
     command_line.quit_on_interrupt()  # before the slow imports
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DEFAULT_CHECKPOINT, DTYPES, atomic_path, load_model, parse_dtype, pick_device, require_writable
+from checkpoint import DEFAULT_CHECKPOINT, DTYPES, load_model, parse_dtype, pick_device, require_writable, write_json
 from decoding import PREFILL_CHUNK
-from generate import checked_ids, context_length, say, setup_caches
+from generate import check_threads, checked_ids, context_length, run_facts, say, setup_caches
 from model import Transformer
 from tokenizer import load_tokenizer
 
@@ -134,8 +132,7 @@ def check_request(args: argparse.Namespace) -> None:
     if args.perplexity is None:
         raise ValueError("there is nothing to measure; give a text with --perplexity FILE")
     check_sizes(args.max_seq_length, args.stride, args.batch_size)
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
+    check_threads(args.threads)
     if args.output_json is not None:
         require_writable(args.output_json, [args.perplexity, args.checkpoint_path])
 
@@ -167,11 +164,9 @@ def main(**flags) -> None:
     say(f"Using device={device}")
     began = time.perf_counter()
     model = load_model(args.checkpoint_path, device, dtype, args.model_name)
-    tokenizer = load_tokenizer(args.checkpoint_path)
+    tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
     load_s = time.perf_counter() - began
     say(f"Time to load model: {load_s:.2f} seconds")
-    # a token that was named but never trained cannot be scored; a text that has one is refused
-    tokenizer.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size)
     ids = checked_ids(tokenizer.encode(text), tokenizer)
 
     began = time.perf_counter()
@@ -180,17 +175,8 @@ def main(**flags) -> None:
     say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
     print(f"perplexity: {result.perplexity:.4f}")
     if args.output_json:
-        facts = {
-            "args": flags,
-            "device": str(device),
-            "dtype": args.dtype,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "load_s": load_s,
-            "seconds": seconds,
-        }
-        with atomic_path(args.output_json) as path:
-            path.write_text(json.dumps(facts | asdict(result), indent=2) + "\n", encoding="utf-8")
+        facts = run_facts(flags, device) | {"load_s": load_s, "seconds": seconds}
+        write_json(args.output_json, facts | asdict(result))
 
 
 def build_parser() -> argparse.ArgumentParser:

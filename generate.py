@@ -33,6 +33,7 @@ from checkpoint import (
     require_memory,
     require_writable,
     weight_bytes,
+    write_json,
 )
 from decoding import Sampling, compile_step, decode, decode_one_token, forward_chunk, prefill, used_slots
 from kernels import cpu
@@ -434,8 +435,7 @@ def check_request(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
-    if args.threads is not None and args.threads > 1024:
-        raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
+    check_threads(args.threads)
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file are both given; give one")
     if isinstance(args.prompt, int) and args.prompt < 1:
@@ -456,6 +456,12 @@ def check_request(args: argparse.Namespace) -> None:
         require_writable(args.output_json, [args.prompt_file, args.checkpoint_path])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ValueError on a number of threads that cannot be started."""
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"--threads is {threads}; this machine has {os.cpu_count()} processors")
 
 
 def trace_path(profile: str) -> str:
@@ -489,10 +495,7 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, T
         return model, IdTokenizer(model.args.vocab_size)
     path = DEFAULT_CHECKPOINT if path is None else Path(path)
     model = load_model(path, device, dtype, args.model_name, spec)
-    tokenizer = load_tokenizer(path)
-    # some tokenizers name tokens that were never trained; a prompt that has one is refused
-    tokenizer.vocab_size = min(tokenizer.vocab_size, model.args.vocab_size)
-    return model, tokenizer
+    return model, load_tokenizer(path, model.args.vocab_size)
 
 
 def compile_before_use(work: Callable, functions: dict) -> float:
@@ -569,18 +572,19 @@ def main(**flags) -> None:
     say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
     say(f"Memory used: {(summary['peak_memory_gb'] or 0):.2f} GB")
     if args.output_json:
-        facts = {
-            "args": flags,
-            "device": str(device),
-            "dtype": args.dtype,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "seed": seed,
-            "load_s": load_s,
-            "compile_s": compile_s,
-        }
-        with atomic_path(args.output_json) as path:
-            path.write_text(json.dumps(facts | summary, indent=2) + "\n", encoding="utf-8")
+        facts = run_facts(flags, device) | {"seed": seed, "load_s": load_s, "compile_s": compile_s}
+        write_json(args.output_json, facts | summary)
+
+
+def run_facts(flags: dict, device: torch.device) -> dict:
+    """What every report says of the run it comes from."""
+    return {
+        "args": flags,
+        "device": str(device),
+        "dtype": flags["dtype"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def summarise(timings: list[Timing], model: Transformer) -> dict:

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import difflib
 import io
-import json
 import logging
 import math
 import mmap
@@ -29,7 +28,6 @@ from checkpoint import (
     DTYPES,
     GB,
     Source,
-    atomic_path,
     expected_tensors,
     load_model,
     model_bytes,
@@ -42,9 +40,10 @@ from checkpoint import (
     require_space,
     require_writable,
     save_checkpoint,
+    write_json,
 )
 from eval import perplexity, read_text
-from generate import checked_ids, peak_memory, say
+from generate import check_threads, checked_ids, peak_memory, say
 from gptq import calibration_text, calibration_windows, gptq_
 from model import ModelArgs
 from qlinear import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
@@ -90,8 +89,7 @@ def release(names: set[str]) -> None:
 
 def encode(text: str, path: Path, vocab_size: int) -> list[int]:
     """The ids of a text with the tokenizer of the model. Raises ValueError if they are not all its own."""
-    tokenizer = load_tokenizer(path)
-    tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
+    tokenizer = load_tokenizer(path, vocab_size)
     return checked_ids(tokenizer.encode(text), tokenizer)
 
 
@@ -239,8 +237,7 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError(f"--percdamp is {args.percdamp}; it must be above 0, and 0.01 is common")
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise ValueError(f"--threads is {args.threads}; this machine has {os.cpu_count()} processors")
+    check_threads(args.threads)
     if args.label and Path(args.label).name != args.label:
         raise ValueError(f"--label is {args.label!r}; it becomes part of a file's name, so it cannot be a path")
 
@@ -327,8 +324,7 @@ def main(**flags) -> None:
     }
     report(facts)
     if args.output_json is not None:
-        with atomic_path(args.output_json) as file:
-            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output_json, facts)
 
 
 def build_parser() -> argparse.ArgumentParser:

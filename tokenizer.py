@@ -154,9 +154,18 @@ class _SentencePiece:
 # ---------------------------------------------------------------- files
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint file or folder. Raises ValueError if none is there or it cannot be read."""
-    path = Path(path)
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model.
+
+    Raises ValueError if none is there or it cannot be read.
+    """
+    tokenizer = _find_tokenizer(Path(path))
+    if vocab_size is not None:  # some name tokens that were never trained; a text that has one is refused
+        tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
+    return tokenizer
+
+
+def _find_tokenizer(path: Path) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a checkpoint file or folder")
     if path.is_file() and is_gguf(path):
