@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_QUERIES = 16  # a row, up to which a device's own attention operator serves
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
 
 
@@ -221,6 +222,13 @@ def written_out(S: int) -> bool:
     return S == 1 and torch.compiler.is_compiling()
 
 
+def surely_few(S: int) -> bool:
+    """Whether S is at most 16, in every call that a compiled form with this S serves."""
+    if torch.compiler.is_compiling():  # comparing the length of a prompt would compile short ones apart
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(S <= FEW_QUERIES)
+    return S <= FEW_QUERIES
+
+
 def additive_mask(seen: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """0 where a position is seen [B, S, C] and -inf elsewhere, for each query row of `attend`: [B, G * S, C]."""
     mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, float("-inf")).to(dtype)
@@ -239,7 +247,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.kv_cache: KVCache | None = None
-        self.attend_one: Callable | None = None  # a device's own operator for one query a row, set by `pack_`
+        self.attend_few: Callable | None = None  # a device's own operator for few queries a row, set by `pack_`
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
@@ -249,8 +257,8 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin)
         self.kv_cache.update(pos, k, v)
         used = mask.shape[-1]
-        if S == 1 and self.attend_one is not None:
-            y = self.attend_one(q, self.kv_cache.k, self.kv_cache.v, mask[:, :1])
+        if self.attend_few is not None and surely_few(S):
+            y = self.attend_few(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S])
         else:
             y = attend(q, self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used], mask)
         return self.wo(y.reshape(B, S, self.n_head * self.head_dim))

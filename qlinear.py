@@ -332,4 +332,4 @@ def pack_(model: nn.Module) -> None:
         if faster is not None:
             replace_(model, name, faster(layer))
         if isinstance(layer, Attention) and layer.wo.weight.device.type == "cpu" and layer.head_dim in cpu.HEAD_DIMS:
-            layer.attend_one = torch.ops.gpt_faster.attend_one if cpu.has_vnni() else None
+            layer.attend_few = torch.ops.gpt_faster.attend_few if cpu.has_vnni() else None

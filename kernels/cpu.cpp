@@ -1,5 +1,5 @@
 // Operators for CPUs that PyTorch lacks: linear layers that read their weight at memory speed, bfloat16 for few rows, int8
-// and int4 for any number; and the attention of one query.
+// and int4 for any number; and the attention of few queries.
 //
 // One token through a linear layer is a matrix-vector product: every weight is read once and used once, so the only
 // thing that counts is to keep the memory busy. Each thread reads its share of the weight, in its plain row-major
@@ -410,72 +410,89 @@ VNNI_TARGET INLINE __m512 exp_of(__m512 x) {
   return _mm512_scalef_ps(power, n);
 }
 
-// Attention of one query a row to its cache.
-struct OneQuery {
-  const void *q, *k, *v, *mask;  // [B, H, D]; [B, Hkv, C, D]; [B, C] of zeros and -inf
-  void* y;                       // [B, H, D]
-  at::ScalarType type;           // of all of them
-  int64_t B, H, D, kv_row, kv_head, group, mask_row, slots;  // strides of k and v, query heads a key head, C
+// The sums of 16 vectors, in one.
+VNNI_TARGET INLINE __m512 sum_each(__m512 (&v)[16]) {
+  UNROLL for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int half = 2; half >= 1; half--) UNROLL for (int i = 0; i < half; i++) {  // four quarters to two, two to one
+    const __m512 a = v[2 * i], b = v[2 * i + 1];
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return v[0];
+}
 
-  template <int N>  // D / 16; slots begin .. end - 1
-  VNNI_TARGET void head(int64_t b, int64_t h, int64_t begin, int64_t end, float* scores) const {
+// Attention of few queries a row to its cache. No query's result depends on the queries beside it.
+struct FewQueries {
+  const void *q, *k, *v, *mask;  // [B, S, H, D]; [B, Hkv, C, D]; [B, S, C] of zeros and -inf
+  void* y;                       // [B, S, H, D]
+  at::ScalarType type;           // of all of them
+  int64_t B, S, H, D, kv_row, kv_head, group;  // strides of k and v, query heads a key head
+  int64_t mask_row, mask_query, slots;         // strides of mask, C
+
+  template <int N>  // D / 16; slots begin .. end - 1, begin being a multiple of 16
+  VNNI_TARGET void head(int64_t b, int64_t s, int64_t h, int64_t begin, int64_t end, float* scores) const {
     __m512 query[N], sum[N];
-    for (int n = 0; n < N; n++) {
-      query[n] = _mm512_mul_ps(load(q, (b * H + h) * D + 16 * n, type), _mm512_set1_ps(1.0f / std::sqrt(float(D))));
+    const int64_t at_q = ((b * S + s) * H + h) * D, at = b * kv_row + h / group * kv_head;
+    UNROLL for (int n = 0; n < N; n++) {
+      query[n] = _mm512_mul_ps(load(q, at_q + 16 * n, type), _mm512_set1_ps(1.0f / std::sqrt(float(D))));
       sum[n] = _mm512_setzero_ps();
     }
-    const int64_t at = b * kv_row + h / group * kv_head;
-    for (int64_t c = begin; c < end; c++) {
-      __m512 dot = _mm512_mul_ps(query[0], load(k, at + c * D, type));
-      for (int n = 1; n < N; n++) dot = _mm512_fmadd_ps(query[n], load(k, at + c * D + 16 * n, type), dot);
-      scores[c] = _mm512_reduce_add_ps(dot);
-    }
-    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY);
-    __m512 most = minus_infinity, total = _mm512_setzero_ps();
+    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int64_t c = begin; c < end; c += 16) {
+      __m512 dot[16];
+      UNROLL for (int i = 0; i < 16; i++) {
+        const int64_t row = at + std::min(c + i, end - 1) * D;
+        dot[i] = _mm512_mul_ps(query[0], load(k, row, type));
+        UNROLL for (int n = 1; n < N; n++) dot[i] = _mm512_fmadd_ps(query[n], load(k, row + 16 * n, type), dot[i]);
+      }
       const __mmask16 there = lanes(end - c);
-      const __m512 seen = load(mask, b * mask_row + c, type, there);
-      const __m512 score = _mm512_add_ps(_mm512_maskz_loadu_ps(there, scores + c), seen);
-      _mm512_mask_storeu_ps(scores + c, there, score);
-      most = _mm512_mask_max_ps(most, there, most, score);
+      const __m512 seen = load(mask, b * mask_row + s * mask_query + c, type, there);
+      const __m512 score = _mm512_mask_add_ps(_mm512_set1_ps(-INFINITY), there, sum_each(dot), seen);
+      _mm512_storeu_ps(scores + c, score);
+      most = _mm512_max_ps(most, score);
     }
     most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (int64_t c = begin; c < end; c += 16) {
-      const __mmask16 there = lanes(end - c);
-      const __m512 power = exp_of(_mm512_sub_ps(_mm512_mask_loadu_ps(minus_infinity, there, scores + c), most));
-      _mm512_mask_storeu_ps(scores + c, there, power);
+      const __m512 power = exp_of(_mm512_sub_ps(_mm512_loadu_ps(scores + c), most));
+      _mm512_storeu_ps(scores + c, power);
       total = _mm512_add_ps(total, power);
     }
     for (int64_t c = begin; c < end; c++) {
       const __m512 weight = _mm512_set1_ps(scores[c]);
-      for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(weight, load(v, at + c * D + 16 * n, type), sum[n]);
+      UNROLL for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(weight, load(v, at + c * D + 16 * n, type), sum[n]);
     }
     const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-    for (int n = 0; n < N; n++) store(y, (b * H + h) * D + 16 * n, type, _mm512_mul_ps(sum[n], share));
+    UNROLL for (int n = 0; n < N; n++) store(y, at_q + 16 * n, type, _mm512_mul_ps(sum[n], share));
   }
 
   static __mmask16 lanes(int64_t left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
 
   // Whether any of up to 16 slots from c on is seen.
-  VNNI_TARGET bool any_seen(int64_t b, int64_t c) const {
+  VNNI_TARGET bool any_seen(int64_t b, int64_t s, int64_t c) const {
     const __mmask16 there = lanes(slots - c);
-    return _mm512_mask_cmp_ps_mask(there, load(mask, b * mask_row + c, type, there), _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __m512 values = load(mask, b * mask_row + s * mask_query + c, type, there);
+    return _mm512_mask_cmp_ps_mask(there, values, _mm512_setzero_ps(), _CMP_EQ_OQ);
   }
 
   VNNI_TARGET void run() const {
     const int64_t grain = std::max<int64_t>(1, 16384 / (slots * D));
-    at::parallel_for(0, B * H, grain, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, B * H * S, grain, [&](int64_t first, int64_t last) {
       std::vector<float> scores(slots + 16);
-      for (int64_t i = first; i < last; i++) {
-        const int64_t b = i / H;
+      for (int64_t i = first; i < last; i++) {  // the queries that share a key head one after another
+        const int64_t b = i / (H * S), h = i / S % H, s = i % S;
         int64_t begin = 0, end = round_up(slots, 16);  // the masked ends are left out, 16 slots at a time
-        while (end > 16 && !any_seen(b, end - 16)) end -= 16;
-        while (begin < end - 16 && !any_seen(b, begin)) begin += 16;
+        while (end > 16 && !any_seen(b, s, end - 16)) end -= 16;
+        while (begin < end - 16 && !any_seen(b, s, begin)) begin += 16;
         end = std::min(end, slots);
-        if (D == 64) head<4>(b, i % H, begin, end, scores.data());
-        else if (D == 96) head<6>(b, i % H, begin, end, scores.data());
-        else if (D == 128) head<8>(b, i % H, begin, end, scores.data());
-        else head<16>(b, i % H, begin, end, scores.data());
+        if (D == 64) head<4>(b, s, h, begin, end, scores.data());
+        else if (D == 96) head<6>(b, s, h, begin, end, scores.data());
+        else if (D == 128) head<8>(b, s, h, begin, end, scores.data());
+        else head<16>(b, s, h, begin, end, scores.data());
       }
     });
   }
@@ -519,16 +536,17 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
-// One query a row against the filled part of the cache: q [B, 1, H, D], k and v [B', Hkv, C', D], mask [B, 1, C] of
-// zeros and -inf over the first C slots -> [B, 1, H, D]. D is 64, 96, 128 or 256.
-Tensor attend_one(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
-  const int64_t B = q.size(0), H = q.size(2), D = q.size(3);
-  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend_one: a head of ", D, " is not supported");
+// Few queries a row against the filled part of the cache: q [B, S, H, D], k and v [B', Hkv, C', D], mask [B, S, C] of
+// zeros and -inf over the first C slots -> [B, S, H, D]. D is 64, 96, 128 or 256.
+Tensor attend_few(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+  const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3);
+  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend_few: a head of ", D, " is not supported");
   Tensor y = at::empty(q.sizes(), q.options());
 #if defined(__x86_64__)
   const Tensor qc = q.contiguous();
-  OneQuery{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(), y.mutable_data_ptr(),
-           q.scalar_type(), B, H, D, k.stride(0), k.stride(1), H / k.size(1), mask.stride(0), mask.size(2)}.run();
+  FewQueries{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(), y.mutable_data_ptr(),
+             q.scalar_type(), B, S, H, D, k.stride(0), k.stride(1), H / k.size(1), mask.stride(0), mask.stride(1),
+             mask.size(2)}.run();
 #endif
   return y;
 }
@@ -539,12 +557,12 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
-  m.def("attend_one(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+  m.def("attend_few(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
   m.def("has_vnni() -> bool", &has_vnni);
 }
 
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
-  m.impl("attend_one", &attend_one);
+  m.impl("attend_few", &attend_few);
 }

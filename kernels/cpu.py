@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEAD_DIMS = (64, 96, 128, 256)  # that `attend_one` takes
+HEAD_DIMS = (64, 96, 128, 256)  # that `attend_few` takes
 
 
 def library_path() -> Path:
@@ -54,7 +54,7 @@ def available() -> bool:
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
-    torch.library.register_fake("gpt_faster::attend_one")(lambda q, k, v, mask: torch.empty_like(q))
+    torch.library.register_fake("gpt_faster::attend_few")(lambda q, k, v, mask: torch.empty_like(q))
     return True
 
 

@@ -79,20 +79,25 @@ def test_linear_compiles_whole(M):
 @pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks AVX-512, or the operators could not be built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
-def test_attention_of_one_query_equals_float64(head_dim, dtype):
-    for B, H, n_kv_head, slots, used in ((1, 1, 1, 2, 1), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299)):
-        q = random(B, 1, H, head_dim, seed=0).to(dtype) * 3
+@pytest.mark.parametrize("S", [1, 2, 5])
+def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
+    for B, H, n_kv_head, slots, used in ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299)):
+        q = random(B, S, H, head_dim, seed=0).to(dtype) * 3
         k, v = (random(B + 1, n_kv_head, slots, head_dim, seed=i).to(dtype) for i in (1, 2))  # of a cache for more rows
-        mask = torch.zeros(B, 1, used, dtype=dtype)
+        mask = torch.zeros(B, S, used, dtype=dtype)
         for row in range(B):  # an end that is not seen, and with a window a beginning
-            mask[row, :, 1 + row * used // B :] = float("-inf")
-            mask[row, :, : max(0, row * used // B - 20)] = float("-inf")
-        y = torch.ops.gpt_faster.attend_one(q, k, v, mask)
+            for query in range(S):
+                last = row * used // B + query
+                mask[row, query, last + 1 :] = float("-inf")
+                mask[row, query, : max(0, last - 20)] = float("-inf")
+        y = torch.ops.gpt_faster.attend_few(q, k, v, mask)
         wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
         expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
+        alone = [torch.ops.gpt_faster.attend_few(q[:, i : i + 1], k, v, mask[:, i : i + 1]) for i in range(S)]
+        assert torch.equal(torch.cat(alone, dim=1), y)
 
 
 def logits_of_tiny():
