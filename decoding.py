@@ -139,21 +139,20 @@ def decode(
     filled = int(pos.max()) + 1
     while True:
         token, pos = step(model, token, pos, used_slots(model, filled), sampling)
-        if token.device.type == "cuda":  # a CUDA graph overwrites its outputs
-            token, pos = token.clone(), pos.clone()
         filled += 1
         yield token, count
 
 
-def compile_step(function: Callable, device: torch.device) -> Callable:
+def compile_step(function: Callable, device: torch.device, any_length: bool = False) -> Callable:
     """`function(model, tokens, pos, slots, ...)` compiled for `device`, with the settings found best there.
 
-    One compiled form serves any length of `slots`, and of a prompt longer than one token, except on CUDA at decoding,
-    where every size of `slots` is a CUDA graph.
+    Each shape of the arguments is compiled apart, except that one form serves any length of `slots`; with any_length,
+    as for prompts, also any number of tokens above one. On CUDA, without any_length, every size of `slots` is a CUDA
+    graph of its own.
     """
     torch._dynamo.config.specialize_float = True  # models with other eps: a float made dynamic breaks the regions
     torch._dynamo.config.recompile_limit = 64  # every form is wanted: batch sizes, samplings, cache sizes on CUDA
-    graphs = device.type == "cuda" and function is decode_one_token
+    graphs = device.type == "cuda" and not any_length
     options = {}
     if device.type == "cpu":
         # trust cpuinfo: the trial builds take 5 s; and sizes and strides: checking them again takes a tenth of a step
@@ -163,32 +162,43 @@ def compile_step(function: Callable, device: torch.device) -> Callable:
     compiled = torch.compile(function, fullgraph=True, dynamic=False if graphs else None, options=options)
     ready = weakref.WeakKeyDictionary()  # model -> the kinds of call it has been compiled for
 
+    def call(model, tokens, *others):
+        result = compiled(model, tokens, *others)
+        return _cloned(result) if graphs else result  # a CUDA graph overwrites its outputs
+
     def step(model, tokens, pos, slots, *others):
         kinds = ready.setdefault(model, set())
-        kind = (tokens.shape[0], tokens.shape[1] > 1, len(slots), len(model.slots), *_values(others))
+        length = tokens.shape[1] > 1 if any_length else tokens.shape[1]
+        kind = (tokens.shape[0], length, len(slots), len(model.slots), *_values(others))
         if kind not in kinds:
             if not graphs:
-                mark_shapes(tokens, pos, slots, *others)
-            result = compiled(model, tokens, pos, slots, *others)
+                mark_shapes(tokens, pos, slots, others, any_length)
+            result = call(model, tokens, pos, slots, *others)
             kinds.add(kind)  # only now: an interrupted compilation is no form
             return result
         # this very kind of call has passed the guards once; evaluating them all again costs 0.4 ms of a 30-layer model
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return compiled(model, tokens, pos, slots, *others)
+            return call(model, tokens, pos, slots, *others)
 
     return step
 
 
-def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, *others) -> None:
-    """Tell the compiler what varies: the length of `slots` and of a prompt. Each number of rows is compiled apart."""
+def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, others: tuple, any_length: bool) -> None:
+    """Tell the compiler what varies: the length of `slots`, and with any_length that of a prompt; nothing else."""
     torch._dynamo.mark_dynamic(slots, 0)
-    for tensor in (tokens, pos):
-        if tensor.shape[1] > 1:
-            torch._dynamo.mark_dynamic(tensor, 1)
     for tensor in (tokens, pos, *others):
         if isinstance(tensor, Tensor):
-            torch._dynamo.mark_static(tensor, 0)  # left to itself, the compiler tries to serve any number, and fails
+            torch._dynamo.mark_static(tensor)  # left to itself, the compiler tries to serve any size, and fails
+    for tensor in (tokens, pos):
+        if any_length and tensor.shape[1] > 1:
+            torch._dynamo.mark_dynamic(tensor, 1)
 
 
 def _values(arguments: tuple) -> tuple:
     return tuple(a.shape if isinstance(a, Tensor) else a for a in arguments)
+
+
+def _cloned(result: Tensor | tuple) -> Tensor | tuple:
+    if isinstance(result, tuple):
+        return tuple(_cloned(each) for each in result)
+    return None if result is None else result.clone()

@@ -39,7 +39,8 @@ from decoding import Sampling, compile_step, decode, decode_one_token, forward_c
 from kernels import cpu
 from model import Transformer
 from qlinear import GROUPSIZE_HELP, MODES, quant_spec
-from tokenizer import TextStream, Tokenizer, load_tokenizer
+from speculative import DraftModel, PromptLookup, Speculation, check_length, draft_one_token, speculate, verify
+from tokenizer import TextStream, Tokenizer, load_tokenizer, require_same_vocabulary
 
 DEFAULT_PROMPT = "Hello, my name is"
 INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
@@ -48,7 +49,13 @@ INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_
 # ---------------------------------------------------------------- from prompt to ids
 
 
-def generate(
+def generate(model: Transformer, prompts: list[list[int]], *args, **options) -> Iterator[list[list[int]]]:
+    """Yield, for each row of a batch, the ids that are new since the last time. The arguments are those of `chunks`."""
+    for tokens, counts in chunks(model, prompts, *args, **options):
+        yield [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
+
+
+def chunks(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -57,18 +64,23 @@ def generate(
     start: int = 0,
     step: Callable = decode_one_token,
     forward: Callable = forward_chunk,
-) -> Iterator[list[list[int]]]:
-    """Yield, for each row of a batch, the ids that are new since the last time, at least one; at most max_new_tokens.
+    speculation: Speculation | None = None,
+) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """Yield tokens [B][n] and counts [B], the first counts[b] of row b being new; max_new_tokens of each row in all.
 
-    prompts: the ids of each row, of any lengths; their first tokens stand at position `start`, before which the cache
-    is filled. The model's caches must hold start + the longest prompt + max_new_tokens slots. End-of-text is the
-    caller's business: stop reading.
+    prompts: the ids of each row, of any lengths, of which the first `start` are in the cache. The model's caches must
+    hold the longest prompt and max_new_tokens, with speculation also its look-ahead. Every round of speculation yields
+    its k tokens proposed and one more. End-of-text is the caller's business: stop reading.
     """
-    token, pos = prefill(model, prompts, sampling, start, forward)
-    yield token.tolist()
-    chunks = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
-    for tokens, count in read_behind(chunks, 1 if model.device.type == "cuda" else 0):
-        yield [ids[:n] for ids, n in zip(tokens.tolist(), count.tolist(), strict=True)]
+    token, pos = prefill(model, [ids[start:] for ids in prompts], sampling, start, forward)
+    yield token.tolist(), [1] * len(prompts)
+    if speculation is None:
+        stream = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
+        stream = read_behind(stream, 1 if model.device.type == "cuda" else 0)
+    else:
+        stream = speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation, start)
+    for tokens, count in stream:
+        yield tokens.tolist(), count.tolist()
 
 
 def read_behind(chunks: Iterator, distance: int) -> Iterator:
@@ -89,6 +101,7 @@ class Row:
         self.eos_ids = frozenset() if ignore_eos else tokenizer.eos_ids
         self.stream = TextStream(tokenizer, stop)
         self.token_ids: list[int] = []
+        self.rounds: list[tuple[int, int]] = []  # of speculation: tokens proposed and accepted in each
         self.finish_reason: str | None = None
 
     def push(self, ids: list[int]) -> str:
@@ -115,6 +128,7 @@ class Row:
             "prompt_tokens": len(self.prompt),
             "new_tokens": len(self.token_ids),
             "token_ids": self.token_ids,
+            "accept_lengths": [accepted for _, accepted in self.rounds],
             "text": self.stream.text,
             "finish_reason": self.finish_reason,
         }
@@ -130,6 +144,7 @@ class Timing:
     prompt_tokens: int = 0
     decoded_tokens: int = 0  # without each row's first, which prefill draws
     steps: int = 0
+    draft_steps: int = 0
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -158,8 +173,8 @@ def run_batch(
     budget = max(row.max_new_tokens for row in rows)
     before = time.perf_counter()
     first = None
-    for chunk in generate(model, [row.prompt for row in rows], budget, sampling, **options):
-        now = time.perf_counter()
+    for tokens, counts in chunks(model, [row.prompt for row in rows], budget, sampling, **options):
+        now, proposed = time.perf_counter(), len(tokens[0]) - 1
         if first is None:
             first = now
             timing.prefill_s += now - before
@@ -167,14 +182,18 @@ def run_batch(
                 timing.time_to_first_token_s = now - began
         else:
             timing.steps += 1
-        for row, ids in zip(rows, chunk, strict=True):
-            text = row.push(ids)
+            timing.draft_steps += proposed
+            for row, count in zip(rows, counts, strict=True):
+                if not row.finish_reason:
+                    row.rounds.append((proposed, count - 1))
+        for row, ids, count in zip(rows, tokens, counts, strict=True):
+            text = row.push(ids[:count])
             if text:
                 show(row, text)
         if all(row.finish_reason for row in rows):
             break
     timing.decode_s += now - first
-    timing.prompt_tokens += sum(len(row.prompt) for row in rows)
+    timing.prompt_tokens += sum(len(row.prompt) - options.get("start", 0) for row in rows)
     timing.decoded_tokens += sum(len(row.token_ids) - 1 for row in rows)
     timing.rows += rows
 
@@ -284,7 +303,9 @@ def require_compiler(device: torch.device) -> None:
 
 
 @torch.inference_mode()  # as decode does: a tensor made outside would be another form
-def warm_up(model: Transformer, batches: list[list[int]], budget: int, sampling: Sampling, step, forward) -> None:
+def warm_up(
+    model: Transformer, batches: list[list[int]], budget: int, sampling: Sampling, step, forward, speculation
+) -> None:
     """Call the compiled functions in every form this run will need, so that nothing compiles once text flows.
 
     batches: the lengths of the prompts in each. The cache slots written here are written again before anything looks
@@ -292,14 +313,22 @@ def warm_up(model: Transformer, batches: list[list[int]], budget: int, sampling:
     """
     times = 3 if model.device.type == "cuda" else 1  # a CUDA graph warms up, is captured, then replayed
     longest = [max(lengths) for lengths in batches]
-    counts = range(min(longest) + 1, max(longest) + budget + 1)
+    ahead = speculation.look_ahead if speculation else 0
+    counts = range(min(longest) + 1, max(longest) + budget + ahead + 1)
     sizes = {len(used_slots(model, count)): count for count in counts}
     for n_rows in {len(lengths) for lengths in batches}:
+        prompts = [[0] * max(longest)] * n_rows
         if forward is not forward_chunk:
-            prefill(model, [[0] * max(longest)] * n_rows, sampling, 0, forward)
-        if step is not decode_one_token:
-            token = torch.zeros(n_rows, 1, dtype=torch.long, device=model.device)
-            for count in sizes.values():
+            prefill(model, prompts, sampling, 0, forward)
+        token = torch.zeros(n_rows, 1, dtype=torch.long, device=model.device)
+        if speculation:
+            speculation.source.begin(model, prompts, 0, len(model.slots))
+        for count in sizes.values():
+            if speculation:
+                filled = min(count, len(model.slots) - ahead - 1)
+                pos = token + filled - 1
+                speculation.measure(model, token.repeat(1, 2), pos, pos + budget, filled, sampling)
+            elif step is not decode_one_token:
                 for _ in range(times):
                     step(model, token, token + count - 1, used_slots(model, count), sampling)
 
@@ -310,21 +339,64 @@ def choose_functions(device: torch.device, compile: bool, compile_prefill: bool)
         require_compiler(device)
     return {
         "step": compile_step(decode_one_token, device) if compile else decode_one_token,
-        "forward": compile_step(forward_chunk, device) if compile_prefill else forward_chunk,
+        "forward": compile_step(forward_chunk, device, any_length=True) if compile_prefill else forward_chunk,
     }
+
+
+def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Speculation | None:
+    """The source of proposals that was asked for, and the function that verifies them, compiled as asked."""
+    if args.draft_checkpoint_path is not None:
+        source = load_draft(args, model, tokenizer)
+    elif args.speculate == "ngram":
+        source = PromptLookup()
+    else:
+        return None
+    k = None if args.speculate_k in (None, "auto") else args.speculate_k
+    return Speculation(source, k, compile_step(verify, model.device) if args.compile else verify)
+
+
+def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> DraftModel:
+    """The draft model, checked to have the tokenizer of the model."""
+    device = model.device if args.draft_device is None else pick_device(args.draft_device)
+    path = Path(args.draft_checkpoint_path)
+    draft = load_model(path, device, parse_dtype(args.dtype))
+    require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
+    functions = choose_functions(device, False, args.compile_prefill)
+    step = compile_step(draft_one_token, device) if args.compile else draft_one_token
+    return DraftModel(draft, step, functions["forward"])
 
 
 # ---------------------------------------------------------------- memory and bandwidth
 
 
-def setup_caches(model: Transformer, batch_size: int, length: int) -> None:
-    """Caches for `length` positions: sizes go in powers of two, so that few forms of the step are ever compiled."""
+def setup_caches(model: Transformer, batch_size: int, length: int, speculation: Speculation | None = None) -> None:
+    """Caches for `length` positions, and what speculation looks ahead; those of a draft model too.
+
+    Sizes go in powers of two, so that few forms of the step are ever compiled. Raises ValueError if they do not fit, or
+    a draft model's context is shorter.
+    """
+    models = [model]
+    if speculation is not None:
+        if speculation.source.model is not None:
+            models.append(speculation.source.model)
+            require_context(models[-1], length)
+        length += speculation.look_ahead
     slots = min(max(512, 1 << (length - 1).bit_length()), max(model.args.max_seq_length, length))
-    args = model.args
-    size = 2 * args.n_layer * batch_size * args.n_kv_head * slots * args.head_dim * model.dtype.itemsize
-    what = f"the caches of {batch_size} x {slots} positions"
-    require_memory(size, model.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
-    model.setup_caches(batch_size, slots)
+    for each in models:
+        args = each.args
+        size = 2 * args.n_layer * batch_size * args.n_kv_head * slots * args.head_dim * each.dtype.itemsize
+        what = f"the caches of {batch_size} x {slots} positions"
+        require_memory(size, each.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
+        each.setup_caches(batch_size, slots)
+
+
+def require_context(draft: Transformer, length: int) -> None:
+    """Raise ValueError if the draft model was made for fewer positions."""
+    if length > draft.args.max_seq_length:
+        raise ValueError(
+            f"the draft's context of {draft.args.max_seq_length} is shorter than the {length} positions asked for; "
+            "use a smaller --max_new_tokens or --max_seq_length, or another draft"
+        )
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -388,7 +460,7 @@ def rate(tok_s: float | None) -> str:
     return "no tokens to time" if tok_s is None else f"{tok_s:.1f} tokens/sec"
 
 
-def report(index: int, timing: Timing, model: Transformer) -> None:
+def report(index: int, timing: Timing, model: Transformer, speculation: Speculation | None) -> None:
     """The lines after one sample, on standard error."""
     total = timing.prefill_s + timing.decode_s
     say(
@@ -396,16 +468,49 @@ def report(index: int, timing: Timing, model: Transformer) -> None:
         f"{timing.prefill_tok_s:.1f} tokens/sec prefill, first token after {timing.time_to_first_token_s:.3f} sec"
     )
     if timing.steps:
-        read = weight_bytes(model)
-        achieved = read * timing.steps / timing.decode_s / GB
-        say(f"Bandwidth achieved: {achieved:.1f} GB/s (weights only, {read / GB:.3f} GB a step)")
+        read = bytes_read([timing], model, speculation)
+        a_step = f"{read / timing.steps / GB:.3f} GB a {'round' if speculation else 'step'}"
+        say(f"Bandwidth achieved: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
+    if speculation is not None:
+        report_acceptance(timing)
+
+
+def report_acceptance(timing: Timing) -> None:
+    """How many of the proposed tokens were accepted, as gpt-fast prints it, and what share of all."""
+    lengths = [accepted for row in timing.rows for _, accepted in row.rounds]
+    if lengths:
+        shares = [lengths.count(n) / len(lengths) for n in range(max(lengths) + 1)]
+        say(f"Acceptance probs: [{', '.join(f'{share:.3f}' for share in shares)}]")
+        facts = acceptance([timing])
+        rate = facts["acceptance_rate"]
+        say(
+            f"Mean Accepted: {facts['mean_accepted']:.2f}"
+            + (f", {rate:.0%} of those proposed" if rate is not None else "")
+        )
+
+
+def acceptance(timings: list[Timing]) -> dict[str, float | None]:
+    """Tokens accepted in a round on average, and accepted / proposed; None where there were none."""
+    rounds = [each for timing in timings for row in timing.rows for each in row.rounds]
+    proposed, accepted = (sum(column) for column in zip(*rounds, strict=True)) if rounds else (0, 0)
+    return {
+        "mean_accepted": accepted / len(rounds) if rounds else None,
+        "acceptance_rate": accepted / proposed if proposed else None,
+    }
+
+
+def bytes_read(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> int:
+    """Bytes of weights that decoding has read: of the model in every step, of a draft model for each token it drew."""
+    draft = speculation.source.model if speculation else None
+    size, draft_size = weight_bytes(model), 0 if draft is None else weight_bytes(draft)
+    return sum(timing.steps * size + timing.draft_steps * draft_size for timing in timings)
 
 
 def new_row(prompt: list[int], tokenizer: Tokenizer, args: argparse.Namespace) -> Row:
     return Row(prompt, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos)
 
 
-def run_sample(model, tokenizer, texts, batch_size, sampling, functions, args) -> Timing:
+def run_sample(model, tokenizer, texts, batch_size, sampling, options, args) -> Timing:
     """Encode and generate every prompt, batch by batch; one row streams, several are printed whole."""
     timing = Timing()
     began = time.perf_counter()
@@ -420,7 +525,7 @@ def run_sample(model, tokenizer, texts, batch_size, sampling, functions, args) -
             timing,
             began,
             (lambda _, text: write(text)) if stream else lambda *_: None,
-            **functions,
+            **options,
         )
         if stream:
             write("\n")
@@ -452,10 +557,27 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--stop is empty; give the text that ends a row")
     if not -1 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
+    check_speculation(args)
     if args.output_json is not None:
-        require_writable(args.output_json, [args.prompt_file, args.checkpoint_path])
+        require_writable(args.output_json, [args.prompt_file, args.checkpoint_path, args.draft_checkpoint_path])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
+
+
+def check_speculation(args: argparse.Namespace) -> None:
+    """Raise ValueError on arguments of speculation that cannot work."""
+    if args.draft_checkpoint_path is not None and args.speculate is not None:
+        raise ValueError("--draft_checkpoint_path and --speculate are both given; give one source of guesses")
+    if args.draft_checkpoint_path is not None and args.random_weights:
+        raise ValueError(
+            "--random_weights has no tokenizer that a draft could share; leave out --draft_checkpoint_path"
+        )
+    if args.draft_device is not None and args.draft_checkpoint_path is None:
+        raise ValueError("--draft_device needs --draft_checkpoint_path")
+    if args.speculate_k is not None:
+        if not speculates(args):
+            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram")
+        check_length(args.speculate_k)
 
 
 def check_threads(threads: int | None) -> None:
@@ -498,9 +620,11 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, T
     return model, load_tokenizer(path, model.args.vocab_size)
 
 
-def compile_before_use(work: Callable, functions: dict) -> float:
-    """Do the warm-up work, saying what it waits for; the seconds it took, 0 where nothing is compiled."""
-    if functions == {"step": decode_one_token, "forward": forward_chunk}:
+def prepare(work: Callable, args: argparse.Namespace) -> float:
+    """Do the warm-up work if it is needed, saying what it waits for; the seconds of compiling."""
+    if not (args.compile or args.compile_prefill):
+        if speculates(args) and args.speculate_k in (None, "auto"):
+            work()  # what a round costs decides how many tokens are guessed
         return 0.0
     say("Compiling: about 20 seconds the first time, about 5 from then on ...")
     began = time.perf_counter()
@@ -518,7 +642,7 @@ def main(**flags) -> None:
     device = pick_device(args.device)
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
-    functions = choose_functions(device, args.compile, args.compile_prefill)
+    options = choose_functions(device, args.compile, args.compile_prefill)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     texts = [prompt] if args.prompt_file is None else read_prompt_file(args.prompt_file)
     if args.threads:
@@ -532,42 +656,35 @@ def main(**flags) -> None:
     model, tokenizer = load(args, device)
     load_s = time.perf_counter() - began
     say(f"Time to load model: {load_s:.2f} seconds")
+    options["speculation"] = speculation = choose_speculation(args, model, tokenizer)
     context = context_length(model, args.max_seq_length)
     if args.interactive:
         torch.manual_seed(seed)
-        return interactive(
-            model,
-            tokenizer,
-            min(context, args.max_seq_length or INTERACTIVE_CONTEXT),
-            sampling,
-            functions,
-            args,
-        )
+        context = min(context, args.max_seq_length or INTERACTIVE_CONTEXT)
+        return interactive(model, tokenizer, context, sampling, options, args)
 
     batch_size = args.batch_size or len(texts)
     copies = batch_size if args.prompt_file is None else 1
     samples = args.num_samples if args.prompt_file is None else 1
     lengths = [text if isinstance(text, int) else len(encode_prompt(tokenizer, text, args)) for text in texts]
     length = check_fit(max(lengths), args.max_new_tokens, context)
-    setup_caches(model, min(batch_size, copies * len(texts)), length)
+    setup_caches(model, min(batch_size, copies * len(texts)), length, speculation)
     texts, lengths = texts * copies, lengths * copies
     batches = [lengths[begin : begin + batch_size] for begin in range(0, len(lengths), batch_size)]
-    compile_s = compile_before_use(
-        lambda: warm_up(model, batches, args.max_new_tokens, sampling, **functions), functions
-    )
+    compile_s = prepare(lambda: warm_up(model, batches, args.max_new_tokens, sampling, **options), args)
 
     torch.manual_seed(seed)
     timings = []
     for index in range(1, samples + 1):
         profiler = torch.profiler.profile() if args.profile and index == samples else nullcontext()
         with profiler:
-            timing = run_sample(model, tokenizer, texts, batch_size, sampling, functions, args)
+            timing = run_sample(model, tokenizer, texts, batch_size, sampling, options, args)
         timings.append(timing)
-        report(index, timing, model)
+        report(index, timing, model, speculation)
     if args.profile:
         with atomic_path(trace_path(args.profile)) as path:
             profiler.export_chrome_trace(str(path))
-    summary = summarise(timings, model)
+    summary = summarise(timings, model, speculation)
     say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
     say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
     say(f"Memory used: {(summary['peak_memory_gb'] or 0):.2f} GB")
@@ -587,19 +704,20 @@ def run_facts(flags: dict, device: torch.device) -> dict:
     }
 
 
-def summarise(timings: list[Timing], model: Transformer) -> dict:
+def summarise(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> dict:
     """What --output_json says of all samples together; null where something does not apply."""
     peak = peak_memory(model.device)  # before the bandwidth buffers
-    decode_s, steps = sum(t.decode_s for t in timings), sum(t.steps for t in timings)
+    read, decode_s = bytes_read(timings, model, speculation), sum(timing.decode_s for timing in timings)
     return {
         "samples": [timing.to_json() for timing in timings],
         "decode_tok_s": _median(timing.decode_tok_s for timing in timings),
         "prefill_tok_s": _median(timing.prefill_tok_s for timing in timings),
         "time_to_first_token_s": _median(timing.time_to_first_token_s for timing in timings),
         "weight_bytes_per_token": weight_bytes(model),
-        "bandwidth_gb_s": weight_bytes(model) * steps / decode_s / GB if steps else None,
+        "bandwidth_gb_s": read / decode_s / GB if read else None,
         "measured_bandwidth_gb_s": measured_bandwidth(model.device),
         "peak_memory_gb": peak / GB if peak else None,
+        **acceptance(timings if speculation else []),
     }
 
 
@@ -626,7 +744,7 @@ class Conversation:
             ids = self.history + self.tokenizer.encode(text, add_special_tokens=not self.history)
         return checked_ids(ids, self.tokenizer)
 
-    def turn(self, text: str, sampling: Sampling, functions: dict) -> None:
+    def turn(self, text: str, sampling: Sampling, options: dict) -> None:
         """Answer one message, streaming. Raises ValueError if the context is full; the conversation stays as it was."""
         began = time.perf_counter()
         ids = self.prompt_ids(text)
@@ -636,12 +754,11 @@ class Conversation:
                 f"the context of {self.context} tokens is full (this turn needs {len(ids)}); /reset clears it"
             )
         start = min(shared_prefix(ids, self.cached), len(ids) - 1)
-        row = Row(ids[start:], self.tokenizer, min(self.args.max_new_tokens, room), self.args.stop,
-                  self.args.ignore_eos)  # fmt: skip
+        row = Row(ids, self.tokenizer, min(self.args.max_new_tokens, room), self.args.stop, self.args.ignore_eos)
         self.cached = self.cached[:start]
         timing = Timing()
         try:
-            run_batch(self.model, [row], sampling, timing, began, lambda _, text: write(text), start=start, **functions)
+            run_batch(self.model, [row], sampling, timing, began, lambda _, text: write(text), start=start, **options)
         except KeyboardInterrupt:
             say("\n[interrupted]")
         else:
@@ -675,13 +792,13 @@ def read_line() -> str | None:
         return None
 
 
-def interactive(model, tokenizer, context: int, sampling: Sampling, functions: dict, args: argparse.Namespace) -> None:
+def interactive(model, tokenizer, context: int, sampling: Sampling, options: dict, args: argparse.Namespace) -> None:
     """Talk until Ctrl-D or /exit."""
     if args.system is not None and tokenizer.chat_template is None:
         raise ValueError("--system needs a chat template, and this model has none; leave it out")
-    setup_caches(model, 1, context)
+    setup_caches(model, 1, context, options["speculation"])
     length = min(context // 2, 64)
-    compile_before_use(lambda: warm_up(model, [[length]], context - length, sampling, **functions), functions)
+    prepare(lambda: warm_up(model, [[length]], context - length, sampling, **options), args)
     if tokenizer.chat_template is None:
         say("This model has no chat template: it continues your text.")
     say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
@@ -692,9 +809,13 @@ def interactive(model, tokenizer, context: int, sampling: Sampling, functions: d
             say("[conversation cleared]")
         elif line.strip():
             try:
-                conversation.turn(line, sampling, functions)
+                conversation.turn(line, sampling, options)
             except ValueError as error:
                 say(f"error: {error}")
+
+
+def speculates(args: argparse.Namespace) -> bool:
+    return args.speculate is not None or args.draft_checkpoint_path is not None
 
 
 def number_or_text(argument: str) -> int | str:
@@ -744,6 +865,17 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--compile", action="store_true", help="compile the decoding step")
     speed.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
+    speed.add_argument(
+        "--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses ahead; same tokenizer"
+    )
+    speed.add_argument("--draft_device", help="where the draft runs (default: where the model does)")
+    speed.add_argument("--speculate", choices=["ngram"], help="guess ahead from the text itself, without a draft model")
+    speed.add_argument(
+        "--speculate_k",
+        type=number_or_text,
+        metavar="K",
+        help="tokens to guess at a time, or auto (default): 1 to 8, as it pays",
+    )
     speed.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
     speed.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
     return parser

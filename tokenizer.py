@@ -67,6 +67,10 @@ class Tokenizer:
         """The value of a byte-fallback token, None for every other."""
         return self._backend.bytes.get(token)
 
+    def vocabulary(self) -> dict[int, str]:
+        """Every token as the vocabulary spells it."""
+        return self._backend.vocabulary()
+
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's template writes it. Raises ValueError: no template, or it failed."""
         if self.chat_template is None:
@@ -119,6 +123,9 @@ class _HuggingFace:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[int, str]:
+        return {i: token for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def skips(self, token: int) -> bool:
         return token in self.special or self.tokenizer.id_to_token(token) is None
 
@@ -147,8 +154,23 @@ class _SentencePiece:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([token for token in ids if not self.skips(token)])
 
+    def vocabulary(self) -> dict[int, str]:
+        return {i: piece for piece, i in self.ids.items()}
+
     def skips(self, token: int) -> bool:
         return not 0 <= token < self.vocab_size  # models may have more rows than the vocabulary has pieces
+
+
+def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
+    """Raise ValueError that shows the first token in which the two differ."""
+    ours, theirs = tokenizer.vocabulary(), draft.vocabulary()
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            was, fits = (repr(v[token]) if token in v else "missing" for v in (theirs, ours))
+            raise ValueError(
+                f"the draft has another tokenizer: its token {token} is {was}, the model's is {fits}; "
+                "use a draft of the model's own family"
+            )
 
 
 # ---------------------------------------------------------------- files

@@ -71,7 +71,10 @@ def check_ragged(device: torch.device) -> None:
         alone.append([row[0] for rows in generate(model, [prompt], 24, GREEDY) for row in rows])
     there = build(model.args, {name: weight.to(device) for name, weight in model.state_dict().items()})
     setup_caches(there, len(PROMPTS), 256)
-    functions = {"step": compile_step(decode_one_token, device), "forward": compile_step(forward_chunk, device)}
+    functions = {
+        "step": compile_step(decode_one_token, device),
+        "forward": compile_step(forward_chunk, device, any_length=True),
+    }
     chunks = list(generate(there, PROMPTS, 24, GREEDY, **functions))
     together = [[chunk[row][0] for chunk in chunks] for row in range(len(PROMPTS))]
     if together != alone:

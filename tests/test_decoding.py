@@ -237,7 +237,7 @@ def test_bucket_sizes_do_not_change_the_tokens():
 
 def test_compiled_step_equals_plain_across_sizes_without_recompiling():
     model = tiny_model()
-    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU)
+    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, 1024)
     torch._dynamo.reset()
     continuation(model, random_prompts(5), 3, step=step, forward=forward)  # compiles both, once
@@ -250,7 +250,7 @@ def test_compiled_step_equals_plain_across_sizes_without_recompiling():
 
 def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
-    model, forward = tiny_model(), compile_step(forward_chunk, CPU)
+    model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, 1024)
     torch._dynamo.reset()
     continuation(model, random_prompts(5), 2, forward=forward)
@@ -262,7 +262,7 @@ def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
 
 def test_compiled_step_of_a_ragged_batch_equals_plain():
     model, prompts = tiny_model(sliding_window=12), random_prompts(3, 30, 11)
-    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU)
+    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(3, 256)
     plain = continuation(model, prompts, 20)
     assert torch.equal(continuation(model, prompts, 20, step=step, forward=forward), plain)
@@ -295,7 +295,7 @@ def test_caches_made_anew_are_used_by_a_step_compiled_before():
 @pytest.mark.parametrize("slots", [200, 512])
 def test_compiled_step_fills_the_whole_cache(slots):
     model, prompts = tiny_model(), random_prompts(slots - 8)
-    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU)
+    step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, slots)
     assert torch.equal(continuation(model, prompts, 8, step=step, forward=forward), continuation(model, prompts, 8))
 

@@ -9,8 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A file imports only files before it in this list (a folder stands for all its files).
-ORDER = ["command_line", "model", "kernels", "qlinear", "gguf_file", "checkpoint", "tokenizer", "decoding", "generate"]
-ORDER += ["eval", "gptq", "quantize", "scripts", "tests"]
+ORDER = [
+    "command_line",
+    "model",
+    "kernels",
+    "qlinear",
+    "gguf_file",
+    "checkpoint",
+    "tokenizer",
+    "decoding",
+    "speculative",
+]
+ORDER += ["generate", "eval", "gptq", "quantize", "scripts", "tests"]
 
 SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "checkpoints" not in path.parts]
 

@@ -118,7 +118,7 @@ def test_ragged_batches(model, prompts, expected):
 def test_compiled(model, prompts, expected, n_rows):
     functions = {
         "step": compile_step(decode_one_token, model.device),
-        "forward": compile_step(forward_chunk, model.device),
+        "forward": compile_step(forward_chunk, model.device, any_length=True),
     }
     setup_caches(model, n_rows, max(map(len, prompts)) + NEW_TOKENS)
     for begin in range(0, len(prompts), n_rows):

@@ -338,7 +338,7 @@ def run(model, prompts, **functions):
 
 
 def compiled():
-    return {"step": compile_step(decode_one_token, CPU), "forward": compile_step(forward_chunk, CPU)}
+    return {"step": compile_step(decode_one_token, CPU), "forward": compile_step(forward_chunk, CPU, any_length=True)}
 
 
 @pytest.mark.parametrize("spec, gptq", MODES, ids=MODE_IDS)

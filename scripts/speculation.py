@@ -1,0 +1,178 @@
+"""Time speculative decoding against plain decoding on the default model, in turn, in one process.
+
+    python scripts/speculation.py --output benchmarks/speculation.json
+
+Greedy, batch 1, everything compiled. Every round runs each way once on each text (A B C A B C ...); the median over the
+rounds of the ratio to the plain run of the same round counts.
+"""
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import command_line
+
+    command_line.quit_on_interrupt()  # before the slow imports
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import DEFAULT_CHECKPOINT, load_model, require_writable, write_json
+from decoding import Sampling, compile_step, decode_one_token
+from generate import Row, Timing, acceptance, run_batch, setup_caches
+from qlinear import quant_spec
+from scripts.benchmark import machine, update_readme
+from speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from tokenizer import load_tokenizer
+
+SWIFTS = (
+    "The common swift spends almost its whole life in the air. It eats, drinks, mates and even sleeps on the wing, and "
+    "lands only to nest. Young swifts that leave the nest may not touch the ground for two or three years. Each spring "
+    "they return from central Africa to the roofs of European towns, where they build their nests under tiles and in "
+    "cracks of old walls. Because old houses are being repaired and new ones have no gaps, the birds find fewer and "
+    "fewer places to breed. In several towns, people now hang nest boxes under the eaves and play recordings of their "
+    "calls to show the birds where they are."
+)
+LIGHTHOUSE = (
+    "The lighthouse stood at the end of a long stone peir, and every evening the keeper climbed its ninety-two steps to "
+    "light the lamp. He had done so for thirty years, in storm and in calm, and he could not remeber a single night when "
+    "the light had failed. The fishermen of the village trusted him, and on Sundays they left a basket of fish at his "
+    "door. When the harbour master told him that the lamp would soon be lit by a machine, the keeper only smiled and went "
+    "on polishing the glass."
+)
+CODE = """```python
+def read_config(path):
+    with open(path) as file:
+        lines = file.read().splitlines()
+    config = {}
+    for line in lines:
+        if not line or line.startswith('#'):
+            continue
+        key, value = line.split('=', 1)
+        config[key.strip()] = value.strip()
+    return config
+
+def write_config(path, config):
+    with open(path, 'w') as file:
+        for key, value in sorted(config.items()):
+            file.write(f'{key} = {value}\\n')
+
+def merge_config(base, override):
+    merged = dict(base)
+    merged.update(override)
+    return merged
+```"""
+TEXTS = {
+    "edit a paragraph": "Rewrite the following paragraph with the spelling mistakes corrected. Keep every other word as it "
+    f"is.\n\n{LIGHTHOUSE}",
+    "quote code": f"Repeat this Python code exactly, and add a docstring to each function:\n\n{CODE}",
+    "summary with quotes": "Summarise this text in quotes: copy its three most important sentences exactly as they are "
+    f"written.\n\n{SWIFTS}",
+    "free prose": "Explain to a child how a bicycle stays upright.",
+    "free prose, a letter": "Write a letter to an old friend about moving to a new city.",
+}
+NEW_TOKENS = 128
+
+
+def run(model, ids: list[int], tokenizer, step, speculation: Speculation | None) -> tuple[float, dict]:
+    """Tokens/s of decoding one answer, and what was accepted."""
+    row, timing = Row(ids, tokenizer, NEW_TOKENS, [], False), Timing()
+    options = {"step": step, "speculation": speculation}
+    run_batch(model, [row], Sampling(temperature=0), timing, time.perf_counter(), lambda *_: None, **options)
+    return timing.decode_tok_s, {"ids": row.token_ids, **acceptance([timing])}
+
+
+def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int) -> dict:
+    """Per text and way: tokens/s of every round, the median ratio to plain, acceptance, the first token that differs."""
+    step = compile_step(decode_one_token, target.device)
+    prompts = {name: tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in TEXTS.items()}
+    result = {}
+    for name, ids in prompts.items():
+        answers = {way: run(target, ids, tokenizer, step, speculation) for way, speculation in ways.items()}  # compiles
+        speeds = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, speculation in ways.items():
+                speeds[way].append(run(target, ids, tokenizer, step, speculation)[0])
+        plain = answers["plain"][1]["ids"]
+        result[name] = {
+            way: {
+                "tok_s": statistics.median(speeds[way]),
+                "ratio": statistics.median(a / b for a, b in zip(speeds[way], speeds["plain"], strict=True)),
+                "runs": speeds[way],
+                "mean_accepted": facts["mean_accepted"],
+                "acceptance_rate": facts["acceptance_rate"],
+                "new_tokens": len(facts["ids"]),
+                "differs_at": next(
+                    (i for i, (a, b) in enumerate(zip(facts["ids"], plain, strict=False)) if a != b), None
+                ),
+            }
+            for way, (_, facts) in answers.items()
+        }
+        print(name, {way: (round(f["tok_s"]), round(f["ratio"], 2), f["mean_accepted"]) for way, f in result[name].items()},
+              file=sys.stderr, flush=True)  # fmt: skip
+    return result
+
+
+def make_ways(target, device: torch.device, draft_path: Path, which: list[str]) -> dict[str, Speculation | None]:
+    """Plain decoding and every kind of speculation in `which`, each with compiled functions of its own."""
+    ways: dict[str, Speculation | None] = {"plain": None}
+    for way in which:
+        source, _, k = way.partition(" ")
+        if source == "ngram":
+            source = PromptLookup()
+        else:
+            draft = load_model(draft_path, device, target.dtype, quantize=quant_spec(source, None))
+            source = DraftModel(draft, compile_step(draft_one_token, device))
+        k = None if k == "auto" else int(k)
+        ways[way] = Speculation(source, k, compile_step(verify, device))
+    return ways
+
+
+def table(result: dict) -> str:
+    """The README's table."""
+    ways = [way for way in next(iter(result["texts"].values())) if way != "plain"]
+    lines = [f"| SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads, greedy | plain | {' | '.join(ways)} |"]
+    lines.append("|---" * (len(ways) + 2) + "|")
+    for name, facts in result["texts"].items():
+        cells = [f"{facts['plain']['tok_s']:.0f} tok/s"]
+        for way in ways:
+            cells.append(f"x{facts[way]['ratio']:.2f} ({facts[way]['mean_accepted']:.1f} accepted a round)")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(*, checkpoint_path: str, ways: list[str], rounds: int, threads: int, output: str) -> None:
+    require_writable(output)
+    torch.set_num_threads(threads)
+    device, path = torch.device("cpu"), Path(checkpoint_path)
+    target, tokenizer = load_model(path, device, torch.bfloat16), load_tokenizer(path)
+    setup_caches(target, 1, 1024)
+    texts = measure(target, tokenizer, make_ways(target, device, path, ways), rounds)
+    command = f"python scripts/speculation.py --rounds {rounds} --threads {threads} --output {output}"
+    facts = {"command": command, "machine": machine(("torch",)), "threads": threads, "new_tokens": NEW_TOKENS}
+    result = facts | {"texts": texts}
+    write_json(output, result)
+    update_readme(table(result), output)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time speculative against plain decoding on the default model.")
+    parser.add_argument("--checkpoint_path", default=str(DEFAULT_CHECKPOINT), help="default: %(default)s")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=["ngram 4", "ngram auto", "int4 2", "int4 auto"],
+        help="a source, ngram or the draft's precision, and k (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="times each way runs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", default="benchmarks/speculation.json", help="result file (default: %(default)s)")
+    command_line.run(main, parser)
