@@ -25,7 +25,7 @@ LONGEST_MATCH = 3  # tokens that prompt lookup compares, and from there down to 
 
 
 def accept(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """New tokens [B, k + 1], the first count [B, 1] of which hold: the draft tokens accepted and one of the model's own.
+    """New tokens [B, k + 1] and how many hold, count [B, 1]: the draft tokens accepted and one of the model's own.
 
     logits [B, k + 1, V]: of the place before each draft token and after the last. draft [B, k]; draft_probs [B, k, V'],
     V' <= V, the distributions it was drawn from, None: it was certain. A token is accepted with the chance p / q, and
@@ -220,7 +220,7 @@ class DraftModel(Source):
         token = recent.to(self.model.device).clamp(max=self.model.args.vocab_size - 1)
         if self.skipped:
             self.catch_up(torch.cat((*self.skipped, token[:, :1]), 1), pos, filled)
-        self.filled, self.skipped = filled, []
+            self.skipped = []
         # the first pass reads two tokens: the one before the last may be the draft's own, accepted but not yet read
         places, slots = torch.cat((pos - 1, pos), 1), used_slots(self.model, filled + k)
         draft, probs = [], []
@@ -229,6 +229,7 @@ class DraftModel(Source):
             draft.append(token)
             probs.append(distribution)
             places = places[:, -1:] + 1
+        self.filled = filled
         draft = torch.cat(draft, 1).to(device)
         return draft, None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
 
@@ -390,7 +391,8 @@ class Speculation:
                 self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
                 each.append(time.perf_counter() - began)
         rounds = {k: statistics.median(each[3:]) for k, each in seconds.items()}
-        self.costs[len(recent)] = Costs(rounds, self.source.seconds_behind(pos, filled))
+        behind = self.source.seconds_behind(pos, filled) if self.k is None else 0.0
+        self.costs[len(recent)] = Costs(rounds, behind)
 
 
 @torch.inference_mode()

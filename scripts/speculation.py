@@ -32,21 +32,24 @@ from scripts.benchmark import machine, update_readme
 from speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
 from tokenizer import load_tokenizer
 
-SWIFTS = (
-    "The common swift spends almost its whole life in the air. It eats, drinks, mates and even sleeps on the wing, and "
-    "lands only to nest. Young swifts that leave the nest may not touch the ground for two or three years. Each spring "
-    "they return from central Africa to the roofs of European towns, where they build their nests under tiles and in "
-    "cracks of old walls. Because old houses are being repaired and new ones have no gaps, the birds find fewer and "
-    "fewer places to breed. In several towns, people now hang nest boxes under the eaves and play recordings of their "
-    "calls to show the birds where they are."
-)
-LIGHTHOUSE = (
-    "The lighthouse stood at the end of a long stone peir, and every evening the keeper climbed its ninety-two steps to "
-    "light the lamp. He had done so for thirty years, in storm and in calm, and he could not remeber a single night when "
-    "the light had failed. The fishermen of the village trusted him, and on Sundays they left a basket of fish at his "
-    "door. When the harbour master told him that the lamp would soon be lit by a machine, the keeper only smiled and went "
-    "on polishing the glass."
-)
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+SWIFTS = """\
+The common swift spends almost its whole life in the air. It eats, drinks, mates and even sleeps on the wing, and lands
+only to nest. Young swifts that leave the nest may not touch the ground for two or three years. Each spring they return
+from central Africa to the roofs of European towns, where they build their nests under tiles and in cracks of old walls.
+Because old houses are being repaired and new ones have no gaps, the birds find fewer and fewer places to breed. In
+several towns, people now hang nest boxes under the eaves and play recordings of their calls to show the birds where
+they are."""
+LIGHTHOUSE = """\
+The lighthouse stood at the end of a long stone peir, and every evening the keeper climbed its ninety-two steps to light
+the lamp. He had done so for thirty years, in storm and in calm, and he could not remeber a single night when the light
+had failed. The fishermen of the village trusted him, and on Sundays they left a basket of fish at his door. When the
+harbour master told him that the lamp would soon be lit by a machine, the keeper only smiled and went on polishing the
+glass."""
 CODE = """```python
 def read_config(path):
     with open(path) as file:
@@ -69,14 +72,15 @@ def merge_config(base, override):
     merged.update(override)
     return merged
 ```"""
+EDIT = "Rewrite the following paragraph with the spelling mistakes corrected. Keep every other word as it is."
+QUOTE = "Repeat this Python code exactly, and add a docstring to each function:"
+SUMMARY = "Summarise this text with quotations: list its key sentences word for word."
 TEXTS = {
-    "edit a paragraph": "Rewrite the following paragraph with the spelling mistakes corrected. Keep every other word as it "
-    f"is.\n\n{LIGHTHOUSE}",
-    "quote code": f"Repeat this Python code exactly, and add a docstring to each function:\n\n{CODE}",
-    "summary with quotes": "Summarise this text in quotes: copy its three most important sentences exactly as they are "
-    f"written.\n\n{SWIFTS}",
-    "free prose": "Explain to a child how a bicycle stays upright.",
-    "free prose, a letter": "Write a letter to an old friend about moving to a new city.",
+    "edit a paragraph": f"{EDIT}\n\n{_one_line(LIGHTHOUSE)}",
+    "quote code": f"{QUOTE}\n\n{CODE}",
+    "summary with quotes": f"{SUMMARY}\n\n{_one_line(SWIFTS)}",
+    "free prose: bread": "Describe how bread is baked, from grain to loaf.",
+    "free prose: a letter": "Write a formal complaint about a delayed train.",
 }
 NEW_TOKENS = 128
 
@@ -90,7 +94,7 @@ def run(model, ids: list[int], tokenizer, step, speculation: Speculation | None)
 
 
 def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int) -> dict:
-    """Per text and way: tokens/s of every round, the median ratio to plain, acceptance, the first token that differs."""
+    """For each text and way: tokens/s, its median ratio to plain, what was accepted, the first token that differs."""
     step = compile_step(decode_one_token, target.device)
     prompts = {name: tokenizer.encode_chat([{"role": "user", "content": text}]) for name, text in TEXTS.items()}
     result = {}
@@ -115,8 +119,7 @@ def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int)
             }
             for way, (_, facts) in answers.items()
         }
-        print(name, {way: (round(f["tok_s"]), round(f["ratio"], 2), f["mean_accepted"]) for way, f in result[name].items()},
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(name, {way: round(facts["ratio"], 2) for way, facts in result[name].items()}, file=sys.stderr, flush=True)
     return result
 
 
