@@ -304,7 +304,7 @@ def require_compiler(device: torch.device) -> None:
 
 @torch.inference_mode()  # as decode does: a tensor made outside would be another form
 def warm_up(
-    model: Transformer, batches: list[list[int]], budget: int, sampling: Sampling, step, forward, speculation
+    model: Transformer, batches: list[list[int]], budget: int, sampling: Sampling, step, forward, speculation=None
 ) -> None:
     """Call the compiled functions in every form this run will need, so that nothing compiles once text flows.
 
@@ -865,19 +865,22 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--compile", action="store_true", help="compile the decoding step")
     speed.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
-    speed.add_argument(
-        "--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses ahead; same tokenizer"
+    speed.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
+    speed.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
+    guess = parser.add_argument_group(
+        "speculation", "guess tokens ahead and check them in one go; the text is the same"
     )
-    speed.add_argument("--draft_device", help="where the draft runs (default: where the model does)")
-    speed.add_argument("--speculate", choices=["ngram"], help="guess ahead from the text itself, without a draft model")
-    speed.add_argument(
+    guess.add_argument("--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses; same tokenizer")
+    guess.add_argument("--draft_device", help="where it runs (default: where the model does)")
+    guess.add_argument(
+        "--speculate", choices=["ngram"], help="guess what followed the same words before; no draft model"
+    )
+    guess.add_argument(
         "--speculate_k",
         type=number_or_text,
         metavar="K",
-        help="tokens to guess at a time, or auto (default): 1 to 8, as it pays",
+        help="tokens to guess at a time, or auto: 1 to 8, as long as it pays (default: auto)",
     )
-    speed.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
-    speed.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
     return parser
 
 

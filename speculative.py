@@ -58,6 +58,7 @@ def verify(
     limit: Tensor,
     draft_probs: Tensor | None,
     sampling: Sampling,
+    accept: Callable = accept,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round: run the model over the draft and accept what it agrees with.
 

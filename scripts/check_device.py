@@ -15,7 +15,9 @@ if __name__ == "__main__":
     command_line.quit_on_interrupt()  # before the slow imports
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -23,6 +25,7 @@ from checkpoint import GB, build, parse_dtype, pick_device, random_model, weight
 from decoding import Sampling, compile_step, decode_one_token, forward_chunk
 from generate import generate, measured_bandwidth, setup_caches, warm_up
 from qlinear import LAYERS, QuantSpec, fastest, quantize_weight
+from speculative import DraftModel, Speculation, draft_one_token, verify
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
@@ -111,8 +114,7 @@ def speed(
     began = time.perf_counter()
     warm_up(model, [[8]], 200, GREEDY, step, forward_chunk)
     compile_s = time.perf_counter() - began if compiled else 0.0
-    times = [time.perf_counter() for _ in generate(model, [list(range(8))], 200, GREEDY, step=step)]
-    tok_s = (len(times) - 1) / (times[-1] - times[0])
+    tok_s = rate(generate(model, [list(range(8))], 200, GREEDY, step=step))
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -124,11 +126,68 @@ def speed(
     return f"| {name} | {precision} | {how} | {tok_s:.1f} | {share} | {prefill:.0f} | {compile_s:.1f} |"
 
 
-def main(*, device: str | None, dtype: str, models: list[str]) -> None:
+def check_speculation(device: torch.device) -> None:
+    """Greedy float32 tokens of a ragged batch with a draft, compiled, equal those without."""
+    model, draft = (random_model("stories15M", device, torch.float32) for _ in range(2))
+    draft.load_state_dict({name: w + 0.1 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()})
+    draft_step = compile_step(draft_one_token, device)
+    for k in (1, 4, None):
+        speculation = Speculation(DraftModel(draft, draft_step), k, compile_step(verify, device))
+        setup_caches(model, len(PROMPTS), 256, speculation)
+        plain, fast = ([[] for _ in PROMPTS] for _ in range(2))
+        for rows, options in ((plain, {}), (fast, {"speculation": speculation})):
+            for chunk in generate(model, PROMPTS, 48, GREEDY, **options):
+                for row, ids in zip(rows, chunk, strict=True):
+                    row += ids
+        if fast != plain:
+            raise ValueError(f"speculation with k {k} on {device} gives other tokens than plain decoding")
+    print("speculation, compiled, k 1, 4 and auto: the same tokens as plain decoding")
+
+
+def forced(chance: float) -> Callable:
+    """Stands in for `accept`: each draft token is accepted with this chance, whatever the models say."""
+
+    def accept(logits, draft, draft_probs, sampling):
+        agreed = torch.rand(draft.shape, device=draft.device) < chance
+        return logits.argmax(-1), 1 + agreed.long().cumprod(1).sum(1, keepdim=True)
+
+    return accept
+
+
+def speculation_speed(target: str, draft: str, device: torch.device, dtype: torch.dtype, k: int = 5) -> list[str]:
+    """Rows of the table: tokens/s by acceptance, beside what the seconds of a round predict.
+
+    k tokens, each accepted with chance a, give (1 - a^(k + 1)) / (1 - a) tokens a round (Leviathan et al. 2023).
+    """
+    model, small = (random_model(name, device, dtype) for name in (target, draft))
+    prompt, rows = [list(range(8))], []
+    plain, draft_step = compile_step(decode_one_token, device), compile_step(draft_one_token, device)
+    setup_caches(model, 1, 208)
+    warm_up(model, [[8]], 200, GREEDY, plain, forward_chunk)
+    base = rate(generate(model, prompt, 200, GREEDY, step=plain))
+    for chance in (0.0, 0.5, 0.7, 0.8, 0.9, 1.0):
+        how = functools.partial(verify, accept=forced(chance))
+        speculation = Speculation(DraftModel(small, draft_step), k, compile_step(how, device))
+        setup_caches(model, 1, 208, speculation)
+        warm_up(model, [[8]], 200, GREEDY, plain, forward_chunk, speculation)
+        tok_s = rate(generate(model, prompt, 200, GREEDY, speculation=speculation))
+        expected = sum(chance**i for i in range(k + 1)) / speculation.costs[1].rounds[k]
+        rows.append(f"| {target} | {draft} | {chance:.1f} | {tok_s:.1f} | {expected:.1f} | x{tok_s / base:.2f} |")
+    return rows
+
+
+def rate(chunks) -> float:
+    """Tokens/s of decoding one row, its first token and the prefill left out."""
+    times, counts = zip(*((time.perf_counter(), len(ids)) for [ids] in chunks), strict=True)
+    return sum(counts[1:]) / (times[-1] - times[0])
+
+
+def main(*, device: str | None, dtype: str, models: list[str], speculate: list[str] | None) -> None:
     target = pick_device(device)
     for each in (torch.float32, parse_dtype(dtype)):
         check(target, each)
     check_ragged(target)
+    check_speculation(target)
     check_quantised(target, parse_dtype(dtype))
     bandwidth = measured_bandwidth(target)
     print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s\n")
@@ -139,6 +198,9 @@ def main(*, device: str | None, dtype: str, models: list[str]) -> None:
         for precision in PRECISIONS:
             for compiled in (False, True):
                 print(speed(name, target, parse_dtype(dtype), precision, bandwidth, compiled), flush=True)
+    if speculate:
+        print("\n| model | draft | acceptance | tok/s | by the formula | of plain |\n" + "|---" * 6 + "|")
+        print("\n".join(speculation_speed(*speculate, target, parse_dtype(dtype))))
 
 
 if __name__ == "__main__":
@@ -147,5 +209,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="bfloat16", help="weights (default: %(default)s)")
     parser.add_argument(
         "--models", nargs="+", default=["stories15M"], help="registry sizes to time (default: stories15M)"
+    )
+    parser.add_argument(
+        "--speculate", nargs=2, metavar=("MODEL", "DRAFT"), help="registry sizes to time speculation with, k = 5"
     )
     command_line.run(main, parser)
