@@ -73,12 +73,14 @@ def chunks(
     its k tokens proposed and one more. End-of-text is the caller's business: stop reading.
     """
     token, pos = prefill(model, [ids[start:] for ids in prompts], sampling, start, forward)
+    if speculation is not None:  # a draft model's prefill belongs to ours
+        speculation.source.begin(model, prompts, start)
     yield token.tolist(), [1] * len(prompts)
     if speculation is None:
         stream = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
         stream = read_behind(stream, 1 if model.device.type == "cuda" else 0)
     else:
-        stream = speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation, start)
+        stream = speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation)
     for tokens, count in stream:
         yield tokens.tolist(), count.tolist()
 
@@ -184,7 +186,7 @@ def run_batch(
             timing.steps += 1
             timing.draft_steps += proposed
             for row, count in zip(rows, counts, strict=True):
-                if not row.finish_reason:
+                if options.get("speculation") and not row.finish_reason:
                     row.rounds.append((proposed, count - 1))
         for row, ids, count in zip(rows, tokens, counts, strict=True):
             text = row.push(ids[:count])
@@ -322,7 +324,7 @@ def warm_up(
             prefill(model, prompts, sampling, 0, forward)
         token = torch.zeros(n_rows, 1, dtype=torch.long, device=model.device)
         if speculation:
-            speculation.source.begin(model, prompts, 0, len(model.slots))
+            speculation.source.begin(model, prompts)
         for count in sizes.values():
             if speculation:
                 filled = min(count, len(model.slots) - ahead - 1)
@@ -376,12 +378,11 @@ def setup_caches(model: Transformer, batch_size: int, length: int, speculation: 
     a draft model's context is shorter.
     """
     models = [model]
-    if speculation is not None:
-        if speculation.source.model is not None:
-            models.append(speculation.source.model)
-            require_context(models[-1], length)
-        length += speculation.look_ahead
+    if speculation is not None and speculation.source.model is not None:
+        models.append(speculation.source.model)
+        require_context(models[-1], length)
     slots = min(max(512, 1 << (length - 1).bit_length()), max(model.args.max_seq_length, length))
+    slots += 0 if speculation is None else speculation.look_ahead
     for each in models:
         args = each.args
         size = 2 * args.n_layer * batch_size * args.n_kv_head * slots * args.head_dim * each.dtype.itemsize
@@ -572,8 +573,10 @@ def check_speculation(args: argparse.Namespace) -> None:
         raise ValueError(
             "--random_weights has no tokenizer that a draft could share; leave out --draft_checkpoint_path"
         )
-    if args.draft_device is not None and args.draft_checkpoint_path is None:
-        raise ValueError("--draft_device needs --draft_checkpoint_path")
+    if args.draft_device is not None:
+        if args.draft_checkpoint_path is None:
+            raise ValueError("--draft_device needs --draft_checkpoint_path")
+        pick_device(args.draft_device)
     if args.speculate_k is not None:
         if not speculates(args):
             raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram")
@@ -626,7 +629,8 @@ def prepare(work: Callable, args: argparse.Namespace) -> float:
         if speculates(args) and args.speculate_k in (None, "auto"):
             work()  # what a round costs decides how many tokens are guessed
         return 0.0
-    say("Compiling: about 20 seconds the first time, about 5 from then on ...")
+    first, later = (60, 15) if speculates(args) else (20, 5)
+    say(f"Compiling: about {first} seconds the first time, about {later} from then on ...")
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
@@ -717,7 +721,7 @@ def summarise(timings: list[Timing], model: Transformer, speculation: Speculatio
         "bandwidth_gb_s": read / decode_s / GB if read else None,
         "measured_bandwidth_gb_s": measured_bandwidth(model.device),
         "peak_memory_gb": peak / GB if peak else None,
-        **acceptance(timings if speculation else []),
+        **acceptance(timings),
     }
 
 

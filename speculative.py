@@ -4,7 +4,6 @@ The text is distributed exactly as without (Leviathan et al. 2023; Chen et al. 2
 a row, V vocabulary.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class Source:
     may_be_silent = False  # there are rounds in which it has nothing to propose
     behind = 0  # tokens of each row that it has yet to read before it can propose
 
-    def begin(self, model: Transformer, prompts: list[list[int]], start: int, slots: int) -> None:
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
         """A new text: all ids of its prompts, of which `start` stand in the cache of `model`, the one that verifies."""
         raise NotImplementedError
 
@@ -107,7 +106,7 @@ class Source:
         """The new tokens of each row."""
 
     def seconds_behind(self, pos: Tensor, filled: int) -> float:
-        """What reading one token costs that it is behind. Uses the slots after pos."""
+        """What reading a few tokens costs that it is behind. Uses the slots after pos."""
         return 0.0
 
 
@@ -119,7 +118,7 @@ class PromptLookup(Source):
 
     may_be_silent = True
 
-    def begin(self, model: Transformer, prompts: list[list[int]], start: int, slots: int) -> None:
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
         self.rows = [_History(prompt) for prompt in prompts]
 
     def extend(self, rows: list[list[int]]) -> None:
@@ -190,16 +189,17 @@ class DraftModel(Source):
 
     def __init__(self, model: Transformer, step: Callable = draft_one_token, forward: Callable = forward_chunk):
         self.model, self.step, self.forward = model, step, forward
-        self.filled = 0  # slots of its cache that hold the text
+        self.filled = 0  # slots of its cache that hold the text, in every row
         self.skipped: list[Tensor] = []  # tokens [B, 1] that it has not read
 
     @property
     def behind(self) -> int:
         return len(self.skipped)
 
-    def begin(self, model: Transformer, prompts: list[list[int]], start: int, slots: int) -> None:
+    @torch.inference_mode()
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
         """Read the prompts, but for what its own cache still holds."""
-        cache = self.model.layers[0].attention.kv_cache
+        cache, slots = self.model.layers[0].attention.kv_cache, len(model.slots)
         if cache is None or cache.k.shape[0] < len(prompts) or cache.k.shape[2] < slots:
             self.model.setup_caches(len(prompts), slots)
             self.filled = 0
@@ -209,10 +209,14 @@ class DraftModel(Source):
         self.barred = torch.arange(own, device=self.model.device) >= self.vocab_size if own > self.vocab_size else None
         unread = [[min(token, own - 1) for token in prompt[start:]] for prompt in prompts]
         prefill(self.model, unread, Sampling(temperature=0), start, self.forward)
-        self.n_rows, self.filled, self.skipped = len(prompts), min(map(len, prompts)), []
+        self.lengths, self.skipped = [len(prompt) for prompt in prompts], []
+        self.filled = min(self.lengths)
+
+    def extend(self, rows: list[list[int]]) -> None:
+        self.lengths = [length + len(ids) for length, ids in zip(self.lengths, rows, strict=True)]
 
     def kinds(self) -> list[int]:
-        return [1] * self.n_rows
+        return [1] * len(self.lengths)
 
     def propose(
         self, recent: Tensor, pos: Tensor, filled: int, k: int, sampling: Sampling
@@ -230,7 +234,7 @@ class DraftModel(Source):
             draft.append(token)
             probs.append(distribution)
             places = places[:, -1:] + 1
-        self.filled = filled
+        self.filled = min(self.lengths)
         draft = torch.cat(draft, 1).to(device)
         return draft, None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
 
@@ -244,7 +248,7 @@ class DraftModel(Source):
             began = time.perf_counter()
             self.catch_up(pos.expand(-1, n) * 0, pos, filled + n).flatten()[0].item()
             seconds.append(time.perf_counter() - began)
-        return min(seconds) / n
+        return min(seconds)
 
     def catch_up(self, tokens: Tensor, pos: Tensor, filled: int) -> Tensor:
         """Read tokens [B, n], which stand before pos [B, 1]; logits [B, V] of the first."""
@@ -302,10 +306,11 @@ class AdaptiveLength:
     """The k that promises most tokens a second, from what was accepted and what rounds cost.
 
     A budget bounds the loss: what rounds took longer than plain steps would have may not exceed what others gained,
-    two steps at the start and a fiftieth of the time. What is left of it tries speculation again.
+    one and a half steps at the start and a hundredth of the time. What is left of it tries speculation again.
     """
 
-    FREE_STEPS, SHARE, MOST_STEPS = 2.0, 0.02, 4.0
+    FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
+    MARGIN = 1.05  # what it must promise over plain steps: costs are not known better
 
     def __init__(self, costs: "Costs"):
         self.costs, self.credit = costs, self.FREE_STEPS * costs.rounds[0]
@@ -318,32 +323,33 @@ class AdaptiveLength:
         if not any(kinds) or not affordable:
             return 0
         best = max(affordable, key=lambda k: self.tokens(kinds, k) / costs[k])
-        pays = self.tokens(kinds, best) / costs[best] > 1 / plain
+        pays = self.tokens(kinds, best) / costs[best] > self.MARGIN / plain
         return best if pays else affordable[0]
 
     def tokens(self, kinds: list[int], k: int) -> float:
         """New tokens of a round, on average over the rows."""
-        return 1 + statistics.mean(self.odds.setdefault(kind, Odds()).expected(k) if kind else 0.0 for kind in kinds)
+        return 1 + sum(self.odds.setdefault(kind, Odds()).expected(k) for kind in kinds if kind) / len(kinds)
 
     def learn(self, kinds: list[int], k: int, behind: int, counts: list[int]) -> None:
         for kind, count in zip(kinds, counts, strict=True):
             if kind and count:  # none: the row has ended
                 self.odds.setdefault(kind, Odds()).learn(count - 1, k)
         running = [count for count in counts if count]
-        worth = statistics.mean(running) * self.costs.rounds[0] if running else 0.0
+        worth = sum(running) / max(len(running), 1) * self.costs.rounds[0]
         self.credit += (1 + self.SHARE) * worth - self.costs.of(k, behind)
         self.credit = min(self.credit, self.MOST_STEPS * self.costs.rounds[0])
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round with k tokens proposed, and of reading one token that the source is behind."""
+    """Seconds of a round with k tokens proposed, and of a pass over a few tokens that the source is behind."""
 
     rounds: dict[int, float]
     behind: float = 0.0
 
     def of(self, k: int, behind: int) -> float:
-        return self.rounds[k] + (behind * self.behind if k else 0.0)
+        reading = self.behind * (1 + behind / 32) if k and behind else 0.0  # so it grows with the tokens, or slower
+        return self.rounds[k] + reading
 
 
 # ---------------------------------------------------------------- the loop
@@ -385,15 +391,15 @@ class Speculation:
 
         The text stays as it is: the slots written lie beyond it.
         """
-        seconds = {k: [] for k in self.lengths}
-        for _ in range(3 + times):  # a CUDA graph warms up, is captured, then replayed
-            for k, each in seconds.items():
-                began = time.perf_counter()
-                self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
-                each.append(time.perf_counter() - began)
-        rounds = {k: statistics.median(each[3:]) for k, each in seconds.items()}
+        seconds = {k: float("inf") for k in self.lengths}
+        for _ in range(3):  # the first time each compiles, warms up and on CUDA is captured
+            for k in self.lengths:
+                for _ in range(times):  # one k at a time, as they run: a change costs a tenth of a step
+                    began = time.perf_counter()
+                    self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
+                    seconds[k] = min(seconds[k], time.perf_counter() - began)  # a busy machine only adds
         behind = self.source.seconds_behind(pos, filled) if self.k is None else 0.0
-        self.costs[len(recent)] = Costs(rounds, behind)
+        self.costs[len(recent)] = Costs(seconds, behind)
 
 
 @torch.inference_mode()
@@ -405,16 +411,14 @@ def speculate(
     budget: int,
     sampling: Sampling,
     speculation: Speculation,
-    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Stream of (tokens [B, k + 1], count [B]) on the host, the first count[b] of row b being new.
 
     token, pos [B, 1]: each row's first token after its prompt, and its position. It ends when every row has `budget`
-    tokens more; a row that has them gets none while others go on. The caches must hold `speculation.look_ahead` slots
-    more than the text. start: tokens of the prompts that were in the cache before.
+    tokens more; a row that has them gets none while others go on. The source has begun with these prompts. The caches
+    must hold `speculation.look_ahead` slots more than the text.
     """
     source, limit = speculation.source, pos + budget
-    source.begin(model, prompts, start, len(model.slots))
     source.extend(token.tolist())
     recent = torch.cat((torch.tensor([[ids[-1]] for ids in prompts], device=token.device), token), 1)
     places, last = pos.flatten().tolist(), limit.flatten().tolist()

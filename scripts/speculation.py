@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DEFAULT_CHECKPOINT, load_model, require_writable, write_json
+from checkpoint import DEFAULT_CHECKPOINT, load_model, random_model, require_writable, write_json
 from decoding import Sampling, compile_step, decode_one_token
 from generate import Row, Timing, acceptance, run_batch, setup_caches
 from qlinear import quant_spec
@@ -83,6 +83,7 @@ TEXTS = {
     "free prose: a letter": "Write a formal complaint about a delayed train.",
 }
 NEW_TOKENS = 128
+REGISTRY_NAME = "SmolLM2-135M"
 
 
 def run(model, ids: list[int], tokenizer, step, speculation: Speculation | None) -> tuple[float, dict]:
@@ -127,14 +128,15 @@ def make_ways(target, device: torch.device, draft_path: Path, which: list[str]) 
     """Plain decoding and every kind of speculation in `which`, each with compiled functions of its own."""
     ways: dict[str, Speculation | None] = {"plain": None}
     for way in which:
-        source, _, k = way.partition(" ")
-        if source == "ngram":
+        name, _, k = way.partition(" ")
+        if name == "ngram":
             source = PromptLookup()
         else:
-            draft = load_model(draft_path, device, target.dtype, quantize=quant_spec(source, None))
+            spec = quant_spec("int4" if name == "useless" else name, None)
+            useless = random_model(REGISTRY_NAME, device, target.dtype, quantize=spec) if name == "useless" else None
+            draft = useless or load_model(draft_path, device, target.dtype, quantize=spec)
             source = DraftModel(draft, compile_step(draft_one_token, device))
-        k = None if k == "auto" else int(k)
-        ways[way] = Speculation(source, k, compile_step(verify, device))
+        ways[way] = Speculation(source, None if k == "auto" else int(k), compile_step(verify, device))
     return ways
 
 
@@ -172,8 +174,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--ways",
         nargs="+",
-        default=["ngram 4", "ngram auto", "int4 2", "int4 auto"],
-        help="a source, ngram or the draft's precision, and k (default: %(default)s)",
+        default=["ngram 4", "ngram auto", "int4 2", "int4 auto", "useless auto"],
+        help="a source (ngram, the precision of a draft of the same weights, or useless: random ones) and k "
+        "(default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="times each way runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")

@@ -1,6 +1,7 @@
 """The library behind the command: streams of ids, rows that end, prompt files, conversations."""
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from checkpoint import load_model, save_checkpoint
 from decoding import Sampling
 from generate import Conversation, Row, Timing, generate, read_prompt_file, run_batch, setup_caches
 from model import ModelArgs, Transformer
+from speculative import DraftModel, PromptLookup, Speculation
 from tokenizer import TextStream, load_tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -157,6 +159,7 @@ def test_row_ends_at_end_of_text_whose_id_is_counted(tiny):
         "prompt_tokens": 1,
         "new_tokens": len(ids) + 1,
         "token_ids": [*ids, eos],
+        "accept_lengths": [],
         "text": "the cat",
         "finish_reason": "eos",
     }
@@ -229,6 +232,156 @@ def test_streamed_text_of_random_ids_equals_the_decoded_whole(tiny):
     stream = TextStream(tiny.tokenizer)
     text = "".join(stream.push([token]) for token in ids) + stream.finish()
     assert text == tiny.tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------- speculation
+
+SOURCES = ["ngram", "same", "near", "other"]  # the text itself; drafts that always, sometimes and never agree
+PROMPTS = [[50, 60, 70], [7, 8, 9, 7, 8, 9, 7, 8], [40]]
+
+
+@pytest.fixture(scope="module")
+def drafts(tiny, tmp_path_factory):
+    other = make_tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
+    paths = {"same": tiny.path, "near": tiny.path, "other": other}
+    drafts = {name: load_model(path, dtype=torch.float32) for name, path in paths.items()}
+    torch.manual_seed(0)
+    for parameter in drafts["near"].parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return drafts
+
+
+def speculation_of(drafts, source, k=5):
+    return Speculation(PromptLookup() if source == "ngram" else DraftModel(drafts[source]), k)
+
+
+def finished(it, prompts, speculation=None, budget=24, stop=(), eos_ids=frozenset()):
+    """The rows of a batch, ended, of which the first knows eos_ids, and the timing."""
+    rows = [Row(prompt, it.tokenizer, budget, list(stop), True) for prompt in prompts]
+    rows[0].eos_ids = eos_ids
+    shown, timing = [""] * len(rows), Timing()
+    setup_caches(it.model, len(prompts), max(map(len, prompts)) + budget, speculation)
+
+    def show(row, text):
+        shown[rows.index(row)] += text
+
+    run_batch(it.model, rows, GREEDY, timing, 0.0, show, speculation=speculation)
+    assert shown == [row.stream.text for row in rows]
+    return rows, timing
+
+
+def ends(rows):
+    return [(row.token_ids, row.stream.text, row.finish_reason) for row in rows]
+
+
+@pytest.mark.parametrize("k", [1, 5, None])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("reason", ["length", "stop", "eos"])
+def test_rows_end_as_without_speculation(tiny, drafts, source, k, reason):
+    plain, _ = finished(tiny, PROMPTS)
+    how = {
+        "length": {},
+        "stop": {"stop": [plain[0].stream.text[3:5]]},
+        "eos": {"eos_ids": frozenset([new_id_at(plain[0].token_ids, 3)])},
+    }[reason]
+    expected = ends(finished(tiny, PROMPTS, **how)[0])
+    assert expected[0][2] == reason
+    rows, timing = finished(tiny, PROMPTS, speculation_of(drafts, source, k), **how)
+    assert ends(rows) == expected
+    for row in rows:
+        taken = [1 + accepted for _, accepted in row.rounds]
+        assert all(0 <= accepted <= proposed <= (k or 8) for proposed, accepted in row.rounds)
+        assert sum(taken) - taken[-1] < len(row.token_ids) - 1 <= sum(taken)  # none after the one that ended it
+        assert len(row.rounds) <= timing.steps
+    assert max(len(row.rounds) for row in rows) == timing.steps
+
+
+def new_id_at(ids, least):
+    """An id that first comes at place `least` or a later one."""
+    return next(token for at, token in enumerate(ids) if at >= least and token not in ids[:at])
+
+
+def test_rounds_of_a_row_that_ends_within_a_chunk(tiny, drafts):
+    """A draft with the model's own weights is always right, so each round of k = 5 brings 6 tokens."""
+    plain, _ = finished(tiny, PROMPTS[:2])
+    end = new_id_at(plain[0].token_ids, 8)
+    at = plain[0].token_ids.index(end)
+    assert at in range(8, 12), "choose another prompt: the row is to end within the second round, places 7 to 12"
+    rows, timing = finished(tiny, PROMPTS[:2], speculation_of(drafts, "same"), eos_ids=frozenset([end]))
+    assert [len(row.token_ids) for row in rows] == [at + 1, 24]
+    assert rows[0].rounds == [(5, 5)] * 2
+    assert rows[1].rounds == [(5, 5)] * 3 + [(5, 4)]  # 1 + 3 x 6 = 19, and the last five
+    assert (timing.steps, timing.draft_steps, timing.decoded_tokens) == (4, 20, at + 23)
+
+
+def test_drafts_agree_as_their_names_say(tiny, drafts):
+    def accepted(source):
+        rows, _ = finished(tiny, PROMPTS, speculation_of(drafts, source, 3))
+        return [accepted for row in rows for _, accepted in row.rounds]
+
+    assert {*accepted("near")} >= {0, 1, 2, 3}, "tests of partly right drafts test nothing"
+    assert sum(accepted("other")) < sum(accepted("near")) < sum(accepted("same"))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_generate_yields_the_same_ids_with_speculation(tiny, drafts, source):
+    speculation, rows = speculation_of(drafts, source, 4), [[] for _ in PROMPTS]
+    setup_caches(tiny.model, len(PROMPTS), 8 + 30, speculation)
+    for chunk in generate(tiny.model, PROMPTS, 30, GREEDY, speculation=speculation):
+        assert any(chunk) and max(map(len, chunk)) <= 5
+        for row, ids in zip(rows, chunk, strict=True):
+            row += ids
+    assert rows == ids_of(tiny.model, PROMPTS, 30)
+
+
+@pytest.mark.parametrize("source", ["ngram", "same"])
+@pytest.mark.parametrize("k", [1, 8, 64])
+@pytest.mark.parametrize("length", [480, 250], ids=["fills the context", "crosses a size of the cache"])
+def test_speculation_at_the_ends_of_caches(tiny, drafts, source, k, length):
+    """480 and 32 more make 512, what model and draft were made for; a step attends to 256 slots, then to 512."""
+    prompt = [10 + i % 240 for i in range(length)]
+    (plain,), _ = finished(tiny, [prompt], budget=32)
+    (row,), _ = finished(tiny, [prompt], speculation_of(drafts, source, k), budget=32)
+    assert row.token_ids == plain.token_ids and len(row.token_ids) == 32
+
+
+def test_draft_with_a_shorter_context_is_refused(tiny, tmp_path):
+    draft = load_model(make_tiny_checkpoint(tmp_path, context=64), dtype=torch.float32)
+    speculation = Speculation(DraftModel(draft), 5)
+    setup_caches(tiny.model, 1, 64, speculation)
+    with pytest.raises(ValueError, match="the draft's context of 64 is shorter than the 65 positions asked for; use"):
+        setup_caches(tiny.model, 1, 65, speculation)
+
+
+@pytest.mark.parametrize(
+    "rounds, mean, rate, printed",
+    [
+        ([], None, None, ""),
+        ([[(4, 4), (4, 0)], [(4, 2)]], 2.0, 0.5, "[0.333, 0.000, 0.333, 0.000, 0.333]\nMean Accepted: 2.00, 50%"),
+        ([[(2, 1), (0, 0)], [(2, 0), (0, 0)]], 0.25, 0.25, "[0.750, 0.250]\nMean Accepted: 0.25, 25%"),
+        ([[(0, 0)]], 0.0, None, "[1.000]\nMean Accepted: 0.00"),
+    ],
+)
+def test_acceptance(tiny, capsys, rounds, mean, rate, printed):
+    timing = Timing(rows=[row_of(tiny) for _ in rounds])
+    for row, pairs in zip(timing.rows, rounds, strict=True):
+        row.rounds = pairs
+        assert row.to_json()["accept_lengths"] == [accepted for _, accepted in pairs]
+    assert program.acceptance([timing, Timing()]) == {"mean_accepted": mean, "acceptance_rate": rate}
+    assert program.acceptance([timing, timing]) == program.acceptance([timing])
+    program.report_acceptance(timing)
+    assert printed in capsys.readouterr().err
+
+
+def test_bytes_read(tiny):
+    """The tiny model by hand: wqkv, wo, w13, w2 and two norms a layer; the last norm and the tied head."""
+    layer = 8 * 16 * 64 + 64 * 64 + 2 * 96 * 64 + 96 * 64 + 2 * 64
+    size = 2 * layer + 64 + tiny.tokenizer.vocab_size * 64
+    draft = DraftModel(load_model(tiny.path, dtype=torch.bfloat16))
+    timings = [Timing(steps=3, draft_steps=12), Timing(steps=1, draft_steps=5)]
+    assert program.bytes_read(timings, tiny.model, None) == 4 * (4 * size)
+    assert program.bytes_read(timings, tiny.model, Speculation(PromptLookup(), 4)) == 4 * (4 * size)
+    assert program.bytes_read(timings, tiny.model, Speculation(draft, 4)) == 4 * (4 * size) + 17 * (2 * size)
 
 
 # ---------------------------------------------------------------- prompt files
@@ -378,6 +531,89 @@ def test_without_a_template_a_conversation_continues_the_text(tmp_path):
     conversation.turn(" sat", GREEDY, PLAIN)
     prompt = first + it.tokenizer.encode(" sat")
     assert conversation.history == prompt + ids_of(it.model, [prompt], 8)[0]
+
+
+def answers(it, turns, speculation, context=512, budget=16):
+    """The text after each turn, as ids, and what the cache is said to hold; "/reset" clears the conversation."""
+    conversation = conversation_of(it, context, budget)
+    setup_caches(it.model, 1, context, speculation)
+    texts = []
+    for text in turns:
+        if text == "/reset":
+            conversation.reset()
+        else:
+            conversation.turn(text, GREEDY, PLAIN | {"speculation": speculation})
+        texts.append((conversation.history, conversation.cached, list(conversation.messages)))
+    return texts
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_conversation_with_speculation_equals_one_without(tiny, drafts, source):
+    turns = ["the cat sat", "the dog", "a", "/reset", "hat", "the cat sat on the mat"]
+    for k in (3, None):
+        assert answers(tiny, turns, speculation_of(drafts, source, k)) == answers(tiny, turns, None)
+
+
+@pytest.mark.parametrize("source", ["ngram", "near"])
+def test_conversation_with_speculation_fills_the_context(tiny, drafts, source, capsys):
+    plain = answers(tiny, ["hat"], None, context=40, budget=200)
+    assert answers(tiny, ["hat"], speculation_of(drafts, source), context=40, budget=200) == plain
+    assert len(plain[0][0]) == 40
+    assert capsys.readouterr().err.count("the context is full, /reset clears it") == 2
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_conversation_with_speculation_after_an_interrupted_answer(tiny, drafts, source, at, monkeypatch, capsys):
+    conversation, whole, pieces = conversation_of(tiny, 512, budget=40), program.write, []
+    speculation = speculation_of(drafts, source, 3)
+    setup_caches(tiny.model, 1, 512, speculation)
+
+    def interrupt(text):
+        pieces.append(text)
+        if len(pieces) == at:
+            raise KeyboardInterrupt
+        whole(text)
+
+    monkeypatch.setattr(program, "write", interrupt)
+    conversation.turn("the cat", GREEDY, PLAIN | {"speculation": speculation})
+    assert "[interrupted]" in capsys.readouterr().err and len(conversation.history) < 40
+    monkeypatch.setattr(program, "write", whole)
+    ids = conversation.prompt_ids("the dog")
+    assert program.shared_prefix(ids, conversation.cached) > 5
+    conversation.turn("the dog", GREEDY, PLAIN | {"speculation": speculation})
+    answer = conversation.history[len(ids) :]
+    assert answer == ids_of(tiny.model, [ids], 40)[0]
+
+
+@pytest.mark.parametrize("source", SOURCES[1:])
+@pytest.mark.parametrize("k", [3, None])
+def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, source, k):
+    speculation, read = speculation_of(drafts, source, k), []
+    draft = speculation.source
+
+    def forward(model, tokens, *others):
+        read.append(tokens.shape[1])
+        return program.forward_chunk(model, tokens, *others)
+
+    draft.forward = forward
+    conversation = conversation_of(tiny, 512)
+    setup_caches(tiny.model, 1, 512, speculation)
+    for text, budget in [("the dog ate the hat", 11), ("a", 12), ("", 0), ("hat", 1), ("the cat sat", 20), ("he", 13)]:
+        if not text:
+            conversation.reset()
+            continue
+        ids, conversation.args.max_new_tokens = conversation.prompt_ids(text), budget
+        start = min(program.shared_prefix(ids, conversation.cached), len(ids) - 1, draft.filled)
+        read.clear()
+        conversation.turn(text, GREEDY, PLAIN | {"speculation": speculation})
+        assert read[0] == len(ids) - start
+        assert len(ids) <= draft.filled < len(conversation.history)
+        fresh = copy.deepcopy(draft.model)
+        fresh(torch.tensor([conversation.history[: draft.filled]]), torch.arange(draft.filled)[None])
+        for ours, truth in zip(draft.model.layers, fresh.layers, strict=True):
+            ours, truth = (layer.attention.kv_cache.k[:, :, : draft.filled] for layer in (ours, truth))
+            torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("a, b, n", [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 3, 4], 1)])

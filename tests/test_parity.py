@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 from checkpoint import load_model
 from decoding import Sampling, compile_step, decode_one_token, forward_chunk
 from generate import generate, setup_caches
+from qlinear import QuantSpec
+from speculative import DraftModel, PromptLookup, Speculation
 from tokenizer import load_tokenizer
 
 NEW_TOKENS = 24
@@ -112,6 +114,20 @@ def test_ragged_batches(model, prompts, expected):
     for begin in range(0, len(order), 7):
         some = order[begin : begin + 7]
         assert ours(model, [prompts[i] for i in some]) == [expected[i] for i in some]
+
+
+@pytest.mark.parametrize("source", ["ngram", "draft"])
+def test_speculation(model, prompts, expected, default_gguf, source):
+    """In batches, with the same weights in int4 as the draft; k = 4."""
+    if source == "draft":
+        source = DraftModel(load_model(default_gguf, dtype=torch.float32, quantize=QuantSpec(4, 32)))
+    else:
+        source = PromptLookup()
+    speculation = Speculation(source, 4)
+    setup_caches(model, 8, max(map(len, prompts)) + NEW_TOKENS, speculation)
+    for begin in range(0, len(prompts), 8):
+        rows = slice(begin, begin + 8)
+        assert ours(model, prompts[rows], speculation=speculation) == expected[rows]
 
 
 @pytest.mark.parametrize("n_rows", [1, 6])

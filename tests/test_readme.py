@@ -22,7 +22,7 @@ INLINE = [code for code in re.findall(r"`(python [^`]+)`", README) if ".py" in c
 COMMANDS = [line for line in [*BASH, *INLINE] if line and not line.startswith("#")]
 
 
-def of(prefix):
+def of(prefix: str | tuple):
     return [command for command in COMMANDS if command.startswith(prefix)]
 
 
@@ -46,7 +46,7 @@ def test_every_command_is_tried_below():
         "./scripts/prepare.sh",
     )
     assert [command for command in COMMANDS if not command.startswith(known)] == []
-    assert len(of("python generate.py")) >= 6
+    assert len(of("python generate.py")) >= 9
 
 
 @pytest.mark.parametrize("command", of("python generate.py"))
@@ -59,6 +59,8 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
         args = replaced(args, "--random_weights", "stories15M")
     else:
         args = replaced(args, "--checkpoint_path", default_model_dir / "model.pth")
+    if "--draft_checkpoint_path" in args:
+        args = replaced(args, "--draft_checkpoint_path", default_model_dir / "model.pth")
     if "--prompt_file" in args:
         (tmp_path / "prompts.txt").write_text("One\nTwo and three\n", encoding="utf-8")
         args = replaced(args, "--prompt_file", tmp_path / "prompts.txt")
@@ -131,7 +133,9 @@ def test_scripts_are_there_and_parse(command):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
-@pytest.mark.parametrize("command", of("python scripts/benchmark.py") + of("python scripts/quality.py"))
+@pytest.mark.parametrize(
+    "command", of("python scripts/benchmark") + of("python scripts/quality") + of("python scripts/spec")
+)
 def test_benchmarks_parse(command, run_cli):
     """They take minutes, and peers that are not installed here."""
     done = run_cli(*shlex.split(command)[1:], "--help")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tokenizer import TextStream, load_tokenizer, save_tokenizer
+from tokenizer import TextStream, load_tokenizer, require_same_vocabulary, save_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -269,6 +269,39 @@ def test_merges_come_from_scores(backends):
     """Worked by hand: `▁the` is one piece of the corpus, `zq` is none."""
     tokens = backends["gguf"].encode("the", add_special_tokens=False)
     assert [backends["gguf"]._backend.tokenizer.id_to_token(i) for i in tokens] == ["▁the"]
+
+
+# ---------------------------------------------------------------- one vocabulary or two
+
+
+def test_a_vocabulary_is_the_same_in_every_format(default_gguf, backends, tmp_path):
+    save_tokenizer(default_gguf, tmp_path)  # as tokenizer.json
+    pairs = [(load_tokenizer(default_gguf), load_tokenizer(tmp_path)), (backends["sentencepiece"], backends["gguf"])]
+    for one, other in pairs:
+        assert type(one.vocabulary()) is dict and len(one.vocabulary()) == one.vocab_size
+        require_same_vocabulary(one, other)
+        require_same_vocabulary(other, one)
+
+
+def test_other_vocabularies_are_told_apart_by_their_first_token_that_differs(backends, tmp_path):
+    ours, changed, longer = backends["byte_level"], train_byte_level().to_str(), train_byte_level()
+    changed = tokenizers.Tokenizer.from_str(changed.replace("<|im_end|>", "<|end|>"))
+    changed.add_tokens(["<|last|>"])
+    longer.add_tokens(["<|last|>"])
+    changed, longer = (
+        load_tokenizer(write_folder(tmp_path / name, tokenizer))
+        for name, tokenizer in (("changed", changed), ("longer", longer))
+    )
+    last = ours.vocab_size
+    for one, other, message in (
+        (ours, changed, r"its token 2 is '<\|end\|>', the model's is '<\|im_end\|>'; use a draft of the model's own"),
+        (ours, longer, rf"its token {last} is '<\|last\|>', the model's is missing"),
+        (longer, ours, rf"its token {last} is missing, the model's is '<\|last\|>'"),
+        (backends["sentencepiece"], ours, r"its token 0 is '<s>', the model's is '<unk>'"),
+    ):
+        with pytest.raises(ValueError, match=f"^the draft has another tokenizer: {message}"):
+            require_same_vocabulary(one, other)
+        require_same_vocabulary(other, other)
 
 
 # ---------------------------------------------------------------- what stands beside the vocabulary
