@@ -339,7 +339,7 @@ def test_generate_yields_the_same_ids_with_speculation(tiny, drafts, source):
 @pytest.mark.parametrize("length", [480, 250], ids=["fills the context", "crosses a size of the cache"])
 def test_speculation_at_the_ends_of_caches(tiny, drafts, source, k, length):
     """480 and 32 more make 512, what model and draft were made for; a step attends to 256 slots, then to 512."""
-    prompt = [10 + i % 240 for i in range(length)]
+    prompt = torch.randint(256, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     (plain,), _ = finished(tiny, [prompt], budget=32)
     (row,), _ = finished(tiny, [prompt], speculation_of(drafts, source, k), budget=32)
     assert row.token_ids == plain.token_ids and len(row.token_ids) == 32
@@ -597,10 +597,20 @@ def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, s
         return program.forward_chunk(model, tokens, *others)
 
     draft.forward = forward
-    conversation = conversation_of(tiny, 512)
+    tokenizer = copy.copy(tiny.tokenizer)
+    tokenizer.chat_template = None  # so that the text is never encoded anew
+    conversation = conversation_of(SimpleNamespace(model=tiny.model, tokenizer=tokenizer), 512)
     setup_caches(tiny.model, 1, 512, speculation)
-    for text, budget in [("the dog ate the hat", 11), ("a", 12), ("", 0), ("hat", 1), ("the cat sat", 20), ("he", 13)]:
-        if not text:
+    turns = [
+        ("the dog ate the hat", 11),
+        ("a cat", 12),
+        ("/reset", 0),
+        ("the hat", 1),
+        ("the cat sat", 20),
+        ("he ate", 9),
+    ]
+    for text, budget in turns:
+        if text == "/reset":
             conversation.reset()
             continue
         ids, conversation.args.max_new_tokens = conversation.prompt_ids(text), budget

@@ -139,10 +139,12 @@ def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
     assert [proposed for proposed, _ in rounds[:again]] == [0] * (again - 1) + [3]
 
 
-def test_rows_that_have_their_budget_get_none_while_others_go_on():
-    def second_row_slowly(model, tokens, pos, slots, limit, *others):
-        return verify(model, tokens, pos, slots, torch.minimum(limit, pos + tensor([[9], [1]])), *others)
+def second_row_slowly(model, tokens, pos, slots, limit, *others):
+    """Verify, but the second row goes on by one token a round."""
+    return verify(model, tokens, pos, slots, torch.minimum(limit, pos + tensor([[9], [1]])), *others)
 
+
+def test_rows_that_have_their_budget_get_none_while_others_go_on():
     model, prompts = tiny_model(), random_prompts(6, 11)
     plain = plainly(model, prompts, 13)
     speculation = Speculation(DraftModel(deepcopy(model)), 4, second_row_slowly)
@@ -347,6 +349,20 @@ def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, tu
     rows, rounds = speculated(model, second, 10, speculation, min(lengths) + 9)
     assert_all_accepted(rounds, 9)
     assert rows == plainly(model, second, 10)
+
+
+def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkeypatch):
+    model, prompts = tiny_model(), random_prompts(6, 11)
+    chosen = iter([InTurn([4, 4, 0, 0, 0, 0, 4]), InTurn([4])])
+    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: next(chosen))
+    speculation = Speculation(DraftModel(deepcopy(model)), None, second_row_slowly, {2: CHEAP})
+    setup_caches(model, 2, 64, speculation)
+    answers, rounds = speculated(model, prompts, 10, speculation)
+    assert [counts for _, counts in rounds] == [[5, 1], [4, 1]] + [[0, 1]] * 7
+    speculation.verify = verify
+    second = [prompt + answer + [5, 6, 7] for prompt, answer in zip(prompts, answers, strict=True)]
+    _, rounds = speculated(model, second, 10, speculation, 6 + 9)
+    assert_all_accepted(rounds, 9)
 
 
 def test_measuring_costs_leaves_the_text_as_it_is():
