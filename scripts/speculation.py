@@ -148,7 +148,7 @@ def table(result: dict) -> str:
     for name, facts in result["texts"].items():
         cells = [f"{facts['plain']['tok_s']:.0f} tok/s"]
         for way in ways:
-            cells.append(f"x{facts[way]['ratio']:.2f} ({facts[way]['mean_accepted']:.1f} accepted a round)")
+            cells.append(f"x{facts[way]['ratio']:.2f} ({facts[way]['mean_accepted']:.1f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
