@@ -801,7 +801,7 @@ def interactive(model, tokenizer, context: int, sampling: Sampling, options: dic
     if args.system is not None and tokenizer.chat_template is None:
         raise ValueError("--system needs a chat template, and this model has none; leave it out")
     setup_caches(model, 1, context, options["speculation"])
-    length = min(context // 2, 64)
+    length = min(-(-context // 2), 64)
     prepare(lambda: warm_up(model, [[length]], context - length, sampling, **options), args)
     if tokenizer.chat_template is None:
         say("This model has no chat template: it continues your text.")

@@ -377,9 +377,6 @@ def test_prompt_lookup_needs_no_tokenizer(in_process):
     assert "Mean Accepted" in guessed.err and "Mean Accepted" not in plain.err
 
 
-LOADS_FIRST = pytest.mark.xfail(strict=True, reason="known only after the models are loaded")
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -397,7 +394,6 @@ LOADS_FIRST = pytest.mark.xfail(strict=True, reason="known only after the models
         ("--random_weights stories15M --draft_checkpoint_path OTHER", "no tokenizer that a draft could share"),
         ("--draft_checkpoint_path OTHER --output_json OTHER", "this run reads it"),
         ("--draft_checkpoint_path OTHER --draft_device tpu", "device 'tpu' is unknown; use one of cuda, mps, cpu"),
-        pytest.param("--draft_checkpoint_path /no/such/draft", "/no/such/draft", marks=LOADS_FIRST),
     ],
 )
 def test_bad_speculation_is_an_error_before_the_model_loads(in_process, capsys, flags, message):
@@ -447,7 +443,6 @@ def test_draft_whose_context_just_fits(in_process):
 
 
 @pytest.mark.parametrize("flags", ["--speculate ngram", "--draft_checkpoint_path OTHER"])
-@pytest.mark.xfail(strict=True, reason="the warm-up takes a prompt of half the context, here of no token")
 def test_conversation_in_a_context_of_one_token_says_it_is_full(in_process, flags):
     printed = in_process("--interactive", "--max_seq_length", 1, *flags.split(), input="he\n")
     assert "error: the context of 1 tokens is full" in printed.err

@@ -267,10 +267,21 @@ def test_a_turn_that_goes_back_to_an_earlier_place_equals_one_from_scratch():
 def test_a_draft_makes_its_own_caches_where_they_are_missing_or_small():
     model = tiny_model()
     draft = DraftModel(deepcopy(model))
-    for lengths, slots in [((5,), 40), ((5, 9), 40), ((5, 9), 80), ((4,), 30)]:
+    for lengths, slots in [((5,), 40), ((5, 9), 40), ((5, 50), 80), ((4,), 30)]:
         model.setup_caches(len(lengths), slots)
         _, rounds = speculated(model, random_prompts(*lengths), 15, Speculation(draft, 4))
         assert_all_accepted(rounds, 14)
+
+
+def test_a_draft_whose_caches_are_made_anew_reads_all_of_the_text():
+    model, prompts = tiny_model(), random_prompts(20)
+    draft = DraftModel(deepcopy(model))
+    model.setup_caches(1, 40)
+    speculated(model, prompts, 15, Speculation(draft, 4))
+    model.setup_caches(1, 80)
+    prefill(model, prompts, GREEDY)  # without the draft
+    _, rounds = speculated(model, [prompts[0] + [5, 6, 7]], 15, Speculation(draft, 4), start=20)
+    assert_all_accepted(rounds, 14)
 
 
 # ---------------------------------------------------------------- a draft that lags
@@ -403,6 +414,15 @@ def test_a_draft_of_another_vocabulary_size_changes_no_token(k, size):
     assert rows == plain
     if size > 128:  # what it would rather say is barred: it accepts its own proposals
         assert_all_accepted(rounds, 39)
+
+
+def test_a_draft_that_lags_reads_tokens_that_it_lacks(monkeypatch):
+    model, prompts = tiny_model(), random_prompts(12)
+    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
+    (plain,) = plainly(model, prompts, 40)
+    assert max(plain) >= 100
+    speculation = Speculation(DraftModel(with_vocabulary(model, 20)), None, costs={1: CHEAP})
+    assert speculated(model, prompts, 40, speculation)[0] == [plain]
 
 
 @pytest.mark.parametrize("size", [100, 160])
@@ -796,6 +816,13 @@ def test_rows_that_have_ended_or_proposed_nothing_teach_nothing():
     length = AdaptiveLength(CHEAP)
     length.learn([3, 0, 1], 2, 0, [2, 1, 0])
     assert set(length.odds) == {3}
+
+
+def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
+    length = AdaptiveLength(costs_of(0.1))  # a round with 4 takes 1.6 steps
+    before = length.credit
+    length.learn([1, 1, 1], 4, 0, [3, 1, 0])
+    assert length.credit - before == pytest.approx(2 * (1 + AdaptiveLength.SHARE) - 1.6)
 
 
 def test_odds_by_hand():
