@@ -203,7 +203,7 @@ class DraftModel(Source):
         if cache is None or cache.k.shape[0] < len(prompts) or cache.k.shape[2] < slots:
             self.model.setup_caches(len(prompts), slots)
             self.filled = 0
-        start = min(start, self.filled)
+        start = min(start, self.filled) if len(prompts) == 1 else 0  # rows that ended early may hold other tokens
         # one of the two may be padded to more tokens than the tokenizer has
         self.vocab_size, own = model.args.vocab_size, self.model.args.vocab_size
         self.barred = torch.arange(own, device=self.model.device) >= self.vocab_size if own > self.vocab_size else None
