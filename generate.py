@@ -353,8 +353,9 @@ def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: 
         source = PromptLookup()
     else:
         return None
-    k = None if args.speculate_k in (None, "auto") else args.speculate_k
-    return Speculation(source, k, compile_step(verify, model.device) if args.compile else verify)
+    return Speculation(
+        source, args.speculate_k or "auto", compile_step(verify, model.device) if args.compile else verify
+    )
 
 
 def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> DraftModel:

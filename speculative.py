@@ -242,11 +242,12 @@ class DraftModel(Source):
         self.skipped.append(recent[:, :1].to(self.model.device).clamp(max=self.model.args.vocab_size - 1))
 
     def seconds_behind(self, pos: Tensor, filled: int) -> float:
-        n, pos = max(LENGTHS), pos.to(self.model.device) + max(LENGTHS)
+        n = max(LENGTHS)
+        pos = pos.to(self.model.device) + n + 1
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            self.catch_up(pos.expand(-1, n) * 0, pos, filled + n).flatten()[0].item()
+            self.catch_up(torch.zeros_like(pos).expand(-1, n), pos, filled + n).flatten()[0].item()
             seconds.append(time.perf_counter() - began)
         return min(seconds)
 
@@ -357,21 +358,24 @@ class Costs:
 
 @dataclass
 class Speculation:
-    """A source of proposals, how many to ask it for (None: as many as pay), and the function that verifies them."""
+    """A source of proposals, how many to ask it for ("auto": as many as pay), and the function that verifies them."""
 
     source: PromptLookup | DraftModel
-    k: int | None = None
+    k: int | str = "auto"
     verify: Callable = verify
     costs: dict[int, Costs] = field(default_factory=dict)  # of each batch size, once measured
 
     def __post_init__(self):
-        if self.k is not None:
-            check_length(self.k)
+        check_length(self.k)
+
+    @property
+    def adapts(self) -> bool:
+        return self.k == "auto"
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Every number of proposals that a round may have."""
-        if self.k is None:
+        if self.adapts:
             return (0, *LENGTHS)
         return (0, self.k) if self.source.may_be_silent else (self.k,)
 
@@ -398,7 +402,7 @@ class Speculation:
                     began = time.perf_counter()
                     self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
                     seconds[k] = min(seconds[k], time.perf_counter() - began)  # a busy machine only adds
-        behind = self.source.seconds_behind(pos, filled) if self.k is None else 0.0
+        behind = self.source.seconds_behind(pos, filled) if self.adapts else 0.0
         self.costs[len(recent)] = Costs(seconds, behind)
 
 
@@ -418,13 +422,15 @@ def speculate(
     tokens more; a row that has them gets none while others go on. The source has begun with these prompts. The caches
     must hold `speculation.look_ahead` slots more than the text.
     """
+    if budget == 0:
+        return
     source, limit = speculation.source, pos + budget
     source.extend(token.tolist())
     recent = torch.cat((torch.tensor([[ids[-1]] for ids in prompts], device=token.device), token), 1)
     places, last = pos.flatten().tolist(), limit.flatten().tolist()
-    if speculation.k is None and len(prompts) not in speculation.costs:
+    if speculation.adapts and len(prompts) not in speculation.costs:
         speculation.measure(model, recent, pos, limit, max(places) + 1, sampling)
-    length = FixedLength(speculation.k) if speculation.k else AdaptiveLength(speculation.costs[len(prompts)])
+    length = AdaptiveLength(speculation.costs[len(prompts)]) if speculation.adapts else FixedLength(speculation.k)
     while places != last:
         kinds, behind = source.kinds(), source.behind
         k = length.choose(kinds, behind)

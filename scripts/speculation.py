@@ -136,7 +136,7 @@ def make_ways(target, device: torch.device, draft_path: Path, which: list[str]) 
             useless = random_model(REGISTRY_NAME, device, target.dtype, quantize=spec) if name == "useless" else None
             draft = useless or load_model(draft_path, device, target.dtype, quantize=spec)
             source = DraftModel(draft, compile_step(draft_one_token, device))
-        ways[way] = Speculation(source, None if k == "auto" else int(k), compile_step(verify, device))
+        ways[way] = Speculation(source, k if k == "auto" else int(k), compile_step(verify, device))
     return ways
 
 

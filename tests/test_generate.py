@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as program
 from checkpoint import load_model, save_checkpoint
-from decoding import Sampling
+from decoding import Sampling, prefill
 from generate import Conversation, Row, Timing, generate, read_prompt_file, run_batch, setup_caches
 from model import ModelArgs, Transformer
-from speculative import DraftModel, PromptLookup, Speculation
+from speculative import Costs, DraftModel, PromptLookup, Speculation
 from tokenizer import TextStream, load_tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -274,7 +274,7 @@ def ends(rows):
     return [(row.token_ids, row.stream.text, row.finish_reason) for row in rows]
 
 
-@pytest.mark.parametrize("k", [1, 5, None])
+@pytest.mark.parametrize("k", [1, 5, "auto"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("reason", ["length", "stop", "eos"])
 def test_rows_end_as_without_speculation(tiny, drafts, source, k, reason):
@@ -290,7 +290,7 @@ def test_rows_end_as_without_speculation(tiny, drafts, source, k, reason):
     assert ends(rows) == expected
     for row in rows:
         taken = [1 + accepted for _, accepted in row.rounds]
-        assert all(0 <= accepted <= proposed <= (k or 8) for proposed, accepted in row.rounds)
+        assert all(0 <= accepted <= proposed <= (8 if k == "auto" else k) for proposed, accepted in row.rounds)
         assert sum(taken) - taken[-1] < len(row.token_ids) - 1 <= sum(taken)  # none after the one that ended it
         assert len(row.rounds) <= timing.steps
     assert max(len(row.rounds) for row in rows) == timing.steps
@@ -550,7 +550,7 @@ def answers(it, turns, speculation, context=512, budget=16):
 @pytest.mark.parametrize("source", SOURCES)
 def test_conversation_with_speculation_equals_one_without(tiny, drafts, source):
     turns = ["the cat sat", "the dog", "a", "/reset", "hat", "the cat sat on the mat"]
-    for k in (3, None):
+    for k in (3, "auto"):
         assert answers(tiny, turns, speculation_of(drafts, source, k)) == answers(tiny, turns, None)
 
 
@@ -587,9 +587,10 @@ def test_conversation_with_speculation_after_an_interrupted_answer(tiny, drafts,
 
 
 @pytest.mark.parametrize("source", SOURCES[1:])
-@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("k", [3, "auto"])
 def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, source, k):
     speculation, read = speculation_of(drafts, source, k), []
+    speculation.costs[1] = Costs({0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4, 8: 1.8}, 0.1)  # not measured: always the same rounds
     draft = speculation.source
 
     def forward(model, tokens, *others):
@@ -619,11 +620,29 @@ def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, s
         conversation.turn(text, GREEDY, PLAIN | {"speculation": speculation})
         assert read[0] == len(ids) - start
         assert len(ids) <= draft.filled < len(conversation.history)
-        fresh = copy.deepcopy(draft.model)
-        fresh(torch.tensor([conversation.history[: draft.filled]]), torch.arange(draft.filled)[None])
-        for ours, truth in zip(draft.model.layers, fresh.layers, strict=True):
-            ours, truth = (layer.attention.kv_cache.k[:, :, : draft.filled] for layer in (ours, truth))
-            torch.testing.assert_close(ours, truth)
+        assert_holds(draft, conversation.history)
+
+
+def assert_holds(draft, text):
+    """The draft's cache is what its model, reading the text anew, puts there."""
+    fresh = copy.deepcopy(draft.model)
+    fresh(torch.tensor([text[: draft.filled]]), torch.arange(draft.filled)[None])
+    for ours, truth in zip(draft.model.layers, fresh.layers, strict=True):
+        ours, truth = (layer.attention.kv_cache.k[:, :, : draft.filled] for layer in (ours, truth))
+        torch.testing.assert_close(ours, truth)
+
+
+@torch.inference_mode()
+def test_measuring_rounds_leaves_the_text_in_the_cache_of_the_draft(tiny, drafts):
+    speculation, text = speculation_of(drafts, "same", "auto"), [5, 6, 7, 8, 9]
+    setup_caches(tiny.model, 1, 64, speculation)
+    token, pos = prefill(tiny.model, [text], GREEDY)
+    speculation.source.begin(tiny.model, [text])
+    speculation.source.extend(token.tolist())
+    text = [*text, token.item()]
+    speculation.measure(tiny.model, torch.tensor([text[-2:]]), pos, pos + 20, len(text), GREEDY)
+    assert speculation.source.filled == len(text)
+    assert_holds(speculation.source, text)
 
 
 @pytest.mark.parametrize("a, b, n", [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 3, 4], 1)])

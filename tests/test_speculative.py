@@ -82,7 +82,7 @@ def assert_all_accepted(rounds, budget):
 @pytest.mark.parametrize("sliding_window", [None, 8])
 @pytest.mark.parametrize("lengths", [(12,), (1, 17, 6)])
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("k", [1, 2, 4, 7, None])
+@pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_window):
     model, prompts = tiny_model(sliding_window=sliding_window), random_prompts(*lengths)
     plain = plainly(model, prompts, 24)
@@ -92,14 +92,14 @@ def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_wind
 
 
 @pytest.mark.parametrize("lengths", [(12,), (1, 17, 6)])
-@pytest.mark.parametrize("k", [1, 2, 4, 7, None])
+@pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 def test_a_model_accepts_all_of_its_own_proposals(k, lengths):
     model, prompts = tiny_model(), random_prompts(*lengths)
     plain = plainly(model, prompts, 41)
     speculation = Speculation(DraftModel(deepcopy(model)), k, costs={len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 41, speculation)
     assert rows == plain
-    assert {proposed for proposed, _ in rounds} == {k or 8}
+    assert {proposed for proposed, _ in rounds} == {8 if k == "auto" else k}
     assert_all_accepted(rounds, 40)
 
 
@@ -112,7 +112,7 @@ def test_the_better_the_draft_the_fewer_the_rounds():
     assert rounds["itself"] == 8 < rounds["good draft"] < 30 < rounds["bad draft"]
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 7, None])
+@pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 @pytest.mark.parametrize("forgetful", [True, False])
 def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
     model, prompts = tiny_model(), [random_prompts(5)[0] * 5, [3] * 9]
@@ -125,7 +125,7 @@ def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
     if forgetful:
         begun = [sum(counts) for counts in zip(*(counts for _, counts in rounds[:8]), strict=True)]
         assert_all_accepted(rounds[8:], [99 - count for count in begun])
-        assert {proposed for proposed, _ in rounds[8:]} == {k or 8}
+        assert {proposed for proposed, _ in rounds[8:]} == {8 if k == "auto" else k}
 
 
 def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
@@ -153,7 +153,7 @@ def test_rows_that_have_their_budget_get_none_while_others_go_on():
     assert rounds == [(4, [5, 1])] * 2 + [(4, [2, 1])] + [(4, [0, 1])] * 9
 
 
-@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("k", [3, "auto"])
 @pytest.mark.parametrize("budget", [0, 1, 2, 3, 17])
 @pytest.mark.parametrize("source", ["lookup", "itself"])
 def test_the_budget_is_exact(source, budget, k):
@@ -172,7 +172,7 @@ def test_tokens_and_counts_come_to_the_host_as_whole_numbers():
     token, pos = prefill(model, prompts, GREEDY)
     source = PromptLookup()
     source.begin(model, prompts)
-    speculation = Speculation(source, None, costs={2: CHEAP})
+    speculation = Speculation(source, "auto", costs={2: CHEAP})
     tokens, counts = next(speculate(model, prompts, token, pos, 20, GREEDY, speculation))
     assert (tokens.shape, counts.shape) == ((2, 1), (2,))  # none of these tokens came before
     assert tokens.dtype == counts.dtype == torch.long
@@ -182,19 +182,19 @@ def test_tokens_and_counts_come_to_the_host_as_whole_numbers():
 
 
 @pytest.mark.parametrize("source", ["lookup", "good draft", "itself"])
-@pytest.mark.parametrize("k", [1, 4, 7, None])
+@pytest.mark.parametrize("k", [1, 4, 7, "auto"])
 @pytest.mark.parametrize("lengths", [(20,), (3, 20)])
 def test_prompt_and_budget_may_fill_the_cache_exactly(lengths, k, source):
     model, prompts = tiny_model(max_seq_length=48), random_prompts(*lengths)
     plain = plainly(model, prompts, 28)
-    speculation = Speculation(SOURCES[source](model), k)  # where k is None, measuring costs takes the most slots
+    speculation = Speculation(SOURCES[source](model), k)  # where k is auto, measuring costs takes the most slots
     setup_caches(model, len(prompts), 48, speculation)
     assert len(model.slots) == 48 + speculation.look_ahead
     assert speculated(model, prompts, 28, speculation)[0] == plain
 
 
 @pytest.mark.parametrize("lengths", [(243,), (3, 244)])
-@pytest.mark.parametrize("k", [1, 4, None])
+@pytest.mark.parametrize("k", [1, 4, "auto"])
 def test_rounds_across_the_end_of_a_prefix_of_the_cache(k, lengths):
     """256 slots are used until a round needs one more, be it for a proposal."""
     used = set()
@@ -219,13 +219,18 @@ def test_rounds_across_the_end_of_a_prefix_of_the_cache(k, lengths):
 
 def test_slots_that_a_round_looks_ahead():
     draft = DraftModel(tiny_model())
-    assert [Speculation(PromptLookup(), k).lengths for k in (3, None)] == [(0, 3), (0, 1, 2, 4, 8)]
-    assert [Speculation(draft, k).lengths for k in (3, None)] == [(3,), (0, 1, 2, 4, 8)]
-    assert [Speculation(source, k).look_ahead for source in (draft, PromptLookup()) for k in (3, None)] == [4, 9, 4, 9]
+    assert [Speculation(PromptLookup(), k).lengths for k in (3, "auto")] == [(0, 3), (0, 1, 2, 4, 8)]
+    assert [Speculation(draft, k).lengths for k in (3, "auto")] == [(3,), (0, 1, 2, 4, 8)]
+    assert [Speculation(source, k).look_ahead for source in (draft, PromptLookup()) for k in (3, "auto")] == [
+        4,
+        9,
+        4,
+        9,
+    ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("k", [1, 4, None])
+@pytest.mark.parametrize("k", [1, 4, "auto"])
 def test_a_second_turn_that_starts_from_the_cache_equals_one_from_scratch(k, source):
     model, (prompt, question) = tiny_model(), random_prompts(30, 7)
     speculation = Speculation(SOURCES[source](model), k, costs={1: CHEAP})
@@ -307,7 +312,7 @@ def test_a_draft_that_was_not_asked_for_a_while_catches_up(monkeypatch, turns, l
     model, prompts, chosen = tiny_model(), random_prompts(*lengths), InTurn(turns)
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: chosen)
     plain = plainly(model, prompts, 60)
-    speculation = Speculation(DraftModel(deepcopy(model)), None, costs={len(prompts): CHEAP})
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 60, speculation)
     assert rows == plain
     assert_all_accepted(rounds, 59)
@@ -327,7 +332,7 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
     model, prompts = tiny_model(), random_prompts(1, 17, 6)
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
     plain = plainly(model, prompts, 50)
-    speculation = Speculation(DraftModel(deepcopy(model)), None, some, {3: CHEAP})
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto", some, {3: CHEAP})
     rows, rounds = speculated(model, prompts, 50, speculation)
     assert rows == plain
     left = [49] * 3
@@ -341,7 +346,7 @@ def test_what_one_text_left_unread_is_no_matter_to_the_next(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
     setup_caches(model, 1, 128)
-    speculation = Speculation(DraftModel(deepcopy(model)), None, costs={1: CHEAP})
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={1: CHEAP})
     for budget in (2, 7, 9):  # ends behind, after proposing, behind again
         _, rounds = speculated(model, random_prompts(9, seed=budget), budget + 1, speculation)
         assert_all_accepted(rounds, budget)
@@ -353,7 +358,7 @@ def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, tu
     model, prompts = tiny_model(), random_prompts(*lengths)
     chosen = iter([InTurn(turns), InTurn([4])])
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: next(chosen))
-    speculation = Speculation(DraftModel(deepcopy(model)), None, costs={len(prompts): CHEAP})
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     setup_caches(model, len(prompts), 64, speculation)
     answers, _ = speculated(model, prompts, 10, speculation)
     second = [prompt + answer + [5, 6, 7] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -366,7 +371,7 @@ def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkey
     model, prompts = tiny_model(), random_prompts(6, 11)
     chosen = iter([InTurn([4, 4, 0, 0, 0, 0, 4]), InTurn([4])])
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: next(chosen))
-    speculation = Speculation(DraftModel(deepcopy(model)), None, second_row_slowly, {2: CHEAP})
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto", second_row_slowly, {2: CHEAP})
     setup_caches(model, 2, 64, speculation)
     answers, rounds = speculated(model, prompts, 10, speculation)
     assert [counts for _, counts in rounds] == [[5, 1], [4, 1]] + [[0, 1]] * 7
@@ -379,7 +384,7 @@ def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkey
 def test_measuring_costs_leaves_the_text_as_it_is():
     model, prompts = tiny_model(), random_prompts(1, 17, 6)
     plain = plainly(model, prompts, 30)
-    speculation = Speculation(DraftModel(deepcopy(model)), None)
+    speculation = Speculation(DraftModel(deepcopy(model)), "auto")
     rows, rounds = speculated(model, prompts, 30, speculation)
     assert rows == plain
     assert_all_accepted(rounds, 29)
@@ -404,7 +409,7 @@ def with_vocabulary(model, size):
 
 
 @pytest.mark.parametrize("size", [100, 127, 129, 160])
-@pytest.mark.parametrize("k", [1, 4, None])
+@pytest.mark.parametrize("k", [1, 4, "auto"])
 def test_a_draft_of_another_vocabulary_size_changes_no_token(k, size):
     model, prompts = tiny_model(), random_prompts(40, 7)
     assert max(map(max, prompts)) >= 100
@@ -421,7 +426,7 @@ def test_a_draft_that_lags_reads_tokens_that_it_lacks(monkeypatch):
     monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
     (plain,) = plainly(model, prompts, 40)
     assert max(plain) >= 100
-    speculation = Speculation(DraftModel(with_vocabulary(model, 20)), None, costs={1: CHEAP})
+    speculation = Speculation(DraftModel(with_vocabulary(model, 20)), "auto", costs={1: CHEAP})
     assert speculated(model, prompts, 40, speculation)[0] == [plain]
 
 
@@ -505,7 +510,7 @@ def test_the_chance_of_counts_by_hand():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("k", [1, 2, 3, None])
+@pytest.mark.parametrize("k", [1, 2, 3, "auto"])
 @pytest.mark.parametrize("source", ["draft", "lookup"])
 def test_what_speculation_samples_has_the_law_of_the_model(source, k, sampling):
     model, sampling, rows = toy_model(), SAMPLINGS[sampling], 4000
@@ -638,7 +643,7 @@ def test_compiled_rounds_equal_plain_and_nothing_compiles_once_text_flows():
     torch._dynamo.reset()
     round, step = compile_step(verify, CPU), compile_step(draft_one_token, CPU)
     draft = DraftModel(nearly(model), step)
-    for source, k, n_rows in [(draft, None, 1), (draft, 4, 1), (PromptLookup(), 1, 1), (draft, 1, 2)]:
+    for source, k, n_rows in [(draft, "auto", 1), (draft, 4, 1), (PromptLookup(), 1, 1), (draft, 1, 2)]:
         speculation = Speculation(source, k, round)
         model.setup_caches(n_rows, 700)
         warm_up(model, [[5] * n_rows, [600] * n_rows], 20, GREEDY, decode_one_token, forward_chunk, speculation)
@@ -866,4 +871,4 @@ def test_lengths_out_of_range_are_refused(k):
 def test_lengths_in_range_are_taken():
     for k in (1, 64, "auto"):
         check_length(k)
-    assert [Speculation(PromptLookup(), k).k for k in (1, 64, None)] == [1, 64, None]
+    assert [Speculation(PromptLookup(), k).k for k in (1, 64, "auto")] == [1, 64, "auto"]
