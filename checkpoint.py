@@ -145,10 +145,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises ValueError if the file cannot be written (no folder, no right, disk full).
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
-    if path.exists() and not path.is_file():  # /dev/stdout is written to, not replaced
-        yield path
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout is written to, not replaced
+        yield Path(path)
         return
+    path = Path(os.path.realpath(path))  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

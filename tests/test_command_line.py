@@ -553,6 +553,15 @@ def test_missing_default_checkpoint_says_what_fetches_it(tmp_path):
 # ---------------------------------------------------------------- pipes and Ctrl-C
 
 
+def test_output_json_to_a_pipe(run_cli, tiny):
+    done = run_cli(
+        "generate.py", "--checkpoint_path", tiny, *GREEDY, "--num_samples", 1, "--output_json", "/dev/stdout"
+    )
+    assert done.returncode == 0, done.stderr
+    text, _, rest = done.stdout.partition("{")
+    assert json.loads("{" + rest)["samples"][0]["sequences"][0]["text"] in text
+
+
 @pytest.mark.parametrize("streams", ["", "2>&1"])
 def test_a_broken_pipe_ends_quietly(tiny, streams):
     flags = f"--checkpoint_path {tiny} --num_samples 20 --max_new_tokens 100 --ignore_eos"
