@@ -2,8 +2,8 @@
 
     python scripts/speculation.py --output benchmarks/speculation.json
 
-Greedy, batch 1, everything compiled. Every round runs each way once on each text (A B C A B C ...); the median over the
-rounds of the ratio to the plain run of the same round counts.
+Greedy, batch 1, everything compiled. Every run of a way follows a plain one (A B A C A B A C ...), because the speed of
+a shared machine drifts; the median of the ratios of these pairs counts.
 """
 
 if __name__ == "__main__":
@@ -101,16 +101,16 @@ def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int)
     result = {}
     for name, ids in prompts.items():
         answers = {way: run(target, ids, tokenizer, step, speculation) for way, speculation in ways.items()}  # compiles
-        speeds = {way: [] for way in ways}
+        pairs = {way: [] for way in ways if way != "plain"}
         for _ in range(rounds):
-            for way, speculation in ways.items():
-                speeds[way].append(run(target, ids, tokenizer, step, speculation)[0])
+            for way in pairs:
+                pairs[way].append([run(target, ids, tokenizer, step, ways[each])[0] for each in ("plain", way)])
         plain = answers["plain"][1]["ids"]
         result[name] = {
             way: {
-                "tok_s": statistics.median(speeds[way]),
-                "ratio": statistics.median(a / b for a, b in zip(speeds[way], speeds["plain"], strict=True)),
-                "runs": speeds[way],
+                "tok_s": statistics.median(fast for _, fast in pairs[way]),
+                "ratio": statistics.median(fast / slow for slow, fast in pairs[way]),
+                "pairs": pairs[way],
                 "mean_accepted": facts["mean_accepted"],
                 "acceptance_rate": facts["acceptance_rate"],
                 "new_tokens": len(facts["ids"]),
@@ -119,8 +119,10 @@ def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int)
                 ),
             }
             for way, (_, facts) in answers.items()
+            if way != "plain"
         }
         print(name, {way: round(facts["ratio"], 2) for way, facts in result[name].items()}, file=sys.stderr, flush=True)
+        result[name]["plain"] = {"tok_s": statistics.median(slow for runs in pairs.values() for slow, _ in runs)}
     return result
 
 
