@@ -25,6 +25,7 @@ from tqdm import tqdm
 from gguf_file import KEPT, GGUFFile, is_gguf
 from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ModelArgs, RopeScaling, Transformer
 from qlinear import QuantSpec, linear_table, pack_, quantize_, quantize_weight, table_from_json, table_to_json
+from tp import Ranks, apply_tp, require_split, shard, share_of
 
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,17 +45,20 @@ class Source:
 # ---------------------------------------------------------------- device, dtype, memory
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the first there is of cuda, mps and cpu. Raises ValueError if it is not there."""
+def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
+    """The device called `name`, or the first there is of cuda, mps and cpu. Raises ValueError if it is not there.
+
+    ranks: those of a model that is shared; each takes the GPU of its number.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
-        return torch.device(next(kind for kind, is_there in there.items() if is_there))
+        name = next(kind for kind, is_there in there.items() if is_there and not (ranks and kind == "mps"))
     kind, _, index = name.partition(":")
     if kind not in there or (index and not (index.isdecimal() and kind == "cuda")):
         raise ValueError(f"device {name!r} is unknown; use one of {', '.join(there)}, or cuda:N")
     if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not on this machine; use {pick_device(None).type}")
-    return torch.device(name)
+    return torch.device(name) if ranks is None else ranks.place(name)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -685,12 +689,22 @@ def reject_contradiction(args: ModelArgs, named: ModelArgs, path: Path, model_na
 
 
 def read_tensors(
-    source: Source, device: torch.device, dtype: torch.dtype, what: str, quantize: dict[str, QuantSpec] | None = None
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    what: str,
+    quantize: dict[str, QuantSpec] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """Fetch every tensor, one at a time, onto `device`: floats as `dtype`, quantised layers as they are stored.
 
-    quantize: float layers to round to nearest on the way. Raises ValueError on a wrong shape or NaN.
+    quantize: float layers to round to nearest on the way. ranks: keep this rank's part only. Raises ValueError on a
+    wrong shape or NaN.
     """
+
+    def part(name: str, tensor: Tensor) -> Tensor:
+        return tensor if ranks is None else shard(name, tensor, source.args, ranks.rank, ranks.size).contiguous()
+
     quantize, expected, state = quantize or {}, expected_tensors(source.args, source.table), {}
     for name, read in tqdm(source.tensors.items(), desc=what, unit="tensor", disable=None, leave=False):
         try:
@@ -706,10 +720,11 @@ def read_tensors(
             if layer in quantize and leaf == "weight":
                 check_finite(name, tensor)
                 rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
-                state |= {f"{layer}.{key}": value for key, value in rounded.items()}
+                state |= {f"{layer}.{key}": part(f"{layer}.{key}", value) for key, value in rounded.items()}
         if module not in quantize or leaf != "weight":
             as_stored = module in source.table and leaf != "bias"  # codes, scales and zeros
-            state[name] = tensor.to(device=device, dtype=tensor.dtype if as_stored else dtype, copy=True)
+            kept = part(name, tensor)
+            state[name] = kept.to(device=device, dtype=kept.dtype if as_stored else dtype, copy=True)
             check_finite(name, state[name])
     return state
 
@@ -732,13 +747,18 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinite values in {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def build(args: ModelArgs, state: dict[str, Tensor], table: dict[str, QuantSpec] | None = None) -> Transformer:
+def build(
+    args: ModelArgs,
+    state: dict[str, Tensor],
+    table: dict[str, QuantSpec] | None = None,
+    ranks: Ranks | None = None,
+) -> Transformer:
     """A model of these sizes around these tensors, each layer in the fastest form its device has.
 
-    table: the layers that are quantised in `state`.
+    table: the layers that are quantised in `state`. ranks: the tensors are one rank's part.
     """
     table = table or {}
-    model = shell(args, table)
+    model = shell(args if ranks is None else share_of(args, ranks.size), table)
     tied = args.tie_embeddings and "output" not in table
     if tied:
         state = state | {"output.weight": state["tok_embeddings.weight"]}
@@ -747,6 +767,8 @@ def build(args: ModelArgs, state: dict[str, Tensor], table: dict[str, QuantSpec]
     if tied:
         model.tie()
     pack_(model)
+    if ranks is not None:
+        apply_tp(model, args, ranks)
     return model.requires_grad_(False).eval()
 
 
@@ -763,18 +785,35 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     model_name: str | None = None,
     quantize: QuantSpec | None = None,
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
     model_name: a registry name, needed only for a file that does not say what it is. quantize: round the linear layers
-    of a float file to nearest. Raises ValueError, in words for the person at the terminal, on every file that cannot be
-    loaded.
+    of a float file to nearest. ranks: those that share the model, each with its part of the weights. Raises ValueError,
+    in words for the person at the terminal, on every file that cannot be loaded.
     """
-    device = torch.device(device)
     source = open_source(path, model_name)
-    table = new_table(source, quantize, path)
-    require_weights_fit(source.args, dtype, source.table | table, device, path)
-    return build(source.args, read_tensors(source, device, dtype, "Loading", table), source.table | table)
+    return fetch(source, path, torch.device(device), dtype, new_table(source, quantize, path), "Loading", ranks)
+
+
+def fetch(
+    source: Source,
+    name: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    table: dict[str, QuantSpec],
+    what: str,
+    ranks: Ranks | None,
+) -> Transformer:
+    """The model of a source, whose float layers in `table` are rounded, once it is sure that it fits."""
+    whole = source.table | table
+    share = source.args
+    if ranks is not None:
+        require_split(source.args, whole, ranks.size)
+        share = share_of(source.args, ranks.size)
+    require_weights_fit(share, dtype, whole, device, name)
+    return build(source.args, read_tensors(source, device, dtype, what, table, ranks), whole, ranks)
 
 
 def new_table(source: Source, spec: QuantSpec | None, path: str | Path, head: str = "int8") -> dict[str, QuantSpec]:
@@ -805,6 +844,7 @@ def random_model(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 1234,
     quantize: QuantSpec | None = None,
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """A model of a registry size with random weights, made on the device. Raises ValueError on an unknown name."""
     args, device = ModelArgs.from_name(name), torch.device(device)
@@ -822,9 +862,7 @@ def random_model(
 
     expected = expected_tensors(args)
     source = Source(args, {key: lambda key=key: fill(key, expected[key].shape) for key in expected})
-    table = new_table(source, quantize, name)
-    require_weights_fit(args, dtype, table, device, name)
-    return build(args, read_tensors(source, device, dtype, "Filling", table), table)
+    return fetch(source, name, device, dtype, new_table(source, quantize, name), "Filling", ranks)
 
 
 def save_checkpoint(

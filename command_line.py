@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -15,7 +16,9 @@ def quit_on_interrupt() -> None:
 
 def run(main: Callable, parser: argparse.ArgumentParser) -> None:
     """Call main with the parsed arguments and turn what goes wrong into an exit code: 2 with one line, or 130."""
-    arguments = vars(parser.parse_args())
+    if is_other_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, to the end
+    arguments = parse(parser)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # it was closed
             stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C would refuse an emoji
@@ -24,18 +27,40 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
         main(**arguments)
         print(end="", flush=True)
         quit_on_interrupt()  # while the interpreter shuts down
-    except ValueError as error:
-        quit_with(2, f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
-            raise
-        quit_with(2, f"error: out of memory: {str(error).splitlines()[0]}; use a smaller model, batch or context")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
-    except OSError as error:  # a full disk behind standard output, a name that is too long
-        quit_with(2, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        message = in_words(error)
+        if message is None:
+            raise
+        quit_with(2, f"error: {message}")
     except KeyboardInterrupt:
         quit_with(130, "")
+
+
+def is_other_rank() -> bool:
+    """Whether torchrun started this process beside a rank 0, which alone speaks."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def parse(parser: argparse.ArgumentParser) -> dict:
+    try:
+        return vars(parser.parse_args())
+    except SystemExit as end:
+        if is_other_rank() and end.code:
+            time.sleep(30)  # torchrun stops all when one ends, and rank 0 must have said why
+        raise
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell the person of an error that is theirs to mend; None: it is a defect of the program."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
+        return f"out of memory: {(str(error) or 'all is taken').splitlines()[0]}; use a smaller model, batch or context"
+    if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return None
 
 
 def quit_with(code: int, message: str) -> None:

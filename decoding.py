@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
+from tp import from_first, full_logits
 
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
 
@@ -21,6 +22,11 @@ class Sampling:
     top_k: int = 200
     top_p: float = 1.0
     min_p: float = 0.0
+
+    @property
+    def candidates(self) -> int | None:
+        """How many of the likeliest tokens can be drawn; None: any."""
+        return 1 if self.temperature == 0 else self.top_k or None
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -72,11 +78,17 @@ def choose(logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
     return sample(logits_to_probs(logits, sampling))[:, None]
 
 
+def next_token(model: Transformer, logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
+    """Draw from the logits that `model` returned; the same token on every rank that shares it."""
+    token = choose(full_logits(model, logits, sampling.candidates), sampling)
+    return token if sampling.temperature == 0 else from_first(model.ranks, token)  # the likeliest is so everywhere
+
+
 def decode_one_token(
     model: Transformer, token: Tensor, pos: Tensor, slots: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:  # token, pos [B, 1]; slots [C'] -> token, pos [B, 1]
     """One step: the token that follows `token` at `pos`, and its position."""
-    return choose(model(token, pos, slots=slots)[:, -1], sampling), pos + 1
+    return next_token(model, model(token, pos, slots=slots)[:, -1], sampling), pos + 1
 
 
 def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
@@ -123,7 +135,7 @@ def prefill(
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
         new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)
         logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
-    return choose(logits, sampling), start + lengths[:, None]
+    return next_token(model, logits, sampling), start + lengths[:, None]
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from decoding import PREFILL_CHUNK
 from generate import check_threads, checked_ids, context_length, run_facts, say, setup_caches
 from model import Transformer
 from tokenizer import load_tokenizer
+from tp import Ranks, full_logits, init_tp, shared, speaks
 
 LOGIT_BYTES = 400_000_000  # at most, for the logits of one forward and what is computed from them
 
@@ -108,6 +109,7 @@ def token_nll(model: Transformer, tokens: Tensor, first: int) -> Tensor:  # toke
         skip = max(first - 1 - begin, 0)  # columns that are only context
         pos = torch.arange(begin, end, device=tokens.device).repeat(n_rows, 1)
         logits = model(tokens[:, begin:end], pos, rows=pos[:, skip:] - begin, slots=model.slots[:end])
+        logits = full_logits(model, logits)
         targets = tokens[:, begin + 1 : end + 1][:, skip:]
         nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         scores.append(nll.view(targets.shape))
@@ -153,17 +155,23 @@ def read_text(path: str) -> str:
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    with init_tp() as ranks:
+        evaluate(flags, ranks)
+
+
+def evaluate(flags: dict, ranks: Ranks | None) -> None:
+    """Everything that the command line asks for, on each rank alike."""
     args = argparse.Namespace(**flags)
     check_request(args)
-    device = pick_device(args.device)
+    device = pick_device(args.device, ranks)
     dtype = parse_dtype(args.dtype)
-    text = read_text(args.perplexity)
+    text = shared(ranks, lambda: read_text(args.perplexity))
     if args.threads:
         torch.set_num_threads(args.threads)
 
     say(f"Using device={device}")
     began = time.perf_counter()
-    model = load_model(args.checkpoint_path, device, dtype, args.model_name)
+    model = load_model(args.checkpoint_path, device, dtype, args.model_name, ranks=ranks)
     tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
     load_s = time.perf_counter() - began
     say(f"Time to load model: {load_s:.2f} seconds")
@@ -174,8 +182,8 @@ def main(**flags) -> None:
     seconds = time.perf_counter() - began
     say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
     print(f"perplexity: {result.perplexity:.4f}")
-    if args.output_json:
-        facts = run_facts(flags, device) | {"load_s": load_s, "seconds": seconds}
+    if args.output_json and speaks(ranks):
+        facts = run_facts(flags, device, ranks) | {"load_s": load_s, "seconds": seconds}
         write_json(args.output_json, facts | asdict(result))
 
 

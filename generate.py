@@ -41,6 +41,7 @@ from model import Transformer
 from qlinear import GROUPSIZE_HELP, MODES, quant_spec
 from speculative import DraftModel, PromptLookup, Speculation, check_length, draft_one_token, speculate, verify
 from tokenizer import TextStream, Tokenizer, load_tokenizer, require_same_vocabulary
+from tp import Ranks, init_tp, shared, speaks
 
 DEFAULT_PROMPT = "Hello, my name is"
 INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
@@ -360,7 +361,7 @@ def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: 
 
 def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> DraftModel:
     """The draft model, checked to have the tokenizer of the model."""
-    device = model.device if args.draft_device is None else pick_device(args.draft_device)
+    device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
     path = Path(args.draft_checkpoint_path)
     draft = load_model(path, device, parse_dtype(args.dtype))
     require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
@@ -516,7 +517,7 @@ def run_sample(model, tokenizer, texts, batch_size, sampling, options, args) -> 
     """Encode and generate every prompt, batch by batch; one row streams, several are printed whole."""
     timing = Timing()
     began = time.perf_counter()
-    prompts = [encode_prompt(tokenizer, text, args) for text in texts]
+    prompts = shared(model.ranks, lambda: [encode_prompt(tokenizer, text, args) for text in texts])
     for begin in range(0, len(prompts), batch_size):
         rows = [new_row(prompt, tokenizer, args) for prompt in prompts[begin : begin + batch_size]]
         stream = len(prompts) == 1
@@ -613,14 +614,14 @@ def check_fit(longest: int, max_new_tokens: int, context: int) -> int:
     return longest + max_new_tokens
 
 
-def load(args: argparse.Namespace, device: torch.device) -> tuple[Transformer, Tokenizer]:
+def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Transformer, Tokenizer]:
     dtype, path = parse_dtype(args.dtype), args.checkpoint_path
     spec = quant_spec(args.quantize, args.groupsize)
     if args.random_weights:
-        model = random_model(args.random_weights, device, dtype, quantize=spec)
+        model = random_model(args.random_weights, device, dtype, quantize=spec, ranks=ranks)
         return model, IdTokenizer(model.args.vocab_size)
     path = DEFAULT_CHECKPOINT if path is None else Path(path)
-    model = load_model(path, device, dtype, args.model_name, spec)
+    model = load_model(path, device, dtype, args.model_name, spec, ranks)
     return model, load_tokenizer(path, model.args.vocab_size)
 
 
@@ -641,24 +642,30 @@ def prepare(work: Callable, args: argparse.Namespace) -> float:
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    with init_tp() as ranks:
+        answer(flags, ranks)
+
+
+def answer(flags: dict, ranks: Ranks | None) -> None:
+    """Everything that the command line asks for, on each rank alike."""
     args = argparse.Namespace(**flags)
     check_request(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    device = pick_device(args.device)
+    device = pick_device(args.device, ranks)
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
     options = choose_functions(device, args.compile, args.compile_prefill)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
-    texts = [prompt] if args.prompt_file is None else read_prompt_file(args.prompt_file)
+    texts = [prompt] if args.prompt_file is None else shared(ranks, lambda: read_prompt_file(args.prompt_file))
     if args.threads:
         torch.set_num_threads(args.threads)
-    seed = args.seed if args.seed >= 0 else int.from_bytes(os.urandom(4), "little")
+    seed = args.seed if args.seed >= 0 else shared(ranks, lambda: int.from_bytes(os.urandom(4), "little"))
     if args.seed < 0:
         say(f"Seed: {seed}")
 
-    say(f"Using device={device}")
+    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
     began = time.perf_counter()
-    model, tokenizer = load(args, device)
+    model, tokenizer = load(args, device, ranks)
     load_s = time.perf_counter() - began
     say(f"Time to load model: {load_s:.2f} seconds")
     options["speculation"] = speculation = choose_speculation(args, model, tokenizer)
@@ -681,28 +688,30 @@ def main(**flags) -> None:
     torch.manual_seed(seed)
     timings = []
     for index in range(1, samples + 1):
-        profiler = torch.profiler.profile() if args.profile and index == samples else nullcontext()
+        traced = args.profile and index == samples and speaks(ranks)
+        profiler = torch.profiler.profile() if traced else nullcontext()
         with profiler:
             timing = run_sample(model, tokenizer, texts, batch_size, sampling, options, args)
         timings.append(timing)
         report(index, timing, model, speculation)
-    if args.profile:
+    if args.profile and speaks(ranks):
         with atomic_path(trace_path(args.profile)) as path:
             profiler.export_chrome_trace(str(path))
     summary = summarise(timings, model, speculation)
     say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
     say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
     say(f"Memory used: {(summary['peak_memory_gb'] or 0):.2f} GB")
-    if args.output_json:
-        facts = run_facts(flags, device) | {"seed": seed, "load_s": load_s, "compile_s": compile_s}
+    if args.output_json and speaks(ranks):
+        facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": load_s, "compile_s": compile_s}
         write_json(args.output_json, facts | summary)
 
 
-def run_facts(flags: dict, device: torch.device) -> dict:
+def run_facts(flags: dict, device: torch.device, ranks: Ranks | None) -> dict:
     """What every report says of the run it comes from."""
     return {
         "args": flags,
         "device": str(device),
+        "ranks": 1 if ranks is None else ranks.size,
         "dtype": flags["dtype"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -808,7 +817,7 @@ def interactive(model, tokenizer, context: int, sampling: Sampling, options: dic
         say("This model has no chat template: it continues your text.")
     say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
     conversation = Conversation(model, tokenizer, context, args)
-    while (line := read_line()) is not None and line.strip() != "/exit":
+    while (line := shared(model.ranks, read_line)) is not None and line.strip() != "/exit":
         if line.strip() == "/reset":
             conversation.reset()
             say("[conversation cleared]")

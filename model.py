@@ -307,6 +307,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.ranks = None  # the processes that share this model, set by `apply_tp`
         self.tie()
 
     def tie(self) -> None:
@@ -339,7 +340,8 @@ class Transformer(nn.Module):
         """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
 
         rows [B, R] picks the positions whose logits are wanted (indices into S; None: all S). slots [C'] is the
-        prefix of `self.slots` to attend to (None: all); it must reach every position in pos.
+        prefix of `self.slots` to attend to (None: all); it must reach every position in pos. In a model that several
+        ranks share they are the logits of this rank's part of the vocabulary, see `tp.full_logits`.
         """
         slots = self.slots if slots is None else slots
         seen = slots <= pos[..., None]  # [B, S, C']

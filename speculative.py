@@ -14,6 +14,7 @@ from torch import Tensor
 
 from decoding import Sampling, forward_chunk, logits_to_probs, prefill, sample, used_slots
 from model import Transformer
+from tp import from_first, full_logits, shared
 
 LENGTHS = (1, 2, 4, 8)  # what k is chosen from where it follows the text
 LONGEST = 64  # k at most
@@ -67,7 +68,10 @@ def verify(
     """
     recent, draft = tokens[:, :2], tokens[:, 2:]
     places = pos + torch.arange(draft.shape[1] + 1, device=pos.device)
-    new, count = accept(model(tokens[:, 1:], places, slots=slots), draft, draft_probs, sampling)
+    logits = full_logits(model, model(tokens[:, 1:], places, slots=slots), sampling.candidates)
+    new, count = accept(logits, draft, draft_probs, sampling)
+    if sampling.temperature > 0:  # what is likeliest is so on every rank
+        new, count = from_first(model.ranks, torch.cat((new, count), 1)).tensor_split((-1,), 1)
     count = torch.minimum(count, limit - pos)
     recent = torch.cat((recent, new), 1).gather(1, count + torch.arange(2, device=pos.device))
     return torch.cat((new, count), 1), recent, pos + count
@@ -189,6 +193,7 @@ class DraftModel(Source):
 
     def __init__(self, model: Transformer, step: Callable = draft_one_token, forward: Callable = forward_chunk):
         self.model, self.step, self.forward = model, step, forward
+        self.ranks = None  # those that share the model that verifies
         self.filled = 0  # slots of its cache that hold the text, in every row
         self.skipped: list[Tensor] = []  # tokens [B, 1] that it has not read
 
@@ -207,6 +212,7 @@ class DraftModel(Source):
         # one of the two may be padded to more tokens than the tokenizer has
         self.vocab_size, own = model.args.vocab_size, self.model.args.vocab_size
         self.barred = torch.arange(own, device=self.model.device) >= self.vocab_size if own > self.vocab_size else None
+        self.ranks = model.ranks
         unread = [[min(token, own - 1) for token in prompt[start:]] for prompt in prompts]
         prefill(self.model, unread, Sampling(temperature=0), start, self.forward)
         self.lengths, self.skipped = [len(prompt) for prompt in prompts], []
@@ -235,7 +241,7 @@ class DraftModel(Source):
             probs.append(distribution)
             places = places[:, -1:] + 1
         self.filled = min(self.lengths)
-        draft = torch.cat(draft, 1).to(device)
+        draft = from_first(self.ranks, torch.cat(draft, 1).to(device))
         return draft, None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
 
     def skip(self, recent: Tensor) -> None:
@@ -403,7 +409,7 @@ class Speculation:
                     self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
                     seconds[k] = min(seconds[k], time.perf_counter() - began)  # a busy machine only adds
         behind = self.source.seconds_behind(pos, filled) if self.adapts else 0.0
-        self.costs[len(recent)] = Costs(seconds, behind)
+        self.costs[len(recent)] = shared(model.ranks, lambda: Costs(seconds, behind))
 
 
 @torch.inference_mode()

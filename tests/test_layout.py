@@ -14,6 +14,7 @@ ORDER = [
     "model",
     "kernels",
     "qlinear",
+    "tp",
     "gguf_file",
     "checkpoint",
     "tokenizer",
