@@ -79,11 +79,10 @@ def chunks(
     yield token.tolist(), [1] * len(prompts)
     if speculation is None:
         stream = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
-        stream = read_behind(stream, 1 if model.device.type == "cuda" else 0)
+        for tokens, counts in read_behind(stream, 1 if model.device.type == "cuda" else 0):
+            yield tokens.tolist(), counts.tolist()
     else:
-        stream = speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation)
-    for tokens, count in stream:
-        yield tokens.tolist(), count.tolist()
+        yield from speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation)
 
 
 def read_behind(chunks: Iterator, distance: int) -> Iterator:

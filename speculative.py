@@ -4,9 +4,10 @@ The text is distributed exactly as without (Leviathan et al. 2023; Chen et al. 2
 a row, V vocabulary.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -305,29 +306,38 @@ class FixedLength:
     def choose(self, kinds: list[int], behind: int) -> int:
         return self.k if any(kinds) else 0
 
-    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int]) -> None:
+    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
         pass
 
 
 class AdaptiveLength:
     """The k that promises most tokens a second, from what was accepted and what rounds cost.
 
-    A budget bounds the loss: what rounds took longer than plain steps would have may not exceed what others gained,
-    one and a half steps at the start and a hundredth of the time. What is left of it tries speculation again.
+    A budget bounds the loss: what rounds take longer than plain steps would may not exceed what others gained, one and
+    a half steps at the start and a hundredth of the time. What is left of it tries speculation again. Costs, where they
+    drift, follow what rounds take, and a few plain steps now and then tell what those take by now.
     """
 
     FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
     MARGIN = 1.05  # what it must promise over plain steps: costs are not known better
+    CHECK_EVERY, TIMED = 32, 3  # after so many rounds so many plain ones, to know what they cost by now
 
     def __init__(self, costs: "Costs"):
-        self.costs, self.credit = costs, self.FREE_STEPS * costs.rounds[0]
+        self.costs = replace(costs, rounds=dict(costs.rounds))  # which follow this text only
+        self.credit = self.FREE_STEPS * costs.rounds[0]
         self.odds: dict[int, Odds] = {}
+        self.timed = {
+            k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()
+        }  # the last rounds of each length
+        self.caught_up = [costs.behind] * self.TIMED
+        self.alike, self.last, self.unchecked = 0, None, 0
 
     def choose(self, kinds: list[int], behind: int) -> int:
         plain = self.costs.rounds[0]
         costs = {k: self.costs.of(k, behind) for k in LENGTHS}
         affordable = [k for k in LENGTHS if costs[k] - plain <= self.credit]
-        if not any(kinds) or not affordable:
+        check = self.costs.drift and self.unchecked >= self.CHECK_EVERY
+        if not any(kinds) or not affordable or check:
             return 0
         best = max(affordable, key=lambda k: self.tokens(kinds, k) / costs[k])
         pays = self.tokens(kinds, best) / costs[best] > self.MARGIN / plain
@@ -337,7 +347,7 @@ class AdaptiveLength:
         """New tokens of a round, on average over the rows."""
         return 1 + sum(self.odds.setdefault(kind, Odds()).expected(k) for kind in kinds if kind) / len(kinds)
 
-    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int]) -> None:
+    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
         for kind, count in zip(kinds, counts, strict=True):
             if kind and count:  # none: the row has ended
                 self.odds.setdefault(kind, Odds()).learn(count - 1, k)
@@ -345,18 +355,41 @@ class AdaptiveLength:
         worth = sum(running) / max(len(running), 1) * self.costs.rounds[0]
         self.credit += (1 + self.SHARE) * worth - self.costs.of(k, behind)
         self.credit = min(self.credit, self.MOST_STEPS * self.costs.rounds[0])
+        if self.costs.drift:
+            self.follow(k, behind, seconds)
+
+    def follow(self, k: int, behind: int, seconds: float) -> None:
+        """Take the median of what the last rounds took for what one costs."""
+        self.alike = self.alike + 1 if k == self.last else 1
+        self.last, self.unchecked = k, self.unchecked + 1
+        if k and behind:
+            self.caught_up = [*self.caught_up[1:], max(0.0, seconds - self.costs.rounds[k]) / Costs.growth(behind)]
+            self.costs.behind = statistics.median(self.caught_up)
+        elif self.alike > 1:  # a change of k costs a tenth of a step
+            self.timed[k] = [*self.timed[k][1:], seconds]
+            self.costs.rounds[k] = statistics.median(self.timed[k])
+        if k == 0 and self.alike == self.TIMED:
+            self.unchecked = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Costs:
-    """Seconds of a round with k tokens proposed, and of a pass over a few tokens that the source is behind."""
+    """Seconds of a round with k tokens proposed, and of a pass over a few tokens that the source is behind.
+
+    drift: as those of a machine do that is busy at times, so that they must follow what rounds take.
+    """
 
     rounds: dict[int, float]
     behind: float = 0.0
+    drift: bool = False
 
     def of(self, k: int, behind: int) -> float:
-        reading = self.behind * (1 + behind / 32) if k and behind else 0.0  # so it grows with the tokens, or slower
-        return self.rounds[k] + reading
+        return self.rounds[k] + (self.behind * self.growth(behind) if k and behind else 0.0)
+
+    @staticmethod
+    def growth(behind: int) -> float:
+        """How a pass over so many tokens compares with one over a few: so, or it grows slower."""
+        return 1 + behind / 32
 
 
 # ---------------------------------------------------------------- the loop
@@ -392,8 +425,10 @@ class Speculation:
 
     def round(self, model, recent, pos, limit, filled: int, k: int, sampling) -> tuple[Tensor, Tensor, Tensor]:
         """Propose and verify; see `verify` for what comes back."""
-        draft, probs = self.source.propose(recent, pos, filled, k, sampling) if k else (recent[:, :0], None)
-        tokens = torch.cat((recent, draft), 1)
+        tokens, probs = recent, None
+        if k:
+            draft, probs = self.source.propose(recent, pos, filled, k, sampling)
+            tokens = torch.cat((recent, draft), 1)
         return self.verify(model, tokens, pos, used_slots(model, filled + k), limit, probs, sampling)
 
     def measure(self, model, recent, pos, limit, filled: int, sampling, times: int = 5) -> None:
@@ -409,7 +444,8 @@ class Speculation:
                     self.round(model, recent, pos, limit, filled, k, sampling)[0].tolist()
                     seconds[k] = min(seconds[k], time.perf_counter() - began)  # a busy machine only adds
         behind = self.source.seconds_behind(pos, filled) if self.adapts else 0.0
-        self.costs[len(recent)] = shared(model.ranks, lambda: Costs(seconds, behind))
+        # ranks must choose alike, so theirs stay as they are
+        self.costs[len(recent)] = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
 
 
 @torch.inference_mode()
@@ -421,8 +457,8 @@ def speculate(
     budget: int,
     sampling: Sampling,
     speculation: Speculation,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stream of (tokens [B, k + 1], count [B]) on the host, the first count[b] of row b being new.
+) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """Stream of tokens [B][k + 1] and counts [B], the first counts[b] of row b being new.
 
     token, pos [B, 1]: each row's first token after its prompt, and its position. It ends when every row has `budget`
     tokens more; a row that has them gets none while others go on. The source has begun with these prompts. The caches
@@ -438,15 +474,16 @@ def speculate(
         speculation.measure(model, recent, pos, limit, max(places) + 1, sampling)
     length = AdaptiveLength(speculation.costs[len(prompts)]) if speculation.adapts else FixedLength(speculation.k)
     while places != last:
+        began = time.perf_counter()
         kinds, behind = source.kinds(), source.behind
         k = length.choose(kinds, behind)
         if k == 0:
             source.skip(recent)
         new, recent, pos = speculation.round(model, recent, pos, limit, max(places) + 1, k, sampling)
-        new = new.cpu()
-        tokens, count = new[:, :-1], new[:, -1]
-        yield tokens, count
-        counts = count.tolist()
-        length.learn(kinds, k, behind, counts)
-        source.extend([ids[:n] for ids, n in zip(tokens.tolist(), counts, strict=True)])
+        rows = new.tolist()
+        seconds = time.perf_counter() - began
+        tokens, counts = [row[:-1] for row in rows], [row[-1] for row in rows]
+        yield tokens, counts
+        length.learn(kinds, k, behind, counts, seconds)
+        source.extend([ids[:n] for ids, n in zip(tokens, counts, strict=True)])
         places = [place + n for place, n in zip(places, counts, strict=True)]

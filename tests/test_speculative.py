@@ -166,7 +166,7 @@ def test_the_budget_is_exact(source, budget, k):
     assert (rounds == []) == (budget == 0)
 
 
-def test_tokens_and_counts_come_to_the_host_as_whole_numbers():
+def test_tokens_and_counts_are_lists_of_whole_numbers():
     model, prompts = tiny_model(), random_prompts(5, 9)
     setup_caches(model, 2, 64)
     token, pos = prefill(model, prompts, GREEDY)
@@ -174,8 +174,8 @@ def test_tokens_and_counts_come_to_the_host_as_whole_numbers():
     source.begin(model, prompts)
     speculation = Speculation(source, "auto", costs={2: CHEAP})
     tokens, counts = next(speculate(model, prompts, token, pos, 20, GREEDY, speculation))
-    assert (tokens.shape, counts.shape) == ((2, 1), (2,))  # none of these tokens came before
-    assert tokens.dtype == counts.dtype == torch.long
+    assert counts == [1, 1]  # none of these tokens came before
+    assert [[type(token) for token in row] for row in tokens] == [[int], [int]]
 
 
 # ---------------------------------------------------------------- the caches
@@ -484,7 +484,7 @@ def three_drawn(model, sampling, speculation, rows):
     drawn = [[] for _ in prompts]
     torch.manual_seed(0)
     for tokens, counts in speculate(model, prompts, token, pos, 3, sampling, speculation):
-        for row, ids, n in zip(drawn, tokens.tolist(), counts.tolist(), strict=True):
+        for row, ids, n in zip(drawn, tokens, counts, strict=True):
             row += ids[:n]
     return (tensor(drawn) * tensor([size**2, size, 1])).sum(1).bincount(minlength=size**3)
 
@@ -735,14 +735,18 @@ def costs_of(draft_step, behind=0.0):
     return Costs({0: 1.0, **{k: 1 + (0.05 + draft_step) * k for k in LENGTHS}}, behind)
 
 
-def simulated(costs, accepted, tokens):
-    """Seconds for so many tokens, and (tokens before, k) of each round; accepted(tokens before) of a long proposal."""
+def simulated(costs, accepted, tokens, truth=None):
+    """Seconds for so many tokens, and (tokens before, k) of each round; accepted(tokens before) of a long proposal.
+
+    truth(tokens before): what rounds cost by then, if not what was measured before.
+    """
     length, seconds, done, behind, rounds = AdaptiveLength(costs), 0.0, 0, 0, []
     while done < tokens:
         k = length.choose([1], behind)
         count = min(1 + min(k, accepted(done)), tokens - done)
-        length.learn([1], k, behind, [count])
-        seconds += costs.of(k, behind)
+        took = (truth(done) if truth else costs).of(k, behind)
+        length.learn([1], k, behind, [count], took)
+        seconds += took
         rounds.append((done, k))
         done, behind = done + count, 0 if k else behind + 1
     return seconds, rounds
@@ -796,6 +800,68 @@ def test_the_length_follows_the_text(draft_step, behind):
     assert all(k <= 1 for done, k in rounds if done >= 650)
 
 
+def drifting(costs):
+    return replace(costs, drift=True)
+
+
+def test_costs_follow_rounds_that_take_longer_than_was_measured():
+    """A draft that was measured on a quiet machine, and from the 200th token on takes two steps for each token."""
+    measured, late = costs_of(0.1), costs_of(2.0)
+
+    def truth(done):
+        return measured if done < 200 else late
+
+    stale, _ = simulated(measured, lambda done: 2, 1000, truth)
+    seconds, rounds = simulated(drifting(measured), lambda done: 2, 1000, truth)
+    assert {k for done, k in rounds if 50 <= done < 90} == {2}
+    assert stale > 200 / 3 * 1.3 + 800 * 1.5
+    assert seconds < 200 / 3 * 1.3 + 800 / 0.95 + 60  # steps until it has seen what each length costs
+    assert measured.rounds == costs_of(0.1).rounds  # another text begins with what was measured
+
+
+def test_costs_follow_plain_steps_that_take_less_than_was_measured():
+    measured, late = costs_of(0.3), Costs({**costs_of(0.3).rounds, 0: 0.4})
+    stale, _ = simulated(measured, lambda done: 2, 1000, lambda done: late)
+    seconds, _ = simulated(drifting(measured), lambda done: 2, 1000, lambda done: late)
+    assert stale > 1000 * 0.4 / 0.8
+    assert seconds < 1000 * 0.4 / 0.9
+
+
+def test_plain_steps_are_timed_now_and_then():
+    seconds, rounds = simulated(drifting(costs_of(0.1)), lambda done: 2, 1000)
+    plain = [i for i, (_, k) in enumerate(rounds) if k == 0]
+    assert [b - a for a, b in zip(plain, plain[1:], strict=False)] == [1, 1, AdaptiveLength.CHECK_EVERY + 1] * 9 + [
+        1,
+        1,
+    ]
+    assert seconds < 1.05 * simulated(costs_of(0.1), lambda done: 2, 1000)[0]
+
+
+def test_costs_that_follow_by_hand():
+    length = AdaptiveLength(Costs({0: 1.0, **{k: 2.0 for k in LENGTHS}}, behind=0.5, drift=True))
+    for k, behind, seconds, cost in [
+        (2, 0, 1.0, 2.0),  # the first after another length
+        (2, 0, 1.0, 2.0),  # 2 2 1
+        (2, 0, 9.0, 2.0),  # 2 1 9: a hiccup
+        (2, 0, 1.5, 1.5),  # 1 9 1.5
+        (2, 32, 3.5, 1.5),  # of which 2 went into reading what was skipped
+        (0, 0, 3.0, 1.0),
+        (0, 1, 3.0, 1.0),  # 1 1 3
+        (0, 2, 4.0, 3.0),  # 1 3 4
+    ]:
+        length.learn([1], k, behind, [1], seconds)
+        assert length.costs.rounds[k] == cost
+    assert length.costs.behind == 0.5  # 0.5 0.5 1
+    length.learn([1], 2, 16, [1], 1.5 + 3.0)
+    assert length.costs.behind == 1.0  # 0.5 1 2
+    length.learn([1], 2, 16, [1], 1.0)  # no less than nothing
+    assert length.costs.behind == 1.0
+    still = AdaptiveLength(Costs({0: 1.0}))
+    for _ in range(5):
+        still.learn([1], 0, 0, [1], 2.0)
+    assert still.costs.rounds == {0: 1.0}
+
+
 def test_a_promise_of_less_than_a_twentieth_is_not_believed():
     """At first 1.7 tokens are expected of k = 1, 2.19 of k = 2; where none pays, the cheapest is tried."""
     assert AdaptiveLength(Costs({0: 1.0, 1: 1.68, 2: 2.12, 4: 9.0, 8: 9.0})).choose([1], 0) == 1  # 2.19 / 2.12 = 1.03
@@ -811,7 +877,7 @@ def test_nothing_is_proposed_where_no_row_has_anything():
 def test_each_kind_of_proposal_has_its_own_odds():
     length = AdaptiveLength(costs_of(0.0))
     for _ in range(30):
-        length.learn([3, 1], 8, 0, [9, 1])  # three tokens that match tell much, one tells nothing
+        length.learn([3, 1], 8, 0, [9, 1], 1.0)  # three tokens that match tell much, one tells nothing
     assert length.choose([3, 3], 0) == 8
     assert length.tokens([3], 8) > 8 > 1.3 > length.tokens([1], 8) > length.tokens([0], 8) == 1
     assert length.tokens([3, 0], 8) == (length.tokens([3], 8) + 1) / 2
@@ -819,14 +885,14 @@ def test_each_kind_of_proposal_has_its_own_odds():
 
 def test_rows_that_have_ended_or_proposed_nothing_teach_nothing():
     length = AdaptiveLength(CHEAP)
-    length.learn([3, 0, 1], 2, 0, [2, 1, 0])
+    length.learn([3, 0, 1], 2, 0, [2, 1, 0], 1.0)
     assert set(length.odds) == {3}
 
 
 def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
     length = AdaptiveLength(costs_of(0.1))  # a round with 4 takes 1.6 steps
     before = length.credit
-    length.learn([1, 1, 1], 4, 0, [3, 1, 0])
+    length.learn([1, 1, 1], 4, 0, [3, 1, 0], 1.6)
     assert length.credit - before == pytest.approx(2 * (1 + AdaptiveLength.SHARE) - 1.6)
 
 
