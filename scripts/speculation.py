@@ -29,7 +29,7 @@ from decoding import Sampling, compile_step, decode_one_token
 from generate import Row, Timing, acceptance, run_batch, setup_caches
 from qlinear import quant_spec
 from scripts.benchmark import machine, update_readme
-from speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from speculative import DraftModel, PromptLookup, Source, Speculation, draft_one_token, verify
 from tokenizer import load_tokenizer
 
 
@@ -129,17 +129,24 @@ def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int)
 def make_ways(target, device: torch.device, draft_path: Path, which: list[str]) -> dict[str, Speculation | None]:
     """Plain decoding and every kind of speculation in `which`, each with compiled functions of its own."""
     ways: dict[str, Speculation | None] = {"plain": None}
+    # one for all: a second compiled form of the same function would make each call look through both
+    check, sources = compile_step(verify, device), {}
     for way in which:
         name, _, k = way.partition(" ")
-        if name == "ngram":
-            source = PromptLookup()
-        else:
-            spec = quant_spec("int4" if name == "useless" else name, None)
-            useless = random_model(REGISTRY_NAME, device, target.dtype, quantize=spec) if name == "useless" else None
-            draft = useless or load_model(draft_path, device, target.dtype, quantize=spec)
-            source = DraftModel(draft, compile_step(draft_one_token, device))
-        ways[way] = Speculation(source, k if k == "auto" else int(k), compile_step(verify, device))
+        if name not in sources:
+            sources[name] = make_source(name, device, target.dtype, draft_path)
+        ways[way] = Speculation(sources[name], k if k == "auto" else int(k), check)
     return ways
+
+
+def make_source(name: str, device: torch.device, dtype: torch.dtype, draft_path: Path) -> Source:
+    if name == "ngram":
+        return PromptLookup()
+    if name == "useless":
+        draft = random_model(REGISTRY_NAME, device, dtype, quantize=quant_spec("int4", None))
+    else:
+        draft = load_model(draft_path, device, dtype, quantize=quant_spec(name, None))
+    return DraftModel(draft, compile_step(draft_one_token, device))
 
 
 def table(result: dict) -> str:
