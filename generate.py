@@ -462,6 +462,10 @@ def rate(tok_s: float | None) -> str:
     return "no tokens to time" if tok_s is None else f"{tok_s:.1f} tokens/sec"
 
 
+def by_each(model: Transformer) -> str:
+    return "" if model.ranks is None else " by each rank"
+
+
 def report(index: int, timing: Timing, model: Transformer, speculation: Speculation | None) -> None:
     """The lines after one sample, on standard error."""
     total = timing.prefill_s + timing.decode_s
@@ -472,7 +476,7 @@ def report(index: int, timing: Timing, model: Transformer, speculation: Speculat
     if timing.steps:
         read = bytes_read([timing], model, speculation)
         a_step = f"{read / timing.steps / GB:.3f} GB a {'round' if speculation else 'step'}"
-        say(f"Bandwidth achieved: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
+        say(f"Bandwidth achieved{by_each(model)}: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
     if speculation is not None:
         report_acceptance(timing)
 
@@ -698,8 +702,9 @@ def answer(flags: dict, ranks: Ranks | None) -> None:
             profiler.export_chrome_trace(str(path))
     summary = summarise(timings, model, speculation)
     say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
-    say(f"Bandwidth of this machine: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
-    say(f"Memory used: {(summary['peak_memory_gb'] or 0):.2f} GB")
+    bandwidth = "of this machine" if ranks is None else "that each rank can have"
+    say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
+    say(f"Memory used{by_each(model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
     if args.output_json and speaks(ranks):
         facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": load_s, "compile_s": compile_s}
         write_json(args.output_json, facts | summary)

@@ -48,6 +48,7 @@ from gptq import calibration_text, calibration_windows, gptq_
 from model import ModelArgs
 from qlinear import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from tokenizer import load_tokenizer, save_tokenizer
+from tp import init_tp
 
 GPTQ = "int4-gptq"
 GPTQ_FLAGS = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path")
@@ -278,6 +279,9 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    with init_tp() as ranks:  # so that one of them says it
+        if ranks is not None:
+            raise ValueError("quantise without torchrun, in one process: the file serves any number of ranks")
     args, began = argparse.Namespace(**flags), time.perf_counter()
     check_request(args)
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)

@@ -41,6 +41,7 @@ def test_every_command_is_tried_below():
         "python quantize.py",
         "python eval.py",
         "python scripts/",
+        "torchrun ",
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
         "./scripts/prepare.sh",
@@ -72,6 +73,23 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert not list(tmp_path.glob("*.json")) or "sequences" in (tmp_path / "answers.json").read_text()
+
+
+@pytest.mark.parametrize("command", of("torchrun "))
+def test_torchrun(command, run_cli, default_model_dir, tmp_path):
+    """With the default model, whose heads three ranks can share, on one machine."""
+    args = replaced(shlex.split(command)[1:], "--nproc_per_node", 3)
+    if "--nnodes" in args:
+        args = replaced(replaced(args, "--nnodes", 1), "--rdzv_endpoint", "localhost:0")
+    args = replaced(replaced(args, "--checkpoint_path", default_model_dir / "model.pth"), "--device", "cpu")
+    if "eval.py" in args:
+        (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
+        args = replaced(args, "--perplexity", tmp_path / "other.txt")
+    else:
+        args = replaced(replaced(args, "--num_samples", 1), "--max_new_tokens", 8)
+    done = run_cli("-m", "torch.distributed.run", *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 TEXT = "The cat sat on the mat, and the dog beside the cat. Nobody had asked either of them to do so. " * 8
@@ -134,7 +152,8 @@ def test_scripts_are_there_and_parse(command):
 
 
 @pytest.mark.parametrize(
-    "command", of("python scripts/benchmark") + of("python scripts/quality") + of("python scripts/spec")
+    "command",
+    of(("python scripts/benchmark", "python scripts/quality", "python scripts/speculation", "python scripts/tensor")),
 )
 def test_benchmarks_parse(command, run_cli):
     """They take minutes, and peers that are not installed here."""

@@ -23,6 +23,7 @@ from eval import perplexity
 from gptq import gptq_
 from model import ModelArgs
 from qlinear import QuantSpec, linear_table, quantize_weight
+from scripts.tensor_parallel import predicted
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -147,10 +148,11 @@ def test_bytes_sent_for_a_token(found, n_rank):
     sums = (2 * ARGS.n_layer + 1) * ARGS.dim * 2
     part = -(-ARGS.vocab_size // n_rank)
     pair = 4 + 4  # a logit and its number
+    assert sums + pair == predicted(ARGS, n_rank, itemsize=2)
     assert found(n_rank)["bytes"] == {
-        "greedy": {"all_reduce": sums, "all_gather_single": pair, "broadcast": 0},
-        "top-k": {"all_reduce": sums, "all_gather_single": 20 * pair, "broadcast": 8},
-        "all": {"all_reduce": sums, "all_gather_single": 2 * part, "broadcast": 8},
+        "greedy": {"sum": sums, "gather": pair},
+        "top-k": {"sum": sums, "gather": 20 * pair, "broadcast": 8},
+        "all": {"sum": sums, "gather": 2 * part, "broadcast": 8},
     }
 
 
@@ -427,6 +429,12 @@ def test_user_errors_are_told_once(flags, message):
     assert err.count(message) == 1, err
     assert err.count("error: ") == 1, err
     assert 'generate.py", line' not in err
+
+
+def test_quantising_is_for_one_process(default_model_dir):
+    code, _, err = outcome(torchrun(2, "quantize.py", "--checkpoint_path", default_model_dir / "model.pth"))
+    assert code == 1
+    assert err.count("error: quantise without torchrun") == err.count("error: ") == 1
 
 
 def test_ranks_that_do_not_come_are_named():

@@ -21,6 +21,7 @@ from decoding import Sampling, compile_step, decode_one_token, forward_chunk, us
 from eval import perplexity
 from generate import generate, setup_caches
 from model import ModelArgs
+from scripts.tensor_parallel import CountingRanks, bytes_of_a_step
 from speculative import Costs, DraftModel, PromptLookup, Speculation, draft_one_token, verify
 
 CPU = torch.device("cpu")
@@ -130,30 +131,6 @@ def run(case: Case, folder: Path, ranks=None) -> dict:
     return found
 
 
-def bytes_of_a_step(folder: Path, ranks, sampling: Sampling) -> dict[str, int]:
-    """Bytes that this rank gives to each kind of collective in one decoding step of one row."""
-    model = load_model(folder / "float.pth", dtype=torch.bfloat16, ranks=ranks)
-    setup_caches(model, 1, 64)
-    sent = {"all_reduce": 0, "all_gather_single": 0, "broadcast": 0}
-    before = {name: getattr(tp.collectives, name) for name in sent}
-
-    def counted(name):
-        def call(x, *others):
-            sent[name] += x.nbytes
-            return before[name](x, *others)
-
-        return call
-
-    for name in sent:
-        setattr(tp.collectives, name, counted(name))
-    token, pos = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
-    with torch.inference_mode():
-        decode_one_token(model, token, pos, used_slots(model, 1), sampling)
-    for name in sent:
-        setattr(tp.collectives, name, before[name])
-    return sent
-
-
 def anonymous_bytes() -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -183,7 +160,9 @@ def main(folder: Path, big: Path | None = None) -> None:
             for case in cases(ranks.size):
                 found[str(case)] = on_all(run(case, folder, ranks))
             samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
-            found["bytes"] = {name: bytes_of_a_step(folder, ranks, s) for name, s in samplings.items()}
+            model = load_model(folder / "float.pth", dtype=torch.bfloat16, ranks=CountingRanks.of(ranks))
+            setup_caches(model, 1, 64)
+            found["bytes"] = {name: bytes_of_a_step(model, sampling) for name, sampling in samplings.items()}
             model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
             found["perplexity"] = perplexity(model, list(range(200)), window=40, stride=30, batch_size=3).perplexity
         else:
