@@ -320,6 +320,7 @@ class AdaptiveLength:
 
     FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
     MARGIN = 1.05  # what it must promise over plain steps: costs are not known better
+    HICCUP = 1.5  # what takes longer than so many times its cost, something else held up
     CHECK_EVERY, TIMED = 32, 3  # after so many rounds so many plain ones, to know what they cost by now
 
     def __init__(self, costs: "Costs"):
@@ -353,7 +354,10 @@ class AdaptiveLength:
                 self.odds.setdefault(kind, Odds()).learn(count - 1, k)
         running = [count for count in counts if count]
         worth = sum(running) / max(len(running), 1) * self.costs.rounds[0]
-        self.credit += (1 + self.SHARE) * worth - self.costs.of(k, behind)
+        cost = self.costs.of(k, behind)
+        if self.costs.drift and (k or self.last):  # the plain step that follows others is theirs to pay for too
+            cost = min(seconds, self.HICCUP * cost)
+        self.credit += (1 + self.SHARE) * worth - cost
         self.credit = min(self.credit, self.MOST_STEPS * self.costs.rounds[0])
         if self.costs.drift:
             self.follow(k, behind, seconds)

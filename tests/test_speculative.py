@@ -896,6 +896,20 @@ def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
     assert length.credit - before == pytest.approx(2 * (1 + AdaptiveLength.SHARE) - 1.6)
 
 
+def test_where_costs_drift_a_round_pays_for_what_it_took():
+    length = AdaptiveLength(drifting(costs_of(0.1)))
+    share = 1 + AdaptiveLength.SHARE
+    for k, seconds, change in [
+        (4, 1.7, 2 * share - 1.7),
+        (0, 1.2, 2 * share - 1.2),  # the weights it reads were pushed out of the cache
+        (0, 1.2, 2 * share - 1.0),
+        (4, 9.0, 2 * share - 1.5 * 1.6),  # a hiccup
+    ]:
+        before = length.credit = -5.0
+        length.learn([1], k, 0, [2], seconds)
+        assert length.credit - before == pytest.approx(change)
+
+
 def test_odds_by_hand():
     odds = Odds()
     assert odds.expected(1) == pytest.approx(0.7)
