@@ -7,4 +7,6 @@ source scripts/venv.sh
 make_venv requirements-dev.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+# several tests side by side, each with a thread: most of them start processes that have work for one
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

@@ -62,6 +62,8 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
         args = replaced(args, "--checkpoint_path", default_model_dir / "model.pth")
     if "--draft_checkpoint_path" in args:
         args = replaced(args, "--draft_checkpoint_path", default_model_dir / "model.pth")
+    if "--draft_checkpoint_path" in args or "--speculate" in args:
+        args = replaced(args, "--speculate_k", 2)  # auto compiles five forms
     if "--prompt_file" in args:
         (tmp_path / "prompts.txt").write_text("One\nTwo and three\n", encoding="utf-8")
         args = replaced(args, "--prompt_file", tmp_path / "prompts.txt")
@@ -76,17 +78,20 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("command", of("torchrun "))
-def test_torchrun(command, run_cli, default_model_dir, tmp_path):
-    """With the default model, whose heads three ranks can share, on one machine."""
-    args = replaced(shlex.split(command)[1:], "--nproc_per_node", 3)
+def test_torchrun(command, run_cli, tmp_path):
+    """On one machine, with a tiny model that two ranks share."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    args = replaced(shlex.split(command)[1:], "--nproc_per_node", 2)
     if "--nnodes" in args:
         args = replaced(replaced(args, "--nnodes", 1), "--rdzv_endpoint", "localhost:0")
-    args = replaced(replaced(args, "--checkpoint_path", default_model_dir / "model.pth"), "--device", "cpu")
+    args = replaced(replaced(args, "--checkpoint_path", checkpoint), "--device", "cpu")
     if "eval.py" in args:
         (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
-        args = replaced(args, "--perplexity", tmp_path / "other.txt")
+        args = replaced(replaced(args, "--perplexity", tmp_path / "other.txt"), "--max_seq_length", 32)
     else:
         args = replaced(replaced(args, "--num_samples", 1), "--max_new_tokens", 8)
+    if "--speculate" in args:
+        args = replaced(args, "--speculate_k", 2)
     done = run_cli("-m", "torch.distributed.run", *args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import tensor
-from tp_cases import ARGS, TIED, cases, memory_of_loading, run
+from tp_cases import ARGS, TIED, cases, run
 
 import tp
 from checkpoint import expected_tensors, load_model, save_checkpoint
@@ -255,7 +255,7 @@ GENERATE = [
 def test_default_model_over_three_ranks(default_model_dir, questions, run_cli):
     flags = [*GENERATE, "--checkpoint_path", default_model_dir, "--prompt_file", questions]
     truth = run_cli(*flags)
-    text, _, result = ran(3, *flags, "--speculate", "ngram", "--compile").partition("{")
+    text, _, result = ran(3, *flags, "--speculate", "ngram", "--speculate_k", 2).partition("{")
     assert text == truth.stdout.partition("{")[0]
     assert answers_of("{" + result) == answers_of("{" + truth.stdout.partition("{")[2])
     assert json.loads("{" + result)["ranks"] == 3
@@ -278,8 +278,9 @@ def test_eval_over_three_ranks(default_model_dir, run_cli):
 def test_memory_of_a_rank_is_its_share(default_model_dir, folder):
     path = default_model_dir / "model.pth"
     ran(3, "tests/tp_cases.py", folder, path)
-    whole, shares = memory_of_loading(path), torch.load(folder / "ranks3.pt")["memory"]
-    assert max(shares) < 1.25 * whole / 3
+    args = ModelArgs.from_name("SmolLM2-135M")
+    whole = 4 * sum(tensor.numel() for tensor in expected_tensors(args).values())  # float32
+    assert max(torch.load(folder / "ranks3.pt")["memory"]) < 1.25 * whole / 3
 
 
 def two_machines(*args):
@@ -412,12 +413,9 @@ def test_a_user_error_of_all_is_told_once(tmp_path):
     [
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--checkpoint_path nowhere.pth", "there is no checkpoint at nowhere.pth"),
-        ("--random_weights Llama-3-70B --device cpu --dtype nonsense", "dtype 'nonsense' is unknown"),
         ("--random_weights SmolLM2-135M", "2 ranks cannot share this model's 9 heads"),
-        ("--random_weights stories15M --quantize int4", "would cut groups of 32"),
         ("--random_weights stories15M --prompt_file nowhere.txt", "cannot read the prompt file nowhere.txt"),
         ("--random_weights stories15M --max_new_tokens 500", "more than the context of 256"),
-        ("--random_weights stories15M --device cuda:0", "device 'cuda:0' is"),
     ],
 )
 def test_user_errors_are_told_once(flags, message):
