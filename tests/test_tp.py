@@ -412,7 +412,6 @@ def test_a_user_error_of_all_is_told_once(tmp_path):
     "flags, message",
     [
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("--checkpoint_path nowhere.pth", "there is no checkpoint at nowhere.pth"),
         ("--random_weights SmolLM2-135M", "2 ranks cannot share this model's 9 heads"),
         ("--random_weights stories15M --prompt_file nowhere.txt", "cannot read the prompt file nowhere.txt"),
         ("--random_weights stories15M --max_new_tokens 500", "more than the context of 256"),
