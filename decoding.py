@@ -11,6 +11,7 @@ from torch import Tensor
 from model import Transformer
 from tp import from_first, full_logits
 
+LOGIT_BYTES = 400_000_000  # at most, for the logits of one forward that scores, and what is computed from them
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
 
 
@@ -116,11 +117,20 @@ def used_slots(model: Transformer, count: int) -> Tensor:
 def prefill(
     model: Transformer, prompts: list[list[int]], sampling: Sampling, start: int = 0, forward: Callable = forward_chunk
 ) -> tuple[Tensor, Tensor]:
-    """Run the prompts, whose first tokens stand at position `start`, and draw each row's next token.
+    """Run the prompts and draw each row's next token: token and pos [B, 1], its position. As `read_prompts`."""
+    logits, pos = read_prompts(model, prompts, start, forward)
+    return next_token(model, logits, sampling), pos
 
-    Returns token and pos [B, 1]: the token drawn and its position. Prompts are padded on the right; each row takes
-    the logits of its own last token, and pad slots are overwritten before any row reaches them. The cache must hold one
-    token more than the longest prompt.
+
+@torch.inference_mode()
+def read_prompts(
+    model: Transformer, prompts: list[list[int]], start: int = 0, forward: Callable = forward_chunk
+) -> tuple[Tensor, Tensor]:
+    """Run the prompts, whose first tokens stand at position `start`.
+
+    Returns the logits [B, V] that the model gave after each, and the position [B, 1] that follows it. Prompts are
+    padded on the right; each row takes the logits of its own last token, and pad slots are overwritten before any row
+    reaches them. The cache must hold one token more than the longest prompt.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(len(prompt) for prompt in prompts)
@@ -135,7 +145,35 @@ def prefill(
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
         new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)
         logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
-    return next_token(model, logits, sampling), start + lengths[:, None]
+    return logits, start + lengths[:, None]
+
+
+@torch.inference_mode()
+def token_logprobs(
+    model: Transformer, tokens: Tensor, pos: Tensor, targets: Tensor, skip: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Read tokens [B, S] at pos [B, S]; of the targets [B, S] that follow them, from column `skip` on, log p in nats
+    [B, S - skip] (float32) and whether each is the likeliest.
+
+    The rows go through the cache in chunks, as a prompt does, which bounds logits, mask and activations.
+    """
+    n_rows, length = tokens.shape
+    element = 10  # bytes: bfloat16 logits, and in float32 they and their log-softmax
+    size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (element * n_rows * model.args.vocab_size)))
+    end_of_text = int(pos.max()) + 1 - length
+    logprobs, likeliest = [], []
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        first = max(skip - begin, 0)  # columns before are only context
+        columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
+        slots = model.slots[: end_of_text + end]
+        logits = model(tokens[:, begin:end], pos[:, begin:end], rows=columns, slots=slots)
+        logits = full_logits(model, logits)
+        wanted = targets[:, begin:end][:, first:]
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+        logprobs.append(-nll.view(wanted.shape))
+        likeliest.append(logits.argmax(-1) == wanted)
+    return torch.cat(logprobs, 1), torch.cat(likeliest, 1)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: perplexity, and the command line that measures it."""
+"""How good a model is: the perplexity of a text, tasks of lm-evaluation-harness, and the command line for both."""
 
 if __name__ == "__main__":
     import command_line
@@ -10,23 +10,33 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DEFAULT_CHECKPOINT, DTYPES, load_model, parse_dtype, pick_device, require_writable, write_json
-from decoding import PREFILL_CHUNK
+from checkpoint import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    load_model,
+    open_source,
+    parse_dtype,
+    pick_device,
+    require_writable,
+    write_json,
+)
+from decoding import token_logprobs
 from generate import check_threads, checked_ids, context_length, run_facts, say, setup_caches
 from model import Transformer
-from tokenizer import load_tokenizer
-from tp import Ranks, full_logits, init_tp, shared, speaks
+from tokenizer import Tokenizer, load_tokenizer
+from tp import Ranks, init_tp, shared, speaks
 
-LOGIT_BYTES = 400_000_000  # at most, for the logits of one forward and what is computed from them
+WINDOW = 512  # tokens of a text at once
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,11 @@ def perplexity(
     with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
         for batch in batches(windows, batch_size):
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
-            nll = token_nll(model, tokens, batch[0].first - batch[0].begin)
-            total += nll.sum().item()
-            progress.update(nll.numel())
+            places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
+            skip = batch[0].first - batch[0].begin - 1
+            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip)
+            total -= logprobs.sum().item()
+            progress.update(logprobs.numel())
     mean = total / n_tokens
     if math.isnan(mean):
         raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")
@@ -94,28 +106,6 @@ def batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
             yield batch
 
 
-@torch.inference_mode()
-def token_nll(model: Transformer, tokens: Tensor, first: int) -> Tensor:  # tokens [B, S] -> [B, S - first] float32
-    """-log p, in nats, of the tokens from column `first` (1 or above) on, each given all before it in its row.
-
-    The rows go through the cache in chunks, as a prompt does, which bounds logits, mask and activations.
-    """
-    n_rows, length = tokens.shape
-    element = 10  # bytes: bfloat16 logits, and in float32 they and their log-softmax
-    size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (element * n_rows * model.args.vocab_size)))
-    scores = []
-    for begin in range(0, length - 1, size):
-        end = min(begin + size, length - 1)
-        skip = max(first - 1 - begin, 0)  # columns that are only context
-        pos = torch.arange(begin, end, device=tokens.device).repeat(n_rows, 1)
-        logits = model(tokens[:, begin:end], pos, rows=pos[:, skip:] - begin, slots=model.slots[:end])
-        logits = full_logits(model, logits)
-        targets = tokens[:, begin + 1 : end + 1][:, skip:]
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        scores.append(nll.view(targets.shape))
-    return torch.cat(scores, dim=1)
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -131,9 +121,19 @@ def check_sizes(window: int, stride: int | None, batch_size: int) -> None:
 
 def check_request(args: argparse.Namespace) -> None:
     """Raise ValueError on arguments that cannot work, before anything slow."""
-    if args.perplexity is None:
-        raise ValueError("there is nothing to measure; give a text with --perplexity FILE")
-    check_sizes(args.max_seq_length, args.stride, args.batch_size)
+    if (args.perplexity is None) == (args.tasks is None):
+        raise ValueError("give either --tasks NAME ... or a text with --perplexity FILE")
+    if args.limit is not None and args.limit <= 0:
+        raise ValueError(f"--limit is {args.limit:g}; it must be a number of questions, or a part of them below 1")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"--num_fewshot is {args.num_fewshot}; it must be 0 or above")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise ValueError(f"--include_path {args.include_path} is no folder")
+    check_sizes(
+        WINDOW if args.max_seq_length is None else args.max_seq_length,
+        args.stride,
+        1 if args.batch_size is None else args.batch_size,
+    )
     check_threads(args.threads)
     if args.output_json is not None:
         require_writable(args.output_json, [args.perplexity, args.checkpoint_path])
@@ -163,32 +163,75 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     """Everything that the command line asks for, on each rank alike."""
     args = argparse.Namespace(**flags)
     check_request(args)
+    if args.tasks is not None:
+        require_harness()
     device = pick_device(args.device, ranks)
     dtype = parse_dtype(args.dtype)
-    text = shared(ranks, lambda: read_text(args.perplexity))
+    text = None if args.perplexity is None else shared(ranks, lambda: read_text(args.perplexity))
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    say(f"Using device={device}")
+    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
     began = time.perf_counter()
     model = load_model(args.checkpoint_path, device, dtype, args.model_name, ranks=ranks)
     tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
-    load_s = time.perf_counter() - began
-    say(f"Time to load model: {load_s:.2f} seconds")
-    ids = checked_ids(tokenizer.encode(text), tokenizer)
+    facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
+    say(f"Time to load model: {facts['load_s']:.2f} seconds")
+    measure = measure_tasks if text is None else partial(measure_text, text)
+    result, default = measure(model, tokenizer, args, facts)
+    if args.output_json and speaks(ranks):
+        write_json(args.output_json, result, default)
 
+
+def measure_text(text: str, model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, facts: dict) -> tuple:
+    """Print the perplexity of a text; the report, and what JSON needs to write it."""
+    ids = checked_ids(tokenizer.encode(text), tokenizer)
     began = time.perf_counter()
-    result = perplexity(model, ids, window=args.max_seq_length, stride=args.stride, batch_size=args.batch_size)
+    window = args.max_seq_length or WINDOW
+    result = perplexity(model, ids, window=window, stride=args.stride, batch_size=args.batch_size or 1)
     seconds = time.perf_counter() - began
     say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
     print(f"perplexity: {result.perplexity:.4f}")
-    if args.output_json and speaks(ranks):
-        facts = run_facts(flags, device, ranks) | {"load_s": load_s, "seconds": seconds}
-        write_json(args.output_json, facts | asdict(result))
+    return facts | {"seconds": seconds} | asdict(result), None
+
+
+def measure_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, facts: dict) -> tuple:
+    """Print the harness's table of tasks; its report with ours in it, and what JSON needs to write it."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from harness import Adapter, run_tasks
+
+    adapter = Adapter(
+        model, tokenizer, args.checkpoint_path, context_length(model, args.max_seq_length), args.batch_size
+    )
+    began = time.perf_counter()
+    result = run_tasks(
+        adapter,
+        args.tasks,
+        args.include_path,
+        args.seed,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+    )
+    facts["seconds"] = time.perf_counter() - began
+    kinds = {str(spec) for spec in open_source(args.checkpoint_path, args.model_name).table.values()}
+    facts |= {"model": asdict(model.args), "quantised": sorted(kinds), "lm_eval": version("lm_eval")}
+    print(make_table(result))
+    if result.get("groups"):
+        print(make_table(result, "groups"))
+    say(f"Time for tasks: {facts['seconds']:.1f} seconds")
+    return result | {"gpt_faster": facts}, handle_non_serializable
+
+
+def require_harness() -> None:
+    """Raise ValueError, with what installs it, if lm-eval is missing."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-eval: pip install -r requirements-eval.txt; or measure a --perplexity FILE")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure how well a language model predicts a text.")
+    parser = argparse.ArgumentParser(description="Measure how well a language model does tasks, or predicts a text.")
     where = parser.add_argument_group("model")
     where.add_argument(
         "--checkpoint_path",
@@ -200,12 +243,26 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("evaluation")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
+    what.add_argument("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
+    what.add_argument("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    what.add_argument("--include_path", metavar="DIR", help="a folder with task files of your own")
+    what.add_argument(
+        "--apply_chat_template", action="store_true", help="write each question as a chat message (default: plain text)"
+    )
+    what.add_argument("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
     what.add_argument("--perplexity", metavar="FILE", help="score this text (UTF-8)")
-    what.add_argument("--max_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)")
+    what.add_argument(
+        "--max_seq_length",
+        type=int,
+        help=f"tokens in a window (default: {WINDOW} for a text, the model's context for tasks)",
+    )
     what.add_argument(
         "--stride", type=int, help="tokens from one window to the next; fewer give more context (default: the window)"
     )
-    what.add_argument("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
+    what.add_argument(
+        "--batch_size", type=int, help="rows at a time (default: 1 for a text, what makes a good forward for tasks)"
+    )
     what.add_argument("--output_json", metavar="PATH", help="write the result and the facts of the run")
     return parser
 

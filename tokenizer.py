@@ -39,9 +39,11 @@ class Tokenizer:
         self.vocab_size: int = backend.vocab_size
         bos_id = backend.token_id(self._names.get("bos_token", ""))
         self.bos_id: int | None = ids["bos_token_id"] if bos_id is None else bos_id
+        end = backend.token_id(self._names.get("eos_token", ""))
+        self.eos_id: int | None = next(iter(ids["eos_token_id"]), None) if end is None else end
         markers = [backend.marker_id(marker) for marker in END_MARKERS]
-        ends = {*ids["eos_token_id"], backend.token_id(self._names.get("eos_token", "")), *markers}
-        self.eos_ids: frozenset[int] = frozenset(ends - {None})
+        self.declared_eos_ids: frozenset[int] = frozenset({*ids["eos_token_id"], end} - {None})
+        self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
         self.chat_template: str | None = _default_template(config.get("chat_template"))
         adds_bos = backend.encode("", True)[:1] == [self.bos_id]
         wants_bos = config.get("add_bos_token")

@@ -14,10 +14,11 @@ from test_families import SIZES, random_prompts, save_tiny
 from test_generate import make_tiny_checkpoint
 from transformers import LlamaConfig
 
+import decoding
 import eval as program
 from checkpoint import load_model
-from decoding import Sampling
-from eval import Window, build_parser, main, perplexity, split, token_nll
+from decoding import Sampling, token_logprobs
+from eval import Window, build_parser, main, perplexity, split
 from generate import generate
 from model import ModelArgs, Transformer
 from tokenizer import load_tokenizer
@@ -107,7 +108,7 @@ def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, 
     whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     seen = []
     hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
-    monkeypatch.setattr(program, "LOGIT_BYTES", 10 * 4 * columns * SIZES["vocab_size"])
+    monkeypatch.setattr(decoding, "LOGIT_BYTES", 10 * 4 * columns * SIZES["vocab_size"])
     chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     hook.remove()
     assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)
@@ -145,15 +146,24 @@ def test_a_model_that_is_sure_and_wrong_has_no_finite_perplexity():
     assert result.nll == pytest.approx(1e4) and result.perplexity == math.inf
 
 
-def test_nll_of_each_token(pair):
+def test_logprobs_of_each_token(pair):
     theirs, ours = pair
     tokens = torch.tensor([random_prompts(12)[0], random_prompts(12, 12)[1]])
     with torch.inference_mode():
         log_probs = theirs(tokens).logits.log_softmax(-1)
-    expected = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    expected = log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    likeliest = log_probs[:, :-1].argmax(-1) == tokens[:, 1:]
     ours.setup_caches(2, 12)
-    for first in (1, 7, 11):
-        torch.testing.assert_close(token_nll(ours, tokens, first), expected[:, first - 1 :], atol=1e-4, rtol=1e-4)
+    places = torch.arange(11).repeat(2, 1)
+    for skip in (0, 6, 10):
+        found, best = token_logprobs(ours, tokens[:, :-1], places, tokens[:, 1:], skip)
+        torch.testing.assert_close(found, expected[:, skip:], atol=1e-4, rtol=1e-4)
+        assert torch.equal(best, likeliest[:, skip:])
+    token_logprobs(ours, tokens[:, :4], places[:, :4], tokens[:, 1:5])
+    ragged = torch.stack((tokens[0, 4:8], tokens[1, 2:6]))  # rows that go on from other places
+    places = torch.tensor([[4], [2]]) + torch.arange(4)
+    found, _ = token_logprobs(ours, ragged, places, torch.stack((tokens[0, 5:9], tokens[1, 3:7])))
+    torch.testing.assert_close(found, torch.stack((expected[0, 4:8], expected[1, 2:6])), atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_can_be_used_afterwards(tiny):
@@ -224,7 +234,11 @@ def test_bos_is_the_first_token_of_the_text_if_the_tokenizer_adds_one(tmp_path, 
 
 def test_defaults_and_help(run_cli):
     args = build_parser().parse_args([])
-    assert (args.max_seq_length, args.stride, args.dtype, args.perplexity) == (512, None, "bfloat16", None)
+    assert (args.tasks, args.max_seq_length, args.stride, args.dtype, args.perplexity) == (None,) * 3 + (
+        "bfloat16",
+        None,
+    )
+    assert program.WINDOW == 512
     result = run_cli("eval.py", "--help", env={"COLUMNS": 120})
     assert result.returncode == 0
     for action in build_parser()._actions:
@@ -301,7 +315,7 @@ def test_exit_codes(run_cli, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     done = run_cli("eval.py")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: there is nothing to measure; give a text with --perplexity FILE\n"
+    assert done.stderr == "error: give either --tasks NAME ... or a text with --perplexity FILE\n"
     done = run_cli("eval.py", "--perplexity", tmp_path / "text", "--checkpoint_path", tmp_path / "none.pth")
     assert done.returncode == 2 and "there is no checkpoint at" in done.stderr and "Traceback" not in done.stderr
 

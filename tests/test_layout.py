@@ -21,7 +21,7 @@ ORDER = [
     "decoding",
     "speculative",
 ]
-ORDER += ["generate", "eval", "gptq", "quantize", "scripts", "tests"]
+ORDER += ["generate", "harness", "eval", "gptq", "quantize", "scripts", "tests"]
 
 SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "checkpoints" not in path.parts]
 

@@ -1,5 +1,6 @@
 """Every command of the README, as it stands there; only paths, names and sizes are replaced."""
 
+import json
 import os
 import re
 import shlex
@@ -42,6 +43,7 @@ def test_every_command_is_tried_below():
         "python eval.py",
         "python scripts/",
         "torchrun ",
+        "pip install -r requirements-",
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
         "./scripts/prepare.sh",
@@ -122,12 +124,43 @@ def test_quantize(command, run_cli, tmp_path):
 
 @pytest.mark.parametrize("command", of("python eval.py"))
 def test_eval(command, run_cli, tmp_path):
+    """On a tiny model; tasks that must be fetched are replaced by one of a file."""
     checkpoint = make_tiny_checkpoint(tmp_path / "model")
-    (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
-    args = replaced(shlex.split(command)[1:], "--perplexity", tmp_path / "other.txt")
-    done = run_cli(*replaced(replaced(args, "--checkpoint_path", checkpoint), "--max_seq_length", 32))
+    args = replaced(shlex.split(command)[1:], "--checkpoint_path", checkpoint)
+    if "--tasks" in args:
+        write_task(tmp_path)
+        args = replaced(replaced(args, "--include_path", tmp_path), "--output_json", tmp_path / "results.json")
+        at = args.index("--tasks") + 1
+        rest = [i for i in range(at, len(args)) if args[i].startswith("--")]
+        args[at : rest[0]] = ["my_task"]
+    else:
+        (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
+        args = replaced(replaced(args, "--perplexity", tmp_path / "other.txt"), "--max_seq_length", 32)
+        args = replaced(args, "--stride", 16) if "--stride" in args else args
+    done = run_cli(*args, env={"HF_HOME": tmp_path / "hf", "HF_DATASETS_OFFLINE": 1})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("perplexity: ")
+    assert ("|my_task|" if "--tasks" in args else "perplexity: ") in done.stdout
+
+
+def write_task(folder):
+    """A task with eight questions of two choices."""
+    lines = [{"q": f"{i} and", "choices": [f" {i + 1}", " none"]} for i in range(8)]
+    (folder / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "my_task.yaml").write_text(
+        f"""
+task: my_task
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder / "data.json"}}}}}
+output_type: multiple_choice
+training_split: null
+validation_split: validation
+fewshot_split: validation
+doc_to_text: "{{{{q}}}}"
+doc_to_target: 0
+doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
+"""
+    )
 
 
 @pytest.mark.parametrize("command", of("python scripts/download.py") + of("./scripts/prepare.sh"))
