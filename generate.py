@@ -27,6 +27,7 @@ from checkpoint import (
     GB,
     atomic_path,
     load_model,
+    open_source,
     parse_dtype,
     pick_device,
     random_model,
@@ -658,6 +659,8 @@ def answer(flags: dict, ranks: Ranks | None) -> None:
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
     options = choose_functions(device, args.compile, args.compile_prefill)
+    if args.draft_checkpoint_path is not None:
+        open_source(args.draft_checkpoint_path)  # what is wrong with it is said before the long wait for the model
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     texts = [prompt] if args.prompt_file is None else shared(ranks, lambda: read_prompt_file(args.prompt_file))
     if args.threads:

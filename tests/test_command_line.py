@@ -393,6 +393,7 @@ def test_prompt_lookup_needs_no_tokenizer(in_process):
         ("--draft_device cpu --speculate ngram", "--draft_device needs --draft_checkpoint_path"),
         ("--random_weights stories15M --draft_checkpoint_path OTHER", "no tokenizer that a draft could share"),
         ("--draft_checkpoint_path OTHER --output_json OTHER", "this run reads it"),
+        ("--draft_checkpoint_path nowhere.pth", "there is no checkpoint at nowhere.pth"),
         ("--draft_checkpoint_path OTHER --draft_device tpu", "device 'tpu' is unknown; use one of cuda, mps, cpu"),
     ],
 )
