@@ -31,7 +31,7 @@ from checkpoint import (
     write_json,
 )
 from decoding import token_logprobs
-from generate import check_threads, checked_ids, context_length, run_facts, say, setup_caches
+from generate import check_threads, checked_ids, context_length, run_facts, say, say_device, setup_caches
 from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import Ranks, init_tp, shared, speaks
@@ -171,7 +171,7 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
+    say_device(device, ranks)
     began = time.perf_counter()
     model = load_model(args.checkpoint_path, device, dtype, args.model_name, ranks=ranks)
     tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)

@@ -450,6 +450,10 @@ def say(*parts) -> None:
     print(*parts, file=sys.stderr, flush=True)
 
 
+def say_device(device: torch.device, ranks: Ranks | None) -> None:
+    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
+
+
 def write(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -669,7 +673,7 @@ def answer(flags: dict, ranks: Ranks | None) -> None:
     if args.seed < 0:
         say(f"Seed: {seed}")
 
-    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
+    say_device(device, ranks)
     began = time.perf_counter()
     model, tokenizer = load(args, device, ranks)
     load_s = time.perf_counter() - began

@@ -5,7 +5,7 @@ It needs lm-eval (`requirements-eval.txt`), so the command lines import this fil
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from decoding import Sampling, forward_chunk, read_prompts, token_logprobs
+from decoding import Sampling, read_prompts, token_logprobs
 from generate import Row, Timing, run_batch, setup_caches
 from model import Transformer
 from tokenizer import Tokenizer
@@ -61,13 +61,13 @@ def grouped(requests: list[tuple[list[int], list[int]]], max_length: int) -> lis
 
 
 @torch.inference_mode()
-def score(model: Transformer, questions: list[Question], forward: Callable = forward_chunk) -> Iterator[tuple]:
+def score(model: Transformer, questions: list[Question]) -> Iterator[tuple[int, float, bool]]:
     """(request number, log-likelihood in nats, whether greedy decoding writes it) of each continuation.
 
     The context is read once. The continuations follow it one after another in the same slots of the cache: what an
     earlier one left beyond a position is not seen from there.
     """
-    logits, pos = read_prompts(model, [question.context for question in questions], forward=forward)
+    logits, pos = read_prompts(model, [question.context for question in questions])
     first = full_logits(model, logits).float().log_softmax(-1)
     for which in range(max(len(question.numbers) for question in questions)):
         # a row without so many repeats its last
@@ -102,17 +102,11 @@ class Adapter(TemplateLM):
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        name: str,
-        max_length: int,
-        batch_size: int | None = None,
-        **functions: Callable,
+        self, model: Transformer, tokenizer: Tokenizer, name: str, max_length: int, batch_size: int | None = None
     ):
         super().__init__()
         self.model, self.words, self.name = model, tokenizer, name  # `tokenizer` would be probed by the base class
-        self.max_length, self.batch_size, self.functions = max_length, batch_size, functions
+        self.max_length, self.batch_size = max_length, batch_size
         self.prefix = tokenizer.vocabulary()[self.prefix_token_id]
         self.asked = False  # whether a request has come, so that what goes wrong is no matter of tasks
 
@@ -207,8 +201,7 @@ class Adapter(TemplateLM):
                     batch, rows = rows[:n_rows], rows[n_rows:]
                     longest = max(len(row.prompt) + row.max_new_tokens for _, row in batch)
                     setup_caches(self.model, len(batch), longest)
-                    began, ignore = 0.0, lambda *_: None
-                    run_batch(self.model, [row for _, row in batch], settings[key], Timing(), began, ignore)
+                    run_batch(self.model, [row for _, row in batch], settings[key], Timing(), 0.0, lambda *_: None)
                     for number, row in batch:
                         texts[number] = row.stream.text
                         self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])

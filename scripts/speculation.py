@@ -127,7 +127,7 @@ def measure(target, tokenizer, ways: dict[str, Speculation | None], rounds: int)
 
 
 def make_ways(target, device: torch.device, draft_path: Path, which: list[str]) -> dict[str, Speculation | None]:
-    """Plain decoding and every kind of speculation in `which`, each with compiled functions of its own."""
+    """Plain decoding and every kind of speculation in `which`."""
     ways: dict[str, Speculation | None] = {"plain": None}
     # one for all: a second compiled form of the same function would make each call look through both
     check, sources = compile_step(verify, device), {}

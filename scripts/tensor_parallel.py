@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,6 @@ from checkpoint import (
     DEFAULT_CHECKPOINT,
     load_model,
     open_source,
-    parse_dtype,
     random_model,
     require_writable,
     write_json,
@@ -40,7 +40,7 @@ from checkpoint import (
 from decoding import Sampling, decode_one_token, used_slots
 from model import REGISTRY, ModelArgs, Transformer
 from scripts.benchmark import ROOT, machine, medians, run_json, update_readme
-from tp import Ranks, init_tp
+from tp import Ranks, init_tp, require_split
 
 NEW_TOKENS, REPEATS = 100, 3
 QUANTIZE = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
@@ -86,10 +86,9 @@ def predicted(args: ModelArgs, n_rank: int, itemsize: int) -> int:
 def count_bytes(model: str, device: str, output: str) -> None:
     """What each rank that torchrun started does to count."""
     with init_tp() as ranks:
-        ranks, dtype = CountingRanks.of(ranks), parse_dtype("bfloat16")
-        where = ranks.place(device)
+        ranks = CountingRanks.of(ranks)
         load = random_model if model in REGISTRY else load_model
-        shared = load(model, where, dtype, ranks=ranks)
+        shared = load(model, ranks.place(device), torch.bfloat16, ranks=ranks)
         shared.setup_caches(1, 16)
         sent = bytes_of_a_step(shared, Sampling(temperature=0))
         if ranks.is_first:
@@ -125,6 +124,9 @@ def main(*, model: str, device: str, ranks: list[int], precisions: list[str], ro
     if count:
         return count_bytes(model, device, output)
     require_writable(output)
+    args = sizes(model)
+    for n_rank in ranks:  # or a run of minutes would end with the first that fails
+        require_split(args, {}, n_rank)
     weights = ["--random_weights" if model in REGISTRY else "--checkpoint_path", model]
     runs = {precision: {str(n): [] for n in ranks} for precision in precisions}
     for number in range(1, rounds + 1):
@@ -138,12 +140,12 @@ def main(*, model: str, device: str, ranks: list[int], precisions: list[str], ro
                 runs[precision][str(n_rank)].append({key: figures[key] for key in kept})
                 print(f"round {number}, {precision}, ranks: {n_rank}: {figures['decode_tok_s']:.1f} tok/s", flush=True)
     result = {
-        "command": f"python scripts/tensor_parallel.py --rounds {rounds}",
+        "command": shlex.join(["python", "scripts/tensor_parallel.py", *sys.argv[1:]]),
         "machine": machine(("torch",)),
         "model": model if model in REGISTRY else Path(model).parent.name,
         "device": f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(),
         "median": {precision: {n: medians(of) for n, of in sides.items()} for precision, sides in runs.items()},
-        "bytes": {str(n): bytes_sent(model, device, n) for n in ranks},
+        "bytes": {str(n): bytes_sent(model, args, device, n) for n in ranks},
         "runs": runs,
     }
     write_json(output, result)
@@ -151,7 +153,7 @@ def main(*, model: str, device: str, ranks: list[int], precisions: list[str], ro
     print(table(result))
 
 
-def bytes_sent(model: str, device: str, n_rank: int) -> dict:
+def bytes_sent(model: str, args: ModelArgs, device: str, n_rank: int) -> dict:
     counted = {}
     if n_rank > 1:
         with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +171,7 @@ def bytes_sent(model: str, device: str, n_rank: int) -> dict:
             ]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
             counted = json.loads(path.read_text())
-    expected = predicted(sizes(model), n_rank, itemsize=2)
+    expected = predicted(args, n_rank, itemsize=2)
     return {"counted": sum(counted.values()), "predicted": expected, "of_each_kind": counted}
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from test_families import save_tiny
 from test_generate import make_tiny_checkpoint
+from test_quantize import TASK
 from tokenizers import processors
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -170,19 +171,6 @@ def test_grouping_by_hand():
 
 # ---------------------------------------------------------------- tasks
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-output_type: {kind}
-training_split: null
-validation_split: validation
-doc_to_text: "{question}"
-doc_to_target: "{answer}"
-fewshot_split: validation
-{more}
-"""
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
@@ -211,6 +199,7 @@ def tasks(tmp_path_factory):
         ),
     }
     for name, (kind, question, answer, more) in kinds.items():
+        more += "\nfewshot_split: validation"
         yaml = TASK.format(name=name, data=folder / "data.json", kind=kind, question=question, answer=answer, more=more)
         (folder / f"{name}.yaml").write_text(yaml)
     return folder
