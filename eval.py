@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -164,7 +164,7 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     args = argparse.Namespace(**flags)
     check_request(args)
     if args.tasks is not None:
-        require_harness()
+        require_harness("--tasks", "measure a --perplexity FILE")
     device = pick_device(args.device, ranks)
     dtype = parse_dtype(args.dtype)
     text = None if args.perplexity is None else shared(ranks, lambda: read_text(args.perplexity))
@@ -224,10 +224,12 @@ def measure_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Names
     return result | {"gpt_faster": facts}, handle_non_serializable
 
 
-def require_harness() -> None:
-    """Raise ValueError, with what installs it, if lm-eval is missing."""
-    if find_spec("lm_eval") is None:
-        raise ValueError("--tasks needs lm-eval: pip install -r requirements-eval.txt; or measure a --perplexity FILE")
+def require_harness(flag: str, instead: str) -> None:
+    """Raise ValueError, with what installs it or does without, if lm-eval is missing."""
+    try:
+        import_module("lm_eval.tasks")
+    except ImportError:
+        raise ValueError(f"{flag} needs lm-eval: pip install -r requirements-eval.txt; or {instead}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:

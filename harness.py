@@ -3,6 +3,7 @@
 It needs lm-eval (`requirements-eval.txt`), so the command lines import this file only when tasks are asked for.
 """
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Iterator
@@ -217,7 +218,6 @@ def run_tasks(adapter: Adapter, tasks: list[str], include_path: str | None, seed
 
     Raises ValueError on a task that is not known, whose file is malformed or whose data cannot be had.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(tasks, include_path)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
@@ -234,12 +234,14 @@ def run_tasks(adapter: Adapter, tasks: list[str], include_path: str | None, seed
         if adapter.asked:
             raise
         for name in tasks:
-            load_task(manager, name)
+            with data_of(name):
+                manager.load([name])
         raise ValueError(f"the tasks cannot be run: {_line(error)}") from None
 
 
 def task_manager(tasks: list[str], include_path: str | None) -> TaskManager:
     """The harness's tasks and those in a folder. Raises ValueError if `tasks` are not all among them."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         manager = TaskManager(include_path=include_path)
     except Exception as error:  # a mistake in one of the folder's files
@@ -251,14 +253,14 @@ def task_manager(tasks: list[str], include_path: str | None) -> TaskManager:
     return manager
 
 
-def load_task(manager: TaskManager, name: str) -> dict:
-    """The task, or those of a group, by name, with data. Raises ValueError if they cannot be had."""
+@contextlib.contextmanager
+def data_of(task: str, advice: str = "") -> Iterator[None]:
+    """Turn what goes wrong in the block, where a task is loaded, into a ValueError that names it."""
     try:
-        return manager.load([name])["tasks"]
+        yield
     except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
-        raise ValueError(
-            f"the data of task {name} cannot be had ({_line(error)}); give a task of your own with --include_path"
-        ) from None
+        own = f"give a task of your own with --include_path{advice}"
+        raise ValueError(f"the data of task {task} cannot be had ({_line(error)}); {own}") from None
 
 
 def _line(error: Exception) -> str:

@@ -8,9 +8,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import ctypes
-import difflib
 import io
-import logging
 import math
 import mmap
 import os
@@ -42,7 +40,7 @@ from checkpoint import (
     save_checkpoint,
     write_json,
 )
-from eval import perplexity, read_text
+from eval import perplexity, read_text, require_harness
 from generate import check_threads, checked_ids, peak_memory, say
 from gptq import calibration_text, calibration_windows, gptq_
 from model import ModelArgs
@@ -102,30 +100,17 @@ def task_texts(tasks: list[str], include_path: str | None) -> list[str]:
 
     Raises ValueError if lm-eval is missing, a task is unknown, or its data cannot be had.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise ValueError(
-            "--calibration_tasks needs lm-eval: pip install -r requirements-eval.txt; or give --calibration_file"
-        ) from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager, texts = TaskManager(include_path=include_path), []
+    require_harness("--calibration_tasks", "give --calibration_file")
+    from harness import data_of, task_manager
+
+    manager, texts = task_manager(tasks, include_path), []
     for name in tasks:
-        if name not in manager.task_index:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks)) or "nothing like it"
-            raise ValueError(f"lm-eval has no task {name!r}, but {near}; --include_path adds tasks of your own")
-        try:
+        with data_of(name, ", or a text with --calibration_file"):
             for task in manager.load([name])["tasks"].values():
                 with contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
                     task.build_all_requests()
                 first = {request.doc_id: request for request in reversed(task.instances)}
                 texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]
-        except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"the data of task {name} cannot be had ({reason}); "
-                "give a task of your own with --include_path, or a text with --calibration_file"
-            ) from None
     return texts
 
 

@@ -125,6 +125,8 @@ def main(*, model: str, device: str, ranks: list[int], precisions: list[str], ro
         return count_bytes(model, device, output)
     require_writable(output)
     args = sizes(model)
+    if min(ranks) < 1:
+        raise ValueError(f"--ranks has {min(ranks)}; each must be at least 1")
     for n_rank in ranks:  # or a run of minutes would end with the first that fails
         require_split(args, {}, n_rank)
     weights = ["--random_weights" if model in REGISTRY else "--checkpoint_path", model]
