@@ -11,7 +11,8 @@ from torch import Tensor
 from model import Transformer
 from tp import from_first, full_logits
 
-LOGIT_BYTES = 400_000_000  # at most, for the logits of one forward that scores, and what is computed from them
+LOGIT_BYTES = 200_000_000  # at most, for the logits of one forward that scores
+SCORED_BYTES = {"cpu": 4_000_000, "cuda": 200_000_000}  # of logits in float32 at once; more leave the CPU's caches
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
 
 
@@ -93,8 +94,8 @@ def decode_one_token(
 
 
 def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    """Logits [B, V] of one place, rows [B, 1], in each row of tokens [B, S]."""
-    return model(tokens, pos, rows=rows, slots=slots)[:, 0]
+    """Logits [B, R, V] of the places rows [B, R] in each row of tokens [B, S]."""
+    return model(tokens, pos, rows=rows, slots=slots)
 
 
 def used_slots(model: Transformer, count: int) -> Tensor:
@@ -143,14 +144,19 @@ def read_prompts(
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
         last = lengths - 1 - begin  # of each row, counted from this chunk's first
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
-        new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)
+        new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)[:, 0]
         logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
     return logits, start + lengths[:, None]
 
 
 @torch.inference_mode()
 def token_logprobs(
-    model: Transformer, tokens: Tensor, pos: Tensor, targets: Tensor, skip: int = 0
+    model: Transformer,
+    tokens: Tensor,
+    pos: Tensor,
+    targets: Tensor,
+    skip: int = 0,
+    forward: Callable = forward_chunk,
 ) -> tuple[Tensor, Tensor]:
     """Read tokens [B, S] at pos [B, S]; of the targets [B, S] that follow them, from column `skip` on, log p in nats
     [B, S - skip] (float32) and whether each is the likeliest.
@@ -158,22 +164,35 @@ def token_logprobs(
     The rows go through the cache in chunks, as a prompt does, which bounds logits, mask and activations.
     """
     n_rows, length = tokens.shape
-    element = 10  # bytes: bfloat16 logits, and in float32 they and their log-softmax
-    size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (element * n_rows * model.args.vocab_size)))
+    size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (model.dtype.itemsize * n_rows * model.args.vocab_size)))
     end_of_text = int(pos.max()) + 1 - length
     logprobs, likeliest = [], []
     for begin in range(0, length, size):
         end = min(begin + size, length)
-        first = max(skip - begin, 0)  # columns before are only context
+        first = min(max(skip - begin, 0), end - begin)  # columns before are only context
         columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
         slots = model.slots[: end_of_text + end]
-        logits = model(tokens[:, begin:end], pos[:, begin:end], rows=columns, slots=slots)
-        logits = full_logits(model, logits)
+        some = (each[:, begin:end].clone(memory_format=torch.contiguous_format) for each in (tokens, pos))
+        logits = forward(model, *some, slots, columns)  # copies, because the compiled form depends on strides
         wanted = targets[:, begin:end][:, first:]
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
-        logprobs.append(-nll.view(wanted.shape))
-        likeliest.append(logits.argmax(-1) == wanted)
+        found = logprobs_of(full_logits(model, logits.flatten(0, 1)), wanted.flatten())
+        logprobs.append(found[0].view(wanted.shape))
+        likeliest.append(found[1].view(wanted.shape))
     return torch.cat(logprobs, 1), torch.cat(likeliest, 1)
+
+
+def logprobs_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # [N, V], [N] -> [N], [N]
+    """log p of the targets in nats (float32), and whether each is the likeliest, of equal ones the first."""
+    size = max(1, SCORED_BYTES.get(logits.device.type, SCORED_BYTES["cpu"]) // (4 * logits.shape[1]))
+    logprobs, likeliest = [], []
+    for some, wanted in zip(logits.split(size), targets.split(size), strict=True):
+        some = some.float()
+        own = some.gather(1, wanted[:, None])[:, 0]
+        logprobs.append(own - some.logsumexp(1))
+        is_best = own == some.amax(1)
+        is_best[is_best.clone()] = some[is_best].argmax(1) == wanted[is_best]  # argmax over all costs three times more
+        likeliest.append(is_best)
+    return torch.cat(logprobs), torch.cat(likeliest)
 
 
 @torch.inference_mode()
@@ -197,8 +216,8 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
     """`function(model, tokens, pos, slots, ...)` compiled for `device`, with the settings found best there.
 
     Each shape of the arguments is compiled apart, except that one form serves any length of `slots`; with any_length,
-    as for prompts, also any number of tokens above one. On CUDA, without any_length, every size of `slots` is a CUDA
-    graph of its own.
+    as for prompts, also any size above one of every other dimension. On CUDA, without any_length, every size of `slots`
+    is a CUDA graph of its own.
     """
     torch._dynamo.config.specialize_float = True  # models with other eps: a float made dynamic breaks the regions
     torch._dynamo.config.recompile_limit = 64  # every form is wanted: batch sizes, samplings, cache sizes on CUDA
@@ -218,8 +237,8 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
 
     def step(model, tokens, pos, slots, *others):
         kinds = ready.setdefault(model, set())
-        length = tokens.shape[1] > 1 if any_length else tokens.shape[1]
-        kind = (tokens.shape[0], length, len(slots), len(model.slots), *_values(others))
+        cache = model.layers[0].attention.kv_cache.k.shape
+        kind = (len(slots), cache, *_kinds((tokens, *others), any_length))
         if kind not in kinds:
             if not graphs:
                 mark_shapes(tokens, pos, slots, others, any_length)
@@ -234,18 +253,23 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
 
 
 def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, others: tuple, any_length: bool) -> None:
-    """Tell the compiler what varies: the length of `slots`, and with any_length that of a prompt; nothing else."""
+    """Tell the compiler what varies: the length of `slots`, and with any_length every size above one; nothing else."""
     torch._dynamo.mark_dynamic(slots, 0)
     for tensor in (tokens, pos, *others):
         if isinstance(tensor, Tensor):
             torch._dynamo.mark_static(tensor)  # left to itself, the compiler tries to serve any size, and fails
-    for tensor in (tokens, pos):
-        if any_length and tensor.shape[1] > 1:
-            torch._dynamo.mark_dynamic(tensor, 1)
+            for dim, size in enumerate(tensor.shape):
+                if any_length and size > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
 
 
-def _values(arguments: tuple) -> tuple:
-    return tuple(a.shape if isinstance(a, Tensor) else a for a in arguments)
+def _kinds(arguments: tuple, any_length: bool) -> Iterator:
+    """What of the arguments a compiled form depends on."""
+    for argument in arguments:
+        if not isinstance(argument, Tensor):
+            yield argument
+        else:
+            yield tuple(size > 1 for size in argument.shape) if any_length else argument.shape
 
 
 def _cloned(result: Tensor | tuple) -> Tensor | tuple:

@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -30,13 +30,23 @@ from checkpoint import (
     require_writable,
     write_json,
 )
-from decoding import token_logprobs
-from generate import check_threads, checked_ids, context_length, run_facts, say, say_device, setup_caches
+from decoding import forward_chunk, token_logprobs
+from generate import (
+    check_threads,
+    checked_ids,
+    choose_functions,
+    context_length,
+    run_facts,
+    say,
+    say_device,
+    setup_caches,
+)
 from model import Transformer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import Ranks, init_tp, shared, speaks
 
 WINDOW = 512  # tokens of a text at once
+OF_A_TEXT, OF_TASKS = ("stride",), ("limit", "num_fewshot", "include_path", "apply_chat_template")  # flags
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,18 @@ class Window(NamedTuple):
 
 
 def perplexity(
-    model: Transformer, ids: list[int], *, window: int, stride: int | None = None, batch_size: int = 1
+    model: Transformer,
+    ids: list[int],
+    *,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 1,
+    forward: Callable = forward_chunk,
 ) -> Perplexity:
     """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
 
     Each token is scored at most once, in the first window that holds context for it. Replaces the model's caches.
+    forward: `forward_chunk`, or what it is compiled to.
     Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
     """
     check_sizes(window, stride, batch_size)
@@ -78,7 +95,7 @@ def perplexity(
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
             places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
             skip = batch[0].first - batch[0].begin - 1
-            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip)
+            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip, forward)
             total -= logprobs.sum().item()
             progress.update(logprobs.numel())
     mean = total / n_tokens
@@ -123,7 +140,11 @@ def check_request(args: argparse.Namespace) -> None:
     """Raise ValueError on arguments that cannot work, before anything slow."""
     if (args.perplexity is None) == (args.tasks is None):
         raise ValueError("give either --tasks NAME ... or a text with --perplexity FILE")
-    if args.limit is not None and args.limit <= 0:
+    for name in OF_A_TEXT if args.perplexity is None else OF_TASKS:
+        if getattr(args, name) not in (None, False):
+            wanted = "--perplexity" if args.perplexity is None else "--tasks"
+            raise ValueError(f"--{name} goes with {wanted}; leave it out")
+    if args.limit is not None and not (0 < args.limit < 1 or args.limit >= 1 and args.limit % 1 == 0):
         raise ValueError(f"--limit is {args.limit:g}; it must be a number of questions, or a part of them below 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num_fewshot is {args.num_fewshot}; it must be 0 or above")
@@ -163,11 +184,15 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     """Everything that the command line asks for, on each rank alike."""
     args = argparse.Namespace(**flags)
     check_request(args)
-    if args.tasks is not None:
-        require_harness("--tasks", "measure a --perplexity FILE")
     device = pick_device(args.device, ranks)
     dtype = parse_dtype(args.dtype)
-    text = None if args.perplexity is None else shared(ranks, lambda: read_text(args.perplexity))
+    functions = choose_functions(device, args.compile, args.compile)
+    # what can go wrong goes wrong before the long wait for the model
+    if args.tasks is None:
+        text = shared(ranks, lambda: read_text(args.perplexity))
+        measure = partial(measure_text, text, forward=functions["forward"])
+    else:
+        measure = partial(measure_tasks, find_tasks(args), functions=functions)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -177,43 +202,66 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
     facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
     say(f"Time to load model: {facts['load_s']:.2f} seconds")
-    measure = measure_tasks if text is None else partial(measure_text, text)
+    if args.compile:
+        say("Compiling: about 10 seconds for each of a few shapes the first time, where it comes up")
     result, default = measure(model, tokenizer, args, facts)
     if args.output_json and speaks(ranks):
         write_json(args.output_json, result, default)
 
 
-def measure_text(text: str, model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, facts: dict) -> tuple:
+def measure_text(
+    text: str,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    facts: dict,
+    forward: Callable,
+) -> tuple[dict, None]:
     """Print the perplexity of a text; the report, and what JSON needs to write it."""
     ids = checked_ids(tokenizer.encode(text), tokenizer)
     began = time.perf_counter()
-    window = args.max_seq_length or WINDOW
-    result = perplexity(model, ids, window=window, stride=args.stride, batch_size=args.batch_size or 1)
+    sizes = {"window": args.max_seq_length or WINDOW, "stride": args.stride, "batch_size": args.batch_size or 1}
+    result = perplexity(model, ids, **sizes, forward=forward)
     seconds = time.perf_counter() - began
     say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
     print(f"perplexity: {result.perplexity:.4f}")
     return facts | {"seconds": seconds} | asdict(result), None
 
 
-def measure_tasks(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, facts: dict) -> tuple:
+def find_tasks(args: argparse.Namespace):
+    """The tasks asked for, as `harness.load_tasks`. Raises ValueError if lm-eval is missing too."""
+    require_harness("--tasks", "measure a --perplexity FILE")
+    from harness import load_tasks
+
+    return load_tasks(args.tasks, args.include_path)
+
+
+def measure_tasks(
+    tasks,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    facts: dict,
+    functions: dict[str, Callable],
+) -> tuple[dict | None, Callable | None]:
     """Print the harness's table of tasks; its report with ours in it, and what JSON needs to write it."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     from harness import Adapter, run_tasks
 
-    adapter = Adapter(
-        model, tokenizer, args.checkpoint_path, context_length(model, args.max_seq_length), args.batch_size
-    )
+    context = context_length(model, args.max_seq_length)
+    adapter = Adapter(model, tokenizer, args.checkpoint_path, context, args.batch_size, **functions)
     began = time.perf_counter()
     result = run_tasks(
         adapter,
-        args.tasks,
-        args.include_path,
+        tasks,
         args.seed,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         apply_chat_template=args.apply_chat_template,
     )
+    if result is None:  # the harness gives it to the first process of a machine only
+        return None, None
     facts["seconds"] = time.perf_counter() - began
     kinds = {str(spec) for spec in open_source(args.checkpoint_path, args.model_name).table.values()}
     facts |= {"model": asdict(model.args), "quantised": sorted(kinds), "lm_eval": version("lm_eval")}
@@ -244,6 +292,9 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    where.add_argument(
+        "--compile", action="store_true", help="compile the model; pays from some hundred questions on (default: off)"
+    )
     what = parser.add_argument_group("evaluation")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
     what.add_argument("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
@@ -263,7 +314,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--stride", type=int, help="tokens from one window to the next; fewer give more context (default: the window)"
     )
     what.add_argument(
-        "--batch_size", type=int, help="rows at a time (default: 1 for a text, what makes a good forward for tasks)"
+        "--batch_size",
+        type=int,
+        help="rows at a time (default: 1 for a text; for tasks chosen by their lengths, shorter ones together)",
     )
     what.add_argument("--output_json", metavar="PATH", help="write the result and the facts of the run")
     return parser

@@ -107,6 +107,11 @@ class Row:
         self.rounds: list[tuple[int, int]] = []  # of speculation: tokens proposed and accepted in each
         self.finish_reason: str | None = None
 
+    @property
+    def length(self) -> int:
+        """Positions it takes at most."""
+        return len(self.prompt) + self.max_new_tokens
+
     def push(self, ids: list[int]) -> str:
         """Take new ids up to the one that ends the row; return the text that can be printed now."""
         text = ""

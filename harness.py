@@ -6,26 +6,31 @@ It needs lm-eval (`requirements-eval.txt`), so the command lines import this fil
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from decoding import Sampling, read_prompts, token_logprobs
+from decoding import Sampling, decode_one_token, forward_chunk, logprobs_of, read_prompts, token_logprobs
 from generate import Row, Timing, run_batch, setup_caches
 from model import Transformer
 from tokenizer import Tokenizer
 from tp import full_logits
 
+BATCH_SIZES = {"cpu": (16, 4, 1), "cuda": (64, 16, 4, 1)}  # few, because each may be compiled apart
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # of a batch: more do not make a forward faster
-MOST_ROWS = 64
+GENERATING = 4  # times as many, because a step reads only one token of each row
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Question:
 
 
 def grouped(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Question]:
-    """Requests (context, continuation) with the same context put together, the longest first.
+    """Requests (context, continuation) with the same context put together.
 
     The model reads at most max_length tokens; contexts are cut from the left. Raises ValueError where a continuation
     alone is longer, or is empty.
@@ -58,39 +63,69 @@ def grouped(requests: list[tuple[list[int], list[int]]], max_length: int) -> lis
         question = questions.setdefault(kept, Question(list(kept)))
         question.continuations.append(continuation)
         question.numbers.append(number)
-    return sorted(questions.values(), key=lambda question: -question.length)
+    return list(questions.values())
 
 
 @torch.inference_mode()
-def score(model: Transformer, questions: list[Question]) -> Iterator[tuple[int, float, bool]]:
+def score(
+    model: Transformer, questions: list[Question], n_rows: int, forward: Callable = forward_chunk
+) -> Iterator[tuple[int, float, bool]]:
     """(request number, log-likelihood in nats, whether greedy decoding writes it) of each continuation.
 
-    The context is read once. The continuations follow it one after another in the same slots of the cache: what an
-    earlier one left beyond a position is not seen from there.
+    Each context is read once. Continuations of like length then share a forward, n_rows at a time, each after a copy of
+    what the cache holds of its context.
     """
-    logits, pos = read_prompts(model, [question.context for question in questions])
-    first = full_logits(model, logits).float().log_softmax(-1)
-    for which in range(max(len(question.numbers) for question in questions)):
-        # a row without so many repeats its last
-        targets, is_there = padded([question.continuations[: which + 1][-1] for question in questions], model.device)
-        logprobs = [first.gather(1, targets[:, :1])]
-        likeliest = [first.argmax(-1, keepdim=True) == targets[:, :1]]
+    contexts = [question.context for question in questions]
+    # a batch of one row would be compiled apart
+    logits, pos = read_prompts(model, contexts * 2 if len(contexts) == 1 < n_rows else contexts, forward=forward)
+    first = full_logits(model, logits)
+    pairs = [
+        (continuation, owner, number)
+        for owner, question in enumerate(questions)
+        for continuation, number in zip(question.continuations, question.numbers, strict=True)
+    ]
+    pairs.sort(key=lambda pair: -len(pair[0]))
+    kept = saved(model, len(questions), int(pos.max())) if len(pairs[0][0]) > 1 else None
+    for part in evenly(pairs, n_rows):
+        some = part * 2 if len(part) == 1 < n_rows else part
+        owners = torch.tensor([owner for _, owner, _ in some], device=model.device)
+        targets, is_there = padded([continuation for continuation, _, _ in some], model.device)
+        logprobs, is_greedy = (each[:, None] for each in logprobs_of(first[owners], targets[:, 0]))
         if targets.shape[1] > 1:
-            places = pos + torch.arange(targets.shape[1] - 1, device=pos.device)
-            places = places.clamp(max=len(model.slots) - 1)  # of padding
-            found = token_logprobs(model, targets[:, :-1], places, targets[:, 1:])
-            logprobs.append(found[0])
-            likeliest.append(found[1])
-        sums = torch.cat(logprobs, 1).where(is_there, 0).sum(1).tolist()
-        is_greedy = (torch.cat(likeliest, 1) | ~is_there).all(1).tolist()
-        for question, total, greedy in zip(questions, sums, is_greedy, strict=True):
-            if which < len(question.numbers):
-                yield question.numbers[which], total, greedy
+            put_back(model, kept, owners)
+            places = pos[owners] + torch.arange(targets.shape[1] - 1, device=pos.device)
+            places = places.clamp(max=len(model.slots) - 2)  # of padding
+            found = token_logprobs(model, targets[:, :-1], places, targets[:, 1:], forward=forward)
+            logprobs, is_greedy = torch.cat((logprobs, found[0]), 1), torch.cat((is_greedy, found[1]), 1)
+        sums = logprobs.where(is_there, 0).sum(1).tolist()
+        greedy = (is_greedy | ~is_there).all(1).tolist()
+        yield from ((number, *found) for (_, _, number), *found in zip(part, sums, greedy, strict=False))
+
+
+def saved(model: Transformer, n_rows: int, slots: int) -> list[Tensor]:
+    """A copy of the first rows and slots of each cache, which `put_back` takes."""
+    caches = (layer.attention.kv_cache for layer in model.layers)
+    return [each[:n_rows, :, :slots].clone() for cache in caches for each in (cache.k, cache.v)]
+
+
+def put_back(model: Transformer, copies: list[Tensor], owners: Tensor) -> None:
+    """Fill the first rows of each cache with rows of the copies, owners [N]."""
+    caches = (layer.attention.kv_cache for layer in model.layers)
+    for place, copy in zip((each for cache in caches for each in (cache.k, cache.v)), copies, strict=True):
+        place[: len(owners), :, : copy.shape[2]] = copy[owners]
+
+
+def evenly(items: list, most: int) -> Iterator[list]:
+    """The items in the fewest parts of at most `most`, as equal as can be."""
+    n_parts = -(-len(items) // most)
+    for part in range(n_parts):
+        yield items[part * len(items) // n_parts : (part + 1) * len(items) // n_parts]
 
 
 def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of any lengths as ids [B, S], and where they are the row's own [B, S]."""
     longest = max(map(len, rows))
+    longest += longest == 2  # one column to read would be compiled apart
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return ids, torch.arange(longest, device=device) < lengths[:, None]
@@ -99,15 +134,26 @@ def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]
 class Adapter(TemplateLM):
     """A model and its tokenizer as the harness sees them; tokens go in and come out as with its own HFLM.
 
-    max_length: tokens that the model reads at most. batch_size: None: as many rows as make a good forward.
+    max_length: tokens that the model reads at most. batch_size: None: as many rows as make a good forward. step,
+    forward: as `generate.choose_functions` returns them.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, name: str, max_length: int, batch_size: int | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        name: str,
+        max_length: int,
+        batch_size: int | None = None,
+        *,
+        step: Callable = decode_one_token,
+        forward: Callable = forward_chunk,
     ):
         super().__init__()
         self.model, self.words, self.name = model, tokenizer, name  # `tokenizer` would be probed by the base class
         self.max_length, self.batch_size = max_length, batch_size
+        self.step, self.forward = step, forward
+        self.sizes = BATCH_SIZES.get(model.device.type, BATCH_SIZES["cpu"])
         self.prefix = tokenizer.vocabulary()[self.prefix_token_id]
         self.asked = False  # whether a request has come, so that what goes wrong is no matter of tasks
 
@@ -144,21 +190,42 @@ class Adapter(TemplateLM):
         questions = grouped([(context, continuation) for _, context, continuation in requests], self.max_length)
         answers = [None] * len(requests)
         with tqdm(total=len(requests), desc="Scoring", unit="request", disable=disable_tqdm or None) as progress:
-            while questions:
-                n_rows = self.rows_of(questions[0].length)
-                batch, questions = questions[:n_rows], questions[n_rows:]
-                setup_caches(self.model, len(batch), batch[0].length + 1)
-                for number, total, greedy in score(self.model, batch):
-                    answers[number] = (total, greedy)
-                    if requests[number][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
-                    progress.update()
+            for n_rows, alike in self.alike(questions, lambda question: question.length):
+                alike.sort(key=lambda question: -len(question.context))
+                for batch in evenly(alike, n_rows):
+                    for number, total, greedy in score(self.model, batch, n_rows, self.forward):
+                        answers[number] = (total, greedy)
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                        progress.update()
         return answers
 
-    def rows_of(self, length: int) -> int:
+    def alike(self, items: list, length: Callable, factor: int = 1) -> Iterator[tuple[int, list]]:
+        """How many rows to run at a time, and the items for which this is right, the longest first; with caches set
+        up. `length` tells how many tokens an item needs; `factor` times as many as usual are taken at once.
+        """
+        longest_first = sorted(items, key=length, reverse=True)
+        for n_rows, some in groupby(longest_first, lambda item: self.rows_of(length(item) / factor)):
+            some = list(some)
+            yield self.cached_rows(n_rows, length(some[0]) + 2), some
+
+    def rows_of(self, length: float) -> int:
+        """The batch size for so many tokens a row."""
         if self.batch_size is not None:
             return self.batch_size
-        return max(1, min(MOST_ROWS, TOKENS_AT_ONCE.get(self.model.device.type, 2048) // length))
+        most = TOKENS_AT_ONCE.get(self.model.device.type, 2048) / length
+        return next((size for size in self.sizes if size <= most), 1)
+
+    def cached_rows(self, n_rows: int, length: int) -> int:
+        """Set up caches; the rows that they have: fewer where memory is short and no batch size was asked for."""
+        try:
+            setup_caches(self.model, n_rows, length)
+        except ValueError:
+            # ranks may have different memory, and must not differ here
+            if n_rows == 1 or self.batch_size is not None or self.model.ranks is not None:
+                raise
+            return self.cached_rows(max(size for size in self.sizes if size < n_rows), length)
+        return n_rows
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -176,55 +243,81 @@ class Adapter(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         self.asked, texts = True, [None] * len(requests)
-        settings: dict[str, Sampling] = {}
-        waiting: dict[str, list[tuple[int, Row]]] = {}  # rows of one batch are sampled alike
+        waiting: dict[Sampling, list[tuple[int, Row]]] = {}  # rows of one batch are sampled alike
         for number, request in enumerate(requests):
-            context, arguments = request.args
-            kwargs = normalize_gen_kwargs(arguments, 256)
-            key = str(sorted(arguments.items(), key=str))
-            temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
-            settings[key] = Sampling(temperature, kwargs.get("top_k", 0), kwargs.get("top_p", 1.0))
-            room = self.max_length - kwargs["max_gen_toks"]
-            if room < 1:
-                raise ValueError(
-                    f"a task asks for {kwargs['max_gen_toks']} new tokens, and the window has {self.max_length}; "
-                    "use a larger --max_seq_length"
-                )
-            ids = self.words.encode(context, self.words.bos_id is None or not context.startswith(self.prefix))[-room:]
-            row = Row(ids, self.words, kwargs["max_gen_toks"], [stop for stop in kwargs["until"] if stop], False)
-            row.eos_ids = self.words.declared_eos_ids  # HFLM knows no others
-            waiting.setdefault(key, []).append((number, row))
+            row, sampling = self.row_of(*request.args)
+            waiting.setdefault(sampling, []).append((number, row))
         with tqdm(total=len(requests), desc="Generating", unit="request", disable=disable_tqdm or None) as progress:
-            for key, rows in waiting.items():
-                rows.sort(key=lambda each: -len(each[1].prompt))
-                while rows:
-                    n_rows = self.rows_of(len(rows[0][1].prompt) + rows[0][1].max_new_tokens)
-                    batch, rows = rows[:n_rows], rows[n_rows:]
-                    longest = max(len(row.prompt) + row.max_new_tokens for _, row in batch)
-                    setup_caches(self.model, len(batch), longest)
-                    run_batch(self.model, [row for _, row in batch], settings[key], Timing(), 0.0, lambda *_: None)
-                    for number, row in batch:
-                        texts[number] = row.stream.text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
-                    progress.update(len(batch))
+            for sampling, rows in waiting.items():
+                for n_rows, alike in self.alike(rows, lambda each: each[1].length, GENERATING):
+                    for batch in evenly(alike, n_rows):
+                        self.generate([row for _, row in batch], n_rows, sampling)
+                        for number, row in batch:
+                            texts[number] = row.stream.text
+                            self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+                        progress.update(len(batch))
         return texts
+
+    def row_of(self, context: str, arguments: dict) -> tuple[Row, Sampling]:
+        """What a request to generate asks for. Raises ValueError if its new tokens leave no room for a context."""
+        kwargs = normalize_gen_kwargs(arguments, 256)
+        temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
+        room = self.max_length - kwargs["max_gen_toks"]
+        if room < 1:
+            raise ValueError(
+                f"a task asks for {kwargs['max_gen_toks']} new tokens, and the window has {self.max_length}; "
+                "use a larger --max_seq_length"
+            )
+        ids = self.words.encode(context, self.words.bos_id is None or not context.startswith(self.prefix))[-room:]
+        row = Row(ids, self.words, kwargs["max_gen_toks"], [stop for stop in kwargs["until"] if stop], False)
+        row.eos_ids = self.words.declared_eos_ids  # HFLM knows no others
+        return row, Sampling(temperature, kwargs.get("top_k", 0), kwargs.get("top_p", 1.0))
+
+    def generate(self, rows: list[Row], n_rows: int, sampling: Sampling) -> None:
+        """Generate the rows' texts together."""
+        if self.step is not decode_one_token:  # a batch size of its own would be compiled apart
+            size = min(size for size in (*self.sizes, n_rows) if len(rows) <= size <= n_rows)
+            rows = rows + [Row(rows[0].prompt[:1], self.words, 1, [], True) for _ in range(size - len(rows))]
+        options = {"step": self.step, "forward": self.forward}
+        run_batch(self.model, rows, sampling, Timing(), 0.0, lambda *_: None, **options)
 
 
 # ---------------------------------------------------------------- tasks
 
 
-def run_tasks(adapter: Adapter, tasks: list[str], include_path: str | None, seed: int, **options) -> dict:
-    """What the harness finds. options: of `lm_eval.simple_evaluate`.
+class Tasks(NamedTuple):
+    """What `load_tasks` found: the harness's own objects, and what it keeps them in."""
 
-    Raises ValueError on a task that is not known, whose file is malformed or whose data cannot be had.
+    manager: TaskManager
+    loaded: list[Task | Group]
+
+    def leaves(self) -> list[Task]:
+        return list(self.manager.load(self.loaded)["tasks"].values())
+
+
+def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> Tasks:
+    """Tasks and groups of the harness, or of a folder, with their data.
+
+    Raises ValueError on a task that is not known, whose file is malformed or whose data cannot be had; it ends with
+    `advice`.
     """
-    manager = task_manager(tasks, include_path)
+    manager = task_manager(names, include_path)
+    found = []
+    for name in dict.fromkeys(names):
+        with data_of(name, advice):
+            some = manager.load([name])
+        found += [some["groups"][name]] if name in some["groups"] else some["tasks"].values()
+    return Tasks(manager, found)
+
+
+def run_tasks(adapter: Adapter, tasks: Tasks, seed: int, **options) -> dict:
+    """What the harness finds. options: of `lm_eval.simple_evaluate`. Raises ValueError on a mistake in a task."""
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         return simple_evaluate(
             adapter,
-            tasks=tasks,
-            task_manager=manager,
+            tasks=tasks.loaded,
+            task_manager=tasks.manager,
             bootstrap_iters=1000,
             log_samples=False,
             **seeds,
@@ -233,9 +326,6 @@ def run_tasks(adapter: Adapter, tasks: list[str], include_path: str | None, seed
     except Exception as error:
         if adapter.asked:
             raise
-        for name in tasks:
-            with data_of(name):
-                manager.load([name])
         raise ValueError(f"the tasks cannot be run: {_line(error)}") from None
 
 
@@ -260,7 +350,7 @@ def data_of(task: str, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
         own = f"give a task of your own with --include_path{advice}"
-        raise ValueError(f"the data of task {task} cannot be had ({_line(error)}); {own}") from None
+        raise ValueError(f"the task {task} or its data cannot be had ({_line(error)}); {own}") from None
 
 
 def _line(error: Exception) -> str:

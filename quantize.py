@@ -101,16 +101,14 @@ def task_texts(tasks: list[str], include_path: str | None) -> list[str]:
     Raises ValueError if lm-eval is missing, a task is unknown, or its data cannot be had.
     """
     require_harness("--calibration_tasks", "give --calibration_file")
-    from harness import data_of, task_manager
+    from harness import data_of, load_tasks
 
-    manager, texts = task_manager(tasks, include_path), []
-    for name in tasks:
-        with data_of(name, ", or a text with --calibration_file"):
-            for task in manager.load([name])["tasks"].values():
-                with contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
-                    task.build_all_requests()
-                first = {request.doc_id: request for request in reversed(task.instances)}
-                texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]
+    advice, texts = ", or a text with --calibration_file", []
+    for task in load_tasks(tasks, include_path, advice).leaves():
+        with data_of(task.task_name, advice), contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
+            task.build_all_requests()
+        first = {request.doc_id: request for request in reversed(task.instances)}
+        texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]
     return texts
 
 

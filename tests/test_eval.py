@@ -108,7 +108,7 @@ def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, 
     whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     seen = []
     hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
-    monkeypatch.setattr(decoding, "LOGIT_BYTES", 10 * 4 * columns * SIZES["vocab_size"])
+    monkeypatch.setattr(decoding, "LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
     chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     hook.remove()
     assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import transformers
 from test_families import save_tiny
 from test_generate import make_tiny_checkpoint
+from test_gptq import dequantised
 from test_quantize import TASK
 from tokenizers import processors
 
@@ -20,8 +23,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from checkpoint import load_model  # noqa: E402
-from harness import Adapter, grouped  # noqa: E402
+import eval as program  # noqa: E402
+import harness  # noqa: E402
+from checkpoint import load_model, open_source, save_checkpoint, shell  # noqa: E402
+from generate import choose_functions, setup_caches  # noqa: E402
+from harness import Adapter, evenly, grouped  # noqa: E402
+from qlinear import QuantSpec, linear_table, quantize_weight  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +113,31 @@ def test_loglikelihood(pair):
         assert_close(adapter.loglikelihood(requests, disable_tqdm=True), truth)
 
 
+@pytest.fixture(scope="module")
+def compiled(pair):
+    functions = choose_functions(pair.model.device, compile=True, compile_prefill=True)
+    return Adapter(pair.model, pair.words, "tiny", WINDOW, **functions)
+
+
+def test_compiled_log_likelihoods_and_no_compilation_per_request(pair, compiled):
+    requests = asked("loglikelihood", *PAIRS)
+    assert_close(compiled.loglikelihood(requests, disable_tqdm=True), pair.theirs.loglikelihood(requests, True))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for some in (requests[:2], requests[2:9], [requests[9]] * 3 + requests[:5], requests * 4):
+            assert_close(compiled.loglikelihood(some, True), pair.theirs.loglikelihood(some, True))
+
+
+def test_compiled_texts(pair, compiled):
+    settings = {"until": ["e"], "max_gen_toks": 9}
+    # HFLM adds BOS or not as the first of a batch wants it
+    contexts = [context for context, _ in PAIRS if context and not context.startswith("<|im_start|>")]
+    requests = asked("generate_until", *[(context, settings) for context in contexts])
+    assert compiled.generate_until(requests, True) == pair.theirs.generate_until(requests, True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for some in (requests[:5], requests[2:], requests * 2):
+            assert compiled.generate_until(some, True) == pair.theirs.generate_until(some, True)
+
+
 def test_what_greedy_decoding_writes_is_greedy(pair):
     written = pair.ours.generate_until(asked("generate_until", ("the cat", {"until": [], "max_gen_toks": 5})))
     requests = asked("loglikelihood", ("the cat", written[0]), ("the cat", " the mat"))
@@ -158,15 +190,23 @@ def test_ids(pair):
 def test_grouping_by_hand():
     requests = [([1, 2], [3]), ([1], [2, 3, 4, 5]), ([1, 2], [4, 5]), ([9, 8, 7, 6], [5])]
     first, second, third = grouped(requests, max_length=4)
-    assert (first.context, first.continuations, first.numbers) == ([1], [[2, 3, 4, 5]], [1])
-    assert (second.context, second.continuations, second.numbers) == ([9, 8, 7, 6], [[5]], [3])
-    assert (third.context, third.continuations, third.numbers) == ([1, 2], [[3], [4, 5]], [0, 2])
-    assert [each.length for each in (first, second, third)] == [4, 4, 3]
+    assert (first.context, first.continuations, first.numbers) == ([1, 2], [[3], [4, 5]], [0, 2])
+    assert (second.context, second.continuations, second.numbers) == ([1], [[2, 3, 4, 5]], [1])
+    assert (third.context, third.continuations, third.numbers) == ([9, 8, 7, 6], [[5]], [3])
+    assert [each.length for each in (first, second, third)] == [3, 4, 4]
     (cut,) = grouped([([9, 8, 7, 6, 5], [4, 3])], max_length=4)
     assert cut.context == [7, 6, 5]
     for continuation in ([], [1] * 5):
         with pytest.raises(ValueError, match=f"has {len(continuation)} tokens; from 1 to 4 fit"):
             grouped([([1], continuation)], max_length=4)
+
+
+@pytest.mark.parametrize("n_items, most", [(1, 4), (4, 4), (5, 4), (9, 4), (12, 4), (3, 64), (7, 1)])
+def test_parts_are_few_and_even(n_items, most):
+    parts = list(evenly(list(range(n_items)), most))
+    assert sum(parts, []) == list(range(n_items)) and len(parts) == math.ceil(n_items / most)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
 
 
 # ---------------------------------------------------------------- tasks
@@ -229,3 +269,170 @@ def test_metrics(pair, tasks, options, monkeypatch, tmp_path):
             if name != "mine_choice":
                 continue
             assert_close([each[0] for each in sample["resps"]], [each[0] for each in other["resps"]])
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def evaluate(tasks, checkpoint, monkeypatch, tmp_path):
+    """eval.py in this process, with the folder's tasks only: reading the index of all takes seconds."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
+
+    def run(*names, flags=(), path=checkpoint, folder=tasks):
+        command = ["--checkpoint_path", path, "--include_path", folder, "--dtype", "float32", "--tasks", *names, *flags]
+        program.main(**vars(program.build_parser().parse_args([str(each) for each in command])))
+
+    return run
+
+
+def test_the_report_of_a_quantised_model(evaluate, checkpoint, tmp_path, capsys):
+    """Its metrics are those of a float model that holds the dequantised weights."""
+    source = open_source(checkpoint)
+    table = linear_table(shell(source.args, {}), QuantSpec(4, 32), QuantSpec(4, 32))
+    state = {name: read() for name, read in source.tensors.items()}
+    for name in table:
+        weight = state.pop(f"{name}.weight", state["tok_embeddings.weight"])  # of a tied head
+        state |= {f"{name}.{key}": tensor for key, tensor in quantize_weight(weight, table[name]).items()}
+    floats = dequantised(source.args, state, table)
+    files = {"int4": (source.args, state, table), "float": (floats.args, floats.state_dict(), None)}
+    reports = {}
+    for name, content in files.items():
+        path, out = checkpoint.with_name(f"{name}.pth"), tmp_path / f"{name}.json"
+        save_checkpoint(path, *content)
+        evaluate("mine_choice", "mine_rolling", flags=["--output_json", out, "--num_fewshot", 1], path=path)
+        reports[name] = json.loads(out.read_text())
+    printed = capsys.readouterr()
+    assert printed.out.count("|mine_choice ") == 2 and "Time for tasks: " in printed.err
+    found, expected = (reports[name]["results"] for name in files)
+    for task, metric in (("mine_choice", "acc_norm"), ("mine_rolling", "word_perplexity")):
+        assert found[task][f"{metric},none"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4)
+    facts = reports["int4"]["gpt_faster"]
+    assert facts["quantised"] == ["int4.g32"] and reports["float"]["gpt_faster"]["quantised"] == []
+    assert facts["model"]["dim"] == 64 and facts["args"]["num_fewshot"] == 1 and facts["seconds"] > 0
+    assert (facts["torch"], facts["lm_eval"]) == (torch.__version__, lm_eval.__version__)
+    assert reports["int4"]["n-shot"] == {"mine_choice": 1, "mine_rolling": 1}
+
+
+def test_a_limit_and_a_seed(evaluate, tmp_path):
+    def samples(*flags):
+        evaluate("mine_choice", flags=[*flags, "--output_json", tmp_path / "out.json"])
+        return json.loads((tmp_path / "out.json").read_text())["n-samples"]["mine_choice"]["effective"]
+
+    assert samples() == 16 and samples("--limit", 3) == 3 and samples("--limit", 0.25) == 4
+
+
+def test_the_same_on_two_ranks(tasks, checkpoint, run_cli, evaluate, tmp_path):
+    names, out = ("mine_choice", "mine_rolling", "mine_open"), tmp_path / "out.json"
+    flags = ["--output_json", out, "--limit", 3]
+    evaluate(*names, flags=flags)
+    alone = json.loads(out.read_text())["results"]
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "eval.py", "--device", "cpu")
+    flags += ["--checkpoint_path", checkpoint, "--dtype", "float32", "--include_path", tasks, "--tasks", *names]
+    done = run_cli(*launch, *flags, env={"HF_HOME": tmp_path / "hf", "HF_DATASETS_OFFLINE": 1})
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(out.read_text())
+    assert done.stdout.count("|mine_choice") == 1 and shared["gpt_faster"]["ranks"] == 2
+    for task, metrics in alone.items():
+        for name, value in metrics.items():
+            near = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert shared["results"][task][name] == near
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def assert_refused(evaluate, message, capsys, *names, **options):
+    with pytest.raises(ValueError) as error:
+        evaluate(*names, **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--limit", 0], "--limit is 0; it must be a number of questions, or a part of them below 1"),
+        (["--limit", -1], "--limit is -1"),
+        (["--limit", 2.5], "--limit is 2.5"),
+        (["--limit", "nan"], "--limit is nan"),
+        (["--num_fewshot", -1], "--num_fewshot is -1; it must be 0 or above"),
+        (["--batch_size", 0], "--batch_size is 0"),
+        (["--include_path", "/no/such/folder"], "--include_path /no/such/folder is no folder"),
+        (["--stride", 4], "--stride goes with --perplexity; leave it out"),
+        (["--perplexity", "x.txt"], "give either --tasks NAME ... or a text with --perplexity FILE"),
+        (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_flags_are_checked_before_the_model_is_loaded(evaluate, tmp_path, capsys, flags, message):
+    assert_refused(evaluate, message, capsys, "mine_choice", flags=flags, path=tmp_path / "none.pth")
+
+
+def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks, capsys):
+    nowhere = tmp_path / "none.pth"
+    near = "lm-eval has no task 'mine_chioce', but mine_choice"
+    assert_refused(evaluate, near, capsys, "mine_open", "mine_chioce", path=nowhere)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "broken.yaml").write_text("task: broken\noutput_type: [")
+    assert_refused(evaluate, "has no task 'broken'", capsys, "broken", path=nowhere, folder=folder)
+    good = (tasks / "mine_choice.yaml").read_text().replace("mine_choice", "mine")
+    for old, new, message in [
+        (str(tasks / "data.json"), str(tmp_path / "lost.json"), "lost.json"),
+        ("{{q}}", "{{q", "the task mine or its data cannot be had (unexpected end of template"),
+        ("dataset_path: json", "dataset_path: no/such_data", "no/such_data"),
+        ("output_type: multiple_choice", "output_type: guessing", "guessing"),
+        ("validation_split: validation", "validation_split: test", "the task mine or its data cannot be had"),
+    ]:
+        assert old in good
+        (folder / "broken.yaml").write_text(good.replace(old, new))
+        assert_refused(evaluate, message, capsys, "mine", path=nowhere, folder=folder)
+
+
+def test_mistakes_found_later(evaluate, tmp_path, tasks, capsys):
+    assert_refused(
+        evaluate,
+        "--max_seq_length 513 is more than the model's context of 512",
+        capsys,
+        "mine_choice",
+        flags=["--max_seq_length", 513],
+    )
+    too_small = "a task asks for 10 new tokens, and the window has 10; use a larger --max_seq_length"
+    assert_refused(evaluate, too_small, capsys, "mine_open", flags=["--max_seq_length", 10])
+    assert_refused(evaluate, "from 1 to 2 fit the window", capsys, "mine_choice", flags=["--max_seq_length", 2])
+    many = ["--num_fewshot", 100]
+    assert_refused(evaluate, "the tasks cannot be run: ", capsys, "mine_choice", flags=many)
+    plain = make_tiny_checkpoint(tmp_path / "plain", template=None)
+    chat = ["--apply_chat_template"]
+    assert_refused(evaluate, "no chat template", capsys, "mine_choice", flags=chat, path=plain)
+
+
+def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    message = r"--tasks needs lm-eval: pip install -r requirements-eval.txt; or measure a --perplexity FILE"
+    with pytest.raises(ValueError, match=message):
+        program.main(**vars(program.build_parser().parse_args(["--tasks", "x", "--checkpoint_path", str(tmp_path)])))
+
+
+def test_fewer_rows_where_memory_is_short(pair, monkeypatch):
+    rows = []
+
+    def only_four(model, n_rows, length):
+        rows.append(n_rows)
+        if n_rows > 4:
+            raise ValueError("too large")
+        setup_caches(model, n_rows, length)
+
+    monkeypatch.setattr(harness, "setup_caches", only_four)
+    requests = asked("loglikelihood", *PAIRS)
+    truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
+    assert_close(pair.ours.loglikelihood(requests, disable_tqdm=True), truth)
+    assert rows == [16, 4]
+    with pytest.raises(ValueError, match="too large"):
+        Adapter(pair.model, pair.words, "tiny", WINDOW, 7).loglikelihood(requests, disable_tqdm=True)

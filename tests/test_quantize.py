@@ -411,8 +411,8 @@ def test_texts_of_tasks(tasks, offline, run_cli):
         *[f"Number {i} and" for i in range(12)],
     ]
     advice = "give a task of your own with --include_path, or a text with --calibration_file"
-    assert far.startswith("the data of task wikitext cannot be had (Couldn't reach") and far.endswith(advice)
-    assert lost.startswith("the data of task mine_lost cannot be had") and "nowhere.json" in lost
+    assert far.startswith("the task wikitext or its data cannot be had (Couldn't reach") and far.endswith(advice)
+    assert lost.startswith("the task mine_lost or its data cannot be had") and "nowhere.json" in lost
     assert unknown.startswith("lm-eval has no task 'mine_opne', but mine_open")
 
 
