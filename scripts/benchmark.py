@@ -1,10 +1,12 @@
-"""Time gpt-faster and its peers on the same weights, in turn, each in its own process; write JSON and a table.
+"""Time gpt-faster and its peers on the same weights; write JSON, a Markdown table and a chart.
 
     pip install -r requirements-bench.txt
-    python scripts/benchmark.py --output benchmarks/cpu.json
+    python scripts/benchmark.py --quick          # batch 1, prompts of 8 and 512 tokens: under 10 minutes
+    python scripts/benchmark.py                  # batches 1, 4, 16 and prompts 8, 512, 2048, the waterfall: an hour
+    python scripts/benchmark.py --model TinyLlama-1.1B --sides gpt-faster --output benchmarks/cpu-1.1B.json
 
-Every round runs each side once at each precision (A B C A B C ...), so that a machine whose speed drifts is fair to
-all; medians count.
+Every engine has its own process, which is stopped while another is timed. They take turns (A B C A B C ...), so that a
+machine whose speed drifts is fair to all; medians count. What is finished is in the result file, and is not run again.
 """
 
 if __name__ == "__main__":
@@ -17,138 +19,152 @@ if __name__ == "__main__":
     command_line.quit_on_interrupt()  # before the slow imports
 
 import argparse
-import datetime
 import json
 import os
-import platform
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import DEFAULT_CHECKPOINT, atomic_path, require_writable
+from checkpoint import DEFAULT_CHECKPOINT, atomic_path, read_json, require_writable, write_json
+from model import REGISTRY
+from scripts.reporting import ROOT, machine, markdown, medians, update_readme
+from scripts.sides import SIDES, Case, gguf_of
 
-ROOT = Path(__file__).resolve().parent.parent
-NEW_TOKENS, LONG_PROMPT, REPEATS = 200, 512, 3
-SHORT_PROMPT = "Once upon a time"
-
-
-# our file, and the number of llama.cpp's file type
-PRECISIONS = {"bf16": ("model.pth", 32), "int8": ("model_int8.pth", 7), "int4": ("model_int4.g32.pth", 2)}
-
-
-def ours(folder: Path, threads: int, precision: str) -> dict:
-    """generate.py as a user runs it; the prefill from a second run with a long prompt."""
-    path = folder / PRECISIONS[precision][0]
-    if not path.exists():
-        quantise = ["quantize.py", "--checkpoint_path", folder / "model.pth", "--mode", precision]
-        subprocess.run([sys.executable, *quantise], check=True, capture_output=True, cwd=ROOT)
-    command = [sys.executable, "generate.py", "--checkpoint_path", path, "--threads", threads]
-    command += ["--compile", "--temperature", 0, "--ignore_eos", "--num_samples", REPEATS]
-    short = run_json([*command, "--prompt", SHORT_PROMPT, "--max_new_tokens", NEW_TOKENS])
-    long = run_json([*command, "--compile_prefill", "--prompt", LONG_PROMPT, "--max_new_tokens", 2])
-    kept = ("weight_bytes_per_token", "bandwidth_gb_s", "measured_bandwidth_gb_s", "peak_memory_gb", "compile_s")
-    return {"decode_tok_s": short["decode_tok_s"], "prefill_tok_s": long["prefill_tok_s"]} | {k: short[k] for k in kept}
+PRECISIONS = ("bf16", "int8", "int4")
+PEER_PRECISION = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+NEW_TOKENS = 200
+QUICK = [Case(1, 8, NEW_TOKENS), Case(1, 512, NEW_TOKENS)]
+GRID = [Case(batch, prompt, NEW_TOKENS) for batch in (1, 4, 16) for prompt in (8, 512, 2048)]
+NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
+SHARES = {"bf16": 0.85, "int8": 0.75, "int4": 0.65}  # of the memory's rate, that a model of gigabytes should reach
+# one technique a row: what it is called, the side, the precision, the environment
+WATERFALL = {
+    "eager": ("eager", "bf16", NO_KERNELS),
+    "+ torch.compile": ("gpt-faster", "bf16", NO_KERNELS),
+    "+ C++ operators": ("gpt-faster", "bf16", {}),
+    "+ int8": ("gpt-faster", "int8", {}),
+    "+ int4": ("gpt-faster", "int4", {}),
+}
 
 
-def run_json(command: list) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "out.json"
-        command = [str(part) for part in [*command, "--output_json", path]]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-        return json.loads(path.read_text())
+class Engine:
+    """A process of sides.py, stopped but for the time of a question."""
 
-
-def transformers_eager(folder: Path, threads: int, precision: str) -> dict:
-    """transformers' own generate on the weights of the GGUF file, bfloat16, uncompiled."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(threads)
-    name = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-
-    def seconds(length: int, new_tokens: int) -> float:
-        ids = torch.randint(1000, 40000, (1, length))
-        began = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
+    def __init__(self, side: str, precision: str, model: str, threads: int, environment: dict[str, str]):
+        self.name = f"{side}, {precision}"
+        command = [sys.executable, ROOT / "scripts" / "sides.py", side, precision, "--model", model]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self.process = subprocess.Popen(
+            [*map(str, command), "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | environment,
         )
-        return time.perf_counter() - began
+        self.load_s = self.answer()["load_s"]
 
-    seconds(4, 4)
-    decode = [(NEW_TOKENS - 1) / (seconds(4, NEW_TOKENS) - seconds(4, 1)) for _ in range(REPEATS)]
-    prefill = [LONG_PROMPT / seconds(LONG_PROMPT, 1) for _ in range(REPEATS)]
-    return {"decode_tok_s": statistics.median(decode), "prefill_tok_s": statistics.median(prefill)}
+    def __enter__(self) -> "Engine":
+        return self
 
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
 
-def peer_file(folder: Path, precision: str) -> Path:
-    """The GGUF requantised by llama.cpp itself: BF16 (int8: Q8_0, int4: Q4_0 made from that)."""
-    import llama_cpp
+    def ask(self, question: dict) -> dict:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
 
-    target = folder / f"peer-{precision}.bin"
-    if not target.exists():
-        source = next(folder.glob("*.gguf")) if precision == "bf16" else peer_file(folder, "bf16")
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.allow_requantize, parameters.ftype = True, PRECISIONS[precision][1]
-        assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
-    return target
-
-
-def llama_cpp(folder: Path, threads: int, precision: str) -> dict:
-    """llama.cpp with flash attention, its faster setting here."""
-    import llama_cpp
-    import numpy as np
-
-    target = peer_file(folder, precision)
-    n_batch = {"n_ctx": 1024, "n_batch": LONG_PROMPT, "n_ubatch": LONG_PROMPT}
-    threading = {"n_threads": threads, "n_threads_batch": threads}
-    model = llama_cpp.Llama(str(target), **n_batch, **threading, flash_attn=True, verbose=False)
-
-    def decode() -> float:
-        model.reset()
-        model.eval(model.tokenize(SHORT_PROMPT.encode()))
-        began = time.perf_counter()
-        for _ in range(NEW_TOKENS - 1):
-            logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
-            model.eval([int(logits.argmax())])
-        return (NEW_TOKENS - 1) / (time.perf_counter() - began)
-
-    def prefill() -> float:
-        model.reset()
-        began = time.perf_counter()
-        model.eval(list(range(1000, 1000 + LONG_PROMPT)))
-        return LONG_PROMPT / (time.perf_counter() - began)
-
-    decode(), prefill()
-    decodes, prefills = [decode() for _ in range(REPEATS)], [prefill() for _ in range(REPEATS)]
-    return {"decode_tok_s": statistics.median(decodes), "prefill_tok_s": statistics.median(prefills)}
+    def answer(self) -> dict:
+        """Its next answer, after which it is stopped. Raises ValueError with its last words if it ended."""
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            words = self.log.read().strip().splitlines() or ["nothing"]
+            raise ValueError(f"{self.name} ended; its last words: {words[-1]}")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(line)
 
 
-SIDES = {"gpt-faster": ours, "llama.cpp": llama_cpp, "transformers": transformers_eager}
-RUNS = [
-    (side, precision) for precision in PRECISIONS for side in SIDES if side != "transformers" or precision == "bf16"
-]
+def take_turns(engines: dict[str, Engine], case: Case, rounds: int) -> dict[str, dict]:
+    """For each engine its runs, their medians, and how far they spread: (largest - smallest) / median of decoding."""
+    found = {name: {"runs": []} for name in engines}
+    for number in range(1, rounds + 1):
+        for name, engine in engines.items():
+            answer = engine.ask(asdict(case))
+            first_s = answer.pop("first_s", None)
+            if first_s is not None:
+                found[name]["first_s"] = first_s
+            found[name]["runs"].append(answer)
+            speeds = f"decode {answer['decode_tok_s']:.1f}, prefill {answer['prefill_tok_s']:.0f} tok/s"
+            print(f"  {number} of {rounds}, {engine.name}: {speeds}", file=sys.stderr, flush=True)
+    for side in found.values():
+        decode = [run["decode_tok_s"] for run in side["runs"]]
+        side["median"] = medians(side["runs"])
+        side["spread"] = (max(decode) - min(decode)) / statistics.median(decode)
+    return found
 
 
-def start_up(folder: Path) -> dict:
+def key_of(precision: str, case: Case) -> str:
+    return f"{precision}, batch {case.batch}, prompt {case.prompt}"
+
+
+def measure(result: dict, cases: list[Case], sides: list[str], rounds: int, model: str, threads: int) -> Iterator[None]:
+    """Fill in the cases that the result lacks; yields after each."""
+    for precision in PRECISIONS:
+        wanted = sides_of(precision, sides)
+        missing = [case for case in cases if not set(wanted) <= set(result["cases"].get(key_of(precision, case), {}))]
+        if not missing:
+            continue
+        with ExitStack() as stack:
+            engines = {side: stack.enter_context(Engine(side, precision, model, threads, {})) for side in wanted}
+            result["load_s"][precision] = {side: engine.load_s for side, engine in engines.items()}
+            if "gpt-faster" in engines:
+                result["bandwidth"][precision] = engines["gpt-faster"].ask({"bandwidth": True})
+            for case in missing:
+                print(key_of(precision, case), file=sys.stderr, flush=True)
+                result["cases"][key_of(precision, case)] = take_turns(engines, case, rounds)
+                yield
+
+
+def sides_of(precision: str, sides: list[str]) -> list[str]:
+    """Those that have it: transformers runs the weights as they are."""
+    return [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+
+
+def waterfall(rounds: int, model: str, threads: int) -> dict:
+    """Each technique added to those before it: decoding after a short prompt."""
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine(side, precision, model, threads, environment))
+            for name, (side, precision, environment) in WATERFALL.items()
+        }
+        print("waterfall", file=sys.stderr, flush=True)
+        return take_turns(engines, QUICK[0], rounds)
+
+
+def start_up(model: str) -> dict:
     """Seconds from process start to the first byte of text, with an empty inductor cache and then with a full one."""
-    command = [sys.executable, "generate.py", "--checkpoint_path", str(folder / "model.pth"), "--compile"]
-    command += ["--prompt", SHORT_PROMPT, "--num_samples", "1", "--temperature", "0"]
+    weights = ["--random_weights" if model in REGISTRY else "--checkpoint_path", model]
+    command = [sys.executable, "generate.py", *weights, "--compile", "--num_samples", "1", "--temperature", "0"]
     result = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
             began = time.perf_counter()
             process = subprocess.Popen(
-                command,
+                [*command, "--prompt", "Once upon a time"],
                 cwd=ROOT,
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
                 stdout=subprocess.PIPE,
@@ -163,80 +179,184 @@ def start_up(folder: Path) -> dict:
     return result
 
 
-def machine(packages: tuple[str, ...]) -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    facts = {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today())}
-    return facts | {name: version(name) for name in packages}
+# ---------------------------------------------------------------- what is written
 
 
-def table(result: dict) -> str:
-    """The README's table."""
-    lines = [f"| SmolLM2-135M-Instruct, {result['threads']} CPU threads, batch 1 | {' | '.join(SIDES)} |"]
-    lines.append("|---" * (len(SIDES) + 1) + "|")
-    for key, label in (("decode_tok_s", "decode, 200 tokens"), ("prefill_tok_s", "prefill, 512 tokens")):
-        for precision, sides in result["median"].items():
-            base = sides["gpt-faster"][key]
-            cells = [f"{base:.0f} tok/s"]
-            for peer in list(SIDES)[1:]:
-                cells.append(f"{sides[peer][key]:.0f} tok/s (x{base / sides[peer][key]:.2f})" if peer in sides else "-")
-            lines.append(f"| {label}, {precision} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def headline(result: dict) -> str:
+    """The README's table: batch 1."""
+    sides = list(result["cases"][key_of("bf16", QUICK[0])])
+    rows = []
+    for case, rate, label in (
+        (QUICK[0], "decode_tok_s", f"decode, {NEW_TOKENS} tokens"),
+        (QUICK[1], "prefill_tok_s", f"prefill, {QUICK[1].prompt} tokens"),
+    ):
+        for precision in PRECISIONS:
+            rows.append([f"{label}, {precision}", *speeds(result["cases"][key_of(precision, case)], sides, rate)])
+    return markdown([f"{result['model']}, {result['threads']} CPU threads, batch 1", *sides], rows)
 
 
-def update_readme(table: str, source: str) -> None:
-    """Put the table where the README has one from this file."""
-    path = ROOT / "README.md"
-    begin, end = f"<!-- table: {source} -->", "<!-- end -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    if rest:
-        path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+def speeds(found: dict[str, dict], sides: list[str], rate: str) -> list[str]:
+    """A cell for each side: its speed, and how many times as fast gpt-faster is."""
+    ours = found["gpt-faster"]["median"][rate]
+    cells = []
+    for side in sides:
+        if side not in found:
+            cells.append("-")
+        else:
+            speed = found[side]["median"][rate]
+            cells.append(f"{speed:.0f} tok/s" + (f" (x{ours / speed:.2f})" if side != "gpt-faster" else ""))
+    return cells
 
 
-def main(*, checkpoint_dir: str, rounds: int, threads: int, output: str, side: str | None, precision: str) -> None:
-    folder = Path(checkpoint_dir)
-    if not (folder / "model.pth").exists() or not any(folder.glob("*.gguf")):
-        raise ValueError(f"{folder} needs model.pth and the .gguf file it came from; run scripts/quickstart.sh first")
-    if side is not None:
-        return print(json.dumps(SIDES[side](folder, threads, precision)))
+def full_table(result: dict) -> str:
+    """Every case: the tokens of all rows of a batch together."""
+    sides = list(result["cases"][key_of("bf16", QUICK[0])])
+    what = f"{result['model']}, {result['threads']} CPU threads"
+    parts = []
+    for rate, label in (("decode_tok_s", "decode"), ("prefill_tok_s", "prefill")):
+        rows = [[name, *speeds(found, sides, rate)] for name, found in result["cases"].items()]
+        parts.append(markdown([f"{label}, {what}", *sides], rows))
+    for key, unit, label in (("time_to_first_token_s", "s", "first token"), ("peak_memory_gb", "GB", "memory so far")):
+        rows = [
+            [name, *(f"{found[side]['median'][key]:.2f} {unit}" if side in found else "-" for side in sides)]
+            for name, found in result["cases"].items()
+        ]
+        parts.append(markdown([f"{label}, {what}", *sides], rows))
+    rows = [[name, f"{found['median']['decode_tok_s']:.0f} tok/s"] for name, found in result["waterfall"].items()]
+    if rows:
+        parts.append(markdown(["one technique after the other", f"decode, {what}"], rows))
+    return "\n\n".join(parts)
+
+
+def targets(result: dict) -> str:
+    """What was promised, what came, and whether it was kept; ratios of one run."""
+    found = {key: {side: each["median"] for side, each in sides.items()} for key, sides in result["cases"].items()}
+    rows = []
+
+    def row(what: str, value: float, limit: float, least: bool = True, unit: str = "x") -> None:
+        kept = value >= limit if least else value <= limit
+        rows.append(
+            [what, f"{'>=' if least else '<='} {limit:g} {unit}", f"{value:.2f} {unit}", "" if kept else "missed"]
+        )
+
+    for precision, limit in (("bf16", 1.05), ("int8", 1.25), ("int4", 1.2)):
+        sides = found[key_of(precision, QUICK[0])]
+        if "llama.cpp" in sides:
+            ratio = sides["gpt-faster"]["decode_tok_s"] / sides["llama.cpp"]["decode_tok_s"]
+            row(f"{precision} decode against llama.cpp {PEER_PRECISION[precision]}", ratio, limit)
+    for precision in PRECISIONS:
+        sides = found[key_of(precision, QUICK[1])]
+        if "llama.cpp" in sides:
+            ratio = sides["gpt-faster"]["prefill_tok_s"] / sides["llama.cpp"]["prefill_tok_s"]
+            row(f"{precision} prefill of 512 against llama.cpp {PEER_PRECISION[precision]}", ratio, 1.5)
+    for precision in PRECISIONS:
+        reads = result["bandwidth"][precision]
+        rate = found[key_of(precision, QUICK[0])]["gpt-faster"]["decode_tok_s"]
+        if result["bandwidth"]["bf16"]["weight_bytes_per_token"] > 1e9:
+            share = rate * reads["weight_bytes_per_token"] / 1e9 / reads["measured_bandwidth_gb_s"]
+            row(
+                f"{precision} decode, of the rate at which our operator reads one large matrix",
+                share,
+                SHARES[precision],
+            )
+        far = found.get(key_of(precision, Case(1, 2048, NEW_TOKENS)))
+        if far:
+            late, early = (reads["weight_bytes_per_token"] + n * reads["kv_bytes_per_position"] for n in (2148, 108))
+            slower = rate / far["gpt-faster"]["decode_tok_s"] / (late / early)
+            row(f"{precision} step at position 2148 against 108, over that of their bytes", slower, 1.2, False)
+    many = found.get(key_of("bf16", Case(16, 8, NEW_TOKENS)))
+    if many:
+        one = found[key_of("bf16", QUICK[0])]["gpt-faster"]["decode_tok_s"]
+        row("bf16 decode at batch 16 against batch 1", many["gpt-faster"]["decode_tok_s"] / one, 6)
+    row("cold compile", result["start_up"]["cold_compile_s"], 12, False, "s")
+    row("first token of a second process", result["start_up"]["warm_first_token_s"], 7, False, "s")
+    return markdown(["target", "wanted", "measured", ""], rows)
+
+
+def chart(result: dict, path: Path) -> None:
+    """Decoding at batch 1: each precision beside its peers, and one technique after the other."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    sides = list(result["cases"][key_of("bf16", QUICK[0])])
+    for i, side in enumerate(sides):
+        cases = [result["cases"][key_of(precision, QUICK[0])] for precision in PRECISIONS]
+        places = [j + i * 0.8 / len(sides) for j, found in enumerate(cases) if side in found]
+        values = [found[side]["median"]["decode_tok_s"] for found in cases if side in found]
+        left.bar_label(left.bar(places, values, 0.8 / len(sides), label=side, align="edge"), fmt="%.0f")
+    left.set_xticks([j + 0.4 for j in range(len(PRECISIONS))], PRECISIONS)
+    left.set_ylabel("tokens/s")
+    left.set_title(f"decode, {result['model']}, batch 1, {result['threads']} CPU threads")
+    left.legend(frameon=False)
+    steps = {name: found["median"]["decode_tok_s"] for name, found in result["waterfall"].items()}
+    right.bar_label(right.barh(list(steps), list(steps.values())), fmt="%.0f")
+    right.invert_yaxis()
+    right.set_title("one technique after the other, tokens/s")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def begin(output: str, facts: dict, fresh: bool) -> dict:
+    """The result so far, or an empty one. Raises ValueError if the file tells of other circumstances."""
+    empty = {"cases": {}, "load_s": {}, "bandwidth": {}, "waterfall": {}, "start_up": {}}
+    if fresh or not Path(output).exists():
+        return facts | empty
+    before = read_json(output)
+    for key in ("model", "threads", "machine"):
+        then, now = (
+            {k: v for k, v in each[key].items() if k != "date"} if key == "machine" else each.get(key)
+            for each in ({"machine": {}} | before, facts)
+        )
+        if then != now:
+            raise ValueError(f"{output} was measured with another {key} ({then}); use --fresh or another --output")
+    return before | facts
+
+
+def main(*, model: str, sides: list[str], quick: bool, fresh: bool, rounds: int, threads: int, output: str) -> None:
     require_writable(output)
-    runs = {precision: {} for precision in PRECISIONS}
-    for number in range(1, rounds + 1):
-        for name, precision in RUNS:
-            command = [sys.executable, __file__, "--side", name, "--precision", precision]
-            command += ["--threads", threads, "--checkpoint_dir", folder]
-            finished = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-            if finished.returncode:
-                raise ValueError(f"{name} failed: {finished.stderr.strip().splitlines()[-1]}")
-            figures = json.loads(finished.stdout.splitlines()[-1])
-            runs[precision].setdefault(name, []).append(figures)
-            print(f"round {number} of {rounds}, {precision}, {name}: {figures}", file=sys.stderr, flush=True)
-    result = {
-        "command": f"python scripts/benchmark.py --rounds {rounds} --threads {threads} --output {output}",
-        "machine": machine(("torch", "transformers", "llama-cpp-python")),
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 1")
+    if "gpt-faster" not in sides:
+        raise ValueError("--sides lacks gpt-faster, which the others are compared with")
+    if sides != ["gpt-faster"]:
+        gguf_of(model)
+    packages = ("torch", "transformers", "llama-cpp-python") if len(sides) > 1 else ("torch",)
+    facts = {
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "machine": machine(packages),
+        "model": model if model in REGISTRY else Path(model).resolve().parent.name,
         "threads": threads,
-        "median": {p: {name: medians(of) for name, of in sides.items()} for p, sides in runs.items()},
-        "start_up": start_up(folder),
-        "runs": runs,
     }
-    with atomic_path(output) as path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    update_readme(table(result), output)
-    print(table(result))
-    print(result["start_up"])
-
-
-def medians(runs: list[dict]) -> dict:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    result = begin(output, facts, fresh)
+    for _ in measure(result, QUICK if quick else GRID, sides, rounds, model, threads):
+        write_json(output, result)
+    if not result["start_up"]:
+        result["start_up"] = start_up(model)
+        write_json(output, result)
+    if not quick and not result["waterfall"]:
+        result["waterfall"] = waterfall(rounds, model, threads)
+        write_json(output, result)
+    text = f"{headline(result)}\n\n{targets(result)}\n\n{full_table(result)}\n"
+    with atomic_path(Path(output).with_suffix(".md")) as path:
+        path.write_text(f"`{result['command']}`, {result['machine']['date']}\n\n{text}")
+    chart(result, Path(output).with_suffix(".svg"))
+    update_readme(headline(result), output)
+    print(text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time gpt-faster against llama.cpp and transformers, same weights.")
-    parser.add_argument("--checkpoint_dir", default=str(DEFAULT_CHECKPOINT.parent), help="default: %(default)s")
+    parser.add_argument(
+        "--model", default=str(DEFAULT_CHECKPOINT), help="a checkpoint or a registry name (default: %(default)s)"
+    )
+    peers = [side for side in SIDES if side != "eager"]
+    parser.add_argument("--sides", nargs="+", choices=peers, default=peers, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="batch 1, prompts of 8 and 512 tokens (default: the grid)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the result file has (default: go on)")
     parser.add_argument("--rounds", type=int, default=3, help="times each side runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/cpu.json", help="result file (default: %(default)s)")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help=argparse.SUPPRESS)
     command_line.run(main, parser)

@@ -26,7 +26,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from checkpoint import DEFAULT_CHECKPOINT, atomic_path, require_writable
-from scripts.benchmark import ROOT, machine, update_readme
+from scripts.reporting import ROOT, machine, update_readme
 
 GPTQ = ["int4-gptq", "--groupsize", "64", "--calibration_limit", "64", "--calibration_seq_length", "512"]
 VARIANTS = {

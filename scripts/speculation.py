@@ -28,7 +28,7 @@ from checkpoint import DEFAULT_CHECKPOINT, load_model, random_model, require_wri
 from decoding import Sampling, compile_step, decode_one_token
 from generate import Row, Timing, acceptance, run_batch, setup_caches
 from qlinear import quant_spec
-from scripts.benchmark import machine, update_readme
+from scripts.reporting import machine, update_readme
 from speculative import DraftModel, PromptLookup, Source, Speculation, draft_one_token, verify
 from tokenizer import load_tokenizer
 

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from checkpoint import DEFAULT_CHECKPOINT, load_model, require_writable, write_json
 from generate import choose_functions
 from harness import Adapter
-from scripts.benchmark import machine, update_readme
+from scripts.reporting import machine, update_readme
 from tokenizer import load_tokenizer
 
 QUESTIONS, CHOICES, WINDOW = 200, 4, 1024

@@ -39,7 +39,7 @@ from checkpoint import (
 )
 from decoding import Sampling, decode_one_token, used_slots
 from model import REGISTRY, ModelArgs, Transformer
-from scripts.benchmark import ROOT, machine, medians, run_json, update_readme
+from scripts.reporting import ROOT, machine, medians, update_readme
 from tp import Ranks, init_tp, require_split
 
 NEW_TOKENS, REPEATS = 100, 3
@@ -93,6 +93,15 @@ def count_bytes(model: str, device: str, output: str) -> None:
         sent = bytes_of_a_step(shared, Sampling(temperature=0))
         if ranks.is_first:
             write_json(output, sent)
+
+
+def run_json(command: list) -> dict:
+    """What a command of ours writes with --output_json."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.json"
+        command = [str(part) for part in [*command, "--output_json", path]]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        return json.loads(path.read_text())
 
 
 def launch(n_rank: int) -> list[str]:

@@ -191,7 +191,7 @@ def test_scripts_are_there_and_parse(command):
 
 @pytest.mark.parametrize(
     "command",
-    of(("python scripts/benchmark", "python scripts/quality", "python scripts/speculation", "python scripts/tensor")),
+    of(tuple(f"python scripts/{name}" for name in ("benchmark", "quality", "speculation", "tasks", "tensor"))),
 )
 def test_benchmarks_parse(command, run_cli):
     """They take minutes, and peers that are not installed here."""

@@ -1,0 +1,269 @@
+"""The engines that benchmark.py compares, each behind one class; as a program, one engine that serves a parent.
+
+    python scripts/sides.py SIDE PRECISION [--model M] [--threads N]
+
+Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured, once
+as it comes and, the first time, once more before to warm up; {"bandwidth": true} asks how fast the side reads memory.
+The answer to each is a line on standard output, the first one being what loading took.
+"""
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import contextlib
+import json
+import random
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import DEFAULT_CHECKPOINT
+from model import REGISTRY
+
+LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
+UBATCH = 512  # prompt tokens that llama.cpp takes at once
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows in a batch, tokens of each row's prompt, and new ones after it."""
+
+    batch: int
+    prompt: int
+    new_tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.new_tokens
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        draw = random.Random(0)
+        return [[draw.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.batch)]
+
+    def rates(self, prefill_s: float, decode_s: float) -> dict[str, float]:
+        """Tokens/s of all rows together. The first new token of each row belongs to the prefill."""
+        return {
+            "decode_tok_s": self.batch * (self.new_tokens - 1) / decode_s,
+            "prefill_tok_s": self.batch * self.prompt / prefill_s,
+            "time_to_first_token_s": prefill_s,
+        }
+
+
+class Ours:
+    """gpt-faster as `generate.py --compile --compile_prefill --quantize PRECISION` runs it."""
+
+    def __init__(self, model: str, precision: str, threads: int, compiled: bool = True):
+        import torch
+
+        from checkpoint import load_model, random_model
+        from generate import choose_functions
+        from qlinear import quant_spec
+
+        torch.set_num_threads(threads)
+        spec = None if precision == "bf16" else quant_spec(precision, None)
+        if model in REGISTRY:
+            self.model = random_model(model, torch.device("cpu"), torch.bfloat16, quantize=spec)
+        else:
+            self.model = load_model(model, torch.device("cpu"), torch.bfloat16, quantize=spec)
+        self.functions = choose_functions(self.model.device, compiled, compiled)
+        self.shape = None
+
+    def measure(self, case: Case) -> dict[str, float]:
+        from decoding import Sampling
+        from generate import IdTokenizer, Row, Timing, run_batch, setup_caches
+
+        if self.shape != (case.batch, case.length):
+            self.shape = (case.batch, case.length)
+            setup_caches(self.model, *self.shape)
+        words = IdTokenizer(self.model.args.vocab_size)
+        rows = [Row(ids, words, case.new_tokens, [], True) for ids in case.prompts(words.vocab_size)]
+        timing = Timing()
+        greedy = Sampling(temperature=0)
+        run_batch(self.model, rows, greedy, timing, time.perf_counter(), lambda *_: None, **self.functions)
+        return case.rates(timing.prefill_s, timing.decode_s)
+
+    def bandwidth(self) -> dict[str, float]:
+        from checkpoint import weight_bytes
+        from generate import measured_bandwidth
+
+        args = self.model.args
+        return {
+            "measured_bandwidth_gb_s": measured_bandwidth(self.model.device),
+            "weight_bytes_per_token": weight_bytes(self.model),
+            "kv_bytes_per_position": 2 * args.n_layer * args.n_kv_head * args.head_dim * self.model.dtype.itemsize,
+        }
+
+
+class Eager(Ours):
+    """gpt-faster without torch.compile."""
+
+    def __init__(self, model: str, precision: str, threads: int):
+        super().__init__(model, precision, threads, compiled=False)
+
+
+class Transformers:
+    """transformers' own generate, on the weights of the GGUF file; eager, or a static cache and torch.compile."""
+
+    static = False
+
+    def __init__(self, model: str, precision: str, threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        file = gguf_of(model)
+        self.model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        if self.static:
+            self.model.generation_config.cache_implementation = "static"
+            self.model.forward = torch.compile(self.model.forward, fullgraph=True)
+
+    def seconds(self, case: Case, new_tokens: int) -> float:
+        import torch
+
+        ids = torch.tensor(case.prompts(self.model.config.vocab_size))
+        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        began = time.perf_counter()
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), **lengths, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began
+
+    def measure(self, case: Case) -> dict[str, float]:
+        prefill_s = self.seconds(case, 1)
+        return case.rates(prefill_s, self.seconds(case, case.new_tokens) - prefill_s)
+
+
+class StaticTransformers(Transformers):
+    static = True
+
+
+class LlamaCpp:
+    """llama.cpp through its own batches, with flash attention, its faster setting on a CPU."""
+
+    def __init__(self, model: str, precision: str, threads: int):
+        import llama_cpp
+
+        self.api, self.threads, self.context = llama_cpp, threads, None
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept, because C holds no reference
+        llama_cpp.llama_log_set(self.quiet, None)
+        path = str(llama_file(gguf_of(model), precision)).encode()
+        self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def prepare(self, case: Case) -> None:
+        if self.context is not None:
+            self.api.llama_free(self.context)
+            self.api.llama_batch_free(self.batch)
+        parameters = self.api.llama_context_default_params()
+        parameters.n_seq_max = case.batch
+        parameters.n_ctx = case.batch * (-(-case.length // 256) * 256)
+        parameters.n_batch = parameters.n_ubatch = UBATCH
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.flash_attn_type = 1
+        self.context = self.api.llama_init_from_model(self.model, parameters)
+        self.batch = self.api.llama_batch_init(UBATCH, 0, 1)
+
+    def run(self, entries: list[tuple[int, int, int, bool]]) -> None:
+        """Evaluate (token, position, row, whether logits are wanted) of each entry."""
+        batch = self.batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, row, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+        if self.api.llama_decode(self.context, batch) != 0:
+            raise ValueError("llama_decode failed")
+
+    def likeliest(self, index: int) -> int:
+        import numpy
+
+        logits = self.api.llama_get_logits_ith(self.context, index)
+        return int(numpy.ctypeslib.as_array(logits, shape=(self.n_vocab,)).argmax())
+
+    def measure(self, case: Case) -> dict[str, float]:
+        self.prepare(case)
+        began, tokens = time.perf_counter(), []
+        for row, prompt in enumerate(case.prompts(self.n_vocab)):
+            for begin in range(0, case.prompt, UBATCH):
+                part = prompt[begin : begin + UBATCH]
+                last = begin + len(part) == case.prompt
+                self.run([(t, begin + i, row, last and i == len(part) - 1) for i, t in enumerate(part)])
+            tokens.append(self.likeliest(len(part) - 1))
+        prefill_s = time.perf_counter() - began
+        began = time.perf_counter()
+        for position in range(case.prompt, case.length - 1):
+            self.run([(token, position, row, True) for row, token in enumerate(tokens)])
+            tokens = [self.likeliest(row) for row in range(case.batch)]
+        return case.rates(prefill_s, time.perf_counter() - began)
+
+
+def gguf_of(model: str) -> Path:
+    """The GGUF file that a checkpoint came from. Raises ValueError if there is none beside it."""
+    files = [] if model in REGISTRY else sorted(Path(model).parent.glob("*.gguf"))
+    if not files:
+        raise ValueError(
+            f"{model} has no .gguf file beside it, which its peers would read; leave them out with --sides"
+        )
+    return files[0]
+
+
+def llama_file(source: Path, precision: str) -> Path:
+    """The file requantised by llama.cpp itself: BF16, and Q8_0 and Q4_0 made from that."""
+    import llama_cpp
+
+    target = source.with_name(f"peer-{precision}.bin")
+    if not target.exists():
+        if precision != "bf16":
+            source = llama_file(source, "bf16")
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.allow_requantize, parameters.ftype = True, LLAMA_FILE_TYPES[precision]
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) != 0:
+            raise ValueError(f"llama.cpp cannot write {target}")
+    return target
+
+
+SIDES = {
+    "gpt-faster": Ours,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+    "transformers, static cache + compile": StaticTransformers,
+    "eager": Eager,
+}
+
+
+def serve(side: str, precision: str, model: str, threads: int) -> None:
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
+        began = time.perf_counter()
+        engine, warm = SIDES[side](model, precision, threads), set()
+        answer = {"load_s": time.perf_counter() - began}
+        while True:
+            print(json.dumps(answer), file=answers, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            asked, answer = json.loads(line), {}
+            if "bandwidth" in asked:
+                answer = engine.bandwidth()
+                continue
+            case = Case(**asked)
+            if case not in warm:
+                began = time.perf_counter()
+                engine.measure(case)
+                answer["first_s"] = time.perf_counter() - began
+                warm.add(case)
+            answer |= engine.measure(case)
+            answer["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Serve measurements of one engine to benchmark.py.")
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("precision")
+    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a checkpoint or a registry name")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    serve(args.side, args.precision, args.model, args.threads)
