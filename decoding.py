@@ -241,7 +241,7 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
         kind = (len(slots), cache, *_kinds((tokens, *others), any_length))
         if kind not in kinds:
             if not graphs:
-                mark_shapes(tokens, pos, slots, others, any_length)
+                mark_shapes(tokens, pos, slots, others, any_length, cache[0])
             result = call(model, tokens, pos, slots, *others)
             kinds.add(kind)  # only now: an interrupted compilation is no form
             return result
@@ -252,14 +252,15 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
     return step
 
 
-def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, others: tuple, any_length: bool) -> None:
+def mark_shapes(tokens: Tensor, pos: Tensor, slots: Tensor, others: tuple, any_length: bool, cached_rows: int) -> None:
     """Tell the compiler what varies: the length of `slots`, and with any_length every size above one; nothing else."""
     torch._dynamo.mark_dynamic(slots, 0)
     for tensor in (tokens, pos, *others):
         if isinstance(tensor, Tensor):
             torch._dynamo.mark_static(tensor)  # left to itself, the compiler tries to serve any size, and fails
             for dim, size in enumerate(tensor.shape):
-                if any_length and size > 1:
+                varies = dim > 0 or cached_rows > 2  # rows that can only be two are no variable, and break the regions
+                if any_length and size > 1 and varies:
                     torch._dynamo.mark_dynamic(tensor, dim)
 
 

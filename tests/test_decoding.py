@@ -284,6 +284,19 @@ def test_models_samplings_and_batches_may_take_turns_on_one_compiled_step():
                     assert torch.equal(continuation(model, prompts, 6, sampling, step=step), plain), (turn, sampling)
 
 
+@pytest.mark.parametrize("cached", [2, 3, 5])
+def test_one_compiled_prefill_serves_any_number_of_rows(cached):
+    model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
+    model.setup_caches(cached, 256)
+    for n_rows in (2, 1):  # the forms there are
+        continuation(model, random_prompts(*[5] * n_rows), 2, forward=forward)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n_rows in range(1, cached + 1):
+            prompts = random_prompts(*range(4, 4 + n_rows))
+            plain = continuation(model, prompts, 4)
+            assert torch.equal(continuation(model, prompts, 4, forward=forward), plain), n_rows
+
+
 def test_caches_made_anew_are_used_by_a_step_compiled_before():
     model, step = tiny_model(), compile_step(decode_one_token, CPU)
     for slots in (256, 512, 256):
