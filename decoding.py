@@ -165,13 +165,12 @@ def token_logprobs(
     """
     n_rows, length = tokens.shape
     size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (model.dtype.itemsize * n_rows * model.args.vocab_size)))
-    end_of_text = int(pos.max()) + 1 - length
     logprobs, likeliest = [], []
     for begin in range(0, length, size):
         end = min(begin + size, length)
         first = min(max(skip - begin, 0), end - begin)  # columns before are only context
         columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
-        slots = model.slots[: end_of_text + end]
+        slots = model.slots[: int(pos[:, begin:end].max()) + 1]
         some = (each[:, begin:end].clone(memory_format=torch.contiguous_format) for each in (tokens, pos))
         logits = forward(model, *some, slots, columns)  # copies, because the compiled form depends on strides
         wanted = targets[:, begin:end][:, first:]

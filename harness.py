@@ -28,6 +28,9 @@ from model import Transformer
 from tokenizer import Tokenizer
 from tp import full_logits
 
+CONTINUE_HERE = "CONTINUE-THE-TEXT-HERE "  # stands at the end of a message while it is rendered
+# what a task may ask of generation that is not ours to do, and the values that ask for nothing
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
 BATCH_SIZES = {"cpu": (16, 4, 1), "cuda": (64, 16, 4, 1)}  # few, because each may be compiled apart
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # of a batch: more do not make a forward faster
 GENERATING = 4  # times as many, because a step reads only one token of each row
@@ -174,11 +177,23 @@ class Adapter(TemplateLM):
         return self.words.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        text = self.words.render_chat(chat_history, add_generation_prompt)
+        """The conversation as text; without add_generation_prompt the answer goes on with the last message."""
         if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()  # which the answer goes on with
-        return text[: text.rindex(last) + len(last)]
+            return self.render_chat(chat_history, True)
+        last = chat_history[-1]
+        marked = {**last, "content": last["content"] + CONTINUE_HERE}
+        before, _, after = self.render_chat([*chat_history[:-1], marked], False).rpartition(CONTINUE_HERE.strip())
+        # a template that trims messages has trimmed the mark too, and would have trimmed the message
+        return before if after.startswith(" ") else before.rstrip()
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        try:
+            return self.words.render_chat(messages, add_generation_prompt)
+        except ValueError:  # some templates know no system role
+            others = [message for message in messages if message["role"] != "system"]
+            if len(others) == len(messages):
+                raise
+            return self.words.render_chat(others, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:
@@ -187,7 +202,8 @@ class Adapter(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple]:
         self.asked = True
-        questions = grouped([(context, continuation) for _, context, continuation in requests], self.max_length)
+        pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
+        questions = grouped(pairs, self.max_length)
         answers = [None] * len(requests)
         with tqdm(total=len(requests), desc="Scoring", unit="request", disable=disable_tqdm or None) as progress:
             for n_rows, alike in self.alike(questions, lambda question: question.length):
@@ -243,12 +259,13 @@ class Adapter(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         self.asked, texts = True, [None] * len(requests)
-        waiting: dict[Sampling, list[tuple[int, Row]]] = {}  # rows of one batch are sampled alike
+        # rows of one batch are sampled alike, and as often
+        waiting: dict[tuple[Sampling, int], list[tuple[int, Row]]] = {}
         for number, request in enumerate(requests):
             row, sampling = self.row_of(*request.args)
-            waiting.setdefault(sampling, []).append((number, row))
+            waiting.setdefault((sampling, row.max_new_tokens), []).append((number, row))
         with tqdm(total=len(requests), desc="Generating", unit="request", disable=disable_tqdm or None) as progress:
-            for sampling, rows in waiting.items():
+            for (sampling, _), rows in waiting.items():
                 for n_rows, alike in self.alike(rows, lambda each: each[1].length, GENERATING):
                     for batch in evenly(alike, n_rows):
                         self.generate([row for _, row in batch], n_rows, sampling)
@@ -259,19 +276,26 @@ class Adapter(TemplateLM):
         return texts
 
     def row_of(self, context: str, arguments: dict) -> tuple[Row, Sampling]:
-        """What a request to generate asks for. Raises ValueError if its new tokens leave no room for a context."""
+        """What a request to generate asks for. Raises ValueError on settings that cannot be met."""
         kwargs = normalize_gen_kwargs(arguments, 256)
-        temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
-        room = self.max_length - kwargs["max_gen_toks"]
-        if room < 1:
+        until, budget, do_sample = (kwargs.pop(key) for key in ("until", "max_gen_toks", "do_sample"))
+        drawing = {key: kwargs.pop(key) for key in ("temperature", "top_k", "top_p", "min_p") if key in kwargs}
+        for key, value in kwargs.items():
+            if NEUTRAL.get(key) != value:
+                raise ValueError(f"a task asks for generation with {key} {value}, which is not supported")
+        if not 1 <= budget < self.max_length:
             raise ValueError(
-                f"a task asks for {kwargs['max_gen_toks']} new tokens, and the window has {self.max_length}; "
-                "use a larger --max_seq_length"
+                f"a task asks for {budget} new tokens, and the window has {self.max_length}; from 1 to "
+                f"{self.max_length - 1} fit it (--max_seq_length)"
             )
-        ids = self.words.encode(context, self.words.bos_id is None or not context.startswith(self.prefix))[-room:]
-        row = Row(ids, self.words, kwargs["max_gen_toks"], [stop for stop in kwargs["until"] if stop], False)
+        # what transformers assumes where a task says nothing
+        asked = {"temperature": 1.0, "top_k": 50} | {key: value for key, value in drawing.items() if value is not None}
+        sampling = Sampling(**asked) if do_sample else Sampling(temperature=0)
+        ids = self.words.encode(context, self.words.bos_id is None or not context.startswith(self.prefix))
+        ids = ids[budget - self.max_length :] or [self.prefix_token_id]
+        row = Row(ids, self.words, budget, [str(stop) for stop in until if stop != ""], False)
         row.eos_ids = self.words.declared_eos_ids  # HFLM knows no others
-        return row, Sampling(temperature, kwargs.get("top_k", 0), kwargs.get("top_p", 1.0))
+        return row, sampling
 
     def generate(self, rows: list[Row], n_rows: int, sampling: Sampling) -> None:
         """Generate the rows' texts together."""
@@ -307,7 +331,12 @@ def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> 
         with data_of(name, advice):
             some = manager.load([name])
         found += [some["groups"][name]] if name in some["groups"] else some["tasks"].values()
-    return Tasks(manager, found)
+    tasks = Tasks(manager, found)
+    try:
+        tasks.leaves()
+    except ValueError as error:  # a group and its member
+        raise ValueError(_line(error)) from None
+    return tasks
 
 
 def run_tasks(adapter: Adapter, tasks: Tasks, seed: int, **options) -> dict:
@@ -338,8 +367,9 @@ def task_manager(tasks: list[str], include_path: str | None) -> TaskManager:
         raise ValueError(f"the tasks in {include_path} cannot be read: {_line(error)}") from None
     for name in tasks:
         if name not in manager.task_index:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks)) or "nothing like it"
-            raise ValueError(f"lm-eval has no task {name!r}, but {near}; --include_path adds tasks of your own")
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
+            known = f"lm-eval has no task {name!r}" + (f", but {near}" if near else "")
+            raise ValueError(f"{known}; --include_path adds tasks of your own")
     return manager
 
 
@@ -354,4 +384,6 @@ def data_of(task: str, advice: str = "") -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    words = (str(error).strip() or "no reason given").splitlines()[0]
+    # these say only what was looked for
+    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError | TypeError | AttributeError) else words

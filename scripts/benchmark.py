@@ -38,11 +38,13 @@ from model import REGISTRY
 from scripts.reporting import ROOT, machine, markdown, medians, update_readme
 from scripts.sides import SIDES, Case, gguf_of
 
+PEERS = [side for side in SIDES if side != "eager"]
 PRECISIONS = ("bf16", "int8", "int4")
 PEER_PRECISION = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 NEW_TOKENS = 200
 QUICK = [Case(1, 8, NEW_TOKENS), Case(1, 512, NEW_TOKENS)]
 GRID = [Case(batch, prompt, NEW_TOKENS) for batch in (1, 4, 16) for prompt in (8, 512, 2048)]
+COMPILED_PEER = "transformers, static cache + compile"
 NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
 SHARES = {"bf16": 0.85, "int8": 0.75, "int4": 0.65}  # of the memory's rate, that a model of gigabytes should reach
 # one technique a row: what it is called, the side, the precision, the environment
@@ -124,24 +126,31 @@ def key_of(precision: str, case: Case) -> str:
 def measure(result: dict, cases: list[Case], sides: list[str], rounds: int, model: str, threads: int) -> Iterator[None]:
     """Fill in the cases that the result lacks; yields after each."""
     for precision in PRECISIONS:
-        wanted = sides_of(precision, sides)
-        missing = [case for case in cases if not set(wanted) <= set(result["cases"].get(key_of(precision, case), {}))]
+        missing = {}
+        for case in cases:
+            wanted = sides_of(precision, case, sides)
+            if not set(wanted) <= set(result["cases"].get(key_of(precision, case), {})):
+                missing[case] = wanted
         if not missing:
             continue
         with ExitStack() as stack:
-            engines = {side: stack.enter_context(Engine(side, precision, model, threads, {})) for side in wanted}
+            engines = {}
+            for side in dict.fromkeys(side for wanted in missing.values() for side in wanted):
+                engines[side] = stack.enter_context(Engine(side, precision, model, threads, {}))
             result["load_s"][precision] = {side: engine.load_s for side, engine in engines.items()}
             if "gpt-faster" in engines:
                 result["bandwidth"][precision] = engines["gpt-faster"].ask({"bandwidth": True})
-            for case in missing:
+            for case, wanted in missing.items():
                 print(key_of(precision, case), file=sys.stderr, flush=True)
-                result["cases"][key_of(precision, case)] = take_turns(engines, case, rounds)
+                some = {side: engines[side] for side in wanted}
+                result["cases"][key_of(precision, case)] = take_turns(some, case, rounds)
                 yield
 
 
-def sides_of(precision: str, sides: list[str]) -> list[str]:
-    """Those that have it: transformers runs the weights as they are."""
-    return [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+def sides_of(precision: str, case: Case, sides: list[str]) -> list[str]:
+    """Those that run the case: transformers has the weights as they are, and compiles each shape for minutes."""
+    here = [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+    return [side for side in here if side != COMPILED_PEER or case == QUICK[0]]
 
 
 def waterfall(rounds: int, model: str, threads: int) -> dict:
@@ -317,6 +326,8 @@ def begin(output: str, facts: dict, fresh: bool) -> dict:
 
 def main(*, model: str, sides: list[str], quick: bool, fresh: bool, rounds: int, threads: int, output: str) -> None:
     require_writable(output)
+    if sides is None:
+        sides = [side for side in PEERS if side != COMPILED_PEER or not quick]
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}; it must be at least 1")
     if "gpt-faster" not in sides:
@@ -352,8 +363,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--model", default=str(DEFAULT_CHECKPOINT), help="a checkpoint or a registry name (default: %(default)s)"
     )
-    peers = [side for side in SIDES if side != "eager"]
-    parser.add_argument("--sides", nargs="+", choices=peers, default=peers, help="default: all")
+    parser.add_argument(
+        "--sides", nargs="+", choices=PEERS, help="default: all; --quick leaves out transformers compiled, for minutes"
+    )
     parser.add_argument("--quick", action="store_true", help="batch 1, prompts of 8 and 512 tokens (default: the grid)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the result file has (default: go on)")
     parser.add_argument("--rounds", type=int, default=3, help="times each side runs (default: %(default)s)")

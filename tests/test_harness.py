@@ -23,9 +23,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+import decoding  # noqa: E402
 import eval as program  # noqa: E402
 import harness  # noqa: E402
 from checkpoint import load_model, open_source, save_checkpoint, shell  # noqa: E402
+from decoding import Sampling  # noqa: E402
 from generate import choose_functions, setup_caches  # noqa: E402
 from harness import Adapter, evenly, grouped  # noqa: E402
 from qlinear import QuantSpec, linear_table, quantize_weight  # noqa: E402
@@ -138,6 +140,67 @@ def test_compiled_texts(pair, compiled):
             assert compiled.generate_until(some, True) == pair.theirs.generate_until(some, True)
 
 
+@pytest.fixture(scope="module")
+def wide(pair):
+    """Adapters of both sides with the model's whole context, which is the size of the cache too."""
+
+    def ours(batch_size=None):
+        return Adapter(pair.model, pair.words, "tiny", 128, batch_size)
+
+    theirs = HFLM(pair.theirs.model, tokenizer=pair.theirs.tokenizer, max_length=128, batch_size=1, device="cpu")
+    return SimpleNamespace(ours=ours, theirs=theirs)
+
+
+def test_chunks_reach_what_the_longest_row_has_read(pair, wide, monkeypatch):
+    """A long context and a long continuation in one batch, which goes through the cache in several chunks."""
+    monkeypatch.setattr(decoding, "LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
+    text = "the cat sat on the mat and the dog ate the hat, he said, " * 3
+    requests = asked("loglikelihood", (text * 3, " the mat, he said"), ("he", " " + text), ("he said", " the cat"))
+    truth = wide.theirs.loglikelihood(requests, disable_tqdm=True)
+    for batch_size in (None, 1, 2, 3):
+        assert_close(wide.ours(batch_size).loglikelihood(requests, disable_tqdm=True), truth)
+
+
+def test_short_and_long_answers(wide):
+    """Whose cache would be too small if they were decoded together."""
+    long = "the cat sat on the mat and the dog ate the hat, he said, " * 8
+    settings = [{"until": [], "max_gen_toks": n} for n in (8, 120)]
+    requests = asked("generate_until", (long, settings[0]), ("he", settings[1]), ("the dog", settings[1]))
+    assert wide.ours().generate_until(requests, True) == wide.theirs.generate_until(requests, True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"repetition_penalty": 1.2}, "a task asks for generation with repetition_penalty 1.2, which is not supported"),
+        ({"num_beams": 10}, "num_beams 10"),
+        ({"max_gen_toks": 0}, "a task asks for 0 new tokens, and the window has 48; from 1 to 47 fit it"),
+        ({"max_gen_toks": 48}, "a task asks for 48 new tokens"),
+        ({"do_sample": True, "top_p": 2.0}, "top_p is 2.0"),
+    ],
+)
+def test_generation_that_cannot_be_had(pair, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pair.ours.generate_until(asked("generate_until", ("he said", {"max_gen_toks": 4, **arguments})))
+
+
+def test_settings_of_generation(pair):
+    def sampling(**arguments):
+        return pair.ours.row_of("he", {"max_gen_toks": 4, **arguments})[1]
+
+    assert sampling() == sampling(do_sample=False, temperature=0.5, num_beams=1) == Sampling(temperature=0)
+    assert sampling(do_sample=True, temperature=0.7) == Sampling(0.7, top_k=50)  # as transformers has it
+    assert sampling(temperature=0.7, top_k=None, top_p=0.9, min_p=0.1) == Sampling(0.7, 50, 0.9, 0.1)
+    row, _ = pair.ours.row_of("", {"until": [4, "\n", ""], "max_gen_toks": 4})
+    assert row.prompt == [pair.ours.prefix_token_id] and list(row.stream.stop) == ["4", "\n"]
+
+
+def test_a_context_without_tokens(pair):
+    requests = [(("", " the cat"), [], pair.words.encode(" the cat", False))]
+    whole = asked("loglikelihood", ("", " the cat"))
+    assert_close(pair.ours._loglikelihood_tokens(requests, True), pair.theirs.loglikelihood(whole, True))
+
+
 def test_what_greedy_decoding_writes_is_greedy(pair):
     written = pair.ours.generate_until(asked("generate_until", ("the cat", {"until": [], "max_gen_toks": 5})))
     requests = asked("loglikelihood", ("the cat", written[0]), ("the cat", " the mat"))
@@ -172,11 +235,28 @@ def test_generate_until(pair):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_chat_template(pair, prompt):
-    history = [{"role": "user", "content": "the cat "}, {"role": "assistant", "content": " sat on"}]
-    history = history[:1] if prompt else history
+@pytest.mark.parametrize("last", ["The cat", "Answer: ", "Answer:\n", "", " ", ">", "im_end", "hi\n hi"])
+def test_chat_template(pair, prompt, last):
+    history = [{"role": "user", "content": "Who sat on the mat?"}, {"role": "assistant", "content": last}]
     assert pair.ours.apply_chat_template(history, prompt) == pair.theirs.apply_chat_template(history, prompt)
     assert pair.ours.chat_template(True) == pair.theirs.chat_template(True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}|{% endfor %}",
+    ],
+    ids=["trims", "knows no system role"],
+)
+def test_other_chat_templates(pair, template, monkeypatch):
+    monkeypatch.setattr(pair.ours.words, "chat_template", template)
+    monkeypatch.setattr(pair.theirs.tokenizer, "chat_template", template)
+    history = [{"role": role, "content": f"{role} says "} for role in ("system", "user", "assistant")]
+    for prompt in (True, False):
+        assert pair.ours.apply_chat_template(history, prompt) == pair.theirs.apply_chat_template(history, prompt)
 
 
 def test_ids(pair):
@@ -395,6 +475,16 @@ def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks,
         assert_refused(evaluate, message, capsys, "mine", path=nowhere, folder=folder)
 
 
+def test_a_group_beside_its_member(evaluate, tmp_path, tasks, capsys):
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [mine_choice, mine_open]")
+    for name in ("mine_choice", "mine_open"):
+        (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text())
+    twice = "Duplicate task 'mine_choice'"
+    assert_refused(evaluate, twice, capsys, "both", "mine_choice", folder=tmp_path, path=tmp_path / "none.pth")
+    evaluate("both", "both", folder=tmp_path, flags=["--limit", 2])
+    assert "| - mine_open" in capsys.readouterr().out
+
+
 def test_mistakes_found_later(evaluate, tmp_path, tasks, capsys):
     assert_refused(
         evaluate,
@@ -403,7 +493,7 @@ def test_mistakes_found_later(evaluate, tmp_path, tasks, capsys):
         "mine_choice",
         flags=["--max_seq_length", 513],
     )
-    too_small = "a task asks for 10 new tokens, and the window has 10; use a larger --max_seq_length"
+    too_small = "a task asks for 10 new tokens, and the window has 10; from 1 to 9 fit it (--max_seq_length)"
     assert_refused(evaluate, too_small, capsys, "mine_open", flags=["--max_seq_length", 10])
     assert_refused(evaluate, "from 1 to 2 fit the window", capsys, "mine_choice", flags=["--max_seq_length", 2])
     many = ["--num_fewshot", 100]

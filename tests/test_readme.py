@@ -1,6 +1,5 @@
 """Every command of the README, as it stands there; only paths, names and sizes are replaced."""
 
-import json
 import os
 import re
 import shlex
@@ -143,24 +142,12 @@ def test_eval(command, run_cli, tmp_path):
 
 
 def write_task(folder):
-    """A task with eight questions of two choices."""
-    lines = [{"q": f"{i} and", "choices": [f" {i + 1}", " none"]} for i in range(8)]
-    (folder / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "my_task.yaml").write_text(
-        f"""
-task: my_task
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {folder / "data.json"}}}}}
-output_type: multiple_choice
-training_split: null
-validation_split: validation
-fewshot_split: validation
-doc_to_text: "{{{{q}}}}"
-doc_to_target: 0
-doc_to_choice: "{{{{choices}}}}"
-target_delimiter: ""
-"""
-    )
+    """The README's task and its line of questions, eight times."""
+    (task,) = blocks("yaml")
+    data = folder / "questions.json"
+    (folder / "my_task.yaml").write_text(task.replace("my_tasks/questions.json", str(data)))
+    (line,) = re.findall(r"`({.question.*})`", README)
+    data.write_text(f"{line}\n" * 8)
 
 
 @pytest.mark.parametrize("command", of("python scripts/download.py") + of("./scripts/prepare.sh"))
