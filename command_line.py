@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,14 @@ from collections.abc import Callable
 def quit_on_interrupt() -> None:
     """Make Ctrl-C end the process at once with code 130, while imports run and there is nothing to lose."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def send_again(ignored) -> None:
+    """A `sys.unraisablehook`: Python drops what is raised in `__del__` and such callbacks, and with it a Ctrl-C."""
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def run(main: Callable, parser: argparse.ArgumentParser) -> None:
@@ -22,6 +31,7 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # it was closed
             stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C would refuse an emoji
+    sys.unraisablehook = send_again
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main(**arguments)

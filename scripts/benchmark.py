@@ -314,6 +314,8 @@ def begin(output: str, facts: dict, fresh: bool) -> dict:
     if fresh or not Path(output).exists():
         return facts | empty
     before = read_json(output)
+    if "cases" not in before:
+        raise ValueError(f"{output} is no result of this version; use --fresh or another --output")
     for key in ("model", "threads", "machine"):
         then, now = (
             {k: v for k, v in each[key].items() if k != "date"} if key == "machine" else each.get(key)

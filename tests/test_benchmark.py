@@ -128,6 +128,13 @@ def test_refused(bench, flags, message):
     assert message in str(error.value)
 
 
+def test_another_file_is_refused(bench, tmp_path):
+    (tmp_path / "out.json").write_text('{"runs": []}')
+    with pytest.raises(ValueError, match="is no result of this version"):
+        bench()
+    assert bench(fresh=True)["cases"]
+
+
 def test_another_machine_is_refused(bench, monkeypatch):
     bench()
     monkeypatch.setattr(benchmark, "machine", lambda _: {"processor": "b", "date": "today"})

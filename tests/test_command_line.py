@@ -625,6 +625,32 @@ def test_interrupt_while_compiling(tiny, tmp_path, delay):
     assert process.returncode == 130 and "Traceback" not in rest and "Interrupt" not in rest, rest
 
 
+DROPS = """
+import argparse, time, command_line
+
+class Slow:
+    def __del__(self):
+        print("now", flush=True)
+        time.sleep(20)
+
+def main():
+    slow = Slow()
+    del slow
+    time.sleep(20)
+
+command_line.run(main, argparse.ArgumentParser())
+"""
+
+
+def test_an_interrupt_in_a_finaliser_is_not_lost(tmp_path):
+    command = [sys.executable, "-c", DROPS]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors.strip()) == (130, "")
+
+
 # ---------------------------------------------------------------- interactive
 
 
