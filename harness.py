@@ -105,16 +105,20 @@ def score(
         yield from ((number, *found) for (_, _, number), *found in zip(part, sums, greedy, strict=False))
 
 
+def cached(model: Transformer) -> Iterator[Tensor]:
+    """Keys and values of every layer."""
+    for layer in model.layers:
+        yield from (layer.attention.kv_cache.k, layer.attention.kv_cache.v)
+
+
 def saved(model: Transformer, n_rows: int, slots: int) -> list[Tensor]:
     """A copy of the first rows and slots of each cache, which `put_back` takes."""
-    caches = (layer.attention.kv_cache for layer in model.layers)
-    return [each[:n_rows, :, :slots].clone() for cache in caches for each in (cache.k, cache.v)]
+    return [each[:n_rows, :, :slots].clone() for each in cached(model)]
 
 
 def put_back(model: Transformer, copies: list[Tensor], owners: Tensor) -> None:
     """Fill the first rows of each cache with rows of the copies, owners [N]."""
-    caches = (layer.attention.kv_cache for layer in model.layers)
-    for place, copy in zip((each for cache in caches for each in (cache.k, cache.v)), copies, strict=True):
+    for place, copy in zip(cached(model), copies, strict=True):
         place[: len(owners), :, : copy.shape[2]] = copy[owners]
 
 
@@ -156,7 +160,8 @@ class Adapter(TemplateLM):
         self.model, self.words, self.name = model, tokenizer, name  # `tokenizer` would be probed by the base class
         self.max_length, self.batch_size = max_length, batch_size
         self.step, self.forward = step, forward
-        self.sizes = BATCH_SIZES.get(model.device.type, BATCH_SIZES["cpu"])
+        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        self.sizes, self.tokens_at_once = BATCH_SIZES[kind], TOKENS_AT_ONCE[kind]
         self.prefix = tokenizer.vocabulary()[self.prefix_token_id]
         self.asked = False  # whether a request has come, so that what goes wrong is no matter of tasks
 
@@ -229,7 +234,7 @@ class Adapter(TemplateLM):
         """The batch size for so many tokens a row."""
         if self.batch_size is not None:
             return self.batch_size
-        most = TOKENS_AT_ONCE.get(self.model.device.type, 2048) / length
+        most = self.tokens_at_once / length
         return next((size for size in self.sizes if size <= most), 1)
 
     def cached_rows(self, n_rows: int, length: int) -> int:

@@ -34,8 +34,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint import DEFAULT_CHECKPOINT, atomic_path, read_json, require_writable, write_json
+from generate import check_threads
 from model import REGISTRY
-from scripts.reporting import ROOT, machine, markdown, medians, update_readme
+from scripts.reporting import ROOT, machine, markdown, medians, require_rounds, update_readme
 from scripts.sides import SIDES, Case, gguf_of
 
 PEERS = [side for side in SIDES if side != "eager"]
@@ -330,8 +331,8 @@ def main(*, model: str, sides: list[str], quick: bool, fresh: bool, rounds: int,
     require_writable(output)
     if sides is None:
         sides = [side for side in PEERS if side != COMPILED_PEER or not quick]
-    if rounds < 1:
-        raise ValueError(f"--rounds is {rounds}; it must be at least 1")
+    require_rounds(rounds)
+    check_threads(threads)
     if "gpt-faster" not in sides:
         raise ValueError("--sides lacks gpt-faster, which the others are compared with")
     if sides != ["gpt-faster"]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from checkpoint import DEFAULT_CHECKPOINT, atomic_path, require_writable
-from scripts.reporting import ROOT, machine, update_readme
+from scripts.reporting import ROOT, machine, markdown, update_readme
 
 GPTQ = ["int4-gptq", "--groupsize", "64", "--calibration_limit", "64", "--calibration_seq_length", "512"]
 VARIANTS = {
@@ -68,14 +68,13 @@ def table(result: dict) -> str:
     """The README's table."""
     variants = result["variants"]
     whole = next(facts["bytes_before"] for facts in variants.values() if facts["args"])
-    lines = ["| SmolLM2-135M-Instruct | size | perplexity | change | time to make |", "|---|---|---|---|---|"]
+    rows = []
     for name, facts in variants.items():
         change = f"{100 * (facts['perplexity'] / variants['bf16']['perplexity'] - 1):+.1f} %" if facts["args"] else ""
         made = f"{facts['quantise_s']:.0f} s" if facts["args"] else ""
-        lines.append(
-            f"| {name} | {facts.get('bytes', whole) / 1e6:.0f} MB | {facts['perplexity']:.3f} | {change} | {made} |"
-        )
-    return "\n".join(lines)
+        size = f"{facts.get('bytes', whole) / 1e6:.0f} MB"
+        rows.append([name, size, f"{facts['perplexity']:.3f}", change, made])
+    return markdown(["SmolLM2-135M-Instruct", "size", "perplexity", "change", "time to make"], rows)
 
 
 def main(*, checkpoint_path: str, threads: int, output: str) -> None:

@@ -20,9 +20,15 @@ def medians(runs: list[dict]) -> dict:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
+def require_rounds(rounds: int) -> None:
+    """Raise ValueError if nothing would be measured."""
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; it must be at least 1")
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [f"| {' | '.join(cells)} |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def update_readme(table: str, source: str) -> None:

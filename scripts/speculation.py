@@ -28,7 +28,7 @@ from checkpoint import DEFAULT_CHECKPOINT, load_model, random_model, require_wri
 from decoding import Sampling, compile_step, decode_one_token
 from generate import Row, Timing, acceptance, run_batch, setup_caches
 from qlinear import quant_spec
-from scripts.reporting import machine, update_readme
+from scripts.reporting import machine, markdown, update_readme
 from speculative import DraftModel, PromptLookup, Source, Speculation, draft_one_token, verify
 from tokenizer import load_tokenizer
 
@@ -152,14 +152,11 @@ def make_source(name: str, device: torch.device, dtype: torch.dtype, draft_path:
 def table(result: dict) -> str:
     """The README's table."""
     ways = [way for way in next(iter(result["texts"].values())) if way != "plain"]
-    lines = [f"| SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads, greedy | plain | {' | '.join(ways)} |"]
-    lines.append("|---" * (len(ways) + 2) + "|")
+    rows = []
     for name, facts in result["texts"].items():
-        cells = [f"{facts['plain']['tok_s']:.0f} tok/s"]
-        for way in ways:
-            cells.append(f"x{facts[way]['ratio']:.2f} ({facts[way]['mean_accepted']:.1f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [f"x{facts[way]['ratio']:.2f} ({facts[way]['mean_accepted']:.1f})" for way in ways]
+        rows.append([name, f"{facts['plain']['tok_s']:.0f} tok/s", *cells])
+    return markdown([f"SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads, greedy", "plain", *ways], rows)
 
 
 def main(*, checkpoint_path: str, ways: list[str], rounds: int, threads: int, output: str) -> None:

@@ -30,12 +30,12 @@ from pydoc_data.topics import topics
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM
 
 from checkpoint import DEFAULT_CHECKPOINT, load_model, require_writable, write_json
-from generate import choose_functions
+from generate import check_threads, choose_functions
 from harness import Adapter
-from scripts.reporting import machine, update_readme
+from scripts.reporting import machine, markdown, require_rounds, update_readme
+from scripts.sides import Transformers
 from tokenizer import load_tokenizer
 
 QUESTIONS, CHOICES, WINDOW = 200, 4, 1024
@@ -87,23 +87,20 @@ def best_batch_size(hflm: HFLM, requests: list[Instance]) -> dict[int, float]:
 def table(result: dict) -> str:
     """The README's table."""
     median = result["median"]
-    lines = [
-        f"| SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads | {' | '.join(median)} |",
-        "|---" * (len(median) + 1) + "|",
-    ]
     base = median["HFLM"]
     cells = [f"{speed:.1f} requests/s" + f" (x{speed / base:.2f})" * (speed != base) for speed in median.values()]
-    lines.append(f"| {QUESTIONS} questions of {CHOICES} choices | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = [f"SmolLM2-135M-Instruct, bf16, {result['threads']} CPU threads", *median]
+    return markdown(header, [[f"{QUESTIONS} questions of {CHOICES} choices", *cells]])
 
 
 def main(*, checkpoint_path: str, rounds: int, threads: int, output: str) -> None:
     require_writable(output)
+    require_rounds(rounds)
+    check_threads(threads)
     torch.set_num_threads(threads)
     path = Path(checkpoint_path)
     model, tokenizer = load_model(path, torch.device("cpu"), torch.bfloat16), load_tokenizer(path)
-    name = next(path.parent.glob("*.gguf")).name
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=name, dtype=torch.bfloat16)
+    theirs = Transformers(checkpoint_path, "bf16", threads).model
     hflm = HFLM(theirs, tokenizer=str(path.parent), max_length=WINDOW, batch_size=1, device="cpu")
     requests = make_requests()
     sweep = best_batch_size(hflm, requests[: len(requests) // 4])

@@ -39,7 +39,7 @@ from checkpoint import (
 )
 from decoding import Sampling, decode_one_token, used_slots
 from model import REGISTRY, ModelArgs, Transformer
-from scripts.reporting import ROOT, machine, medians, update_readme
+from scripts.reporting import ROOT, machine, markdown, medians, update_readme
 from tp import Ranks, init_tp, require_split
 
 NEW_TOKENS, REPEATS = 100, 3
@@ -117,16 +117,15 @@ def sizes(model: str) -> ModelArgs:
 def table(result: dict) -> str:
     """The README's table."""
     ranks = sorted(map(int, next(iter(result["median"].values()))))
-    lines = [f"| {result['model']}, {result['device']}, batch 1 | {' | '.join(f'ranks: {n}' for n in ranks)} |"]
-    lines.append("|---" * (len(ranks) + 1) + "|")
+    rows = []
     for precision, of in result["median"].items():
         speeds = [f"{of[str(n)]['decode_tok_s']:.1f} tok/s" for n in ranks]
         weights = [f"{of[str(n)]['weight_bytes_per_token'] / 1e6:.0f} MB" for n in ranks]
-        lines.append(f"| decode, {NEW_TOKENS} tokens, {precision} | {' | '.join(speeds)} |")
-        lines.append(f"| weights that a rank reads for a token, {precision} | {' | '.join(weights)} |")
+        rows.append([f"decode, {NEW_TOKENS} tokens, {precision}", *speeds])
+        rows.append([f"weights that a rank reads for a token, {precision}", *weights])
     sent = [f"{result['bytes'][str(n)]['counted']:,}".replace(",", " ") for n in ranks]
-    lines.append(f"| bytes that a rank gives to the others for a token | {' | '.join(sent)} |")
-    return "\n".join(lines)
+    rows.append(["bytes that a rank gives to the others for a token", *sent])
+    return markdown([f"{result['model']}, {result['device']}, batch 1", *(f"ranks: {n}" for n in ranks)], rows)
 
 
 def main(*, model: str, device: str, ranks: list[int], precisions: list[str], rounds: int, output: str, count: bool):
