@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 import decoding
 import eval as program
 from checkpoint import load_model
-from decoding import Sampling, token_logprobs
+from decoding import Sampling, compile_step, forward_chunk, token_logprobs
 from eval import Window, build_parser, main, perplexity, split
 from generate import generate
 from model import ModelArgs, Transformer
@@ -164,6 +164,17 @@ def test_logprobs_of_each_token(pair):
     places = torch.tensor([[4], [2]]) + torch.arange(4)
     found, _ = token_logprobs(ours, ragged, places, torch.stack((tokens[0, 5:9], tokens[1, 3:7])))
     torch.testing.assert_close(found, torch.stack((expected[0, 4:8], expected[1, 2:6])), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [None, 4])
+def test_compiled_equals_plain(pair, stride):
+    _, model = pair
+    (ids,) = random_prompts(107)
+    forward = compile_step(forward_chunk, model.device, any_length=True)
+    for batch_size in (1, 4):
+        sizes = {"window": WINDOW, "stride": stride, "batch_size": batch_size}
+        compiled = perplexity(model, ids, **sizes, forward=forward)
+        assert compiled.nll == pytest.approx(perplexity(model, ids, **sizes).nll, rel=1e-5)
 
 
 def test_the_model_can_be_used_afterwards(tiny):
