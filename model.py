@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_QUERIES = 16  # a row, up to which a device's own attention operator serves
+FEW = 16  # queries a row, or tokens in all, up to which a device's own operators serve
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
 
 
@@ -222,11 +222,11 @@ def written_out(S: int) -> bool:
     return S == 1 and torch.compiler.is_compiling()
 
 
-def surely_few(S: int) -> bool:
-    """Whether S is at most 16, in every call that a compiled form with this S serves."""
+def surely_few(size: int) -> bool:
+    """Whether a size is at most 16, in every call that a compiled form with this size serves."""
     if torch.compiler.is_compiling():  # comparing the length of a prompt would compile short ones apart
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(S <= FEW_QUERIES)
-    return S <= FEW_QUERIES
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
+    return size <= FEW
 
 
 def additive_mask(seen: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -308,6 +308,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
+        self.join_blocks: Callable | None = None  # makes `few_tokens` once there are caches, set by `pack_`
+        self.few_tokens: Callable | None = None  # a device's own operator, all blocks in one, for few tokens in all
         self.tie()
 
     def tie(self) -> None:
@@ -335,6 +337,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("slots", torch.arange(slots, device=self.device), persistent=False)
+        self.few_tokens = self.join_blocks(self) if self.join_blocks is not None else None
 
     def forward(self, tokens: Tensor, pos: Tensor, rows: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
@@ -350,10 +353,13 @@ class Transformer(nn.Module):
         mask = additive_mask(seen, self.args.n_head // self.args.n_kv_head, self.dtype)
         cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
         x = self.tok_embeddings(tokens)
-        # regions are measured on CPU only; elsewhere the blocks are inlined
-        run = _block_region if x.device.type == "cpu" else TransformerBlock.__call__
-        for layer in self.layers:
-            x = run(layer, x, pos, cos, sin, mask)
+        if self.few_tokens is not None and surely_few(tokens.shape[0] * tokens.shape[1]):
+            x = self.few_tokens(x, pos, cos, sin, mask)
+        else:
+            # regions are measured on CPU only; elsewhere the blocks are inlined
+            run = _block_region if x.device.type == "cpu" else TransformerBlock.__call__
+            for layer in self.layers:
+                x = run(layer, x, pos, cos, sin, mask)
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         return self.output(self.norm(x))

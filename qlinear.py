@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from model import Attention
+from model import Attention, RMSNorm, Transformer, TransformerBlock
 
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")
@@ -250,6 +250,10 @@ class FewRowsLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
         return torch.ops.gpt_faster.linear_bf16(x, self.weight, self.bias)
 
+    def tensors(self) -> tuple[Tensor, None, Tensor | None]:
+        """Weight, scales and bias, as operators of several layers take them."""
+        return self.weight, None, self.bias
+
 
 class CodesLinear(nn.Module):
     """An int8 or int4 linear layer whose weight lies as the instructions of a CPU want it (`kernels/cpu.cpp`).
@@ -278,6 +282,10 @@ class CodesLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
         y = torch.ops.gpt_faster.linear_codes(x, self.weight, self.scales, self.bias)
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, scales and bias, as operators of several layers take them."""
+        return self.weight, self.scales, self.bias
 
 
 class TinygemmLinear(Int4Linear):
@@ -333,3 +341,39 @@ def pack_(model: nn.Module) -> None:
             replace_(model, name, faster(layer))
         if isinstance(layer, Attention) and layer.wo.weight.device.type == "cpu" and layer.head_dim in cpu.HEAD_DIMS:
             layer.attend_few = torch.ops.gpt_faster.attend_few if cpu.has_vnni() else None
+    if isinstance(model, Transformer):
+        model.join_blocks = JoinedBlocks.of  # without it the blocks run layer by layer
+
+
+class JoinedBlocks(nn.Module):
+    """All blocks of a model as one operator of `kernels/cpu.cpp`, for at most 16 tokens in all."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        tensors = [tensor for block in model.layers for tensor in self.tensors(block)]
+        self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps)
+
+    @staticmethod
+    def of(model: Transformer) -> "JoinedBlocks | None":
+        """The blocks of `model` with its caches; None if the operator does not take them."""
+        blocks = [(block.attention, block.feed_forward) for block in model.layers]
+        layers = {type(layer) for a, f in blocks for layer in (a.wqkv, a.wo, f.w13, f.w2)}
+        packed = layers <= {FewRowsLinear, CodesLinear}  # other dtypes are not, nor what ranks share
+        has_kernel = all(attention.attend_few is not None for attention, _ in blocks)
+        sizes_fit = model.args.dim % CodesLinear.LANES == 0 and model.args.intermediate_size % CodesLinear.GROUP == 0
+        return JoinedBlocks(model) if packed and has_kernel and sizes_fit else None
+
+    @staticmethod
+    def tensors(block: TransformerBlock) -> list[Tensor | None]:
+        """In the order that `join_blocks` wants."""
+        a, f = block.attention, block.feed_forward
+        q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
+        first = (block.attention_norm.weight, *a.wqkv.tensors(), q_norm, k_norm, *a.wo.tensors())
+        second = (block.ffn_norm.weight, *f.w13.tensors(), *f.w2.tensors())
+        return [*first, *second, a.kv_cache.k, a.kv_cache.v]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has caches of its own, and joins its blocks when it sets them up."""
+
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        return torch.ops.gpt_faster.run_blocks(x, self.joined, pos, cos, sin, mask[:, : x.shape[1]])

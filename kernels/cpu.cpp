@@ -1,5 +1,5 @@
 // Operators for CPUs that PyTorch lacks: linear layers that read their weight at memory speed, bfloat16 for few rows, int8
-// and int4 for any number; and the attention of few queries.
+// and int4 for any number; the attention of few queries; and all blocks of a model, for few rows, as one operator.
 //
 // One token through a linear layer is a matrix-vector product: every weight is read once and used once, so the only
 // thing that counts is to keep the memory busy. Each thread reads its share of the weight, in its plain row-major
@@ -9,12 +9,16 @@
 // Only what is included here is needed: torch/extension.h would treble the time to build.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
+
+#include <omp.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -84,13 +88,16 @@ struct Linear {
     if (M - r == 1) tile<1, W>(r, n, stride);
   }
 
+  // The outputs begin .. end - 1 of all rows.
+  void share(int64_t begin, int64_t end) const {
+    const int64_t stride = (end - begin) / kStreams;
+    for (int64_t n = begin; n < begin + stride; n++) columns<kStreams>(n, stride);
+    for (int64_t n = begin + kStreams * stride; n < end; n++) columns<1>(n, 0);
+  }
+
   void run() const {
     const int64_t grain = std::max<int64_t>(kStreams, 32768 / K);  // below 64 KiB a second thread does not pay
-    at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-      const int64_t stride = (end - begin) / kStreams;
-      for (int64_t n = begin; n < begin + stride; n++) columns<kStreams>(n, stride);
-      for (int64_t n = begin + kStreams * stride; n < end; n++) columns<1>(n, 0);
-    });
+    at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { share(begin, end); });
   }
 };
 
@@ -179,7 +186,7 @@ struct QuantisedLinear {
   const float* bias;  // [tiles * 16] or null
   int64_t M, in, K, tiles, groups;
   bool nibbles;  // int4, which has zeros
-  // x made ready by prepare_row, K = in rounded up to a multiple of 32
+  // x made ready by prepare, K = in rounded up to a multiple of 32
   void* ready;      // [M, K] int8, or float32 if EXACT
   float* x_scales;  // [M, K / 32]
   float* x_sums;    // [M, K / 32], of x itself, for zeros
@@ -187,9 +194,10 @@ struct QuantisedLinear {
 
   int32_t offset() const { return nibbles ? 8 : 128; }
 
-  VNNI_TARGET void prepare_row(int64_t m) const {
+  // Makes groups begin .. end - 1 of row m ready.
+  VNNI_TARGET void prepare(int64_t m, int64_t begin, int64_t end) const {
     const int64_t blocks = K / kGroup;
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = begin; b < end; b++) {
       const int64_t left = std::min(kGroup, in - b * kGroup), i = m * in + b * kGroup;
       const uint32_t mask = left == kGroup ? ~0u : (1u << left) - 1;
       const __m512 low = load(x, i, type, mask), high = load(x, i + 16, type, mask >> 16);
@@ -329,26 +337,35 @@ struct QuantisedLinear {
     if (M - r == 1) tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, T>(r, n, stride, wn, w_stride);
   }
 
-  // Few rows: the weight is read once, each thread's share as streams far apart.
+  // Few rows: the weight is read once, each thread's share, the tiles n .. end - 1, as streams far apart.
   template <bool EXACT, bool NIBBLES, bool GROUPED, bool ZEROS>
-  void few() const {
+  void few(int64_t n, int64_t end) const {
     const int64_t bytes = K * kLanes / (NIBBLES ? 2 : 1);
-    const int64_t grain = std::max<int64_t>(1, 65536 / bytes);
-    at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      int64_t n = begin;
-      if (M == 1) {
-        const int64_t stride = (end - n) / kStreams;
-        for (int64_t i = 0; i < stride; i++, n++)
-          tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, kStreams>(0, n, stride, w + n * bytes, stride * bytes);
-        n += (kStreams - 1) * stride;
-      }
-      const int64_t stride = (end - n) / 2;
-      for (int64_t i = 0; i < stride; i++, n++) {
-        all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
-      }
-      n += stride;
-      if (n < end) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
-    });
+    if (M == 1) {
+      const int64_t stride = (end - n) / kStreams;
+      for (int64_t i = 0; i < stride; i++, n++)
+        tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, kStreams>(0, n, stride, w + n * bytes, stride * bytes);
+      n += (kStreams - 1) * stride;
+    }
+    const int64_t stride = (end - n) / 2;
+    for (int64_t i = 0; i < stride; i++, n++) {
+      all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 2>(n, stride, w + n * bytes, stride * bytes);
+    }
+    n += stride;
+    if (n < end) all_rows<EXACT, NIBBLES, GROUPED, ZEROS, 1>(n, 0, w + n * bytes, 0);
+  }
+
+  template <bool EXACT>
+  void few_of_kind(int64_t begin, int64_t end) const {
+    if (nibbles) few<EXACT, true, true, true>(begin, end);
+    else if (groups > 1) few<EXACT, false, true, false>(begin, end);
+    else few<EXACT, false, false, false>(begin, end);
+  }
+
+  // The outputs of the tiles begin .. end - 1 of all rows.
+  void share(int64_t begin, int64_t end) const {
+    if (type == at::kFloat) few_of_kind<true>(begin, end);
+    else few_of_kind<false>(begin, end);
   }
 
   // Many rows: two tiles at a time stay in the cache, as bytes, while all rows pass.
@@ -379,18 +396,23 @@ struct QuantisedLinear {
   }
 
   template <bool EXACT>
+  void many_of_kind() const {
+    if (nibbles) many<EXACT, true, true>();
+    else if (groups > 1) many<EXACT, true, false>();
+    else many<EXACT, false, false>();
+  }
+
   void run() const {
     at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; m++) prepare_row(m);
+      for (int64_t m = begin; m < end; m++) prepare(m, 0, K / kGroup);
     });
     if (M <= kFewRows) {
-      if (nibbles) few<EXACT, true, true, true>();
-      else if (groups > 1) few<EXACT, false, true, false>();
-      else few<EXACT, false, false, false>();
+      const int64_t grain = std::max<int64_t>(1, 65536 / (K * kLanes / (nibbles ? 2 : 1)));
+      at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { share(begin, end); });
+    } else if (type == at::kFloat) {
+      many_of_kind<true>();
     } else {
-      if (nibbles) many<EXACT, true, true>();
-      else if (groups > 1) many<EXACT, true, false>();
-      else many<EXACT, false, false>();
+      many_of_kind<false>();
     }
   }
 };
@@ -479,21 +501,24 @@ struct FewQueries {
     return _mm512_mask_cmp_ps_mask(there, values, _mm512_setzero_ps(), _CMP_EQ_OQ);
   }
 
-  VNNI_TARGET void run() const {
+  // Query s of head h of row b. scores: room for slots + 16 values.
+  VNNI_TARGET void one(int64_t b, int64_t s, int64_t h, float* scores) const {
+    int64_t begin = 0, end = round_up(slots, 16);  // the masked ends are left out, 16 slots at a time
+    while (end > 16 && !any_seen(b, s, end - 16)) end -= 16;
+    while (begin < end - 16 && !any_seen(b, s, begin)) begin += 16;
+    end = std::min(end, slots);
+    if (D == 64) head<4>(b, s, h, begin, end, scores);
+    else if (D == 96) head<6>(b, s, h, begin, end, scores);
+    else if (D == 128) head<8>(b, s, h, begin, end, scores);
+    else head<16>(b, s, h, begin, end, scores);
+  }
+
+  void run() const {
     const int64_t grain = std::max<int64_t>(1, 16384 / (slots * D));
     at::parallel_for(0, B * H * S, grain, [&](int64_t first, int64_t last) {
       std::vector<float> scores(slots + 16);
-      for (int64_t i = first; i < last; i++) {  // the queries that share a key head one after another
-        const int64_t b = i / (H * S), h = i / S % H, s = i % S;
-        int64_t begin = 0, end = round_up(slots, 16);  // the masked ends are left out, 16 slots at a time
-        while (end > 16 && !any_seen(b, s, end - 16)) end -= 16;
-        while (begin < end - 16 && !any_seen(b, s, begin)) begin += 16;
-        end = std::min(end, slots);
-        if (D == 64) head<4>(b, s, h, begin, end, scores.data());
-        else if (D == 96) head<6>(b, s, h, begin, end, scores.data());
-        else if (D == 128) head<8>(b, s, h, begin, end, scores.data());
-        else head<16>(b, s, h, begin, end, scores.data());
-      }
+      // the queries that share a key head one after another
+      for (int64_t i = first; i < last; i++) one(i / (H * S), i % S, i / S % H, scores.data());
     });
   }
 };
@@ -504,34 +529,48 @@ bool has_vnni() { return false; }
 
 #endif
 
-// A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
-// bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
-Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
-  const int64_t in = x.size(-1), K = round_up(in, kGroup), M = x.numel() / in, tiles = weight.size(0);
+#if defined(__x86_64__)
+
+// Bytes of memory that a layer of codes with `in` inputs needs to make M rows ready.
+int64_t bytes_to_prepare(int64_t M, int64_t in, at::ScalarType type) {
+  const int64_t K = round_up(in, kGroup);
+  return M * K * (type == at::kFloat ? 4 : 1) + 12 * M * K / kGroup;
+}
+
+QuantisedLinear layer_of_codes(const void* x, void* y, at::ScalarType type, int64_t M, int64_t in, const Tensor& weight,
+                               const Tensor& scales, const std::optional<Tensor>& bias, void* room) {
+  const int64_t K = round_up(in, kGroup), tiles = weight.size(0), blocks = M * K / kGroup;
   const bool nibbles = scales.size(2) == 2;
   TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: weight takes other than ", in, " features");
   const auto known = [](at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; };
-  TORCH_CHECK(known(x.scalar_type()) && known(scales.scalar_type()), "linear_codes: wrong dtype");
+  TORCH_CHECK(known(type) && known(scales.scalar_type()), "linear_codes: wrong dtype");
   TORCH_CHECK(scales.size(0) == tiles && scales.is_contiguous() && weight.is_contiguous(), "linear_codes: wrong layout");
+  QuantisedLinear layer{x, y, type, weight.const_data_ptr<uint8_t>()};
+  layer.scales = scales.const_data_ptr();
+  layer.scale_type = scales.scalar_type();
+  layer.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  layer.M = M, layer.in = in, layer.K = K, layer.tiles = tiles, layer.groups = scales.size(1), layer.nibbles = nibbles;
+  float* floats = reinterpret_cast<float*>(static_cast<char*>(room) + M * K * (type == at::kFloat ? 4 : 1));
+  layer.ready = room, layer.x_scales = floats, layer.x_sums = floats + blocks;
+  layer.starts = reinterpret_cast<int32_t*>(floats + 2 * blocks);
+  return layer;
+}
+
+#endif
+
+// A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
+// bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
+Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
   auto shape = x.sizes().vec();
-  shape.back() = tiles * kLanes;
+  shape.back() = weight.size(0) * kLanes;
   Tensor y = at::empty(shape, x.options());
 #if defined(__x86_64__)
-  const bool exact = x.scalar_type() == at::kFloat;
-  const int64_t blocks = M * K / kGroup, bytes = M * K * (exact ? 4 : 1);
-  Tensor buffer = at::empty({bytes + 12 * blocks}, x.options().dtype(at::kByte));
-  uint8_t* room = buffer.mutable_data_ptr<uint8_t>();
-  float* floats = reinterpret_cast<float*>(room + bytes);
+  const int64_t in = x.size(-1), M = x.numel() / in;
+  const at::ScalarType type = x.scalar_type();
+  Tensor room = at::empty({bytes_to_prepare(M, in, type)}, x.options().dtype(at::kByte));
   const Tensor xc = x.contiguous();
-  QuantisedLinear work{xc.const_data_ptr(), y.mutable_data_ptr(), x.scalar_type(), weight.const_data_ptr<uint8_t>()};
-  work.scales = scales.const_data_ptr();
-  work.scale_type = scales.scalar_type();
-  work.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  work.M = M, work.in = in, work.K = K, work.tiles = tiles, work.groups = scales.size(1), work.nibbles = nibbles;
-  work.ready = room, work.x_scales = floats, work.x_sums = floats + blocks;
-  work.starts = reinterpret_cast<int32_t*>(floats + 2 * blocks);
-  if (exact) work.run<true>();
-  else work.run<false>();
+  layer_of_codes(xc.const_data_ptr(), y.mutable_data_ptr(), type, M, in, weight, scales, bias, room.mutable_data_ptr())
+      .run();
 #endif
   return y;
 }
@@ -551,6 +590,300 @@ Tensor attend_few(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   return y;
 }
 
+#if defined(__x86_64__)
+
+// ---------------------------------------------------------------- all blocks of a model, for few rows
+//
+// By way of its parts a block is nine operators, each with its call from Python, its buffer and its parallel regions; and
+// all tensors of all layers, hundreds, are arguments of the compiled graph. Both take about a millisecond, a quarter of
+// the step of a small model. Here a model's blocks are one operator and one argument, a tensor whose bytes are the object
+// `Blocks`; one parallel region runs through them, in which threads wait for each other where one needs what another made.
+
+// Waits until every thread of the region is here.
+void wait_for_all() {
+#pragma omp barrier
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The thread's part of n things, dealt out by the unit.
+Range part(int64_t n, int64_t unit, int thread, int threads) {
+  const int64_t each = round_up((n + threads - 1) / threads, unit);
+  return {std::min(n, thread * each), std::min(n, (thread + 1) * each)};
+}
+
+// Buffers that stay from call to call, and so in the cache: the nth of a call is the nth of the last one.
+class Scratch {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  using Buffers = std::vector<std::vector<Line>>;
+  size_t taken = 0;
+
+ public:
+  char* take(int64_t bytes) {
+    thread_local Buffers kept;
+    if (taken == kept.size()) kept.emplace_back();
+    std::vector<Line>& buffer = kept[taken++];
+    if (static_cast<int64_t>(buffer.size() * sizeof(Line)) < bytes) buffer.resize(bytes / sizeof(Line) + 1);
+    return buffer.data()->bytes;
+  }
+};
+
+// A linear layer of up to kFewRows rows, of codes if it has scales and of bfloat16 if not, whose outputs threads share.
+struct SharedLinear {
+  Tensor weight;
+  std::optional<Tensor> scales, bias;
+  int64_t in, out;
+
+  SharedLinear(const std::optional<Tensor>* tensors, int64_t in, at::ScalarType type)
+      : weight(tensors[0].value()), scales(tensors[1]), bias(tensors[2]), in(in) {
+    out = weight.size(0) * (scales ? kLanes : 1);
+    TORCH_CHECK(out % kLanes == 0, "a block's layer has ", out, " outputs");
+    if (scales) layer_of_codes(nullptr, nullptr, type, 1, in, weight, *scales, bias, nullptr);  // which checks them
+    else TORCH_CHECK(type == at::kBFloat16 && weight.scalar_type() == type && weight.is_contiguous() &&
+                     weight.size(1) == in && has_bf16(), "a block's layer is no bfloat16 matrix with ", in, " inputs");
+  }
+
+  QuantisedLinear codes(const void* x, void* y, at::ScalarType type, int64_t M, void* room) const {
+    return layer_of_codes(x, y, type, M, in, weight, *scales, bias, room);
+  }
+
+  // Makes the inputs begin .. end - 1 of row m ready in `room`; begin is the first of a group.
+  void prepare(const void* x, at::ScalarType type, int64_t M, void* room, int64_t m, Range inputs) const {
+    if (scales) codes(x, nullptr, type, M, room).prepare(m, inputs.begin / kGroup, round_up(inputs.end, kGroup) / kGroup);
+  }
+
+  // The outputs begin .. end - 1, in whole tiles, of all rows.
+  void share(const void* x, void* y, at::ScalarType type, int64_t M, void* room, Range outputs) const {
+    if (scales) return codes(x, y, type, M, room).share(outputs.begin / kLanes, outputs.end / kLanes);
+    Linear{static_cast<const BFloat16*>(x), weight.const_data_ptr<BFloat16>(),
+           bias ? bias->const_data_ptr<BFloat16>() : nullptr, static_cast<BFloat16*>(y), M, out, in}
+        .share(outputs.begin, outputs.end);
+  }
+};
+
+// Root mean square normalisation of n values, a multiple of 16, rounded as model.RMSNorm rounds them.
+VNNI_TARGET void rms_norm(const void* x, const void* weight, void* y, at::ScalarType type, int64_t n, float eps) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 value = load(x, i, type);
+    squares = _mm512_fmadd_ps(value, value, squares);
+  }
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
+  for (int64_t i = 0; i < n; i += 16) {
+    store(y, i, type, _mm512_mul_ps(load(x, i, type), scale));
+    store(y, i, type, _mm512_mul_ps(load(y, i, type), load(weight, i, type)));
+  }
+}
+
+// Rotary embedding of one head, n values in two halves, in place: cos and sin [n / 2]. n is a multiple of 32.
+VNNI_TARGET void rotate(void* x, at::ScalarType type, const float* cos, const float* sin, int64_t n) {
+  for (int64_t i = 0, half = n / 2; i < half; i += 16) {
+    const __m512 a = load(x, i, type), b = load(x, half + i, type);
+    const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    store(x, i, type, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    store(x, half + i, type, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+// silu(gate) * up of n values, a multiple of 16.
+VNNI_TARGET void silu_times(const void* gate, const void* up, void* y, at::ScalarType type, int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 g = load(gate, i, type);
+    // e^-|g| does not overflow; below the bound it is 0, where minus infinity would become NaN
+    const __m512 most = _mm512_min_ps(_mm512_abs_ps(g), _mm512_set1_ps(104.0f));
+    const __m512 power = exp_of(_mm512_sub_ps(_mm512_setzero_ps(), most));
+    const __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, power), _mm512_add_ps(one, power));
+    store(y, i, type, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid), load(up, i, type)));
+  }
+}
+
+// y += x, n values, a multiple of 16.
+VNNI_TARGET void add(const void* x, void* y, at::ScalarType type, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) store(y, i, type, _mm512_add_ps(load(y, i, type), load(x, i, type)));
+}
+
+struct Block {
+  Tensor attention_norm, ffn_norm;
+  std::optional<Tensor> q_norm, k_norm;
+  SharedLinear wqkv, wo, w13, w2;
+  Tensor k, v;  // [B', Hkv, C', D]
+};
+
+// One call of `run_blocks`: sizes, arguments and buffers. Rows m = 0 .. M - 1 are the S tokens of row 0, then of row 1 ...
+struct Call {
+  int64_t B, S, M, dim, n_head, n_kv_head, D, width, slots, size;
+  at::ScalarType type;
+  float eps;
+  const int64_t* pos;      // [M]
+  const float *cos, *sin;  // [M, D / 2]
+  const Tensor& mask;      // [B, S, slots]
+  char *x;                 // [M, dim], from block to block
+  char *normed, *qkv, *q, *attended, *gate_up, *hidden, *made;
+  char *room, *other_room;  // for activations made ready, in turn: one is written while the other may still be read
+  float* scores;            // [threads, slots + 16]
+
+  void normalise(const Tensor& norm, const SharedLinear& next, int thread, int threads) const {
+    const Range own = part(M, 1, thread, threads);
+    for (int64_t m = own.begin; m < own.end; m++) {
+      rms_norm(x + m * dim * size, norm.const_data_ptr(), normed + m * dim * size, type, dim, eps);
+      next.prepare(normed, type, M, room, m, {0, dim});
+    }
+  }
+
+  void add_product(const SharedLinear& layer, const char* inputs, int thread, int threads) const {
+    const Range own = part(dim, kLanes, thread, threads);
+    layer.share(inputs, made, type, M, other_room, own);
+    for (int64_t m = 0; m < M; m++) {
+      const int64_t at = (m * dim + own.begin) * size;
+      add(made + at, x + at, type, own.end - own.begin);
+    }
+  }
+
+  // Normalised and rotated queries into q, keys and values into the cache.
+  void place_heads(const Block& block, int thread, int threads) const {
+    const int64_t turned = n_head + n_kv_head, heads = turned + n_kv_head, bytes = D * size;
+    const Range own = part(M * turned, 1, thread, threads);
+    for (int64_t i = own.begin; i < own.end; i++) {
+      const int64_t m = i / turned, h = i % turned;
+      const bool is_key = h >= n_head;
+      const int64_t slot = m / S * block.k.stride(0) + (h - n_head) * block.k.stride(1) + pos[m] * D;
+      const char* from = qkv + (m * heads + h) * bytes;
+      char* to = is_key ? static_cast<char*>(block.k.data_ptr()) + slot * size : q + (m * n_head + h) * bytes;
+      const auto& norm = is_key ? block.k_norm : block.q_norm;
+      if (norm) rms_norm(from, norm->const_data_ptr(), to, type, D, eps);
+      else std::memcpy(to, from, bytes);
+      rotate(to, type, cos + m * D / 2, sin + m * D / 2, D);
+      if (is_key) std::memcpy(static_cast<char*>(block.v.data_ptr()) + slot * size, from + n_kv_head * bytes, bytes);
+    }
+  }
+
+  void attend(const Block& block, int thread, int threads) const {
+    const FewQueries queries{q, block.k.const_data_ptr(), block.v.const_data_ptr(), mask.const_data_ptr(), attended, type,
+                             B, S, n_head, D, block.k.stride(0), block.k.stride(1), n_head / n_kv_head, mask.stride(0),
+                             mask.stride(1), slots};
+    const Range own = part(M * n_head, 1, thread, threads);
+    for (int64_t i = own.begin; i < own.end; i++) {  // the queries that share a key head one after another
+      const int64_t b = i / (n_head * S), h = i / S % n_head, s = i % S;
+      queries.one(b, s, h, scores + thread * (slots + 16));
+      block.wo.prepare(attended, type, M, other_room, b * S + s, {h * D, (h + 1) * D});
+    }
+  }
+
+  void gate(const Block& block, int thread, int threads) const {
+    const Range own = part(width, kGroup, thread, threads);
+    block.w13.share(normed, gate_up, type, M, room, own);
+    block.w13.share(normed, gate_up, type, M, room, {width + own.begin, width + own.end});
+    for (int64_t m = 0; m < M; m++) {
+      const char *gate = gate_up + (2 * m * width + own.begin) * size, *up = gate + width * size;
+      silu_times(gate, up, hidden + (m * width + own.begin) * size, type, own.end - own.begin);
+      block.w2.prepare(hidden, type, M, other_room, m, own);
+    }
+  }
+
+  void run(const Block& block, int thread, int threads) const {
+    normalise(block.attention_norm, block.wqkv, thread, threads);
+    wait_for_all();
+    block.wqkv.share(normed, qkv, type, M, room, part(block.wqkv.out, kLanes, thread, threads));
+    wait_for_all();
+    place_heads(block, thread, threads);
+    wait_for_all();
+    attend(block, thread, threads);
+    wait_for_all();
+    add_product(block.wo, attended, thread, threads);
+    wait_for_all();
+    normalise(block.ffn_norm, block.w13, thread, threads);
+    wait_for_all();
+    gate(block, thread, threads);
+    wait_for_all();
+    add_product(block.w2, hidden, thread, threads);
+    wait_for_all();
+  }
+};
+
+struct Blocks {
+  const Blocks* self = this;  // which a copy of the bytes does not have
+  double eps;
+  std::vector<Block> all;
+};
+
+constexpr int64_t kTensors = 18;  // of a block
+
+// The blocks of a model as one tensor for `run_blocks`, which keeps the tensors it is made of. Of each block, in this
+// order: attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2, and the caches k and v [B', Hkv, C', D].
+// A linear layer is its weight, scales and bias, as linear_codes takes them, or linear_bf16 if there are no scales.
+Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps) {
+  auto blocks = std::make_unique<Blocks>();
+  blocks->eps = eps;
+  const std::vector<std::optional<Tensor>> all = tensors.vec();
+  TORCH_CHECK(!all.empty() && all.size() % kTensors == 0, "join_blocks: ", all.size(), " tensors");
+  for (auto t = all.begin(); t != all.end(); t += kTensors) {
+    const auto type = t[0]->scalar_type();
+    const int64_t dim = t[0]->numel();
+    const SharedLinear wqkv(&t[1], dim, type), w13(&t[10], dim, type);
+    const Tensor &k = t[16].value(), &v = t[17].value();
+    const int64_t D = k.size(3), n_head = wqkv.out / D - 2 * k.size(1);
+    Block block{*t[0], *t[9], t[4], t[5], wqkv, SharedLinear(&t[6], n_head * D, type), w13,
+                SharedLinear(&t[13], w13.out / 2, type), k, v};
+    TORCH_CHECK(block.wo.out == dim && block.w2.out == dim && w13.out % (2 * kGroup) == 0, "join_blocks: wrong size");
+    TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.sizes() == v.sizes(), "join_blocks: wrong layout of a cache");
+    TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "join_blocks: a head of ", D, " is not supported");
+    for (const Tensor& like : {block.ffn_norm, k, v, block.q_norm.value_or(k), block.k_norm.value_or(k)}) {
+      TORCH_CHECK(like.scalar_type() == type, "join_blocks: several dtypes");
+    }
+    const Block& first = blocks->all.empty() ? block : blocks->all[0];
+    TORCH_CHECK(first.attention_norm.numel() == dim && first.wqkv.out == wqkv.out && first.w13.out == w13.out &&
+                first.k.sizes() == k.sizes() && first.k.scalar_type() == type, "join_blocks: unlike blocks");
+    blocks->all.push_back(std::move(block));
+  }
+  Blocks* bytes = blocks.release();
+  return at::from_blob(bytes, {sizeof(Blocks)}, [bytes](void*) { delete bytes; }, at::kByte);
+}
+
+// x [B, S, dim], at most 16 tokens in all, through blocks from `join_blocks`, whose caches are written at pos [B, S] first.
+// cos and sin [B, S, 1, D / 2] float32; mask [B, S, C] of zeros and -inf over the first C slots, in x's dtype.
+Tensor run_blocks(const Tensor& x, const Tensor& joined, const Tensor& pos, const Tensor& cos, const Tensor& sin,
+                  const Tensor& mask) {
+  const Blocks& blocks = *static_cast<const Blocks*>(joined.const_data_ptr());
+  TORCH_CHECK(joined.numel() == sizeof(Blocks) && blocks.self == &blocks, "run_blocks: not made by join_blocks");
+  const Block& first = blocks.all[0];
+  Tensor y = x.clone(at::MemoryFormat::Contiguous);
+  const Tensor pc = pos.contiguous(), cc = cos.contiguous(), sc = sin.contiguous(), mc = mask.contiguous();
+  Call call{x.size(0), x.size(1), x.size(0) * x.size(1), x.size(2), 0, first.k.size(1), first.k.size(3),
+            first.w13.out / 2, mc.size(2), x.element_size(), x.scalar_type(), static_cast<float>(blocks.eps),
+            pc.const_data_ptr<int64_t>(), cc.const_data_ptr<float>(), sc.const_data_ptr<float>(), mc};
+  const int64_t M = call.M, D = call.D, rows = first.wqkv.out, threads = at::get_num_threads();
+  call.n_head = rows / D - 2 * call.n_kv_head;
+  TORCH_CHECK(M <= kFewRows && call.dim == first.attention_norm.numel() && call.B <= first.k.size(0) &&
+              call.slots <= first.k.size(2) && cc.numel() == M * D / 2 && sc.numel() == M * D / 2 && pc.numel() == M &&
+              mc.numel() == M * call.slots, "run_blocks: wrong size");
+  TORCH_CHECK(call.type == first.k.scalar_type() && mc.scalar_type() == call.type, "run_blocks: wrong dtype");
+  for (int64_t m = 0; m < M; m++) {
+    TORCH_CHECK(0 <= call.pos[m] && call.pos[m] < first.k.size(2), "run_blocks: position ", call.pos[m],
+                " is not in a cache of ", first.k.size(2));
+  }
+  const int64_t row = M * call.size, widest = std::max({call.dim, call.width, call.n_head * D});
+  Scratch scratch;
+  call.x = static_cast<char*>(y.mutable_data_ptr());
+  call.normed = scratch.take(row * call.dim), call.made = scratch.take(row * call.dim);
+  call.qkv = scratch.take(row * rows), call.gate_up = scratch.take(row * 2 * call.width);
+  call.q = scratch.take(row * call.n_head * D), call.attended = scratch.take(row * call.n_head * D);
+  call.hidden = scratch.take(row * call.width);
+  call.room = scratch.take(bytes_to_prepare(M, widest, call.type));
+  call.other_room = scratch.take(bytes_to_prepare(M, widest, call.type));
+  call.scores = reinterpret_cast<float*>(scratch.take(threads * (call.slots + 16) * 4));
+#pragma omp parallel num_threads(threads) if (!omp_in_parallel())
+  for (const Block& block : blocks.all) call.run(block, omp_get_thread_num(), omp_get_num_threads());
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(gpt_faster, m) {
@@ -558,6 +891,8 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
   m.def("attend_few(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, float eps) -> Tensor");
+  m.def("run_blocks(Tensor x, Tensor blocks, Tensor pos, Tensor cos, Tensor sin, Tensor mask) -> Tensor");
   m.def("has_vnni() -> bool", &has_vnni);
 }
 
@@ -565,4 +900,8 @@ TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
   m.impl("attend_few", &attend_few);
+#if defined(__x86_64__)
+  m.impl("join_blocks", &join_blocks);
+  m.impl("run_blocks", &run_blocks);
+#endif
 }

@@ -472,7 +472,8 @@ def assert_turns_equal_fresh_runs(it, turns, context, budget):
         assert conversation.messages[-1] == {"role": "assistant", "content": fresh.stream.text}
         it.model.setup_caches(1, context)
         for layer, cache in zip(it.model.layers, kept, strict=True):
-            layer.attention.kv_cache = cache
+            layer.attention.kv_cache.k.copy_(cache.k)
+            layer.attention.kv_cache.v.copy_(cache.v)
     assert len(conversation.messages) == 1 + 2 * len(turns)
     assert reused > len(conversation.cached) // 2
 
