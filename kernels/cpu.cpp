@@ -639,12 +639,13 @@ struct SharedLinear {
   int64_t in, out;
 
   SharedLinear(const std::optional<Tensor>* tensors, int64_t in, at::ScalarType type)
-      : weight(tensors[0].value()), scales(tensors[1]), bias(tensors[2]), in(in) {
+      : weight(tensors[0].value().contiguous()), scales(tensors[1]), bias(tensors[2]), in(in) {
+    if (bias) bias = bias->contiguous();
     out = weight.size(0) * (scales ? kLanes : 1);
     TORCH_CHECK(out % kLanes == 0, "a block's layer has ", out, " outputs");
     if (scales) layer_of_codes(nullptr, nullptr, type, 1, in, weight, *scales, bias, nullptr);  // which checks them
-    else TORCH_CHECK(type == at::kBFloat16 && weight.scalar_type() == type && weight.is_contiguous() &&
-                     weight.size(1) == in && has_bf16(), "a block's layer is no bfloat16 matrix with ", in, " inputs");
+    else TORCH_CHECK(type == at::kBFloat16 && weight.scalar_type() == type && weight.size(1) == in && has_bf16(),
+                     "a block's layer is no bfloat16 matrix with ", in, " inputs");
   }
 
   QuantisedLinear codes(const void* x, void* y, at::ScalarType type, int64_t M, void* room) const {

@@ -1,8 +1,10 @@
 """The CPU operators against float64, against the plain path, and on machines that cannot have them."""
 
+import copy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import build, expected_tensors
+from decoding import compile_step
 from kernels import cpu
-from model import ModelArgs, attend
-from qlinear import FewRowsLinear
+from model import FEW, ModelArgs, Transformer, attend
+from qlinear import FewRowsLinear, QuantSpec, linear_table, pack_, quantize_
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelArgs(
@@ -21,6 +24,9 @@ TINY = ModelArgs(
 
 needs_bf16 = pytest.mark.skipif(
     not cpu.has_bf16(), reason="this processor lacks AVX-512 BF16, or the operators could not be built"
+)
+needs_vnni = pytest.mark.skipif(
+    not cpu.has_vnni(), reason="this processor lacks AVX-512, or the operators could not be built"
 )
 
 
@@ -76,7 +82,7 @@ def test_linear_compiles_whole(M):
     assert_right(doubled(x), x * 2, weight, bias)
 
 
-@pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks AVX-512, or the operators could not be built")
+@needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize("S", [1, 2, 5])
@@ -98,6 +104,139 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
         alone = [torch.ops.gpt_faster.attend_few(q[:, i : i + 1], k, v, mask[:, i : i + 1]) for i in range(S)]
         assert torch.equal(torch.cat(alone, dim=1), y)
+
+
+BLOCKS = ModelArgs(
+    dim=192, n_layer=3, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
+)
+FORMS = [(dtype, bits) for dtype in (torch.float32, torch.bfloat16, torch.float16) for bits in (8, 4)]
+FORMS += [(torch.bfloat16, None)] if cpu.has_bf16() else []
+
+
+def model_of(dtype, bits, **fields):
+    """A model with random weights, biases and norms, its layers quantised or, None, not, and a cache of 4 x 40."""
+    model = Transformer(replace(BLOCKS, **fields)).requires_grad_(False).eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.copy_((random(*parameter.shape, seed=i).float() / 8 + (parameter.ndim == 1)).bfloat16())
+    model.to(dtype)
+    if bits:
+        quantize_(model, linear_table(model, QuantSpec(bits, 32 if bits == 4 else None), QuantSpec(8)))
+    pack_(model)
+    model.setup_caches(4, 40)
+    return model
+
+
+def result(model, tokens, pos, slots):
+    """Logits [B, S, V], and what the caches hold [layers, 2, B', Hkv, C, D]."""
+    logits = model(tokens, pos, slots=slots)
+    caches = [layer.attention.kv_cache for layer in model.layers]
+    return logits.clone(), torch.stack([torch.stack((cache.k, cache.v)) for cache in caches])
+
+
+@needs_vnni
+@pytest.mark.parametrize("fields", [{}, {"qkv_bias": True, "qk_norm": True, "sliding_window": 7}], ids=["", "extras"])
+@pytest.mark.parametrize("dtype, bits", FORMS, ids=str)
+@torch.inference_mode()
+def test_joined_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
+    fields = fields | {"dim": 192 if bits == 4 else 208}  # 208 is no multiple of a group; in the file there are none
+    model, exact = model_of(dtype, bits, **fields), model_of(torch.float32, bits, **fields)
+    joined, generator = model.few_tokens, torch.Generator().manual_seed(0)
+    exact.few_tokens = None
+    for B, S in ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8)):
+        tokens = torch.randint(130, (B, 30), generator=generator)
+        pos = torch.arange(30) + torch.arange(B)[:, None]  # rows at positions of their own
+        found = []
+        for each, few_tokens in ((model, joined), (model, None), (exact, None)):
+            each.few_tokens = few_tokens
+            each(tokens[:, :-S], pos[:, :-S])
+            found.append(result(each, tokens[:, -S:], pos[:, -S:], each.slots[:37]))
+        for ours, plain, truth in zip(*found, strict=True):
+            error, as_usual = ((some.float() - truth).norm() / truth.norm() for some in (ours, plain))
+            assert ours.dtype == dtype and error <= (2e-6 if dtype == torch.float32 else 1.1 * as_usual), (B, S)
+        model.few_tokens = joined
+        alone = [model(tokens[:, i : i + 1], pos[:, i : i + 1], slots=model.slots[:37]) for i in range(30 - S, 30)]
+        assert torch.equal(torch.cat(alone, 1), found[0][0])  # no token's result depends on those beside it
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_joined_blocks_serve_up_to_16_tokens_and_compile():
+    model = model_of(torch.float32, 4)
+    served = []
+    model.few_tokens.register_forward_pre_hook(lambda module, args: served.append(args[0].shape[:2].numel()))
+    for B, S in ((1, 1), (4, 4), (2, 8), (1, FEW), (1, FEW + 1), (4, 5)):
+        tokens, pos = torch.arange(B * S).view(B, S), torch.arange(S).repeat(B, 1)
+        model(tokens, pos)
+    assert served == [1, 16, 16, 16]
+    step = compile_step(lambda model, tokens, pos, slots: model(tokens, pos, slots=slots), model.device)
+    for S in (1, 3):
+        tokens, pos = torch.arange(2 * S).view(2, S), torch.arange(S).repeat(2, 1)
+        expected = model(tokens, pos, slots=model.slots[:20])
+        torch.testing.assert_close(step(model, tokens, pos, model.slots[:20]), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_joined_blocks_refuse_what_would_leave_their_memory():
+    model = model_of(torch.float32, 8)
+    one, cos = torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1, 1, 32)
+    x, mask = torch.ones(1, 1, 192), torch.zeros(1, 1, 40)
+    joined = model.few_tokens.joined
+    run = torch.ops.gpt_faster.run_blocks
+    assert run(x, joined, one, cos, cos, mask).shape == x.shape
+    for wrong in (
+        (x, joined, 40 * one, cos, cos, mask),
+        (x, joined, -one, cos, cos, mask),
+        (x, joined.clone(), one, cos, cos, mask),
+        (x, joined, one, cos, cos[..., :16], mask),
+        (x, joined, one, cos, cos, torch.zeros(1, 1, 41)),
+        (x.expand(5, 1, 192), joined, one.expand(5, 1), cos.expand(5, 1, 1, 32), cos, mask.expand(5, 1, 40)),
+        (x.expand(1, 17, 192), joined, one.expand(1, 17), *2 * [cos.expand(1, 17, 1, 32)], mask.expand(1, 17, 40)),
+        (x.bfloat16(), joined, one, cos, cos, mask),
+    ):
+        with pytest.raises(RuntimeError, match="run_blocks"):
+            run(*wrong)
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_copies_of_a_model_join_blocks_of_their_own():
+    model = model_of(torch.float32, 8)
+    other = copy.deepcopy(model)
+    assert other.few_tokens is None and other.join_blocks is not None
+    other.setup_caches(1, 40)
+    tokens, pos = torch.arange(3)[None], torch.arange(3)[None]
+    other(tokens, pos)
+    assert all(layer.attention.kv_cache.k.any() for layer in other.layers)
+    assert not any(layer.attention.kv_cache.k.any() for layer in model.layers)
+
+
+@needs_vnni
+@pytest.mark.parametrize("fields", [{"head_dim": 32}, {"dim": 200}, {"intermediate_size": 80}], ids=str)
+@torch.inference_mode()
+def test_models_of_other_sizes_run_layer_by_layer(fields):
+    model = model_of(torch.float32, 8, **fields)
+    assert model.few_tokens is None
+    assert model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)).isfinite().all()
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_gates_of_any_size_neither_overflow_nor_vanish():
+    model = model_of(torch.float32, 8, n_layer=1)
+    block = model.layers[0]
+    block.attention.wo.scales.zero_()
+    x = torch.linspace(-1, 1, 192)[None, None]
+    for scale in (1e-3, 1.0, 1e3, 1e6, 1e15):
+        block.ffn_norm.weight.fill_(scale)
+        h = block.ffn_norm(x)
+        gate, up = block.feed_forward.w13(h).double().chunk(2, -1)
+        hidden = F.silu(gate) * up
+        assert scale != 1e3 or (gate.min() < -100 and gate.max() > 100)
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        found = model.few_tokens(x, zero, *2 * [torch.ones(1, 1, 1, 32)], torch.zeros(1, 1, 1))
+        expected = x + block.feed_forward.w2(hidden.float())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 def logits_of_tiny():
