@@ -22,7 +22,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define VNNI_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
 #endif
 
 namespace {
@@ -37,33 +38,89 @@ constexpr int kStreams = 4;
 
 #if defined(__x86_64__)
 
-bool has_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+bool has_vnni() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
 // The unrolled loops below keep their sums in registers only if the compiler is told to unroll them early.
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE __attribute__((always_inline)) inline
+
+// 16 values of any floating type as float32, those outside of the mask as 0.
+VNNI_TARGET INLINE __m512 load(const void* data, int64_t i, at::ScalarType type, __mmask16 mask = 0xffff) {
+  if (type == at::kFloat) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
+  if (type == at::kHalf) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+VNNI_TARGET INLINE void store(void* data, int64_t i, at::ScalarType type, __m512 value) {
+  if (type == at::kFloat) return _mm512_storeu_ps(static_cast<float*>(data) + i, value);
+  __m256i half;
+  if (type == at::kHalf) {
+    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  } else {  // to the nearest bfloat16, ties to even
+    __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i), half);
+}
+
+// The sums of 16 vectors, in one.
+VNNI_TARGET INLINE __m512 sum_each(__m512 (&v)[16]) {
+  UNROLL for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int half = 2; half >= 1; half--) UNROLL for (int i = 0; i < half; i++) {  // four quarters to two, two to one
+    const __m512 a = v[2 * i], b = v[2 * i + 1];
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return v[0];
+}
+
+// The sum of one vector, in the order in which sum_each adds.
+VNNI_TARGET INLINE float sum_of(__m512 v) {
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));       // lanes 0 + 2 and 1 + 3 of each quarter,
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));       // the two,
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));  // quarters 0 + 1 and 2 + 3,
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));  // the two
+  return _mm512_cvtss_f32(v);
+}
 
 struct Linear {
   const BFloat16 *x, *w, *bias;  // [M, K], [N, K], [N] or null
   BFloat16* y;                   // [M, N]
   int64_t M, N, K;
 
-  // Rows r .. r + R - 1 of x against W weight rows: n, n + stride, ...
-  template <int R, int W>
+  // Rows r .. r + R - 1 of x against W weight rows: n, n + stride, ... With AHEAD, those after each are fetched.
+  template <int R, int W, bool AHEAD = false>
   BF16_TARGET void tile(int64_t r, int64_t n, int64_t stride) const {
     __m512 sum[R][W];
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < W; j++) sum[i][j] = _mm512_setzero_ps();
     int64_t k = 0;
-    for (; k + 32 <= K; k += 32) add<R, W>(sum, x + r * K + k, w + n * K + k, stride, ~__mmask32{0});
-    if (k < K) add<R, W>(sum, x + r * K + k, w + n * K + k, stride, (__mmask32{1} << (K - k)) - 1);
-    UNROLL for (int j = 0; j < W; j++) {
-      const int64_t row = n + j * stride;
-      const float b = bias ? static_cast<float>(bias[row]) : 0.0f;
-      UNROLL for (int i = 0; i < R; i++) y[(r + i) * N + row] = _mm512_reduce_add_ps(sum[i][j]) + b;
+    for (; k + 32 <= K; k += 32) {
+      if (AHEAD) UNROLL for (int j = 0; j < W; j++) _mm_prefetch(w + (n + 1 + j * stride) * K + k, _MM_HINT_T0);
+      add<R, W>(sum, x + r * K + k, w + n * K + k, stride, ~__mmask32{0});
     }
+    if (k < K) add<R, W>(sum, x + r * K + k, w + n * K + k, stride, (__mmask32{1} << (K - k)) - 1);
+    __m512 all[16];
+    UNROLL for (int i = 0; i < 16; i++) all[i] = i < R * W ? sum[i / W][i % W] : _mm512_setzero_ps();
+    alignas(64) float total[16] = {};
+    if constexpr (R * W > 4) _mm512_store_ps(total, sum_each(all));
+    else UNROLL for (int i = 0; i < R * W; i++) total[i] = sum_of(all[i]);
+    if (bias) for (int i = 0; i < R * W; i++) total[i] += static_cast<float>(bias[n + i % W * stride]);
+    alignas(64) uint16_t rounded[16];
+    _mm256_store_si256((__m256i*)rounded, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(total)));
+    for (int i = 0; i < R * W; i++) std::memcpy(y + (r + i / W) * N + n + i % W * stride, rounded + i, 2);
   }
 
   // Adds the products of the columns in `mask`, 32 at most.
@@ -78,11 +135,12 @@ struct Linear {
     }
   }
 
-  // All rows of x against W weight rows, which stay in the first-level cache meanwhile.
+  // All rows of x against W weight rows, which stay in the first-level cache meanwhile. When the first four have read them,
+  // the memory would have nothing to do until the last have.
   template <int W>
   void columns(int64_t n, int64_t stride) const {
     int64_t r = 0;
-    for (; r + 4 <= M; r += 4) tile<4, W>(r, n, stride);
+    for (; r + 4 <= M; r += 4) r == 4 ? tile<4, W, true>(r, n, stride) : tile<4, W>(r, n, stride);
     if (M - r == 3) tile<3, W>(r, n, stride);
     if (M - r == 2) tile<2, W>(r, n, stride);
     if (M - r == 1) tile<1, W>(r, n, stride);
@@ -146,35 +204,6 @@ constexpr int64_t kLanes = 16, kGroup = 32;
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 #if defined(__x86_64__)
-
-#define VNNI_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-
-bool has_vnni() {
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-// 16 values of any floating type as float32, those outside of the mask as 0.
-VNNI_TARGET INLINE __m512 load(const void* data, int64_t i, at::ScalarType type, __mmask16 mask = 0xffff) {
-  if (type == at::kFloat) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
-  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
-  if (type == at::kHalf) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-VNNI_TARGET INLINE void store(void* data, int64_t i, at::ScalarType type, __m512 value) {
-  if (type == at::kFloat) return _mm512_storeu_ps(static_cast<float*>(data) + i, value);
-  __m256i half;
-  if (type == at::kHalf) {
-    half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
-  } else {  // to the nearest bfloat16, ties to even
-    __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i), half);
-}
 
 struct QuantisedLinear {
   const void* x;  // [M, in]
@@ -430,22 +459,6 @@ VNNI_TARGET INLINE __m512 exp_of(__m512 x) {
     power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(term));
   }
   return _mm512_scalef_ps(power, n);
-}
-
-// The sums of 16 vectors, in one.
-VNNI_TARGET INLINE __m512 sum_each(__m512 (&v)[16]) {
-  UNROLL for (int i = 0; i < 8; i++) {
-    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
-    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  for (int half = 2; half >= 1; half--) UNROLL for (int i = 0; i < half; i++) {  // four quarters to two, two to one
-    const __m512 a = v[2 * i], b = v[2 * i + 1];
-    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  }
-  return v[0];
 }
 
 // Attention of few queries a row to its cache. No query's result depends on the queries beside it.
