@@ -247,7 +247,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
         self.kv_cache: KVCache | None = None
-        self.attend_few: Callable | None = None  # a device's own operator for few queries a row, set by `pack_`
+        self.attend: Callable | None = None  # a device's own operator, set by `pack_`
+        self.attends_many = False  # whether it is also for more than a few queries a row
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
@@ -257,8 +258,8 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin)
         self.kv_cache.update(pos, k, v)
         used = mask.shape[-1]
-        if self.attend_few is not None and surely_few(S):
-            y = self.attend_few(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S])
+        if self.attend is not None and (self.attends_many or surely_few(S)):
+            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S])
         else:
             y = attend(q, self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used], mask)
         return self.wo(y.reshape(B, S, self.n_head * self.head_dim))

@@ -339,10 +339,17 @@ def pack_(model: nn.Module) -> None:
         faster = fastest(layer)
         if faster is not None:
             replace_(model, name, faster(layer))
-        if isinstance(layer, Attention) and layer.wo.weight.device.type == "cpu" and layer.head_dim in cpu.HEAD_DIMS:
-            layer.attend_few = torch.ops.gpt_faster.attend_few if cpu.has_vnni() else None
+        if isinstance(layer, TransformerBlock):
+            choose_attention(layer.attention, layer.attention_norm.weight)
     if isinstance(model, Transformer):
         model.join_blocks = JoinedBlocks.of  # without it the blocks run layer by layer
+
+
+def choose_attention(attention: Attention, like: Tensor) -> None:
+    """Set the operator of the device and dtype of `like`, if it has one for heads of this size."""
+    if like.device.type == "cpu" and attention.head_dim in cpu.HEAD_DIMS and cpu.has_vnni():
+        attention.attend = torch.ops.gpt_faster.attend
+        attention.attends_many = like.dtype == torch.bfloat16 and cpu.has_bf16()
 
 
 class JoinedBlocks(nn.Module):
@@ -359,7 +366,7 @@ class JoinedBlocks(nn.Module):
         blocks = [(block.attention, block.feed_forward) for block in model.layers]
         layers = {type(layer) for a, f in blocks for layer in (a.wqkv, a.wo, f.w13, f.w2)}
         packed = layers <= {FewRowsLinear, CodesLinear}  # other dtypes are not, nor what ranks share
-        has_kernel = all(attention.attend_few is not None for attention, _ in blocks)
+        has_kernel = all(attention.attend is not None for attention, _ in blocks)
         sizes_fit = model.args.dim % CodesLinear.LANES == 0 and model.args.intermediate_size % CodesLinear.GROUP == 0
         return JoinedBlocks(model) if packed and has_kernel and sizes_fit else None
 

@@ -1,5 +1,5 @@
 // Operators for CPUs that PyTorch lacks: linear layers that read their weight at memory speed, bfloat16 for few rows, int8
-// and int4 for any number; the attention of few queries; and all blocks of a model, for few rows, as one operator.
+// and int4 for any number; attention; and all blocks of a model, for few rows, as one operator.
 //
 // One token through a linear layer is a matrix-vector product: every weight is read once and used once, so the only
 // thing that counts is to keep the memory busy. Each thread reads its share of the weight, in its plain row-major
@@ -536,6 +536,235 @@ struct FewQueries {
   }
 };
 
+// 16 vectors of 16 int32, rows to columns.
+VNNI_TARGET INLINE void transpose(__m512i (&v)[16]) {
+  __m512i u[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    u[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    u[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {  // v[i + c] has column 4q + c of four rows in its quarter q
+    v[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+  }
+  UNROLL for (int c = 0; c < 4; c++) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x88), b = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x88), e = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xdd);
+    u[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+    u[c + 8] = _mm512_shuffle_i32x4(a, d, 0xdd);
+    u[c + 4] = _mm512_shuffle_i32x4(b, e, 0x88);
+    u[c + 12] = _mm512_shuffle_i32x4(b, e, 0xdd);
+  }
+  UNROLL for (int i = 0; i < 16; i++) v[i] = u[i];
+}
+
+// Attention of many queries a row to its cache, in bfloat16. The queries of some positions and of all heads that share a
+// key head are the rows of three matrix products: scores = queries x keys, their softmax, and its product with the values.
+// What no query of a tile sees is left out; a causal mask halves the work.
+struct ManyQueries {
+  const FewQueries all;
+  static constexpr int64_t kPositions = 64, kKeys = 32, kValues = 128;  // at a time
+  static constexpr int64_t kScores = 1 << 18;                           // floats, which stay in the second-level cache
+
+  struct Span {
+    int64_t begin, end;  // slots
+  };
+
+  // One thread's memory.
+  struct Task {
+    int64_t b, first, rows, width;  // queries first, first + 1, ... of `group` heads each; slots in a row of scores
+    std::vector<float> scores, sums, out;
+    std::vector<uint32_t> panel;
+    std::vector<Span> seen;  // of each row
+  };
+
+  const BFloat16* query(const Task& task, int64_t head, int64_t r) const {
+    const int64_t s = task.first + r / all.group, h = head * all.group + r % all.group;
+    return static_cast<const BFloat16*>(all.q) + ((task.b * all.S + s) * all.H + h) * all.D;
+  }
+
+  static Span joined(const Task& task, int64_t r, int64_t end) {
+    Span span = task.seen[r];
+    for (; r < end; r++) span = {std::min(span.begin, task.seen[r].begin), std::max(span.end, task.seen[r].end)};
+    return span;
+  }
+
+  // Keys c .. c + 31 into a panel, in which one load has the same two dimensions of 16 keys.
+  VNNI_TARGET void rearrange_keys(const BFloat16* k, int64_t c, int64_t end, uint32_t* panel) const {
+    for (int64_t half = 0; half < kKeys; half += 16) {
+      for (int64_t d = 0; d < all.D; d += 32) {
+        __m512i v[16];
+        UNROLL for (int i = 0; i < 16; i++) {
+          v[i] = _mm512_maskz_loadu_epi16(c + half + i < end ? ~__mmask32{0} : 0, k + (c + half + i) * all.D + d);
+        }
+        transpose(v);
+        UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(panel + (d / 2 + i) * kKeys + half, v[i]);
+      }
+    }
+  }
+
+  // Rows r .. r + R - 1 of scores against the 32 keys of a panel.
+  template <int R>
+  BF16_TARGET void score(Task& task, int64_t head, int64_t r, int64_t c) const {
+    __m512 sum[R][2];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 2; j++) sum[i][j] = _mm512_setzero_ps();
+    const BFloat16* rows[R];
+    UNROLL for (int i = 0; i < R; i++) rows[i] = query(task, head, r + i);
+    for (int64_t d = 0; d < all.D; d += 2) {
+      const uint32_t* two = task.panel.data() + d / 2 * kKeys;
+      const __m512bh low = (__m512bh)_mm512_loadu_si512(two), high = (__m512bh)_mm512_loadu_si512(two + 16);
+      UNROLL for (int i = 0; i < R; i++) {
+        int32_t pair;
+        std::memcpy(&pair, rows[i] + d, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], low, both);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], high, both);
+      }
+    }
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 2; j++) {
+      _mm512_storeu_ps(task.scores.data() + (r + i) * task.width + c + 16 * j, sum[i][j]);
+    }
+  }
+
+  // Row r of scores to e^(score - most), in bfloat16, in the first half of its memory; 0 where nothing is seen.
+  BF16_TARGET void soften(Task& task, int64_t r, Span tile) const {
+    float* row = task.scores.data() + r * task.width;
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    const Span seen = task.seen[r];
+    const int64_t at = task.b * all.mask_row + (task.first + r / all.group) * all.mask_query;
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(all.D))), none = _mm512_set1_ps(-INFINITY);
+    __m512 most = none, total = _mm512_setzero_ps();
+    for (int64_t c = seen.begin; c < seen.end; c += 16) {
+      const __mmask16 there = FewQueries::lanes(all.slots - c);
+      const __m512 add = load(all.mask, at + c, all.type, there);
+      const __m512 score = _mm512_mask_fmadd_ps(_mm512_loadu_ps(row + c), there, scale, add);
+      _mm512_storeu_ps(row + c, _mm512_mask_mov_ps(none, there, score));
+      most = _mm512_max_ps(most, _mm512_mask_mov_ps(none, there, score));
+    }
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t c = tile.begin; c < tile.end; c += 16) {
+      const bool inside = seen.begin <= c && c < seen.end;
+      const __m512 power = inside ? exp_of(_mm512_sub_ps(_mm512_loadu_ps(row + c), most)) : _mm512_setzero_ps();
+      total = _mm512_add_ps(total, power);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c), (__m256i)_mm512_cvtneps_pbh(power));
+    }
+    task.sums[r] = _mm512_reduce_add_ps(total);
+  }
+
+  // Values c .. end - 1 into a panel, in which one load has the same 16 dimensions of two slots.
+  VNNI_TARGET void rearrange_values(const BFloat16* v, int64_t c, int64_t end, uint32_t* panel) const {
+    for (; c < end; c += 2) {
+      const __mmask16 second = c + 1 < end ? 0xffff : 0;
+      for (int64_t d = 0; d < all.D; d += 16, panel += 16) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + c * all.D + d)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, v + (c + 1) * all.D + d));
+        _mm512_storeu_si512(panel, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+    }
+  }
+
+  // Adds softmax x values c .. end - 1 to rows r .. r + R - 1. N = D / 16.
+  template <int N, int R>
+  BF16_TARGET void weigh(Task& task, int64_t r, int64_t c, int64_t end) const {
+    __m512 sum[R][N];
+    float* out = task.out.data() + r * 16 * N;
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) sum[i][j] = _mm512_loadu_ps(out + (i * N + j) * 16);
+    const uint32_t* panel = task.panel.data();
+    for (; c < end; c += 2, panel += 16 * N) {
+      __m512bh two[N];
+      UNROLL for (int j = 0; j < N; j++) two[j] = (__m512bh)_mm512_loadu_si512(panel + 16 * j);
+      UNROLL for (int i = 0; i < R; i++) {
+        int32_t pair;
+        std::memcpy(&pair, reinterpret_cast<const uint16_t*>(task.scores.data() + (r + i) * task.width) + c, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int j = 0; j < N; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], two[j], both);
+      }
+    }
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) _mm512_storeu_ps(out + (i * N + j) * 16, sum[i][j]);
+  }
+
+  template <int R>
+  void score_all(Task& task, int64_t head, int64_t r, int64_t c) const {
+    for (; r + R <= task.rows; r += R) {
+      const Span tile = joined(task, r, r + R);
+      if (tile.begin < c + kKeys && c < tile.end) score<R>(task, head, r, c);
+    }
+    if constexpr (R > 1) score_all<R / 2>(task, head, r, c);
+  }
+
+  template <int N, int R>
+  void weigh_all(Task& task, int64_t r, int64_t c, int64_t end) const {
+    for (; r + R <= task.rows; r += R) {
+      const Span tile = joined(task, r, r + R);
+      if (tile.begin < end && c < tile.end) weigh<N, R>(task, r, c, std::min(end, round_up(tile.end, 2)));
+    }
+    if constexpr (R > 1) weigh_all<N, R / 2>(task, r, c, end);
+  }
+
+  template <int N>
+  BF16_TARGET void head(Task& task, int64_t head) const {
+    const int64_t at = task.b * all.kv_row + head * all.kv_head;
+    const BFloat16 *k = static_cast<const BFloat16*>(all.k) + at, *v = static_cast<const BFloat16*>(all.v) + at;
+    Span any = joined(task, 0, task.rows);
+    any.end = std::min(any.end, all.slots);
+    const Span tile{any.begin / kValues * kValues, round_up(any.end, kValues)};  // all that a block of values may ask for
+    for (int64_t c = any.begin / kKeys * kKeys; c < any.end; c += kKeys) {
+      rearrange_keys(k, c, any.end, task.panel.data());
+      score_all<12>(task, head, 0, c);
+    }
+    for (int64_t r = 0; r < task.rows; r++) soften(task, r, tile);
+    std::fill(task.out.begin(), task.out.end(), 0.0f);
+    for (int64_t c = tile.begin; c < any.end; c += kValues) {
+      const int64_t end = std::min(any.end, c + kValues);
+      rearrange_values(v, c, end, task.panel.data());
+      weigh_all<N, 24 / N ? 24 / N : 1>(task, 0, c, end);
+    }
+    for (int64_t r = 0; r < task.rows; r++) {
+      const __m512 share = _mm512_set1_ps(1.0f / task.sums[r]);
+      BFloat16* y = static_cast<BFloat16*>(all.y) + (query(task, head, r) - static_cast<const BFloat16*>(all.q));
+      for (int j = 0; j < N; j++) {
+        store(y, 16 * j, all.type, _mm512_mul_ps(_mm512_loadu_ps(task.out.data() + (r * N + j) * 16), share));
+      }
+    }
+  }
+
+  // The slots that query s of row b sees, in whole sixteens.
+  Span span_of(int64_t b, int64_t s) const {
+    Span span{0, round_up(all.slots, 16)};
+    while (span.end > 16 && !all.any_seen(b, s, span.end - 16)) span.end -= 16;
+    while (span.begin < span.end - 16 && !all.any_seen(b, s, span.begin)) span.begin += 16;
+    return span;
+  }
+
+  void run() const {
+    const int64_t heads = all.H / all.group, width = round_up(all.slots, kValues);
+    const int64_t positions = std::max<int64_t>(1, std::min(kPositions, kScores / (width * all.group)));
+    const int64_t parts = (all.S + positions - 1) / positions, tasks = parts * all.B * heads;
+#pragma omp parallel num_threads(at::get_num_threads()) if (!omp_in_parallel())
+    {
+      const int64_t rows = positions * all.group;
+      Task task{0, 0, 0, width, std::vector<float>(rows * width), std::vector<float>(rows),
+                std::vector<float>(rows * all.D), std::vector<uint32_t>(std::max(kKeys, kValues) * all.D / 2)};
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < tasks; i++) {  // the last positions, which see most, come first
+        const int64_t part = parts - 1 - i / (all.B * heads);
+        task.b = i / heads % all.B, task.first = part * positions;
+        task.rows = std::min(positions, all.S - task.first) * all.group;
+        task.seen.resize(task.rows);
+        for (int64_t r = 0; r < task.rows; r++) {
+          task.seen[r] = r % all.group ? task.seen[r - 1] : span_of(task.b, task.first + r / all.group);
+        }
+        if (all.D == 64) head<4>(task, i % heads);
+        else if (all.D == 96) head<6>(task, i % heads);
+        else if (all.D == 128) head<8>(task, i % heads);
+        else head<16>(task, i % heads);
+      }
+    }
+  }
+};
+
 #else
 
 bool has_vnni() { return false; }
@@ -588,17 +817,23 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
-// Few queries a row against the filled part of the cache: q [B, S, H, D], k and v [B', Hkv, C', D], mask [B, S, C] of
-// zeros and -inf over the first C slots -> [B, S, H, D]. D is 64, 96, 128 or 256.
-Tensor attend_few(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+// Queries against the filled part of the cache: q [B, S, H, D], k and v [B', Hkv, C', D], mask [B, S, C] of zeros and -inf
+// over the first C slots -> [B, S, H, D]. D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3);
-  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend_few: a head of ", D, " is not supported");
+  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend: a head of ", D, " is not supported");
   Tensor y = at::empty(q.sizes(), q.options());
 #if defined(__x86_64__)
   const Tensor qc = q.contiguous();
-  FewQueries{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(), y.mutable_data_ptr(),
-             q.scalar_type(), B, S, H, D, k.stride(0), k.stride(1), H / k.size(1), mask.stride(0), mask.stride(1),
-             mask.size(2)}.run();
+  const FewQueries queries{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(),
+                           y.mutable_data_ptr(), q.scalar_type(), B, S, H, D, k.stride(0), k.stride(1), H / k.size(1),
+                           mask.stride(0), mask.stride(1), mask.size(2)};
+  if (S <= kFewRows) {
+    queries.run();
+  } else {
+    TORCH_CHECK(has_bf16() && queries.type == at::kBFloat16, "attend: many queries that are not bfloat16");
+    ManyQueries{queries}.run();
+  }
 #endif
   return y;
 }
@@ -904,7 +1139,7 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
-  m.def("attend_few(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
   m.def("join_blocks(Tensor?[] tensors, float eps) -> Tensor");
   m.def("run_blocks(Tensor x, Tensor blocks, Tensor pos, Tensor cos, Tensor sin, Tensor mask) -> Tensor");
   m.def("has_vnni() -> bool", &has_vnni);
@@ -913,7 +1148,7 @@ TORCH_LIBRARY(gpt_faster, m) {
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
-  m.impl("attend_few", &attend_few);
+  m.impl("attend", &attend);
 #if defined(__x86_64__)
   m.impl("join_blocks", &join_blocks);
   m.impl("run_blocks", &run_blocks);

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEAD_DIMS = (64, 96, 128, 256)  # that `attend_few` and `join_blocks` take
+HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_blocks` take
 
 
 def library_path() -> Path:
@@ -54,7 +54,7 @@ def available() -> bool:
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
-    for name in ("attend_few", "run_blocks"):
+    for name in ("attend", "run_blocks"):
         torch.library.register_fake(f"gpt_faster::{name}")(lambda x, *_: torch.empty_like(x))
     return True
 

@@ -96,14 +96,40 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
                 last = row * used // B + query
                 mask[row, query, last + 1 :] = float("-inf")
                 mask[row, query, : max(0, last - 20)] = float("-inf")
-        y = torch.ops.gpt_faster.attend_few(q, k, v, mask)
+        y = torch.ops.gpt_faster.attend(q, k, v, mask)
         wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
         expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
-        alone = [torch.ops.gpt_faster.attend_few(q[:, i : i + 1], k, v, mask[:, i : i + 1]) for i in range(S)]
+        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, mask[:, i : i + 1]) for i in range(S)]
         assert torch.equal(torch.cat(alone, dim=1), y)
+
+
+@needs_bf16
+@pytest.mark.parametrize("window", [None, 40], ids=["causal", "window"])
+@pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
+@pytest.mark.parametrize(
+    "S, first, slots", [(17, 0, 17), (64, 0, 100), (130, 3, 140), (100, 333, 450), (20, 2000, 2050)]
+)
+def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, window):
+    for B, H, n_kv_head in ((1, 1, 1), (2, 9, 3), (3, 4, 4)):
+        q = random(B, S, H, head_dim, seed=0) * 3
+        k, v = (random(B + 1, n_kv_head, slots + 9, head_dim, seed=i) for i in (1, 2))  # of a cache for more rows
+        last = first + torch.arange(S)[None, :, None] - torch.arange(B)[:, None, None] % (first + 1)
+        seen = torch.arange(slots) <= last  # [B, S, C]
+        if window:
+            seen &= torch.arange(slots) > last - window
+        v[:, :, slots:] = torch.nan  # what no query may touch
+        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        y = torch.ops.gpt_faster.attend(q, k, v, mask.bfloat16())
+        wide = [tensor[:B, :, :slots].double() for tensor in (k, v)]
+        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
+        assert y.dtype == torch.bfloat16
+        # weights below 1 and the result are rounded to 8 bits
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9 * expected.abs().max().item())
+        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], mask[:1].bfloat16())
+        assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
 
 
 BLOCKS = ModelArgs(
@@ -152,7 +178,7 @@ def test_joined_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
             found.append(result(each, tokens[:, -S:], pos[:, -S:], each.slots[:37]))
         for ours, plain, truth in zip(*found, strict=True):
             error, as_usual = ((some.float() - truth).norm() / truth.norm() for some in (ours, plain))
-            assert ours.dtype == dtype and error <= (2e-6 if dtype == torch.float32 else 1.1 * as_usual), (B, S)
+            assert ours.dtype == dtype and error <= (2e-6 if dtype == torch.float32 else 1.25 * as_usual), (B, S)
         model.few_tokens = joined
         alone = [model(tokens[:, i : i + 1], pos[:, i : i + 1], slots=model.slots[:37]) for i in range(30 - S, 30)]
         assert torch.equal(torch.cat(alone, 1), found[0][0])  # no token's result depends on those beside it
