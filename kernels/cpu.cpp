@@ -371,10 +371,11 @@ struct QuantisedLinear {
   void few(int64_t n, int64_t end) const {
     const int64_t bytes = K * kLanes / (NIBBLES ? 2 : 1);
     if (M == 1) {
-      const int64_t stride = (end - n) / kStreams;
+      constexpr int streams = ZEROS ? kStreams / 2 : kStreams;  // scales and zeros of groups are streams too
+      const int64_t stride = (end - n) / streams;
       for (int64_t i = 0; i < stride; i++, n++)
-        tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, kStreams>(0, n, stride, w + n * bytes, stride * bytes);
-      n += (kStreams - 1) * stride;
+        tile<EXACT, NIBBLES, GROUPED, ZEROS, 1, streams>(0, n, stride, w + n * bytes, stride * bytes);
+      n += (streams - 1) * stride;
     }
     const int64_t stride = (end - n) / 2;
     for (int64_t i = 0; i < stride; i++, n++) {
