@@ -329,6 +329,7 @@ class Transformer(nn.Module):
     def setup_caches(self, batch_size: int, slots: int) -> None:
         """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, beside the weights."""
         args, dtype = self.args, self.dtype
+        self.few_tokens = None  # which would keep the old caches
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)
         freqs = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2, device=self.device).float() / args.head_dim)

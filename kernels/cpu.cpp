@@ -101,14 +101,15 @@ struct Linear {
   BFloat16* y;                   // [M, N]
   int64_t M, N, K;
 
-  // Rows r .. r + R - 1 of x against W weight rows: n, n + stride, ... With AHEAD, those after each are fetched.
-  template <int R, int W, bool AHEAD = false>
-  BF16_TARGET void tile(int64_t r, int64_t n, int64_t stride) const {
+  // Rows r .. r + R - 1 of x against W weight rows: n, n + stride, ... The rows after those of AHEAD of them, from the
+  // one called `first` on, are fetched meanwhile.
+  template <int R, int W, int AHEAD = 0>
+  BF16_TARGET void tile(int64_t r, int64_t n, int64_t stride, int64_t first = 0) const {
     __m512 sum[R][W];
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < W; j++) sum[i][j] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + 32 <= K; k += 32) {
-      if (AHEAD) UNROLL for (int j = 0; j < W; j++) _mm_prefetch(w + (n + 1 + j * stride) * K + k, _MM_HINT_T0);
+      UNROLL for (int j = 0; j < AHEAD; j++) _mm_prefetch(w + (n + 1 + (first + j) * stride) * K + k, _MM_HINT_T0);
       add<R, W>(sum, x + r * K + k, w + n * K + k, stride, ~__mmask32{0});
     }
     if (k < K) add<R, W>(sum, x + r * K + k, w + n * K + k, stride, (__mmask32{1} << (K - k)) - 1);
@@ -140,7 +141,11 @@ struct Linear {
   template <int W>
   void columns(int64_t n, int64_t stride) const {
     int64_t r = 0;
-    for (; r + 4 <= M; r += 4) r == 4 ? tile<4, W, true>(r, n, stride) : tile<4, W>(r, n, stride);
+    for (; r + 4 <= M; r += 4) {
+      if (r == 4) tile<4, W, W / 2>(r, n, stride);
+      else if (r == 8) tile<4, W, W / 2>(r, n, stride, W / 2);
+      else tile<4, W>(r, n, stride);
+    }
     if (M - r == 3) tile<3, W>(r, n, stride);
     if (M - r == 2) tile<2, W>(r, n, stride);
     if (M - r == 1) tile<1, W>(r, n, stride);
