@@ -785,19 +785,27 @@ int64_t bytes_to_prepare(int64_t M, int64_t in, at::ScalarType type) {
   return M * K * (type == at::kFloat ? 4 : 1) + 12 * M * K / kGroup;
 }
 
-QuantisedLinear layer_of_codes(const void* x, void* y, at::ScalarType type, int64_t M, int64_t in, const Tensor& weight,
-                               const Tensor& scales, const std::optional<Tensor>& bias, void* room) {
-  const int64_t K = round_up(in, kGroup), tiles = weight.size(0), blocks = M * K / kGroup;
+// Refuses what layer_of_codes would read wrongly.
+void check_codes(at::ScalarType type, int64_t in, const Tensor& weight, const Tensor& scales,
+                 const std::optional<Tensor>& bias) {
+  const int64_t K = round_up(in, kGroup), tiles = weight.size(0);
   const bool nibbles = scales.size(2) == 2;
   TORCH_CHECK(weight.size(1) == K * kLanes / (nibbles ? 2 : 1), "linear_codes: weight takes other than ", in, " features");
   const auto known = [](at::ScalarType type) { return type == at::kFloat || type == at::kHalf || type == at::kBFloat16; };
-  TORCH_CHECK(known(type) && known(scales.scalar_type()), "linear_codes: wrong dtype");
+  TORCH_CHECK(known(type) && known(scales.scalar_type()) && weight.scalar_type() == at::kByte &&
+              (!bias || bias->scalar_type() == at::kFloat), "linear_codes: wrong dtype");
   TORCH_CHECK(scales.size(0) == tiles && scales.is_contiguous() && weight.is_contiguous(), "linear_codes: wrong layout");
+}
+
+QuantisedLinear layer_of_codes(const void* x, void* y, at::ScalarType type, int64_t M, int64_t in, const Tensor& weight,
+                               const Tensor& scales, const std::optional<Tensor>& bias, void* room) {
+  const int64_t K = round_up(in, kGroup), blocks = M * K / kGroup;
   QuantisedLinear layer{x, y, type, weight.const_data_ptr<uint8_t>()};
   layer.scales = scales.const_data_ptr();
   layer.scale_type = scales.scalar_type();
   layer.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  layer.M = M, layer.in = in, layer.K = K, layer.tiles = tiles, layer.groups = scales.size(1), layer.nibbles = nibbles;
+  layer.M = M, layer.in = in, layer.K = K, layer.tiles = weight.size(0), layer.groups = scales.size(1);
+  layer.nibbles = scales.size(2) == 2;
   float* floats = reinterpret_cast<float*>(static_cast<char*>(room) + M * K * (type == at::kFloat ? 4 : 1));
   layer.ready = room, layer.x_scales = floats, layer.x_sums = floats + blocks;
   layer.starts = reinterpret_cast<int32_t*>(floats + 2 * blocks);
@@ -815,6 +823,7 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
 #if defined(__x86_64__)
   const int64_t in = x.size(-1), M = x.numel() / in;
   const at::ScalarType type = x.scalar_type();
+  check_codes(type, in, weight, scales, bias);
   Tensor room = at::empty({bytes_to_prepare(M, in, type)}, x.options().dtype(at::kByte));
   const Tensor xc = x.contiguous();
   layer_of_codes(xc.const_data_ptr(), y.mutable_data_ptr(), type, M, in, weight, scales, bias, room.mutable_data_ptr())
@@ -897,7 +906,7 @@ struct SharedLinear {
     if (bias) bias = bias->contiguous();
     out = weight.size(0) * (scales ? kLanes : 1);
     TORCH_CHECK(out % kLanes == 0, "a block's layer has ", out, " outputs");
-    if (scales) layer_of_codes(nullptr, nullptr, type, 1, in, weight, *scales, bias, nullptr);  // which checks them
+    if (scales) check_codes(type, in, weight, *scales, bias);
     else TORCH_CHECK(type == at::kBFloat16 && weight.scalar_type() == type && weight.size(1) == in && has_bf16(),
                      "a block's layer is no bfloat16 matrix with ", in, " inputs");
   }
