@@ -309,8 +309,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
-        self.join_blocks: Callable | None = None  # makes `few_tokens` once there are caches, set by `pack_`
-        self.few_tokens: Callable | None = None  # a device's own operator, all blocks in one, for few tokens in all
+        self.join_blocks: Callable | None = None  # makes `joined_blocks` once there are caches, set by `pack_`
+        self.joined_blocks: nn.Module | None = None  # all blocks as one operator of the device
         self.tie()
 
     def tie(self) -> None:
@@ -329,7 +329,7 @@ class Transformer(nn.Module):
     def setup_caches(self, batch_size: int, slots: int) -> None:
         """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, beside the weights."""
         args, dtype = self.args, self.dtype
-        self.few_tokens = None  # which would keep the old caches
+        self.joined_blocks = None  # which would keep the old caches
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)
         freqs = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2, device=self.device).float() / args.head_dim)
@@ -339,7 +339,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("slots", torch.arange(slots, device=self.device), persistent=False)
-        self.few_tokens = self.join_blocks(self) if self.join_blocks is not None else None
+        self.joined_blocks = self.join_blocks(self) if self.join_blocks is not None else None
 
     def forward(self, tokens: Tensor, pos: Tensor, rows: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
@@ -355,8 +355,9 @@ class Transformer(nn.Module):
         mask = additive_mask(seen, self.args.n_head // self.args.n_kv_head, self.dtype)
         cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
         x = self.tok_embeddings(tokens)
-        if self.few_tokens is not None and surely_few(tokens.shape[0] * tokens.shape[1]):
-            x = self.few_tokens(x, pos, cos, sin, mask)
+        joined = self.joined_blocks
+        if joined is not None and (joined.takes_many or surely_few(tokens.shape[0] * tokens.shape[1])):
+            x = joined(x, pos, cos, sin, mask)
         else:
             # regions are measured on CPU only; elsewhere the blocks are inlined
             run = _block_region if x.device.type == "cpu" else TransformerBlock.__call__

@@ -353,10 +353,11 @@ def choose_attention(attention: Attention, like: Tensor) -> None:
 
 
 class JoinedBlocks(nn.Module):
-    """All blocks of a model as one operator of `kernels/cpu.cpp`, for at most 16 tokens in all."""
+    """All blocks of a model as one operator of `kernels/cpu.cpp`, for at most 16 tokens in all if not `takes_many`."""
 
     def __init__(self, model: Transformer):
         super().__init__()
+        self.takes_many = all(block.attention.attends_many for block in model.layers)
         tensors = [tensor for block in model.layers for tensor in self.tensors(block)]
         self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps)
 

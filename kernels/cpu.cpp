@@ -1,5 +1,5 @@
 // Operators for CPUs that PyTorch lacks: linear layers that read their weight at memory speed, bfloat16 for few rows, int8
-// and int4 for any number; attention; and all blocks of a model, for few rows, as one operator.
+// and int4 for any number; attention; and all blocks of a model as one operator.
 //
 // One token through a linear layer is a matrix-vector product: every weight is read once and used once, so the only
 // thing that counts is to keep the memory busy. Each thread reads its share of the weight, in its plain row-major
@@ -441,6 +441,11 @@ struct QuantisedLinear {
     at::parallel_for(0, M, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; m++) prepare(m, 0, K / kGroup);
     });
+    multiply_ready();
+  }
+
+  // All outputs of rows made ready.
+  void multiply_ready() const {
     if (M <= kFewRows) {
       const int64_t grain = std::max<int64_t>(1, 65536 / (K * kLanes / (nibbles ? 2 : 1)));
       at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { share(begin, end); });
@@ -771,13 +776,12 @@ struct ManyQueries {
   }
 };
 
-#else
-
-bool has_vnni() { return false; }
-
-#endif
-
-#if defined(__x86_64__)
+// Attention of any number of queries a row; of more than kFewRows in bfloat16 only.
+void attend_any(const FewQueries& queries) {
+  if (queries.S <= kFewRows) return queries.run();
+  TORCH_CHECK(has_bf16() && queries.type == at::kBFloat16, "attend: many queries that are not bfloat16");
+  ManyQueries{queries}.run();
+}
 
 // Bytes of memory that a layer of codes with `in` inputs needs to make M rows ready.
 int64_t bytes_to_prepare(int64_t M, int64_t in, at::ScalarType type) {
@@ -812,6 +816,10 @@ QuantisedLinear layer_of_codes(const void* x, void* y, at::ScalarType type, int6
   return layer;
 }
 
+#else
+
+bool has_vnni() { return false; }
+
 #endif
 
 // A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
@@ -832,35 +840,35 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
+void check_head(int64_t D) {
+  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attention: a head of ", D, " is not supported");
+}
+
 // Queries against the filled part of the cache: q [B, S, H, D], k and v [B', Hkv, C', D], mask [B, S, C] of zeros and -inf
 // over the first C slots -> [B, S, H, D]. D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3);
-  TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attend: a head of ", D, " is not supported");
+  check_head(D);
   Tensor y = at::empty(q.sizes(), q.options());
 #if defined(__x86_64__)
   const Tensor qc = q.contiguous();
   const FewQueries queries{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(),
                            y.mutable_data_ptr(), q.scalar_type(), B, S, H, D, k.stride(0), k.stride(1), H / k.size(1),
                            mask.stride(0), mask.stride(1), mask.size(2)};
-  if (S <= kFewRows) {
-    queries.run();
-  } else {
-    TORCH_CHECK(has_bf16() && queries.type == at::kBFloat16, "attend: many queries that are not bfloat16");
-    ManyQueries{queries}.run();
-  }
+  attend_any(queries);
 #endif
   return y;
 }
 
 #if defined(__x86_64__)
 
-// ---------------------------------------------------------------- all blocks of a model, for few rows
+// ---------------------------------------------------------------- all blocks of a model
 //
 // By way of its parts a block is nine operators, each with its call from Python, its buffer and its parallel regions; and
 // all tensors of all layers, hundreds, are arguments of the compiled graph. Both take about a millisecond, a quarter of
 // the step of a small model. Here a model's blocks are one operator and one argument, a tensor whose bytes are the object
-// `Blocks`; one parallel region runs through them, in which threads wait for each other where one needs what another made.
+// `Blocks`. For few tokens one parallel region runs through them, in which threads wait for each other where one needs
+// what another made. For many, parts and products are regions of their own: a product of many bfloat16 rows is oneDNN's.
 
 // Waits until every thread of the region is here.
 void wait_for_all() {
@@ -877,25 +885,35 @@ Range part(int64_t n, int64_t unit, int thread, int threads) {
   return {std::min(n, thread * each), std::min(n, (thread + 1) * each)};
 }
 
-// Buffers that stay from call to call, and so in the cache: the nth of a call is the nth of the last one.
+// Buffers that stay from call to call, if they are for few tokens, and so in the cache: the nth of a call is the nth of
+// the last one.
 class Scratch {
   struct alignas(64) Line {
     char bytes[64];
   };
-  using Buffers = std::vector<std::vector<Line>>;
+  struct Buffer {
+    std::unique_ptr<Line[]> memory;
+    int64_t lines = 0;
+  };
+  std::vector<Buffer> own;
+  const bool keep;
   size_t taken = 0;
 
  public:
+  explicit Scratch(bool keep) : keep(keep) {}
+
   char* take(int64_t bytes) {
-    thread_local Buffers kept;
-    if (taken == kept.size()) kept.emplace_back();
-    std::vector<Line>& buffer = kept[taken++];
-    if (static_cast<int64_t>(buffer.size() * sizeof(Line)) < bytes) buffer.resize(bytes / sizeof(Line) + 1);
-    return buffer.data()->bytes;
+    thread_local std::vector<Buffer> kept;
+    std::vector<Buffer>& all = keep ? kept : own;
+    if (taken == all.size()) all.emplace_back();
+    Buffer& buffer = all[taken++];
+    const int64_t lines = bytes / sizeof(Line) + 1;
+    if (buffer.lines < lines) buffer = {std::unique_ptr<Line[]>(new Line[lines]), lines};
+    return buffer.memory[0].bytes;
   }
 };
 
-// A linear layer of up to kFewRows rows, of codes if it has scales and of bfloat16 if not, whose outputs threads share.
+// A linear layer of codes if it has scales, of bfloat16 if not.
 struct SharedLinear {
   Tensor weight;
   std::optional<Tensor> scales, bias;
@@ -926,6 +944,13 @@ struct SharedLinear {
     Linear{static_cast<const BFloat16*>(x), weight.const_data_ptr<BFloat16>(),
            bias ? bias->const_data_ptr<BFloat16>() : nullptr, static_cast<BFloat16*>(y), M, out, in}
         .share(outputs.begin, outputs.end);
+  }
+
+  // All outputs of more than kFewRows rows, not to be called by the threads of a region.
+  void all(const void* x, void* y, at::ScalarType type, int64_t M, void* room) const {
+    if (scales) return codes(x, y, type, M, room).multiply_ready();
+    Tensor made = at::from_blob(y, {M, out}, weight.options());
+    at::linear_out(made, at::from_blob(const_cast<void*>(x), {M, in}, weight.options()), weight, bias);
   }
 };
 
@@ -992,32 +1017,22 @@ struct Call {
   char *room, *other_room;  // for activations made ready, in turn: one is written while the other may still be read
   float* scores;            // [threads, slots + 16]
 
-  void normalise(const Tensor& norm, const SharedLinear& next, int thread, int threads) const {
-    const Range own = part(M, 1, thread, threads);
-    for (int64_t m = own.begin; m < own.end; m++) {
+  void normalise(const Tensor& norm, const SharedLinear& next, Range rows) const {
+    for (int64_t m = rows.begin; m < rows.end; m++) {
       rms_norm(x + m * dim * size, norm.const_data_ptr(), normed + m * dim * size, type, dim, eps);
       next.prepare(normed, type, M, room, m, {0, dim});
     }
   }
 
-  void add_product(const SharedLinear& layer, const char* inputs, int thread, int threads) const {
-    const Range own = part(dim, kLanes, thread, threads);
-    layer.share(inputs, made, type, M, other_room, own);
-    for (int64_t m = 0; m < M; m++) {
-      const int64_t at = (m * dim + own.begin) * size;
-      add(made + at, x + at, type, own.end - own.begin);
-    }
-  }
-
-  // Normalised and rotated queries into q, keys and values into the cache.
-  void place_heads(const Block& block, int thread, int threads) const {
-    const int64_t turned = n_head + n_kv_head, heads = turned + n_kv_head, bytes = D * size;
-    const Range own = part(M * turned, 1, thread, threads);
-    for (int64_t i = own.begin; i < own.end; i++) {
+  // Normalised and rotated queries into q, keys and values into the cache. `heads` are those of the queries and keys of
+  // row 0, then of row 1 ...
+  void place(const Block& block, Range heads) const {
+    const int64_t turned = n_head + n_kv_head, bytes = D * size;
+    for (int64_t i = heads.begin; i < heads.end; i++) {
       const int64_t m = i / turned, h = i % turned;
       const bool is_key = h >= n_head;
       const int64_t slot = m / S * block.k.stride(0) + (h - n_head) * block.k.stride(1) + pos[m] * D;
-      const char* from = qkv + (m * heads + h) * bytes;
+      const char* from = qkv + (m * (turned + n_kv_head) + h) * bytes;
       char* to = is_key ? static_cast<char*>(block.k.data_ptr()) + slot * size : q + (m * n_head + h) * bytes;
       const auto& norm = is_key ? block.k_norm : block.q_norm;
       if (norm) rms_norm(from, norm->const_data_ptr(), to, type, D, eps);
@@ -1027,46 +1042,79 @@ struct Call {
     }
   }
 
-  void attend(const Block& block, int thread, int threads) const {
-    const FewQueries queries{q, block.k.const_data_ptr(), block.v.const_data_ptr(), mask.const_data_ptr(), attended, type,
-                             B, S, n_head, D, block.k.stride(0), block.k.stride(1), n_head / n_kv_head, mask.stride(0),
-                             mask.stride(1), slots};
-    const Range own = part(M * n_head, 1, thread, threads);
-    for (int64_t i = own.begin; i < own.end; i++) {  // the queries that share a key head one after another
-      const int64_t b = i / (n_head * S), h = i / S % n_head, s = i % S;
-      queries.one(b, s, h, scores + thread * (slots + 16));
-      block.wo.prepare(attended, type, M, other_room, b * S + s, {h * D, (h + 1) * D});
+  FewQueries queries(const Block& block) const {
+    return {q, block.k.const_data_ptr(), block.v.const_data_ptr(), mask.const_data_ptr(), attended, type, B, S, n_head, D,
+            block.k.stride(0), block.k.stride(1), n_head / n_kv_head, mask.stride(0), mask.stride(1), slots};
+  }
+
+  // silu(gate) * up of some outputs of some rows, in whole groups.
+  void gate(const Block& block, Range rows, Range outputs) const {
+    for (int64_t m = rows.begin; m < rows.end; m++) {
+      const char *gate = gate_up + (2 * m * width + outputs.begin) * size, *up = gate + width * size;
+      silu_times(gate, up, hidden + (m * width + outputs.begin) * size, type, outputs.end - outputs.begin);
+      block.w2.prepare(hidden, type, M, other_room, m, outputs);
     }
   }
 
-  void gate(const Block& block, int thread, int threads) const {
-    const Range own = part(width, kGroup, thread, threads);
-    block.w13.share(normed, gate_up, type, M, room, own);
-    block.w13.share(normed, gate_up, type, M, room, {width + own.begin, width + own.end});
-    for (int64_t m = 0; m < M; m++) {
-      const char *gate = gate_up + (2 * m * width + own.begin) * size, *up = gate + width * size;
-      silu_times(gate, up, hidden + (m * width + own.begin) * size, type, own.end - own.begin);
-      block.w2.prepare(hidden, type, M, other_room, m, own);
+  void add_made(Range rows, Range outputs) const {
+    for (int64_t m = rows.begin; m < rows.end; m++) {
+      const int64_t at = (m * dim + outputs.begin) * size;
+      add(made + at, x + at, type, outputs.end - outputs.begin);
     }
   }
 
-  void run(const Block& block, int thread, int threads) const {
-    normalise(block.attention_norm, block.wqkv, thread, threads);
+  // A thread's part of the work of few tokens.
+  void run_few(const Block& block, int thread, int threads) const {
+    const Range all_rows{0, M}, rows = part(M, 1, thread, threads), attending = part(M * n_head, 1, thread, threads);
+    const Range outputs = part(dim, kLanes, thread, threads), inner = part(width, kGroup, thread, threads);
+    normalise(block.attention_norm, block.wqkv, rows);
     wait_for_all();
     block.wqkv.share(normed, qkv, type, M, room, part(block.wqkv.out, kLanes, thread, threads));
     wait_for_all();
-    place_heads(block, thread, threads);
+    place(block, part(M * (n_head + n_kv_head), 1, thread, threads));
     wait_for_all();
-    attend(block, thread, threads);
+    for (int64_t i = attending.begin; i < attending.end; i++) {  // queries that share a key head one after another
+      const int64_t b = i / (n_head * S), h = i / S % n_head, s = i % S;
+      queries(block).one(b, s, h, scores + thread * (slots + 16));
+      block.wo.prepare(attended, type, M, other_room, b * S + s, {h * D, (h + 1) * D});
+    }
     wait_for_all();
-    add_product(block.wo, attended, thread, threads);
+    block.wo.share(attended, made, type, M, other_room, outputs);
+    add_made(all_rows, outputs);
     wait_for_all();
-    normalise(block.ffn_norm, block.w13, thread, threads);
+    normalise(block.ffn_norm, block.w13, rows);
     wait_for_all();
-    gate(block, thread, threads);
+    block.w13.share(normed, gate_up, type, M, room, inner);
+    block.w13.share(normed, gate_up, type, M, room, {width + inner.begin, width + inner.end});
+    gate(block, all_rows, inner);
     wait_for_all();
-    add_product(block.w2, hidden, thread, threads);
+    block.w2.share(hidden, made, type, M, other_room, outputs);
+    add_made(all_rows, outputs);
     wait_for_all();
+  }
+
+  // The whole work of many tokens, each part of it a region of its own.
+  void run_many(const Block& block) const {
+    const auto for_rows = [this](auto work) {
+      at::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
+    };
+    for_rows([&](Range rows) { normalise(block.attention_norm, block.wqkv, rows); });
+    block.wqkv.all(normed, qkv, type, M, room);
+    const int64_t turned = n_head + n_kv_head;
+    for_rows([&](Range rows) { place(block, {rows.begin * turned, rows.end * turned}); });
+    attend_any(queries(block));
+    for_rows([&](Range rows) {
+      for (int64_t m = rows.begin; m < rows.end; m++) block.wo.prepare(attended, type, M, other_room, m, {0, n_head * D});
+    });
+    block.wo.all(attended, made, type, M, other_room);
+    for_rows([&](Range rows) {
+      add_made(rows, {0, dim});
+      normalise(block.ffn_norm, block.w13, rows);
+    });
+    block.w13.all(normed, gate_up, type, M, room);
+    for_rows([&](Range rows) { gate(block, rows, {0, width}); });
+    block.w2.all(hidden, made, type, M, other_room);
+    for_rows([&](Range rows) { add_made(rows, {0, dim}); });
   }
 };
 
@@ -1096,7 +1144,7 @@ Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps) 
                 SharedLinear(&t[13], w13.out / 2, type), k, v};
     TORCH_CHECK(block.wo.out == dim && block.w2.out == dim && w13.out % (2 * kGroup) == 0, "join_blocks: wrong size");
     TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.sizes() == v.sizes(), "join_blocks: wrong layout of a cache");
-    TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "join_blocks: a head of ", D, " is not supported");
+    check_head(D);
     for (const Tensor& like : {block.ffn_norm, k, v, block.q_norm.value_or(k), block.k_norm.value_or(k)}) {
       TORCH_CHECK(like.scalar_type() == type, "join_blocks: several dtypes");
     }
@@ -1109,8 +1157,9 @@ Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps) 
   return at::from_blob(bytes, {sizeof(Blocks)}, [bytes](void*) { delete bytes; }, at::kByte);
 }
 
-// x [B, S, dim], at most 16 tokens in all, through blocks from `join_blocks`, whose caches are written at pos [B, S] first.
-// cos and sin [B, S, 1, D / 2] float32; mask [B, S, C] of zeros and -inf over the first C slots, in x's dtype.
+// x [B, S, dim] through blocks from `join_blocks`, whose caches are written at pos [B, S] first. cos and sin
+// [B, S, 1, D / 2] float32; mask [B, S, C] of zeros and -inf over the first C slots, in x's dtype, which is bfloat16 if
+// there are more than 16 tokens a row.
 Tensor run_blocks(const Tensor& x, const Tensor& joined, const Tensor& pos, const Tensor& cos, const Tensor& sin,
                   const Tensor& mask) {
   const Blocks& blocks = *static_cast<const Blocks*>(joined.const_data_ptr());
@@ -1123,16 +1172,19 @@ Tensor run_blocks(const Tensor& x, const Tensor& joined, const Tensor& pos, cons
             pc.const_data_ptr<int64_t>(), cc.const_data_ptr<float>(), sc.const_data_ptr<float>(), mc};
   const int64_t M = call.M, D = call.D, rows = first.wqkv.out, threads = at::get_num_threads();
   call.n_head = rows / D - 2 * call.n_kv_head;
-  TORCH_CHECK(M <= kFewRows && call.dim == first.attention_norm.numel() && call.B <= first.k.size(0) &&
-              call.slots <= first.k.size(2) && cc.numel() == M * D / 2 && sc.numel() == M * D / 2 && pc.numel() == M &&
-              mc.numel() == M * call.slots, "run_blocks: wrong size");
+  const bool few = M <= kFewRows;
+  TORCH_CHECK(few || call.S <= kFewRows || (call.type == at::kBFloat16 && has_bf16()),
+              "run_blocks: many queries a row that are not bfloat16");
+  TORCH_CHECK(call.dim == first.attention_norm.numel() && call.B <= first.k.size(0) && call.slots <= first.k.size(2) &&
+              cc.numel() == M * D / 2 && sc.numel() == M * D / 2 && pc.numel() == M && mc.numel() == M * call.slots,
+              "run_blocks: wrong size");
   TORCH_CHECK(call.type == first.k.scalar_type() && mc.scalar_type() == call.type, "run_blocks: wrong dtype");
   for (int64_t m = 0; m < M; m++) {
     TORCH_CHECK(0 <= call.pos[m] && call.pos[m] < first.k.size(2), "run_blocks: position ", call.pos[m],
                 " is not in a cache of ", first.k.size(2));
   }
   const int64_t row = M * call.size, widest = std::max({call.dim, call.width, call.n_head * D});
-  Scratch scratch;
+  Scratch scratch(few);
   call.x = static_cast<char*>(y.mutable_data_ptr());
   call.normed = scratch.take(row * call.dim), call.made = scratch.take(row * call.dim);
   call.qkv = scratch.take(row * rows), call.gate_up = scratch.take(row * 2 * call.width);
@@ -1140,9 +1192,13 @@ Tensor run_blocks(const Tensor& x, const Tensor& joined, const Tensor& pos, cons
   call.hidden = scratch.take(row * call.width);
   call.room = scratch.take(bytes_to_prepare(M, widest, call.type));
   call.other_room = scratch.take(bytes_to_prepare(M, widest, call.type));
+  if (!few) {
+    for (const Block& block : blocks.all) call.run_many(block);
+    return y;
+  }
   call.scores = reinterpret_cast<float*>(scratch.take(threads * (call.slots + 16) * 4));
 #pragma omp parallel num_threads(threads) if (!omp_in_parallel())
-  for (const Block& block : blocks.all) call.run(block, omp_get_thread_num(), omp_get_num_threads());
+  for (const Block& block : blocks.all) call.run_few(block, omp_get_thread_num(), omp_get_num_threads());
   return y;
 }
 
