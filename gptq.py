@@ -104,6 +104,7 @@ def arguments_of(module: nn.Module, function: Callable, *arguments: Tensor) -> t
 def first_batches(model: Transformer, sequences: Tensor, batch_size: int) -> list[tuple[Tensor, ...]]:
     """What the first block is called with, for each batch of sequences [n, S]: x [B, S, dim], pos, cos, sin, mask."""
     model.setup_caches(0, sequences.shape[1])  # for the rope tables
+    model.joined_blocks = None  # in which no block is called by itself
     pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
     batches, shared = [], None
     for tokens in sequences.to(model.device).split(batch_size):

@@ -2,8 +2,8 @@
 
     pip install -r requirements-bench.txt
     python scripts/benchmark.py --quick          # batch 1, prompts of 8 and 512 tokens: under 10 minutes
-    python scripts/benchmark.py                  # batches 1, 4, 16 and prompts 8, 512, 2048, the waterfall: an hour
-    python scripts/benchmark.py --model TinyLlama-1.1B --sides gpt-faster --output benchmarks/cpu-1.1B.json
+    python scripts/benchmark.py                  # batches 1, 4, 16, prompts 8, 512, 2048, the waterfall: over an hour
+    python scripts/benchmark.py --quick --model TinyLlama-1.1B --sides gpt-faster --output benchmarks/cpu-1.1B.json
 
 Every engine has its own process, which is stopped while another is timed. They take turns (A B C A B C ...), so that a
 machine whose speed drifts is fair to all; medians count. What is finished is in the result file, and is not run again.
@@ -45,7 +45,10 @@ PEER_PRECISION = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 NEW_TOKENS = 200
 QUICK = [Case(1, 8, NEW_TOKENS), Case(1, 512, NEW_TOKENS)]
 GRID = [Case(batch, prompt, NEW_TOKENS) for batch in (1, 4, 16) for prompt in (8, 512, 2048)]
+OF_ONE_SIDE = [QUICK[0], Case(1, 2048, NEW_TOKENS), Case(16, 8, NEW_TOKENS)]  # which targets compare with each other
+MORE_ROUNDS = 2  # of cases that take seconds, and scatter most
 COMPILED_PEER = "transformers, static cache + compile"
+LONGEST_EAGER = 8192  # prompt tokens in all, of which transformers takes minutes
 NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
 SHARES = {"bf16": 0.85, "int8": 0.75, "int4": 0.65}  # of the memory's rate, that a model of gigabytes should reach
 # one technique a row: what it is called, the side, the precision, the environment
@@ -139,19 +142,33 @@ def measure(result: dict, cases: list[Case], sides: list[str], rounds: int, mode
             for side in dict.fromkeys(side for wanted in missing.values() for side in wanted):
                 engines[side] = stack.enter_context(Engine(side, precision, model, threads, {}))
             result["load_s"][precision] = {side: engine.load_s for side, engine in engines.items()}
-            if "gpt-faster" in engines:
-                result["bandwidth"][precision] = engines["gpt-faster"].ask({"bandwidth": True})
             for case, wanted in missing.items():
                 print(key_of(precision, case), file=sys.stderr, flush=True)
                 some = {side: engines[side] for side in wanted}
-                result["cases"][key_of(precision, case)] = take_turns(some, case, rounds)
+                count = rounds + MORE_ROUNDS if case in QUICK else rounds
+                result["cases"][key_of(precision, case)] = take_turns(some, case, count)
                 yield
 
 
 def sides_of(precision: str, case: Case, sides: list[str]) -> list[str]:
     """Those that run the case: transformers has the weights as they are, and compiles each shape for minutes."""
-    here = [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+    fits = precision == "bf16" and case.batch * case.prompt <= LONGEST_EAGER
+    here = [side for side in sides if fits or not side.startswith("transformers")]
     return [side for side in here if side != COMPILED_PEER or case == QUICK[0]]
+
+
+def in_turn(precision: str, cases: list[Case], rounds: int, model: str, threads: int) -> dict:
+    """Our own speed in cases that are compared with each other, and the memory's rate: all of them in every round."""
+    runs, reads = {key_of(precision, case): [] for case in cases}, []
+    with Engine("gpt-faster", precision, model, threads, {}) as engine:
+        for number in range(1, rounds + MORE_ROUNDS + 1):
+            for case in cases:
+                answer = engine.ask(asdict(case))
+                runs[key_of(precision, case)].append({"decode_tok_s": answer["decode_tok_s"]})
+            reads.append(engine.ask({"bandwidth": True}))
+            print(f"  {number} of {rounds + MORE_ROUNDS}, {precision}, in turn", file=sys.stderr, flush=True)
+    found = {key: {"runs": each, "median": medians(each)} for key, each in runs.items()}
+    return {"cases": found, "bandwidth": medians(reads)}
 
 
 def waterfall(rounds: int, model: str, threads: int) -> dict:
@@ -259,25 +276,22 @@ def targets(result: dict) -> str:
         if "llama.cpp" in sides:
             ratio = sides["gpt-faster"]["prefill_tok_s"] / sides["llama.cpp"]["prefill_tok_s"]
             row(f"{precision} prefill of 512 against llama.cpp {PEER_PRECISION[precision]}", ratio, 1.5)
-    for precision in PRECISIONS:
-        reads = result["bandwidth"][precision]
-        rate = found[key_of(precision, QUICK[0])]["gpt-faster"]["decode_tok_s"]
-        if result["bandwidth"]["bf16"]["weight_bytes_per_token"] > 1e9:
+    for precision, own in result["in_turn"].items():
+        reads, rates = own["bandwidth"], {key: each["median"]["decode_tok_s"] for key, each in own["cases"].items()}
+        rate, far, many = (rates.get(key_of(precision, case)) for case in OF_ONE_SIDE)
+        if result["in_turn"]["bf16"]["bandwidth"]["weight_bytes_per_token"] > 1e9:
             share = rate * reads["weight_bytes_per_token"] / 1e9 / reads["measured_bandwidth_gb_s"]
             row(
                 f"{precision} decode, of the rate at which our operator reads one large matrix",
                 share,
                 SHARES[precision],
             )
-        far = found.get(key_of(precision, Case(1, 2048, NEW_TOKENS)))
         if far:
             late, early = (reads["weight_bytes_per_token"] + n * reads["kv_bytes_per_position"] for n in (2148, 108))
-            slower = rate / far["gpt-faster"]["decode_tok_s"] / (late / early)
+            slower = rate / far / (late / early)
             row(f"{precision} step at position 2148 against 108, over that of their bytes", slower, 1.2, False)
-    many = found.get(key_of("bf16", Case(16, 8, NEW_TOKENS)))
-    if many:
-        one = found[key_of("bf16", QUICK[0])]["gpt-faster"]["decode_tok_s"]
-        row("bf16 decode at batch 16 against batch 1", many["gpt-faster"]["decode_tok_s"] / one, 6)
+        if many and precision == "bf16":
+            row("bf16 decode at batch 16 against batch 1", many / rate, 6)
     row("cold compile", result["start_up"]["cold_compile_s"], 12, False, "s")
     row("first token of a second process", result["start_up"]["warm_first_token_s"], 7, False, "s")
     return markdown(["target", "wanted", "measured", ""], rows)
@@ -311,11 +325,11 @@ def chart(result: dict, path: Path) -> None:
 
 def begin(output: str, facts: dict, fresh: bool) -> dict:
     """The result so far, or an empty one. Raises ValueError if the file tells of other circumstances."""
-    empty = {"cases": {}, "load_s": {}, "bandwidth": {}, "waterfall": {}, "start_up": {}}
+    empty = {"cases": {}, "load_s": {}, "in_turn": {}, "waterfall": {}, "start_up": {}}
     if fresh or not Path(output).exists():
         return facts | empty
     before = read_json(output)
-    if "cases" not in before:
+    if not {"cases", "in_turn"} <= before.keys():
         raise ValueError(f"{output} is no result of this version; use --fresh or another --output")
     for key in ("model", "threads", "machine"):
         then, now = (
@@ -347,6 +361,12 @@ def main(*, model: str, sides: list[str], quick: bool, fresh: bool, rounds: int,
     result = begin(output, facts, fresh)
     for _ in measure(result, QUICK if quick else GRID, sides, rounds, model, threads):
         write_json(output, result)
+    own = QUICK[:1] if quick else OF_ONE_SIDE
+    for precision in PRECISIONS:
+        there = result["in_turn"].get(precision, {}).get("cases", {})
+        if not {key_of(precision, case) for case in own} <= there.keys():
+            result["in_turn"][precision] = in_turn(precision, own, rounds, model, threads)
+            write_json(output, result)
     if not result["start_up"]:
         result["start_up"] = start_up(model)
         write_json(output, result)
@@ -371,7 +391,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--quick", action="store_true", help="batch 1, prompts of 8 and 512 tokens (default: the grid)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the result file has (default: go on)")
-    parser.add_argument("--rounds", type=int, default=3, help="times each side runs (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="times each side runs; short cases run twice more (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/cpu.json", help="result file (default: %(default)s)")
     command_line.run(main, parser)

@@ -82,7 +82,8 @@ WHAT = ("compile", "first_token")
 def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, capsys):
     quick = bench()
     names = [name for name, question in FakeEngine.asked if question.get("prompt") == 8]
-    assert names == ["gpt-faster", "llama.cpp", "transformers"] * 2 + ["gpt-faster", "llama.cpp"] * 4
+    own = ["gpt-faster"] * 4 * 3  # in the end, to be compared with itself
+    assert names == ["gpt-faster", "llama.cpp", "transformers"] * 4 + ["gpt-faster", "llama.cpp"] * 8 + own
     assert set(quick["cases"]) == {key_of(p, case) for p in benchmark.PRECISIONS for case in QUICK}
     FakeEngine.asked.clear()
     assert bench()["cases"] == quick["cases"] and FakeEngine.asked == []
@@ -90,10 +91,13 @@ def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, ca
     assert set(whole["cases"]) == {key_of(p, case) for p in benchmark.PRECISIONS for case in GRID}
     cases = {(q["batch"], q["prompt"]) for name, q in FakeEngine.asked if "batch" in q and name == "llama.cpp"}
     assert cases == {(case.batch, case.prompt) for case in GRID} - {(1, 8), (1, 512)}
+    rest = {(q["batch"], q["prompt"]) for name, q in FakeEngine.asked if "batch" in q and name == "transformers"}
+    assert rest == cases - {(16, 2048)}
+    assert all(len(own["cases"]) == 3 for own in whole["in_turn"].values())
     assert list(whole["waterfall"]) == list(benchmark.WATERFALL)
     FakeEngine.asked.clear()
     bench(fresh=True)
-    assert len([q for _, q in FakeEngine.asked if "batch" in q]) == 2 * 2 * (3 + 2 + 2)
+    assert len([q for _, q in FakeEngine.asked if "batch" in q]) == 4 * 2 * (3 + 2 + 2) + 4 * 3
     written = (tmp_path / "out.md").read_text()
     assert written.count("| decode, 200 tokens, int4 | 149 tok/s | 100 tok/s (x1.50) | - |") == 1
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")

@@ -8,6 +8,7 @@ import torch
 
 from checkpoint import build, expected_tensors, load_model, save_checkpoint, shell
 from gptq import calibration_text, calibration_windows, gptq_, gptq_weight
+from kernels import cpu
 from model import ModelArgs
 from qlinear import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
 
@@ -232,6 +233,17 @@ def test_a_bfloat16_model_keeps_bfloat16_weights():
     name = "layers.1.feed_forward.w13"
     stored = LAYERS[4](*(tensors[f"{name}.{key}"] for key in ("weight", "scales", "zeros")))
     assert model.get_submodule(name).weight.equal(stored.dequantize().bfloat16())
+
+
+def test_a_model_whose_blocks_are_one_operator_is_rounded_as_any():
+    args = replace(TINY, head_dim=64, dim=96)
+    table = linear_table(shell(args, {}), QuantSpec(4, 32), None)
+    joined, apart = (build(args, random_state(args, torch.bfloat16)) for _ in range(2))
+    apart.join_blocks = None
+    joined.setup_caches(1, 24)
+    assert joined.joined_blocks is not None or not cpu.has_bf16()
+    found = [gptq_(model, calibration(), table, **OPTIONS) for model in (joined, apart)]
+    assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
 
 
 def test_inputs_that_are_not_finite_are_refused_by_name():
