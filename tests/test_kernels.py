@@ -211,7 +211,10 @@ def test_joined_blocks_compile(dtype, any_length):
         tokens, pos = torch.arange(2 * S).view(2, S), torch.arange(S).repeat(2, 1)
         expected = model(tokens, pos, slots=model.slots[:20])
         found = step(model, tokens, pos, model.slots[:20])
-        assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.01) * expected.norm()
+        if dtype == torch.float32:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        else:  # the last norm is fused, and rounded once
+            assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 @needs_vnni
