@@ -239,14 +239,16 @@ def full_table(result: dict) -> str:
     """Every case: the tokens of all rows of a batch together."""
     sides = list(result["cases"][key_of("bf16", QUICK[0])])
     what = f"{result['model']}, {result['threads']} CPU threads"
+    names = [key_of(precision, case) for precision in PRECISIONS for case in GRID]
+    cases = {name: result["cases"][name] for name in names if name in result["cases"]}
     parts = []
     for rate, label in (("decode_tok_s", "decode"), ("prefill_tok_s", "prefill")):
-        rows = [[name, *speeds(found, sides, rate)] for name, found in result["cases"].items()]
+        rows = [[name, *speeds(found, sides, rate)] for name, found in cases.items()]
         parts.append(markdown([f"{label}, {what}", *sides], rows))
     for key, unit, label in (("time_to_first_token_s", "s", "first token"), ("peak_memory_gb", "GB", "memory so far")):
         rows = [
             [name, *(f"{found[side]['median'][key]:.2f} {unit}" if side in found else "-" for side in sides)]
-            for name, found in result["cases"].items()
+            for name, found in cases.items()
         ]
         parts.append(markdown([f"{label}, {what}", *sides], rows))
     rows = [[name, f"{found['median']['decode_tok_s']:.0f} tok/s"] for name, found in result["waterfall"].items()]
