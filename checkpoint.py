@@ -5,6 +5,7 @@ converted and moved one at a time, so loading needs little more memory than the 
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -14,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gguf_file import KEPT, GGUFFile, is_gguf
-from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ModelArgs, RopeScaling, Transformer
+from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ROPE_TYPES, ModelArgs, RopeScaling, Transformer
 from qlinear import QuantSpec, linear_table, pack_, quantize_, quantize_weight, table_from_json, table_to_json
 from tp import Ranks, apply_tp, require_split, shard, share_of
 
@@ -201,17 +203,31 @@ HF_MODULES = {
     "norm": ("model.norm",),
     "output": ("lm_head",),
 }
+HF_FUSED = {
+    "layers.#.attention.wqkv": ("model.layers.#.self_attn.qkv_proj",),
+    "layers.#.feed_forward.w13": ("model.layers.#.mlp.gate_up_proj",),
+}
+HF_POST_NORMS = {
+    "layers.#.post_attention_norm": ("model.layers.#.post_attention_layernorm",),
+    "layers.#.post_ffn_norm": ("model.layers.#.post_feedforward_layernorm",),
+}
+HF_FOUR_NORMS = HF_POST_NORMS | {"layers.#.ffn_norm": ("model.layers.#.pre_feedforward_layernorm",)}
 GGUF_MODULES = {
     "tok_embeddings": ("token_embd",),
     "layers.#.attention.wqkv": tuple(f"blk.#.attn_{x}" for x in "qkv"),
     "layers.#.attention.wo": ("blk.#.attn_output",),
+    "layers.#.attention.q_norm": ("blk.#.attn_q_norm",),
+    "layers.#.attention.k_norm": ("blk.#.attn_k_norm",),
     "layers.#.feed_forward.w13": ("blk.#.ffn_gate", "blk.#.ffn_up"),
     "layers.#.feed_forward.w2": ("blk.#.ffn_down",),
     "layers.#.attention_norm": ("blk.#.attn_norm",),
+    "layers.#.post_attention_norm": ("blk.#.post_attention_norm",),
     "layers.#.ffn_norm": ("blk.#.ffn_norm",),
+    "layers.#.post_ffn_norm": ("blk.#.post_ffw_norm",),
     "norm": ("output_norm",),
     "output": ("output",),
 }
+GGUF_FUSED = {"layers.#.attention.wqkv": ("blk.#.attn_qkv",), "layers.#.feed_forward.w13": ("blk.#.ffn_up",)}
 META_MODULES = {
     "layers.#.attention.wqkv": tuple(f"layers.#.attention.w{x}" for x in "qkv"),
     "layers.#.feed_forward.w13": ("layers.#.feed_forward.w1", "layers.#.feed_forward.w3"),
@@ -331,84 +347,212 @@ def _number(config: dict, key: str, kind: type = int, default=None):
     return kind(value)
 
 
-def _rope(config: dict) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, which occur as rope_theta and rope_scaling or together as rope_parameters."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"config.json: the rope settings are {parameters!r}; an object is needed")
+def _rope(config: dict, window_key: str | None) -> tuple[float, RopeScaling | None, float | None]:
+    """Base and scaling, and the base of layers with a window if they have one of their own, without scaling.
+
+    They occur as rope_theta and rope_scaling, or together as rope_parameters, which may be told apart by kind of layer.
+    window_key: the number that is the windowed layers' base where they are not told apart.
+    """
+    parameters = _object(config.get("rope_parameters") or config.get("rope_scaling"))
+    window_base = None
+    if "full_attention" in parameters:
+        windowed, parameters = (_object(parameters.get(f"{kind}_attention")) for kind in ("sliding", "full"))
+        if windowed.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json: rope type {windowed['rope_type']!r} of windowed layers is not supported")
+        window_base = _number(windowed, "rope_theta", float, 10000.0)
+    elif window_key is not None:
+        window_base = _number(config, window_key, float)
     base = _number({"rope_theta": parameters.get("rope_theta", config.get("rope_theta"))}, "rope_theta", float, 10000.0)
     if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind in (None, "default"):
-        return base, None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    return base, None if kind in (None, "default") else _rope_scaling(kind, parameters), window_base
+
+
+def _object(value) -> dict:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"config.json: the rope settings are {value!r}; an object is needed")
+    return value or {}
+
+
+def _rope_scaling(kind: str, parameters: dict) -> RopeScaling:
+    if kind not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; supported: default, {known}")
     factors = {"factor": _number(parameters, "factor", float)}
     if kind == "llama3":
         factors["low_freq_factor"] = _number(parameters, "low_freq_factor", float)
         factors["high_freq_factor"] = _number(parameters, "high_freq_factor", float)
+    if kind == "yarn":
+        factors["low_freq_factor"] = _number(parameters, "beta_slow", float, 1.0)
+        factors["high_freq_factor"] = _number(parameters, "beta_fast", float, 32.0)
+        factors["whole_pairs"] = parameters.get("truncate") is not False
+        factors["attention_factor"] = _number(
+            parameters, "attention_factor", float, _yarn_growth(factors["factor"], parameters)
+        )
+    if kind != "linear":
         factors["original_max_position_embeddings"] = _number(parameters, "original_max_position_embeddings")
-    return base, RopeScaling(kind, **factors)
+    return RopeScaling(kind, **factors)
 
 
-def _sliding_window(config: dict, n_layer: int) -> int | None:
-    """The window all layers share. use_sliding_window: false wins over a window size."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return None
+def _yarn_growth(factor: float, parameters: dict) -> float:
+    """What YaRN multiplies cosines and sines by, unless told."""
+
+    def growth(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return growth(_number(parameters, "mscale", float)) / growth(_number(parameters, "mscale_all_dim", float))
+    return growth(1.0)
+
+
+def _windows(config: dict, n_layer: int, period: int | None) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and the layers without one. use_sliding_window: false wins over a window size.
+
+    period: every so many layers one has none, unless the config says which.
+    """
     kinds = config.get("layer_types")
-    if kinds is None:  # the first layers may be full
-        full = config.get("max_window_layers", 28) if "use_sliding_window" in config else 0
-        if type(full) is not int:
-            raise ValueError(f"config.json: max_window_layers is {full!r}; a number is needed")
-        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(n_layer)]
-    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
-        return None
-    if not isinstance(kinds, list) or not all(kind == "sliding_attention" for kind in kinds):
-        raise ValueError("config.json: sliding_window in some layers only is not supported")
-    return _number(config, "sliding_window")
+    if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
+        return None, ()
+    if kinds is not None:
+        known = {"full_attention": True, "sliding_attention": False}
+        if not isinstance(kinds, list) or len(kinds) != n_layer or not all(str(kind) in known for kind in kinds):
+            raise ValueError(f"config.json: layer_types is {kinds!r}; {n_layer} of {' and '.join(known)} are needed")
+        full = tuple(i for i, kind in enumerate(kinds) if known[kind])
+    elif period is not None:
+        period = _number(config, "sliding_window_pattern", default=period)
+        full = tuple(range(period - 1, n_layer, period))
+    else:  # the first layers may be full
+        n_full = config.get("max_window_layers", 28) if "use_sliding_window" in config else 0
+        if type(n_full) is not int:
+            raise ValueError(f"config.json: max_window_layers is {n_full!r}; a number is needed")
+        full = tuple(range(min(n_full, n_layer)))
+    return (None, ()) if len(full) == n_layer else (_number(config, "sliding_window"), full)
 
 
-# model_type -> what its mathematics adds to the plain Llama row
+def _cap(config: dict, key: str) -> float | None:
+    return None if config.get(key) is None else _number(config, key, float)
+
+
+ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type adds to the plain Llama row."""
+
+    fields: dict = field(default_factory=dict)  # of ModelArgs
+    fields_from: Callable[[dict], dict] = lambda config: {}  # ... that depend on the config
+    defaults: dict = field(default_factory=dict)  # what the config may leave out
+    modules: dict = field(default_factory=dict)  # names other than those in HF_MODULES
+    full_layers_every: int | None = None  # the period of layers without a window
+    window_rope_base: str | None = None  # the config's name of the rope base of layers with one
+    activations: dict = field(default_factory=lambda: ACTIVATION_NAMES)
+
+
+def _granite_scales(config: dict) -> dict:
+    return {
+        "attention_scale": _number(config, "attention_multiplier", float, 1.0),
+        "embedding_scale": _number(config, "embedding_multiplier", float, 1.0),
+        "residual_scale": _number(config, "residual_multiplier", float, 1.0),
+        "logit_scale": 1 / _number(config, "logits_scaling", float, 1.0),
+    }
+
+
+def _embedding_scale(config: dict) -> dict:
+    return {"embedding_scale": math.sqrt(_number(config, "hidden_size"))}
+
+
+def _gemma_scales(config: dict) -> dict:
+    return _embedding_scale(config) | {
+        "attention_scale": _number(config, "query_pre_attn_scalar", float, 256.0) ** -0.5,
+        "attention_softcap": _cap(config, "attn_logit_softcapping"),
+        "logit_softcap": _cap(config, "final_logit_softcapping"),
+    }
+
+
+GEMMA = {"norm_offset": True}
+GEMMA_2 = GEMMA | {"post_norm": True}
+# old configs say gelu, but the models are trained with its approximation
+GEMMA_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
+OLMO = {"pre_norm": False, "post_norm": True, "joint_qk_norm": True}
 HF_FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family({"qkv_bias": True}),
+    "qwen3": Family({"qk_norm": True}),
+    "phi3": Family(modules=HF_FUSED),
+    "granite": Family(fields_from=_granite_scales),
+    "olmo2": Family(OLMO, modules=HF_POST_NORMS),
+    "olmo3": Family(OLMO, modules=HF_POST_NORMS, full_layers_every=4, window_rope_base="rope_theta"),
+    "gemma": Family(GEMMA, _embedding_scale, GEMMA_CONFIG, activations=GEMMA_ACTIVATIONS),
+    "gemma2": Family(
+        GEMMA_2,
+        _gemma_scales,
+        GEMMA_CONFIG | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
+        HF_FOUR_NORMS,
+        full_layers_every=2,
+        activations=GEMMA_ACTIVATIONS,
+    ),
+    "gemma3_text": Family(
+        GEMMA_2 | {"qk_norm": True},
+        _gemma_scales,
+        GEMMA_CONFIG | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096},
+        HF_FOUR_NORMS,
+        full_layers_every=6,
+        window_rope_base="rope_local_base_freq",
+        activations=GEMMA_ACTIVATIONS,
+    ),
 }
+
+
+def family_of(config: dict) -> Family:
+    """The row of HF_FAMILIES for a config.json. Raises ValueError, with what is supported, if it has none."""
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in HF_FAMILIES:
+        name = name or config.get("architectures")
+        raise ValueError(f"config.json: architecture {name!r} is not supported; supported: {', '.join(HF_FAMILIES)}")
+    return HF_FAMILIES[name]
 
 
 def args_from_hf(config: dict) -> ModelArgs:
     """ModelArgs from a Hugging Face config.json. Raises ValueError on anything that is not supported."""
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in HF_FAMILIES:
-        name = family or config.get("architectures")
-        raise ValueError(f"config.json: architecture {name!r} is not supported; supported: {', '.join(HF_FAMILIES)}")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"config.json: activation {activation!r} is not supported; supported: silu")
-    for key in ("attention_bias", "mlp_bias"):
+    family = family_of(config)
+    config = family.defaults | config
+    for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(key):
-            raise ValueError(f"config.json: {key} is set; biases other than on q, k and v are not supported")
+            raise ValueError(f"config.json: {key} is set, which is not supported; of biases those on q, k and v are")
     dim, n_head, n_layer = (_number(config, f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    rope_base, rope_scaling = _rope(config)
-    return ModelArgs(
-        dim=dim,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_kv_head=_number(config, "num_key_value_heads", default=n_head),
-        head_dim=_number(config, "head_dim", default=dim // n_head),
-        intermediate_size=_number(config, "intermediate_size"),
-        vocab_size=_number(config, "vocab_size"),
-        max_seq_length=_number(config, "max_position_embeddings", default=2048),
-        norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
-        rope_base=rope_base,
-        rope_scaling=rope_scaling,
-        sliding_window=_sliding_window(config, n_layer),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **HF_FAMILIES[family],
-    )
+    rope_base, rope_scaling, window_rope_base = _rope(config, family.window_rope_base)
+    window, full_layers = _windows(config, n_layer, family.full_layers_every)
+    fields = {
+        "dim": dim,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": _number(config, "num_key_value_heads", default=n_head),
+        "head_dim": _number(config, "head_dim", default=dim // n_head),
+        "intermediate_size": _number(config, "intermediate_size"),
+        "vocab_size": _number(config, "vocab_size"),
+        "max_seq_length": _number(config, "max_position_embeddings", default=2048),
+        "norm_eps": _number(config, "rms_norm_eps", float, 1e-6),
+        "rope_base": rope_base,
+        "rope_scaling": rope_scaling,
+        "sliding_window": window,
+        "full_layers": full_layers,
+        "window_rope_base": None if window is None else window_rope_base,
+        "activation": _activation(config, family),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+    }
+    return ModelArgs(**fields | family.fields | family.fields_from(config))
+
+
+def _activation(config: dict, family: Family) -> str:
+    name = config.get("hidden_activation") or config.get("hidden_act", "silu")
+    if not isinstance(name, str) or name not in family.activations:
+        known = ", ".join(family.activations)
+        raise ValueError(f"config.json: activation {name!r} is not supported; supported: {known}")
+    return family.activations[name]
 
 
 def weights_from_hf(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -457,8 +601,9 @@ def source_from_hf(folder: Path) -> Source | None:
         return None
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
-    args = args_from_hf(read_json(folder / "config.json"))
-    return Source(args, rename(args, raw, HF_MODULES, False, folder))
+    config = read_json(folder / "config.json")
+    args = args_from_hf(config)
+    return Source(args, rename(args, raw, HF_MODULES | family_of(config).modules, False, folder))
 
 
 def source_from_folder(
@@ -553,53 +698,128 @@ def args_from_llama2c(content: dict) -> ModelArgs:
 
 # ---------------------------------------------------------------- GGUF
 
-# architecture -> (interleaved rope pairs, what its mathematics adds)
-GGUF_FAMILIES = {"llama": (True, {}), "qwen2": (False, {"qkv_bias": True})}
+
+@dataclass(frozen=True)
+class GGUFFamily:
+    """What an architecture adds to the plain row; `number(key, kind, default)` reads the file's metadata."""
+
+    interleaved: bool = False  # rope turns neighbouring pairs
+    fields: dict = field(default_factory=dict)
+    fields_from: Callable[[Callable], dict] = lambda number: {}
+    modules: dict = field(default_factory=dict)  # names other than those in GGUF_MODULES
+    full_layers_every: int | None = None
+    window_rope_base: float | None = (
+        None  # of layers with a window, whose rope is not scaled; 0: the base of the others
+    )
+
+
+def _gguf_granite(number: Callable) -> dict:
+    return {
+        "attention_scale": number("attention.scale", float),
+        "embedding_scale": number("embedding_scale", float, 1.0),
+        "residual_scale": number("residual_scale", float, 1.0),
+        "logit_scale": 1 / number("logit_scale", float, 1.0),
+    }
+
+
+def _gguf_gemma(number: Callable) -> dict:
+    return {"embedding_scale": math.sqrt(number("embedding_length"))}
+
+
+def _gguf_gemma_3(number: Callable, n_layer_by_dim: int = 62) -> dict:
+    """n_layer_by_dim: layers of the one size whose scale is that of dim / n_head, which files do not say."""
+    by_dim = number("block_count") == n_layer_by_dim
+    width = number("embedding_length") / number("attention.head_count") if by_dim else number("attention.key_length")
+    return _gguf_gemma(number) | {"attention_scale": width**-0.5}
+
+
+def _gguf_gemma_2(number: Callable) -> dict:
+    return _gguf_gemma_3(number, n_layer_by_dim=46) | {
+        "attention_softcap": number("attn_logit_softcapping", float),
+        "logit_softcap": number("final_logit_softcapping", float),
+    }
+
+
+GGUF_GEMMA = {"norm_offset": True, "activation": "gelu_tanh"}
+GGUF_FAMILIES = {
+    "llama": GGUFFamily(interleaved=True),
+    "qwen2": GGUFFamily(fields={"qkv_bias": True}),
+    "qwen3": GGUFFamily(fields={"qk_norm": True}),
+    "phi3": GGUFFamily(modules=GGUF_FUSED),
+    "granite": GGUFFamily(interleaved=True, fields_from=_gguf_granite),
+    "olmo2": GGUFFamily(fields=OLMO, full_layers_every=4, window_rope_base=0),
+    "gemma": GGUFFamily(fields=GGUF_GEMMA, fields_from=_gguf_gemma),
+    "gemma2": GGUFFamily(fields=GGUF_GEMMA | {"post_norm": True}, fields_from=_gguf_gemma_2, full_layers_every=2),
+    "gemma3": GGUFFamily(
+        fields=GGUF_GEMMA | {"post_norm": True, "qk_norm": True},
+        fields_from=_gguf_gemma_3,
+        full_layers_every=6,
+        window_rope_base=1e4,
+    ),
+}
+
+
+def gguf_number(file: GGUFFile, key: str, kind: type = int, default=None):
+    """A positive number of the file's architecture. Raises ValueError if it is missing, unless there is a default."""
+    try:
+        return _number(file.metadata, f"{file.metadata['general.architecture']}.{key}", kind, default)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json", str(file.path))) from None
 
 
 def args_from_gguf(file: GGUFFile) -> ModelArgs:
     """ModelArgs from the metadata and tensor shapes. Raises ValueError on what is missing or not supported."""
-    family = file.metadata.get("general.architecture")
-    if not isinstance(family, str) or family not in GGUF_FAMILIES:
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in GGUF_FAMILIES:
         known = ", ".join(GGUF_FAMILIES)
-        raise ValueError(f"{file.path}: architecture {family!r} is not supported; supported in GGUF: {known}")
-
-    def number(key: str, kind: type = int, default=None):
-        try:
-            return _number(file.metadata, f"{family}.{key}", kind, default)
-        except ValueError as error:
-            raise ValueError(str(error).replace("config.json", str(file.path))) from None
-
-    dim, n_head = number("embedding_length"), number("attention.head_count")
+        raise ValueError(f"{file.path}: architecture {name!r} is not supported; supported in GGUF: {known}")
+    family, number = GGUF_FAMILIES[name], partial(gguf_number, file)
+    dim, n_layer, n_head = number("embedding_length"), number("block_count"), number("attention.head_count")
     head_dim = number("attention.key_length", default=dim // n_head)
-    if file.metadata.get(f"{family}.expert_count") or number("rope.dimension_count", default=head_dim) != head_dim:
+    if file.metadata.get(f"{name}.expert_count") or number("rope.dimension_count", default=head_dim) != head_dim:
         raise ValueError(f"{file.path}: experts and partial rope are not supported")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
-    scaling = file.metadata.get(f"{family}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise ValueError(f"{file.path}: rope type {scaling!r} is not supported; supported: none, linear")
+    rope_base, window = number("rope.freq_base", float, 10000.0), file.metadata.get(f"{name}.attention.sliding_window")
+    full_layers, window_rope_base = (), None
+    if window and family.full_layers_every:
+        full_layers = tuple(range(family.full_layers_every - 1, n_layer, family.full_layers_every))
+    if window and family.window_rope_base is not None:
+        window_rope_base = family.window_rope_base or rope_base
+    fields = {
+        "dim": dim,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": number("attention.head_count_kv", default=n_head),
+        "head_dim": head_dim,
+        "intermediate_size": number("feed_forward_length"),
+        "vocab_size": file.tensors["token_embd.weight"][1][0],
+        "max_seq_length": number("context_length"),
+        "norm_eps": number("attention.layer_norm_rms_epsilon", float),
+        "rope_base": rope_base,
+        "rope_scaling": gguf_rope_scaling(file, name),
+        "sliding_window": window or None,
+        "full_layers": full_layers,
+        "window_rope_base": window_rope_base,
+        "tie_embeddings": "output.weight" not in file.tensors,
+    }
+    return ModelArgs(**fields | family.fields | family.fields_from(number))
+
+
+def gguf_rope_scaling(file: GGUFFile, name: str) -> RopeScaling | None:
+    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn") or any(key.startswith("rope_factors") for key in file.tensors):
+        kind = "longrope" if kind in ("none", "linear", "yarn") else kind
+        raise ValueError(f"{file.path}: rope type {kind!r} is not supported; supported: none, linear, yarn")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, already worked out
-        rope_scaling = RopeScaling("factors", factors=tuple(file.read("rope_freqs.weight").tolist()))
-    else:
-        rope_scaling = RopeScaling("linear", number("rope.scaling.factor", float)) if scaling == "linear" else None
-    window = file.metadata.get(f"{family}.attention.sliding_window")
-    return ModelArgs(
-        dim=dim,
-        n_layer=number("block_count"),
-        n_head=n_head,
-        n_kv_head=number("attention.head_count_kv", default=n_head),
-        head_dim=head_dim,
-        intermediate_size=number("feed_forward_length"),
-        vocab_size=file.tensors["token_embd.weight"][1][0],
-        max_seq_length=number("context_length"),
-        norm_eps=number("attention.layer_norm_rms_epsilon", float),
-        rope_base=number("rope.freq_base", float, 10000.0),
-        rope_scaling=rope_scaling,
-        sliding_window=window or None,
-        tie_embeddings="output.weight" not in file.tensors,
-        **GGUF_FAMILIES[family][1],
-    )
+        return RopeScaling("factors", factors=tuple(file.read("rope_freqs.weight").tolist()))
+    if kind == "none":
+        return None
+    factor = gguf_number(file, "rope.scaling.factor", float)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    context = gguf_number(file, "rope.scaling.original_context_length")
+    return _rope_scaling("yarn", {"factor": factor, "original_max_position_embeddings": context})
 
 
 def gguf_tensor(part: str, args: ModelArgs) -> str:
@@ -607,14 +827,14 @@ def gguf_tensor(part: str, args: ModelArgs) -> str:
     return "token_embd.weight" if part == "output" and args.tie_embeddings else f"{part}.weight"
 
 
-def kept_layers(file: GGUFFile, args: ModelArgs) -> dict[str, QuantSpec]:
+def kept_layers(file: GGUFFile, args: ModelArgs, modules: dict) -> dict[str, QuantSpec]:
     """The linear layers that can be kept: their parts are all of types in KEPT, and of the same bits.
 
     Raises ValueError if there are none.
     """
     table = {}
     for module, layer in shell(args, {}).named_modules():
-        names = [gguf_tensor(part, args) for part in source_modules(module, GGUF_MODULES)]
+        names = [gguf_tensor(part, args) for part in source_modules(module, modules)]
         if not isinstance(layer, nn.Linear) or any(name not in file.tensors for name in names):
             continue
         kinds, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
@@ -640,15 +860,21 @@ def source_from_gguf(path: Path, keep_quantized: bool = False) -> Source:
     """
     file = GGUFFile(path)
     args = args_from_gguf(file)
-    interleaved = GGUF_FAMILIES[file.metadata["general.architecture"]][0]
-    raw = {name: lambda name=name: file.read(name) for name in file.tensors}
-    table = kept_layers(file, args) if keep_quantized else {}
+    family = GGUF_FAMILIES[file.metadata["general.architecture"]]
+    modules = GGUF_MODULES | family.modules
+
+    def read(name: str) -> Tensor:
+        # files hold 1 + weight
+        return file.read(name) - 1 if args.norm_offset and name.endswith("norm.weight") else file.read(name)
+
+    raw = {name: partial(read, name) for name in file.tensors}
+    table = kept_layers(file, args, modules) if keep_quantized else {}
     for module, spec in table.items():
         keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
-        for part in source_modules(module, GGUF_MODULES):
+        for part in source_modules(module, modules):
             name = gguf_tensor(part, args)
-            raw |= {f"{part}.{key}": lambda name=name, key=key: file.read_codes(name, key) for key in keys}
-    return Source(args, rename(args, raw, GGUF_MODULES, interleaved, path, table), table, gguf=path)
+            raw |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
+    return Source(args, rename(args, raw, modules, family.interleaved, path, table), table, gguf=path)
 
 
 # ---------------------------------------------------------------- load and save

@@ -101,19 +101,6 @@ def arguments_of(module: nn.Module, function: Callable, *arguments: Tensor) -> t
     raise AssertionError(f"{module} was not called")
 
 
-def first_batches(model: Transformer, sequences: Tensor, batch_size: int) -> list[tuple[Tensor, ...]]:
-    """What the first block is called with, for each batch of sequences [n, S]: x [B, S, dim], pos, cos, sin, mask."""
-    model.setup_caches(0, sequences.shape[1])  # for the rope tables
-    model.joined_blocks = None  # in which no block is called by itself
-    pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
-    batches, shared = [], None
-    for tokens in sequences.to(model.device).split(batch_size):
-        x, *others = arguments_of(model.layers[0], model, tokens, pos[: len(tokens)])
-        shared = shared or others
-        batches.append((x, *(other[: len(x)] for other in shared)))
-    return batches
-
-
 def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], name: str) -> Tensor:
     """The mean of 2 x x^T over the inputs x of `layer`, all tokens of all batches of its block: [in, in] float32."""
     H = torch.zeros(2 * [layer.weight.shape[1]], device=layer.weight.device)
@@ -146,10 +133,14 @@ def gptq_(
     ValueError if the inputs of a layer are not finite or vary too little.
     """
     args, rounded = model.args, {}
-    batches = first_batches(model, sequences, batch_size)
+    model.setup_caches(0, sequences.shape[1])  # for the rope tables
+    pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
+    hidden = [model.embed(tokens) for tokens in sequences.to(model.device).split(batch_size)]
+    contexts = [(pos, *context) for context in model.contexts(pos, model.slots)]
     cache = KVCache(batch_size, args.n_kv_head, sequences.shape[1], args.head_dim, model.dtype, model.device)
     for i, block in enumerate(tqdm(model.layers, desc="Quantising", unit="block", disable=None, leave=False)):
         block.attention.kv_cache = cache
+        batches = [(x, *(each[: len(x)] for each in contexts[i])) for x in hidden]
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:
                 how = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order, "name": name}

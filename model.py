@@ -6,6 +6,9 @@ Shapes: B rows, S new tokens a row, R rows of logits wanted, C cache slots, D he
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from types import NoneType, UnionType
+from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -24,17 +27,21 @@ def check_fields(config) -> None:
     """Raise ValueError if a field of a config is not of its type, or no size or factor of any model."""
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
+        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
         limit = MAX_LAYERS if name == "n_layer" else MAX_SIZE
-        if field.type is float:
+        if float in kinds:
             fits, wanted = _positive(value), "a positive number"
-        elif field.type == tuple[float, ...]:
+        elif tuple[float, ...] in kinds:
             fits, wanted = isinstance(value, tuple) and all(map(_positive, value)), "positive numbers"
-        elif field.type is int or type(value) is int:
+        elif tuple[int, ...] in kinds:
+            are_layers = isinstance(value, tuple) and all(type(each) is int and each >= 0 for each in value)
+            fits, wanted = are_layers, "numbers of layers, from 0"
+        elif int in kinds:
             fits, wanted = type(value) is int and 1 <= value <= limit, f"a whole number from 1 to {limit}"
         else:
             is_bool = isinstance(value, bool)  # which Python counts as an int
-            fits, wanted = isinstance(value, field.type) and is_bool == (field.type is bool), field.type
-        if not fits:
+            fits, wanted = isinstance(value, kinds) and is_bool == (bool in kinds), field.type
+        if not fits and not (value is None and NoneType in kinds):
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
@@ -43,35 +50,60 @@ class RopeScaling:
     """How rope frequencies are stretched beyond the trained context.
 
     `linear` divides all by `factor` (Chen et al. 2023); `llama3` divides the low ones and blends between the two
-    wavelengths (Llama 3.1); `factors` divides each by its own number, as GGUF files store Llama 3.1's result.
+    wavelengths (Llama 3.1); `yarn` does so between two numbers of turns within the trained context, and makes cosines
+    and sines larger by `attention_factor` (Peng et al. 2023); `factors` divides each by its own number, as GGUF files
+    store Llama 3.1's result.
     """
 
     type: str
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = 1.0  # turns at which llama3 and yarn divide in full
+    high_freq_factor: float = 4.0  # turns at which they do not divide
     original_max_position_embeddings: int = 8192
     factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    whole_pairs: bool = True  # yarn blends between whole numbers of rope pairs
 
     def __post_init__(self):
-        if self.type not in ("linear", "llama3", "factors"):
-            raise ValueError(f"rope type {self.type!r} is not supported; supported: default, linear, llama3")
+        if self.type not in ("linear", "llama3", "yarn", "factors"):
+            raise ValueError(f"rope type {self.type!r} is not supported; supported: default, {', '.join(ROPE_TYPES)}")
         check_fields(self)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             )
 
-    def apply(self, freqs: Tensor) -> Tensor:
-        """Scale `freqs` [D/2], radians per position."""
+    def apply(self, freqs: Tensor, base: float) -> Tensor:
+        """Scale `freqs` [D/2], radians per position, the powers of 1 / base."""
         if self.type == "linear":
             return freqs / self.factor
         if self.type == "factors":
             return freqs / torch.tensor(self.factors, dtype=freqs.dtype, device=freqs.device)
-        rotations = self.original_max_position_embeddings * freqs / (2 * math.pi)  # turns within the trained context
-        keep = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        keep = keep.clamp(0, 1)  # 1: a high frequency, kept as it is; 0: a low one, divided in full
-        return keep * freqs + (1 - keep) * freqs / self.factor
+        keep = self.kept_by_yarn(freqs, base) if self.type == "yarn" else self.kept_by_llama3(freqs)
+        return (
+            keep * freqs + (1 - keep) * freqs / self.factor
+        )  # keep 1: a high frequency as it is; 0: a low one, divided
+
+    def kept_by_llama3(self, freqs: Tensor) -> Tensor:
+        turns = self.original_max_position_embeddings * freqs / (2 * math.pi)  # within the trained context
+        return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+
+    def kept_by_yarn(self, freqs: Tensor, base: float) -> Tensor:
+        n_pair = len(freqs)
+
+        def pair_of(turns: float) -> float:
+            return n_pair * math.log(self.original_max_position_embeddings / (2 * math.pi * turns)) / math.log(base)
+
+        first, last = pair_of(self.high_freq_factor), pair_of(self.low_freq_factor)
+        if self.whole_pairs:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * n_pair - 1)
+        pairs = torch.arange(n_pair, device=freqs.device, dtype=freqs.dtype)
+        return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+
+
+ROPE_TYPES = ("linear", "llama3", "yarn")  # that a config.json can name
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -90,8 +122,21 @@ class ModelArgs:
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
+    full_layers: tuple[int, ...] = ()  # of a model with a window: the layers that have none
+    window_rope_base: float | None = None  # of the layers with a window, whose rope is not scaled; None: as the others
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # each head of q and k is normalised
+    joint_qk_norm: bool = False  # all heads of q are normalised as one vector, and all of k
+    attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    activation: str = "silu"
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    pre_norm: bool = True  # norms before attention and feed-forward
+    post_norm: bool = False  # norms after them, before the sum
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     tie_embeddings: bool = False
 
     def __post_init__(self):
@@ -102,22 +147,27 @@ class ModelArgs:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rope turns pairs")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        if self.full_layers and (self.sliding_window is None or max(self.full_layers) >= self.n_layer):
+            raise ValueError(f"full_layers {self.full_layers} need a sliding_window and {self.n_layer} layers or more")
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != self.head_dim // 2:
             raise ValueError(f"rope has {len(factors)} frequency factors; head_dim {self.head_dim} needs half as many")
 
     def to_dict(self) -> dict:
         """JSON types only."""
-        return asdict(self)
+        return asdict(self, dict_factory=lambda items: {k: list(v) if type(v) is tuple else v for k, v in items})
 
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelArgs":
         """The inverse of `to_dict`. Raises ValueError on a field that is missing or unknown."""
-        scaling = fields.get("rope_scaling")
+        scaling, full_layers = fields.get("rope_scaling"), fields.get("full_layers", ())
         try:
             if scaling is not None:
                 scaling = RopeScaling(**{**scaling, "factors": tuple(scaling.get("factors", ()))})
-            return cls(**{**fields, "rope_scaling": scaling})
+            full_layers = tuple(full_layers) if isinstance(full_layers, list) else full_layers
+            return cls(**{**fields, "rope_scaling": scaling, "full_layers": full_layers})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
 
@@ -169,15 +219,39 @@ REGISTRY = {
 class RMSNorm(nn.Module):
     """Root mean square normalisation, in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, args: ModelArgs):
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = args.norm_eps, args.norm_offset
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        h = h * torch.rsqrt(self.mean_square(h) + self.eps)
+        if self.offset:  # the sum is not rounded to the dtype of the weight, which is small
+            return (h * (1 + self.weight.float())).to(x.dtype)
         return h.to(x.dtype) * self.weight
+
+    def mean_square(self, h: Tensor) -> Tensor:  # [..., dim] -> [..., 1]
+        return h.square().mean(-1, keepdim=True)
+
+
+class HeadsNorm(RMSNorm):
+    """All heads normalised as one vector."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, H, D]
+        return super().forward(x.flatten(2)).view(x.shape)
+
+
+def head_norm(n_head: int, args: ModelArgs) -> nn.Module:
+    """What q or k, of `n_head` heads, goes through before rope."""
+    if args.joint_qk_norm:
+        return HeadsNorm(n_head * args.head_dim, args)
+    return RMSNorm(args.head_dim, args) if args.qk_norm else nn.Identity()
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """x squeezed smoothly between -cap and cap (Gemma 2); None leaves it."""
+    return x if cap is None else (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
 class KVCache(nn.Module):
@@ -201,19 +275,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; co
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention: q [B, S, H, D]; k, v [B, Hkv, C, D]; mask from `additive_mask` -> [B, S, H, D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None = None) -> Tensor:
+    """Grouped-query attention: q [B, S, H, D]; k, v [B, Hkv, C, D]; mask from `additive_mask` -> [B, S, H, D].
+
+    scale: of q k. cap: soft cap of the scaled scores.
+    """
     B, S, H, D = q.shape
     n_kv_head = k.shape[1]
     q = q.view(B, S, n_kv_head, -1, D)
     if written_out(S):  # inductor fuses it; a call of scaled_dot_product_attention costs more than the work
-        q = q.view(B, n_kv_head, -1, 1, D).float() * D**-0.5
-        scores = (q * k[:, :, None].float()).sum(-1) + mask[:, None].float()  # [B, Hkv, G, C]
+        q = q.view(B, n_kv_head, -1, 1, D).float() * scale
+        scores = softcap((q * k[:, :, None].float()).sum(-1), cap) + mask[:, None].float()  # [B, Hkv, G, C]
         probs = scores.softmax(-1)
         return (probs[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
     # the G query heads of one key head go as rows of one head: larger blocks, and no copies of k and v
     q = q.permute(0, 2, 3, 1, 4).reshape(B, n_kv_head, -1, D)  # [B, Hkv, G * S, D]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    if cap is None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
+    else:
+        scores = softcap((q @ k.mT).float() * scale, cap) + mask[:, None].float()
+        y = scores.softmax(-1).to(v.dtype) @ v
     return y.view(B, n_kv_head, -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
 
 
@@ -244,8 +325,9 @@ class Attention(nn.Module):
         rows = (args.n_head + 2 * args.n_kv_head) * args.head_dim
         self.wqkv = nn.Linear(args.dim, rows, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
-        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
+        self.scale = args.attention_scale or args.head_dim**-0.5
+        self.cap = args.attention_softcap
         self.kv_cache: KVCache | None = None
         self.attend: Callable | None = None  # a device's own operator, set by `pack_`
         self.attends_many = False  # whether it is also for more than a few queries a row
@@ -259,23 +341,25 @@ class Attention(nn.Module):
         self.kv_cache.update(pos, k, v)
         used = mask.shape[-1]
         if self.attend is not None and (self.attends_many or surely_few(S)):
-            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S])
+            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S], self.scale)
         else:
-            y = attend(q, self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used], mask)
+            k, v = self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used]
+            y = attend(q, k, v, mask, self.scale, self.cap)
         return self.wo(y.reshape(B, S, self.n_head * self.head_dim))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020). w13 holds the rows of the gate (w1) and of the up projection (w3)."""
+    """Gated linear unit (Shazeer 2020). w13 holds the rows of the gate (w1) and of the up projection (w3)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.activation = ACTIVATIONS[args.activation]
         self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)
         self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(self.activation(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -283,12 +367,23 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.residual_scale = args.residual_scale
+        self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
+        self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), pos, cos, sin, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        y = self.post_attention_norm(self.attention(self.attention_norm(x), pos, cos, sin, mask))
+        x = x + _scaled(y, self.residual_scale)
+        y = self.post_ffn_norm(self.feed_forward(self.ffn_norm(x)))
+        return x + _scaled(y, self.residual_scale)
+
+
+def _norm_if(wanted: bool, args: ModelArgs) -> nn.Module:
+    return RMSNorm(args.dim, args) if wanted else nn.Identity()
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale  # a multiplication is a kernel
 
 
 @torch.compiler.nested_compile_region
@@ -306,7 +401,7 @@ class Transformer(nn.Module):
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = RMSNorm(args.dim, args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
         self.join_blocks: Callable | None = None  # makes `joined_blocks` once there are caches, set by `pack_`
@@ -329,17 +424,41 @@ class Transformer(nn.Module):
     def setup_caches(self, batch_size: int, slots: int) -> None:
         """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, beside the weights."""
         args, dtype = self.args, self.dtype
+        self.embedding_scale = torch.tensor(args.embedding_scale, dtype=dtype).item()  # rounded, as in training
         self.joined_blocks = None  # which would keep the old caches
         for layer in self.layers:
             layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)
-        freqs = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2, device=self.device).float() / args.head_dim)
-        if args.rope_scaling is not None:
-            freqs = args.rope_scaling.apply(freqs)
-        angles = torch.outer(torch.arange(slots, device=self.device).float(), freqs)  # [C, D/2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.set_rope("", slots, args.rope_base, args.rope_scaling)
+        if args.window_rope_base is not None:
+            self.set_rope("window_", slots, args.window_rope_base, None)
         self.register_buffer("slots", torch.arange(slots, device=self.device), persistent=False)
         self.joined_blocks = self.join_blocks(self) if self.join_blocks is not None else None
+
+    def set_rope(self, prefix: str, slots: int, base: float, scaling: RopeScaling | None) -> None:
+        """Set the buffers `cos` and `sin` [slots, D/2], whose names begin with prefix."""
+        freqs = 1.0 / base ** (torch.arange(0, self.args.head_dim, 2, device=self.device).float() / self.args.head_dim)
+        scale = 1.0
+        if scaling is not None:
+            freqs, scale = scaling.apply(freqs, base), scaling.attention_factor
+        angles = torch.outer(torch.arange(slots, device=self.device).float(), freqs)  # [C, D/2]
+        self.register_buffer(f"{prefix}cos", angles.cos() * scale, persistent=False)
+        self.register_buffer(f"{prefix}sin", angles.sin() * scale, persistent=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
+        return _scaled(self.tok_embeddings(tokens), self.embedding_scale)
+
+    def contexts(self, pos: Tensor, slots: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """cos, sin and mask of each layer for queries at pos [B, S] and keys in slots [C']."""
+        args, groups = self.args, self.args.n_head // self.args.n_kv_head
+        seen = slots <= pos[..., None]  # [B, S, C']
+        whole = windowed = None
+        if args.sliding_window is None or args.full_layers:
+            whole = (*_rows_of(self.cos, self.sin, pos), additive_mask(seen, groups, self.dtype))
+        if args.sliding_window is not None:
+            near = seen & (slots > pos[..., None] - args.sliding_window)
+            tables = (self.cos, self.sin) if args.window_rope_base is None else (self.window_cos, self.window_sin)
+            windowed = (*_rows_of(*tables, pos), additive_mask(near, groups, self.dtype))
+        return [windowed if windowed and i not in args.full_layers else whole for i in range(args.n_layer)]
 
     def forward(self, tokens: Tensor, pos: Tensor, rows: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
@@ -348,21 +467,20 @@ class Transformer(nn.Module):
         prefix of `self.slots` to attend to (None: all); it must reach every position in pos. In a model that several
         ranks share they are the logits of this rank's part of the vocabulary, see `tp.full_logits`.
         """
-        slots = self.slots if slots is None else slots
-        seen = slots <= pos[..., None]  # [B, S, C']
-        if self.args.sliding_window is not None:
-            seen &= slots > pos[..., None] - self.args.sliding_window
-        mask = additive_mask(seen, self.args.n_head // self.args.n_kv_head, self.dtype)
-        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
-        x = self.tok_embeddings(tokens)
+        contexts = self.contexts(pos, self.slots if slots is None else slots)
+        x = self.embed(tokens)
         joined = self.joined_blocks
         if joined is not None and (joined.takes_many or surely_few(tokens.shape[0] * tokens.shape[1])):
-            x = joined(x, pos, cos, sin, mask)
+            x = joined(x, pos, *contexts[0])
         else:
             # regions are measured on CPU only; elsewhere the blocks are inlined
             run = _block_region if x.device.type == "cpu" else TransformerBlock.__call__
-            for layer in self.layers:
-                x = run(layer, x, pos, cos, sin, mask)
+            for layer, context in zip(self.layers, contexts, strict=True):
+                x = run(layer, x, pos, *context)
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-        return self.output(self.norm(x))
+        return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
+
+
+def _rows_of(cos: Tensor, sin: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:  # [C, D/2], pos [B, S] -> [B, S, 1, D/2]
+    return cos[pos][:, :, None], sin[pos][:, :, None]

@@ -6,7 +6,7 @@ layout described here; what a device's kernels want instead is made by `pack_`, 
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from model import Attention, RMSNorm, Transformer, TransformerBlock
+from model import Attention, ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")
@@ -340,16 +340,22 @@ def pack_(model: nn.Module) -> None:
         if faster is not None:
             replace_(model, name, faster(layer))
         if isinstance(layer, TransformerBlock):
-            choose_attention(layer.attention, layer.attention_norm.weight)
+            choose_attention(layer.attention, model.tok_embeddings.weight)
     if isinstance(model, Transformer):
         model.join_blocks = JoinedBlocks.of  # without it the blocks run layer by layer
 
 
 def choose_attention(attention: Attention, like: Tensor) -> None:
-    """Set the operator of the device and dtype of `like`, if it has one for heads of this size."""
+    """Set the operator of the device and dtype of `like`, if it has one for attention of this kind."""
+    if attention.cap is not None:
+        return
     if like.device.type == "cpu" and attention.head_dim in cpu.HEAD_DIMS and cpu.has_vnni():
         attention.attend = torch.ops.gpt_faster.attend
         attention.attends_many = like.dtype == torch.bfloat16 and cpu.has_bf16()
+
+
+# What the operator for all blocks has no code for, unless it is as by default.
+UNJOINED = ("full_layers", "joint_qk_norm", "activation", "norm_offset", "pre_norm", "post_norm", "residual_scale")
 
 
 class JoinedBlocks(nn.Module):
@@ -359,7 +365,7 @@ class JoinedBlocks(nn.Module):
         super().__init__()
         self.takes_many = all(block.attention.attends_many for block in model.layers)
         tensors = [tensor for block in model.layers for tensor in self.tensors(block)]
-        self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps)
+        self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps, model.layers[0].attention.scale)
 
     @staticmethod
     def of(model: Transformer) -> "JoinedBlocks | None":
@@ -368,8 +374,11 @@ class JoinedBlocks(nn.Module):
         layers = {type(layer) for a, f in blocks for layer in (a.wqkv, a.wo, f.w13, f.w2)}
         packed = layers <= {FewRowsLinear, CodesLinear}  # other dtypes are not, nor what ranks share
         has_kernel = all(attention.attend is not None for attention, _ in blocks)
+        is_plain = all(
+            getattr(model.args, each.name) == each.default for each in fields(ModelArgs) if each.name in UNJOINED
+        )
         sizes_fit = model.args.dim % CodesLinear.LANES == 0 and model.args.intermediate_size % CodesLinear.GROUP == 0
-        return JoinedBlocks(model) if packed and has_kernel and sizes_fit else None
+        return JoinedBlocks(model) if packed and has_kernel and is_plain and sizes_fit else None
 
     @staticmethod
     def tensors(block: TransformerBlock) -> list[Tensor | None]:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import command_line
-from model import ModelArgs, Transformer
+from model import HeadsNorm, ModelArgs, Transformer
 from qlinear import GROUPSIZES, QuantSpec, replace_
 
 MEET_S = 60  # in which all ranks must have reached each other
@@ -60,9 +60,16 @@ PLAN = {
 }
 
 
-def split_of(module: str) -> Split | None:
+JOINT_NORMS = {  # of models whose norms of q and k are of all heads
+    "layers.#.attention.q_norm": Split(-1, ("n_head",)),
+    "layers.#.attention.k_norm": Split(-1, ("n_kv_head",)),
+}
+
+
+def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    return PLAN.get(re.sub(r"(?<=layers\.)\d+", "#", module))
+    plan = PLAN | JOINT_NORMS if args.joint_qk_norm else PLAN
+    return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
 def share_of(args: ModelArgs, n_rank: int) -> ModelArgs:
@@ -86,7 +93,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
     same of a whole row.
     """
     module, _, leaf = name.rpartition(".")
-    split = split_of(module)
+    split = split_of(module, args)
     if split is None:
         return tensor
     dim = split.dim
@@ -266,6 +273,17 @@ class SummedLinear(nn.Module):
         return self.ranks.sum(self.layer(x))
 
 
+class SplitNorm(HeadsNorm):
+    """The norm of all heads as one vector, of which each rank has some."""
+
+    def __init__(self, norm: HeadsNorm, ranks: Ranks):
+        nn.Module.__init__(self)
+        self.weight, self.eps, self.offset, self.ranks = norm.weight, norm.eps, norm.offset, ranks
+
+    def mean_square(self, h: Tensor) -> Tensor:  # [..., dim'] -> [..., 1]
+        return self.ranks.sum(super().mean_square(h)) / self.ranks.size
+
+
 def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     """Join a model built around one rank's share of the weights with the others. args: of the whole model.
 
@@ -276,9 +294,10 @@ def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     model.ranks = ranks
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)
     for name, layer in list(model.named_modules()):
-        split = split_of(name)
+        split = split_of(name, args)
         if split is not None and split.dim == -1:
-            replace_(model, name, SummedLinear(layer, ranks))
+            joined = SplitNorm if isinstance(layer, HeadsNorm) else SummedLinear
+            replace_(model, name, joined(layer, ranks))
 
 
 # ---------------------------------------------------------------- beginning and end

@@ -479,13 +479,14 @@ struct FewQueries {
   at::ScalarType type;           // of all of them
   int64_t B, S, H, D, kv_row, kv_head, group;  // strides of k and v, query heads a key head
   int64_t mask_row, mask_query, slots;         // strides of mask, C
+  float scale;                                 // of q k
 
   template <int N>  // D / 16; slots begin .. end - 1, begin being a multiple of 16
   VNNI_TARGET void head(int64_t b, int64_t s, int64_t h, int64_t begin, int64_t end, float* scores) const {
     __m512 query[N], sum[N];
     const int64_t at_q = ((b * S + s) * H + h) * D, at = b * kv_row + h / group * kv_head;
     UNROLL for (int n = 0; n < N; n++) {
-      query[n] = _mm512_mul_ps(load(q, at_q + 16 * n, type), _mm512_set1_ps(1.0f / std::sqrt(float(D))));
+      query[n] = _mm512_mul_ps(load(q, at_q + 16 * n, type), _mm512_set1_ps(scale));
       sum[n] = _mm512_setzero_ps();
     }
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
@@ -645,7 +646,7 @@ struct ManyQueries {
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     const Span seen = task.seen[r];
     const int64_t at = task.b * all.mask_row + (task.first + r / all.group) * all.mask_query;
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(all.D))), none = _mm512_set1_ps(-INFINITY);
+    const __m512 scale = _mm512_set1_ps(all.scale), none = _mm512_set1_ps(-INFINITY);
     __m512 most = none, total = _mm512_setzero_ps();
     for (int64_t c = seen.begin; c < seen.end; c += 16) {
       const __mmask16 there = FewQueries::lanes(all.slots - c);
@@ -845,8 +846,8 @@ void check_head(int64_t D) {
 }
 
 // Queries against the filled part of the cache: q [B, S, H, D], k and v [B', Hkv, C', D], mask [B, S, C] of zeros and -inf
-// over the first C slots -> [B, S, H, D]. D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+// over the first C slots, scale of q k -> [B, S, H, D]. D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3);
   check_head(D);
   Tensor y = at::empty(q.sizes(), q.options());
@@ -854,7 +855,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   const Tensor qc = q.contiguous();
   const FewQueries queries{qc.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), mask.const_data_ptr(),
                            y.mutable_data_ptr(), q.scalar_type(), B, S, H, D, k.stride(0), k.stride(1), H / k.size(1),
-                           mask.stride(0), mask.stride(1), mask.size(2)};
+                           mask.stride(0), mask.stride(1), mask.size(2), static_cast<float>(scale)};
   attend_any(queries);
 #endif
   return y;
@@ -1008,7 +1009,7 @@ struct Block {
 struct Call {
   int64_t B, S, M, dim, n_head, n_kv_head, D, width, slots, size;
   at::ScalarType type;
-  float eps;
+  float eps, scale;
   const int64_t* pos;      // [M]
   const float *cos, *sin;  // [M, D / 2]
   const Tensor& mask;      // [B, S, slots]
@@ -1044,7 +1045,7 @@ struct Call {
 
   FewQueries queries(const Block& block) const {
     return {q, block.k.const_data_ptr(), block.v.const_data_ptr(), mask.const_data_ptr(), attended, type, B, S, n_head, D,
-            block.k.stride(0), block.k.stride(1), n_head / n_kv_head, mask.stride(0), mask.stride(1), slots};
+            block.k.stride(0), block.k.stride(1), n_head / n_kv_head, mask.stride(0), mask.stride(1), slots, scale};
   }
 
   // silu(gate) * up of some outputs of some rows, in whole groups.
@@ -1120,7 +1121,7 @@ struct Call {
 
 struct Blocks {
   const Blocks* self = this;  // which a copy of the bytes does not have
-  double eps;
+  double eps, scale;
   std::vector<Block> all;
 };
 
@@ -1129,9 +1130,10 @@ constexpr int64_t kTensors = 18;  // of a block
 // The blocks of a model as one tensor for `run_blocks`, which keeps the tensors it is made of. Of each block, in this
 // order: attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2, and the caches k and v [B', Hkv, C', D].
 // A linear layer is its weight, scales and bias, as linear_codes takes them, or linear_bf16 if there are no scales.
-Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps) {
+// eps: of the norms; scale: of q k.
+Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps, double scale) {
   auto blocks = std::make_unique<Blocks>();
-  blocks->eps = eps;
+  blocks->eps = eps, blocks->scale = scale;
   const std::vector<std::optional<Tensor>> all = tensors.vec();
   TORCH_CHECK(!all.empty() && all.size() % kTensors == 0, "join_blocks: ", all.size(), " tensors");
   for (auto t = all.begin(); t != all.end(); t += kTensors) {
@@ -1169,7 +1171,8 @@ Tensor run_blocks(const Tensor& x, const Tensor& joined, const Tensor& pos, cons
   const Tensor pc = pos.contiguous(), cc = cos.contiguous(), sc = sin.contiguous(), mc = mask.contiguous();
   Call call{x.size(0), x.size(1), x.size(0) * x.size(1), x.size(2), 0, first.k.size(1), first.k.size(3),
             first.w13.out / 2, mc.size(2), x.element_size(), x.scalar_type(), static_cast<float>(blocks.eps),
-            pc.const_data_ptr<int64_t>(), cc.const_data_ptr<float>(), sc.const_data_ptr<float>(), mc};
+            static_cast<float>(blocks.scale), pc.const_data_ptr<int64_t>(), cc.const_data_ptr<float>(),
+            sc.const_data_ptr<float>(), mc};
   const int64_t M = call.M, D = call.D, rows = first.wqkv.out, threads = at::get_num_threads();
   call.n_head = rows / D - 2 * call.n_kv_head;
   const bool few = M <= kFewRows;
@@ -1210,8 +1213,8 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
-  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
-  m.def("join_blocks(Tensor?[] tensors, float eps) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, float eps, float scale) -> Tensor");
   m.def("run_blocks(Tensor x, Tensor blocks, Tensor pos, Tensor cos, Tensor sin, Tensor mask) -> Tensor");
   m.def("has_vnni() -> bool", &has_vnni);
 }

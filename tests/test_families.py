@@ -1,14 +1,30 @@
 """Each family against `transformers`: a tiny random model, saved, loaded by us, the same logits and the same tokens."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import tp_cases
 import transformers
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from test_tp import ran
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from checkpoint import args_from_hf, load_model
+from checkpoint import args_from_hf, build, load_model, new_table, open_source
 from decoding import Sampling, decode, prefill
+from qlinear import LAYERS, QuantSpec, quantize_weight
 
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +40,7 @@ SIZES = {
     "initializer_range": 0.3,  # large, so that logits are far apart and every path matters
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -34,6 +51,15 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}
+FAMILY_PROMPTS = [[token % SIZES["vocab_size"] for token in ids] for ids in tp_cases.PROMPTS]
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 FAMILIES = {
@@ -41,6 +67,8 @@ FAMILIES = {
     "llama, multi-head": (LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
     "llama, llama3 rope": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama, linear rope": (LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
+    "llama, yarn rope": (LlamaConfig, {"rope_parameters": YARN_ROPE}),
+    "llama, yarn rope, not truncated": (LlamaConfig, {"rope_parameters": {**YARN_ROPE, "truncate": False}}),
     "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "llama, head_dim": (LlamaConfig, {"head_dim": 12}),
     "mistral, window": (MistralConfig, {"sliding_window": 16, "rope_parameters": {"rope_theta": 1e6}}),
@@ -50,16 +78,60 @@ FAMILIES = {
     "qwen2, tied": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2, window off": (Qwen2Config, {"use_sliding_window": False, "sliding_window": 16}),
     "qwen2, window in all layers": (Qwen2Config, SLIDING),
+    "qwen2, window in one layer": (Qwen2Config, {**SLIDING, "max_window_layers": 1}),
     "qwen2, window in no layer": (Qwen2Config, {**SLIDING, "max_window_layers": 2}),
     "qwen3": (Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, tied": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "phi3": (Phi3Config, {"sliding_window": 16}),
+    "granite": (
+        GraniteConfig,
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "olmo3": (
+        Olmo3Config,
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": {"rope_theta": 1000.0}},
+        },
+    ),
+    "gemma": (GemmaConfig, {"head_dim": 12, "hidden_act": "gelu"}),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "layer_types": 2 * ["sliding_attention"] + ["full_attention"],
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_theta": 100.0}},
+        },
+    ),
 }
 
 
 def save_tiny(config, folder):
     """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # of its ways to compute attention only this one has soft caps
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -110,6 +182,55 @@ def test_family_equals_transformers(family, tmp_path):
     assert greedy(ours, prompts) == expected
 
 
+def logits_of(model, prompts):
+    """[S, V] of each prompt."""
+    model.setup_caches(1, 64)
+    return [model(torch.tensor([ids]), torch.arange(len(ids))[None])[0] for ids in prompts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_family_in_int4(family, tmp_path):
+    """A quantised model is the float one with the weights that its codes stand for."""
+    kind, extra = FAMILIES[family]
+    save_tiny(kind(**{**SIZES, "hidden_size": 64, "intermediate_size": 64, **extra, "head_dim": 16}), tmp_path)
+    spec = QuantSpec(4, 32)
+    quantised = load_model(tmp_path, dtype=torch.float32, quantize=spec)
+    source = open_source(tmp_path)
+    table = new_table(source, spec, tmp_path)
+    state = {name: read().float() for name, read in source.tensors.items()}
+    for name, each in table.items():
+        weight = state.get(f"{name}.weight", state["tok_embeddings.weight"])
+        state[f"{name}.weight"] = dequantised(weight, each)
+    plain = build(replace(source.args, tie_embeddings=False), state)
+    for found, expected in zip(*(logits_of(model, random_prompts(40, 7)) for model in (quantised, plain)), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+    assert len(table) == 4 * source.args.n_layer + 1
+
+
+def dequantised(weight, spec):
+    return LAYERS[spec.bits](**quantize_weight(weight, spec)).dequantize()
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """What two ranks find for each family, and what transformers does."""
+    folder = tmp_path_factory.mktemp("families")
+    expected = {}
+    for family, (kind, extra) in FAMILIES.items():
+        theirs = save_tiny(kind(**{**SIZES, **extra}), folder / family)
+        with torch.inference_mode():
+            expected[family] = [theirs(torch.tensor([ids])).logits[0, -1] for ids in FAMILY_PROMPTS]
+    ran(2, "tests/tp_cases.py", folder, "families")
+    return torch.load(folder / "ranks2.pt"), expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_on_two_ranks(on_two_ranks, family):
+    found, expected = (each[family] for each in on_two_ranks)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 def as_rope_theta(config):
     """config.json as transformers 4 wrote it."""
     parameters = config.pop("rope_parameters")
@@ -158,7 +279,12 @@ MIXED = ["full_attention", "sliding_attention"]
         ({"model_type": ["llama"]}, ["llama, mistral"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
         ({"hidden_act": ["silu"]}, ["activation", "silu"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "linear, llama3"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["'longrope'", "linear, llama3, yarn"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["original_max_position_embeddings"]),
+        (
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}},
+            ["'linear'", "windowed layers"],
+        ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             ["'dynamic'", "linear, llama3"],
@@ -169,8 +295,9 @@ MIXED = ["full_attention", "sliding_attention"]
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
-        ({"sliding_window": 16, "layer_types": MIXED}, ["sliding_window", "some layers"]),
-        ({"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, ["sliding_window", "some layers"]),
+        ({"sliding_window": 16, "layer_types": [*MIXED, *MIXED]}, ["layer_types", "2 of full_attention"]),
+        ({"sliding_window": 16, "layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention"]),
+        ({"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ({"num_attention_heads": 3}, ["n_head 3"]),
         ({"head_dim": 7}, ["head_dim 7"]),
     ],

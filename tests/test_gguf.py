@@ -11,7 +11,18 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from transformers import LlamaConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from checkpoint import load_model, read_tensors, save_checkpoint, source_from_gguf
 from gguf_file import KEPT, GGUFFile, read_gguf_metadata
@@ -50,16 +61,28 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "self_attn.": "",
+    "mlp.gate_up_proj": "ffn_up",
+    "qkv_proj": "attn_qkv",
 }
+POST_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+OTHER_NAMES = {  # of some families
+    "gemma2": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
+    "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
+    "olmo2": POST_NORMS,
+}
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2"}  # model_type -> where the package calls it otherwise
 
 
 def tiny(config):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.3)
+            if weight.ndim == 1:
+                weight.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
     return model
 
 
@@ -80,7 +103,8 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
 
     kinds: the type of those matrices in whose name in `model` a certain part occurs.
     """
-    config, family = model.config, model.config.model_type
+    config = model.config
+    family = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -89,7 +113,8 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     for add, value in (fields or {}).items():
         getattr(writer, add)(value)
     for name, value in (tensors or {}).items():
@@ -97,15 +122,17 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.named_parameters():  # a tied head is not among them
         own = next((own for part, own in (kinds or {}).items() if part in name), kind)
-        for theirs, ours in NAMES.items():
+        for theirs, ours in (NAMES | OTHER_NAMES.get(family, {})).items():
             name = name.replace(theirs, ours)
         codes = weight.detach().numpy()
         if weight.ndim == 2:
             codes = quantize(codes, own)
             weight.data = torch.tensor(dequantize(codes, own))
         for part, n_head in heads.items():
-            if family == "llama" and part in name:
+            if family in ("llama", "granite") and part in name:
                 codes = interleaved(codes, n_head)
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            codes = codes + 1
         writer.add_tensor(name, np.ascontiguousarray(codes), raw_dtype=own if weight.ndim == 2 else None)
     finish(writer)
     return path
@@ -133,6 +160,68 @@ def test_tied_heads(config, tied, tmp_path):
     theirs = tiny(config(**SIZES, tie_word_embeddings=tied))
     ours = assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs), theirs)
     assert (ours.output.weight is ours.tok_embeddings.weight) == tied
+
+
+LINEAR = {"add_rope_scaling_type": gguf.RopeScalingType.LINEAR, "add_rope_scaling_factor": 2.5}
+YARN = {
+    "add_rope_scaling_type": gguf.RopeScalingType.YARN,
+    "add_rope_scaling_factor": 4.0,
+    "add_rope_scaling_orig_ctx_len": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+GEMMA_2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7}
+HEAD = {"add_key_length": 32, "add_value_length": 32}
+GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 0.7}
+FAMILIES = {  # config, and what the file says beside the sizes
+    "qwen3": (Qwen3Config, {"head_dim": 32}, HEAD),
+    "phi3": (Phi3Config, {"sliding_window": 16, "pad_token_id": None}, {"add_sliding_window": 16}),
+    "granite": (
+        GraniteConfig,
+        GRANITE,
+        {
+            "add_attention_scale": 0.2,
+            "add_embedding_scale": 3.0,
+            "add_residual_scale": 0.6,
+            "add_logit_scale": 0.7,
+        },
+    ),
+    "olmo2": (Olmo2Config, {"pad_token_id": None}, {}),
+    "olmo3": (
+        Olmo3Config,
+        {
+            "pad_token_id": None,
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+            "rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": {"rope_theta": 10000.0}},
+        },
+        {**YARN, "add_sliding_window": 16},
+    ),
+    "gemma": (GemmaConfig, {"head_dim": 32}, HEAD),
+    "gemma2": (
+        Gemma2Config,
+        {**GEMMA_2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+        {
+            **HEAD,
+            "add_sliding_window": 16,
+            "add_attn_logit_softcapping": 5.0,
+            "add_final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {**GEMMA_2, "rope_parameters": {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_theta": 10000.0}}},
+        {**HEAD, **LINEAR, "add_sliding_window": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q4_0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_other_families(family, kind, tmp_path):
+    config, extra, fields = FAMILIES[family]
+    theirs = tiny(config(**{**SIZES, **extra}))
+    assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs, kind, fields), theirs)
 
 
 def test_linear_rope_scaling(tmp_path):
@@ -429,8 +518,8 @@ def test_a_lying_header_is_refused_at_once(lie, tmp_path):
 
 def test_architectures_not_supported(good, tmp_path):
     path = tmp_path / "other.gguf"
-    path.write_bytes(good.read_bytes().replace(b"llama", b"gemma"))
-    assert_refused(path, "'gemma'", "llama, qwen2")
+    path.write_bytes(good.read_bytes().replace(b"llama", b"mamba"))
+    assert_refused(path, "'mamba'", "llama, qwen2")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +527,8 @@ def test_architectures_not_supported(good, tmp_path):
     [
         ({"add_expert_count": 8}, ["experts"]),
         ({"add_rope_dimension_count": 8}, ["partial rope"]),
-        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, ["'yarn'", "none, linear"]),
+        ({"add_rope_scaling_type": gguf.RopeScalingType.LONGROPE}, ["'longrope'", "none, linear, yarn"]),
+        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN, "add_rope_scaling_factor": 4.0}, ["original_context"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, ["llama.rope.scaling.factor"]),
         ({"add_rope_freq_base": float("nan")}, ["llama.rope.freq_base"]),
         ({"add_head_count_kv": [2, 2]}, ["llama.attention.head_count_kv"]),

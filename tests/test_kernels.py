@@ -87,6 +87,7 @@ def test_linear_compiles_whole(M):
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize("S", [1, 2, 5])
 def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
+    scale = 1.5 * head_dim**-0.5
     for B, H, n_kv_head, slots, used in ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299)):
         q = random(B, S, H, head_dim, seed=0).to(dtype) * 3
         k, v = (random(B + 1, n_kv_head, slots, head_dim, seed=i).to(dtype) for i in (1, 2))  # of a cache for more rows
@@ -96,13 +97,13 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
                 last = row * used // B + query
                 mask[row, query, last + 1 :] = float("-inf")
                 mask[row, query, : max(0, last - 20)] = float("-inf")
-        y = torch.ops.gpt_faster.attend(q, k, v, mask)
+        y = torch.ops.gpt_faster.attend(q, k, v, mask, scale)
         wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
-        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
+        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
-        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, mask[:, i : i + 1]) for i in range(S)]
+        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, mask[:, i : i + 1], scale) for i in range(S)]
         assert torch.equal(torch.cat(alone, dim=1), y)
 
 
@@ -113,6 +114,7 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
     "S, first, slots", [(17, 0, 17), (64, 0, 100), (130, 3, 140), (100, 333, 450), (20, 2000, 2050)]
 )
 def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, window):
+    scale = 1.5 * head_dim**-0.5
     for B, H, n_kv_head in ((1, 1, 1), (2, 9, 3), (3, 4, 4)):
         q = random(B, S, H, head_dim, seed=0) * 3
         k, v = (random(B + 1, n_kv_head, slots + 9, head_dim, seed=i) for i in (1, 2))  # of a cache for more rows
@@ -122,13 +124,13 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
             seen &= torch.arange(slots) > last - window
         v[:, :, slots:] = torch.nan  # what no query may touch
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        y = torch.ops.gpt_faster.attend(q, k, v, mask.bfloat16())
+        y = torch.ops.gpt_faster.attend(q, k, v, mask.bfloat16(), scale)
         wide = [tensor[:B, :, :slots].double() for tensor in (k, v)]
-        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1))
+        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
         assert y.dtype == torch.bfloat16
         # weights below 1 and the result are rounded to 8 bits
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9 * expected.abs().max().item())
-        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], mask[:1].bfloat16())
+        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], mask[:1].bfloat16(), scale)
         assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
 
 
@@ -152,6 +154,9 @@ def model_of(dtype, bits, **fields):
     return model
 
 
+EXTRAS = {"qkv_bias": True, "qk_norm": True, "sliding_window": 7, "attention_scale": 0.2, "embedding_scale": 3.0}
+
+
 def result(model, tokens, pos, slots):
     """Logits [B, S, V], and what the caches hold [layers, 2, B', Hkv, C, D]."""
     logits = model(tokens, pos, slots=slots)
@@ -160,7 +165,7 @@ def result(model, tokens, pos, slots):
 
 
 @needs_vnni
-@pytest.mark.parametrize("fields", [{}, {"qkv_bias": True, "qk_norm": True, "sliding_window": 7}], ids=["", "extras"])
+@pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["", "extras"])
 @pytest.mark.parametrize("dtype, bits", FORMS, ids=str)
 @torch.inference_mode()
 def test_joined_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
@@ -254,9 +259,25 @@ def test_copies_of_a_model_join_blocks_of_their_own():
 
 
 @needs_vnni
-@pytest.mark.parametrize("fields", [{"head_dim": 32}, {"dim": 200}, {"intermediate_size": 80}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_dim": 32},
+        {"dim": 200},
+        {"intermediate_size": 80},
+        {"sliding_window": 7, "full_layers": (1,)},
+        {"joint_qk_norm": True},
+        {"attention_softcap": 5.0},
+        {"activation": "gelu_tanh"},
+        {"norm_offset": True},
+        {"pre_norm": False},
+        {"post_norm": True},
+        {"residual_scale": 0.5},
+    ],
+    ids=str,
+)
 @torch.inference_mode()
-def test_models_of_other_sizes_run_layer_by_layer(fields):
+def test_other_models_run_layer_by_layer(fields):
     model = model_of(torch.float32, 8, **fields)
     assert model.joined_blocks is None
     assert model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)).isfinite().all()

@@ -24,6 +24,19 @@ VARIANTS = {
     "window": replace(TINY, sliding_window=5),
     "llama3 rope": replace(TINY, rope_scaling=LLAMA3),
     "linear rope": replace(TINY, rope_scaling=RopeScaling("linear", 3.0)),
+    "yarn rope": replace(TINY, rope_scaling=RopeScaling("yarn", 4.0, 1.0, 8.0, 16, attention_factor=1.2)),
+    "windows in turn": replace(TINY, sliding_window=5, full_layers=(1,), window_rope_base=100.0, rope_scaling=LLAMA3),
+    "scales and caps": replace(
+        TINY,
+        attention_scale=0.2,
+        attention_softcap=4.0,
+        embedding_scale=3.0,
+        residual_scale=0.6,
+        logit_scale=0.7,
+        logit_softcap=9.0,
+    ),
+    "four norms, gelu": replace(TINY, norm_offset=True, post_norm=True, activation="gelu_tanh"),
+    "joint norms": replace(TINY, pre_norm=False, post_norm=True, joint_qk_norm=True),
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
 GREEDY = Sampling(temperature=0)
@@ -63,7 +76,7 @@ def test_prefill_and_steps_equal_one_forward(variant, prefix):
         torch.testing.assert_close(step[:, 0], expected[:, i])
 
 
-@pytest.mark.parametrize("variant", ["plain", "window", "llama3 rope"])
+@pytest.mark.parametrize("variant", ["plain", "window", "llama3 rope", "windows in turn", "scales and caps"])
 @torch.inference_mode()
 def test_ragged_rows_equal_each_row_alone(variant):
     model, lengths, n_new = random_tiny(VARIANTS[variant]), [3, 17, 9], 8
@@ -111,7 +124,7 @@ def greedy(model, prompts, n_new, step):
     return [token.flatten().tolist()] + [next(stream)[0].flatten().tolist() for _ in range(n_new)]
 
 
-@pytest.mark.parametrize("variant", ["plain", "window"])
+@pytest.mark.parametrize("variant", ["plain", "window", "windows in turn", "scales and caps", "joint norms"])
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()
     model = random_tiny(VARIANTS[variant])
@@ -172,26 +185,29 @@ HOSTILE = ["x", "7", None, True, -1, 0, 2.5, math.nan, math.inf, 10**9, 10**400,
 def test_no_field_takes_what_is_no_size(field):
     for value in HOSTILE:
         try:
-            args = ModelArgs.from_dict(TINY.to_dict() | {field: value})
+            args = ModelArgs.from_dict(replace(TINY, sliding_window=5).to_dict() | {field: value})
         except ValueError as error:
             assert field in str(error) or field == "rope_scaling", error
         else:  # what was taken is what the field is for
             kept = getattr(args, field)
-            assert type(kept) in (bool, int, float, type(None)) and kept not in (-1, math.inf), (field, value)
+            assert type(kept) in (bool, int, float, type(None), tuple) and kept not in (-1, math.inf), (field, value)
+            assert type(kept) is not tuple or (field, kept) == ("full_layers", (1,))
             expected_tensors(args)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(RopeScaling)])
 def test_no_rope_field_takes_what_is_no_factor(field):
     for value in ["x", None, True, -1, 0, math.nan, math.inf, 10**400, [[1.0]], ["x"], {"a": 1}]:
+        if field == "whole_pairs" and value is True:
+            continue
         scaling = {"type": "llama3", "factor": 2.0, field: value}
         with pytest.raises(ValueError):
             ModelArgs.from_dict(TINY.to_dict() | {"rope_scaling": scaling})
 
 
 def test_unknown_and_missing_fields_are_named():
-    with pytest.raises(ValueError, match="n_expert"):
-        ModelArgs.from_dict(TINY.to_dict() | {"n_expert": 8})
+    with pytest.raises(ValueError, match="n_planet"):
+        ModelArgs.from_dict(TINY.to_dict() | {"n_planet": 8})
     with pytest.raises(ValueError, match="vocab_size"):
         ModelArgs.from_dict({k: v for k, v in TINY.to_dict().items() if k != "vocab_size"})
     with pytest.raises(ValueError, match="3 frequency factors"):
@@ -219,8 +235,9 @@ def test_llama3_rope_frequencies_equal_those_of_transformers(name):
     expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     assert attention_factor == 1.0
     plain = 1.0 / args.rope_base ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-    torch.testing.assert_close(scaling.apply(plain), expected, atol=0, rtol=1e-6)
-    assert not torch.equal(scaling.apply(plain), plain)
+    found = scaling.apply(plain, args.rope_base)
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
+    assert not torch.equal(found, plain)
 
 
 def test_models_with_different_eps_compile_in_one_process():

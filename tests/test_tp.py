@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import tensor
-from tp_cases import ARGS, TIED, cases, run
+from tp_cases import ARGS, MODELS, TIED, cases, run
 
 import tp
 from checkpoint import expected_tensors, load_model, save_checkpoint
@@ -82,9 +82,10 @@ def rounded(args, tensors, spec):
 def folder(tmp_path_factory):
     """Every file that the cases name."""
     folder = tmp_path_factory.mktemp("tp")
-    tensors, tied = random_tensors(ARGS, 1), random_tensors(TIED, 2)
-    save_checkpoint(folder / "float.pth", ARGS, tensors)
-    save_checkpoint(folder / "tied.pth", TIED, tied)
+    floats = {name: random_tensors(args, seed) for seed, (name, args) in enumerate(MODELS.items(), 1)}
+    for name, args in MODELS.items():
+        save_checkpoint(folder / f"{name}.pth", args, floats[name])
+    tensors, tied = floats["float"], floats["tied"]
     generator = torch.Generator().manual_seed(3)
     noisy = {name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
     save_checkpoint(folder / "draft.pth", ARGS, noisy)
@@ -157,11 +158,11 @@ def test_bytes_sent_for_a_token(found, n_rank):
 
 
 def test_shares_put_together_are_the_whole():
-    args = replace(ARGS, n_kv_head=4, vocab_size=203)
+    args = replace(ARGS, n_kv_head=4, vocab_size=203, joint_qk_norm=True)
     for name, whole in random_tensors(args, 4).items():
         for n_rank in (2, 4):
             parts = [tp.shard(name, whole, args, rank, n_rank) for rank in range(n_rank)]
-            split = tp.split_of(name.rpartition(".")[0])
+            split = tp.split_of(name.rpartition(".")[0], args)
             if split is None:
                 assert all(part is whole for part in parts)
                 continue

@@ -6,6 +6,7 @@ Rank 0 saves what it found in FOLDER/ranks<N>.pt, for each case by name.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,19 @@ ARGS = ModelArgs(
 )
 TIED = {"dim": 96, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "head_dim": 16, "intermediate_size": 256}
 TIED = ModelArgs(**TIED, vocab_size=50, max_seq_length=256, sliding_window=20, tie_embeddings=True)
+JOINT = replace(ARGS, qk_norm=False, joint_qk_norm=True, pre_norm=False, post_norm=True)
+CAPPED = replace(
+    ARGS,
+    sliding_window=5,
+    full_layers=(1,),
+    window_rope_base=100.0,
+    attention_softcap=5.0,
+    logit_softcap=9.0,
+    norm_offset=True,
+    post_norm=True,
+    residual_scale=0.7,
+)
+MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -68,6 +82,9 @@ CASES = [
     Case("tied", "float32", 3, speculate="ngram"),
     Case("tied", "bfloat16", 1),
     Case("tied-int8", "float32", 3),
+    Case("joint", "float32", 3),
+    Case("joint", "bfloat16", 1),
+    Case("capped", "float32", 1, speculate="ngram"),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
@@ -151,12 +168,24 @@ def on_all(value) -> list:
     return values
 
 
+def family_logits(path: Path, ranks) -> torch.Tensor:
+    """[B, V]: after each prompt, of the model of transformers in `path`."""
+    model = load_model(path, dtype=torch.float32, ranks=ranks)
+    setup_caches(model, len(PROMPTS), 64)
+    return logits_of(model, [[token % model.args.vocab_size for token in prompt] for prompt in PROMPTS])[:, 0]
+
+
 def main(folder: Path, big: Path | None = None) -> None:
+    """big: a large file, of which only the memory of loading is measured; `families`: `folder` holds models of
+    transformers, each in a folder of its own."""
     with tp.init_tp() as ranks:
         ranks.place("cpu")
         torch.set_num_threads(1)
         found = {}
-        if big is None:
+        if big == Path("families"):
+            with torch.inference_mode():
+                found = {path.name: family_logits(path, ranks) for path in sorted(folder.iterdir())}
+        elif big is None:
             for case in cases(ranks.size):
                 found[str(case)] = on_all(run(case, folder, ranks))
             samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
