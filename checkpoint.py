@@ -20,18 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
 from gguf_file import KEPT, GGUFFile, is_gguf
 from model import MAX_LAYERS, MAX_SIZE, REGISTRY, ROPE_TYPES, ModelArgs, RopeScaling, Transformer
-from qlinear import QuantSpec, linear_table, pack_, quantize_, quantize_weight, table_from_json, table_to_json
+from qlinear import (
+    QuantSpec,
+    can_be_rounded,
+    linear_table,
+    pack_,
+    quantize_,
+    quantize_weight,
+    table_from_json,
+    table_to_json,
+)
 from tp import Ranks, apply_tp, require_split, shard, share_of
 
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GB = 1e9
+EXPERT_TENSOR = re.compile(r"feed_forward\.(layer\.)?w(13|2)\.")  # layer: where ranks share it
 
 
 @dataclass
@@ -189,7 +198,7 @@ def read_torch(path: Path) -> Any:
 
 # ---------------------------------------------------------------- names
 
-# Our module -> the source's modules whose rows it holds, in order; # is the layer's number.
+# Our module -> the source's modules whose rows it holds, in order; # is the layer's number, and @ that of an expert.
 HF_MODULES = {
     "tok_embeddings": ("model.embed_tokens",),
     "layers.#.attention.wqkv": tuple(f"model.layers.#.self_attn.{x}_proj" for x in "qkv"),
@@ -211,6 +220,19 @@ HF_POST_NORMS = {
     "layers.#.post_attention_norm": ("model.layers.#.post_attention_layernorm",),
     "layers.#.post_ffn_norm": ("model.layers.#.post_feedforward_layernorm",),
 }
+HF_EXPERTS = {
+    "layers.#.feed_forward.gate": ("model.layers.#.mlp.gate",),
+    "layers.#.feed_forward.w13": ("model.layers.#.mlp.experts.@.gate_proj", "model.layers.#.mlp.experts.@.up_proj"),
+    "layers.#.feed_forward.w2": ("model.layers.#.mlp.experts.@.down_proj",),
+    "layers.#.feed_forward.shared.w13": tuple(f"model.layers.#.mlp.shared_expert.{x}_proj" for x in ("gate", "up")),
+    "layers.#.feed_forward.shared.w2": ("model.layers.#.mlp.shared_expert.down_proj",),
+    "layers.#.feed_forward.shared_gate": ("model.layers.#.mlp.shared_expert_gate",),
+}
+HF_MIXTRAL = {
+    "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.gate",),
+    "layers.#.feed_forward.w13": tuple(f"model.layers.#.block_sparse_moe.experts.@.w{i}" for i in (1, 3)),
+    "layers.#.feed_forward.w2": ("model.layers.#.block_sparse_moe.experts.@.w2",),
+}
 HF_FOUR_NORMS = HF_POST_NORMS | {"layers.#.ffn_norm": ("model.layers.#.pre_feedforward_layernorm",)}
 GGUF_MODULES = {
     "tok_embeddings": ("token_embd",),
@@ -227,12 +249,25 @@ GGUF_MODULES = {
     "norm": ("output_norm",),
     "output": ("output",),
 }
+GGUF_EXPERTS = {
+    "layers.#.feed_forward.gate": ("blk.#.ffn_gate_inp",),
+    "layers.#.feed_forward.w13": ("blk.#.ffn_gate_exps", "blk.#.ffn_up_exps"),
+    "layers.#.feed_forward.w2": ("blk.#.ffn_down_exps",),
+    "layers.#.feed_forward.shared.w13": ("blk.#.ffn_gate_shexp", "blk.#.ffn_up_shexp"),
+    "layers.#.feed_forward.shared.w2": ("blk.#.ffn_down_shexp",),
+    "layers.#.feed_forward.shared_gate": ("blk.#.ffn_gate_inp_shexp",),
+}
 GGUF_FUSED = {"layers.#.attention.wqkv": ("blk.#.attn_qkv",), "layers.#.feed_forward.w13": ("blk.#.ffn_up",)}
 META_MODULES = {
     "layers.#.attention.wqkv": tuple(f"layers.#.attention.w{x}" for x in "qkv"),
     "layers.#.feed_forward.w13": ("layers.#.feed_forward.w1", "layers.#.feed_forward.w3"),
 }
 GPT_FAST_MODULES = META_MODULES | {"layers.#.attention.wqkv": ("layers.#.attention.wqkv",)}
+GPT_FAST_EXPERTS = GPT_FAST_MODULES | {
+    "layers.#.feed_forward.gate": ("layers.#.block_sparse_moe.gate",),
+    "layers.#.feed_forward.w13": tuple(f"layers.#.block_sparse_moe.cond_ffn.w{i}" for i in (1, 3)),
+    "layers.#.feed_forward.w2": ("layers.#.block_sparse_moe.cond_ffn.w2",),
+}
 
 # Left in files by older versions of their writers: rope tables, and the head of a model that has none of its own.
 IGNORED = re.compile(
@@ -258,13 +293,17 @@ def expected_tensors(args: ModelArgs, table: dict[str, QuantSpec] | None = None)
     return tensors
 
 
-def source_modules(module: str, modules: dict) -> list[str]:
-    """The source's modules whose rows `module` holds, in order; `modules` is one of the tables above."""
+def source_modules(module: str, modules: dict, n_expert: int | None = None) -> list[list[str]]:
+    """The source's modules whose rows `module` holds, in order; `modules` is one of the tables above.
+
+    A list of them for each expert if the source has them apart, else one list.
+    """
     layer = re.search(r"(?<=layers\.)\d+", module)
-    if layer is None:
-        return list(modules.get(module, (module,)))
-    pattern = module.replace(f"layers.{layer[0]}", "layers.#")
-    return [part.replace("#", layer[0]) for part in modules.get(pattern, (pattern,))]
+    number = layer[0] if layer else ""
+    pattern = module.replace(f"layers.{number}", "layers.#")
+    parts = [part.replace("#", number) for part in modules.get(pattern, (pattern,))]
+    n_list = n_expert if "@" in parts[0] else 1
+    return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 
 
 def rename(
@@ -282,12 +321,12 @@ def rename(
     tensors, used = {}, set()
     for name in expected_tensors(args, table):
         module, _, leaf = name.rpartition(".")
-        parts = [f"{part}.{leaf}" for part in source_modules(module, modules)]
-        absent = [part for part in parts if part not in raw]
+        lists = [[f"{part}.{leaf}" for part in parts] for parts in source_modules(module, modules, args.n_expert)]
+        absent = [part for parts in lists for part in parts if part not in raw]
         if absent:
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
-        used.update(parts)
-        tensors[name] = joined([raw[part] for part in parts])
+        used.update(*lists)
+        tensors[name] = joined([[raw[part] for part in parts] for parts in lists])
         if interleaved and module.endswith("wqkv"):
             tensors[name] = halves_from_pairs(tensors[name], args)
     dropped = TIED_HEADS if args.tie_embeddings else set()
@@ -307,8 +346,14 @@ def readers(state: Any, path: Path) -> dict[str, Callable[[], Tensor]]:
     return {name: lambda value=value: value for name, value in state.items()}
 
 
-def joined(parts: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+def joined(lists: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor]:
+    """The parts of each list as rows of one tensor, and those of several lists as a stack."""
+
+    def rows(parts: list[Callable[[], Tensor]]) -> Tensor:
+        read = [part() for part in parts]
+        return read[0] if len(read) == 1 else torch.cat(read, dim=-2 if read[0].ndim > 1 else 0)
+
+    return lambda: rows(lists[0]) if len(lists) == 1 else torch.stack([rows(parts) for parts in lists])
 
 
 def halves_from_pairs(read: Callable[[], Tensor], args: ModelArgs) -> Callable[[], Tensor]:
@@ -447,6 +492,7 @@ class Family:
     modules: dict = field(default_factory=dict)  # names other than those in HF_MODULES
     full_layers_every: int | None = None  # the period of layers without a window
     window_rope_base: str | None = None  # the config's name of the rope base of layers with one
+    expert_size: str = "intermediate_size"  # the config's name of the width of feed-forwards
     activations: dict = field(default_factory=lambda: ACTIVATION_NAMES)
 
 
@@ -456,6 +502,19 @@ def _granite_scales(config: dict) -> dict:
         "embedding_scale": _number(config, "embedding_multiplier", float, 1.0),
         "residual_scale": _number(config, "residual_multiplier", float, 1.0),
         "logit_scale": 1 / _number(config, "logits_scaling", float, 1.0),
+    }
+
+
+def _experts(config: dict) -> dict:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError("config.json: experts in some layers only are not supported")
+    count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    shared = config.get("shared_expert_intermediate_size")
+    return {
+        "n_expert": _number(config, count),
+        "n_expert_used": _number(config, "num_experts_per_tok"),
+        "normalize_experts": bool(config.get("norm_topk_prob", False)),
+        "shared_size": _number(config, "shared_expert_intermediate_size") if shared else None,
     }
 
 
@@ -482,6 +541,9 @@ HF_FAMILIES = {
     "mistral": Family(),
     "qwen2": Family({"qkv_bias": True}),
     "qwen3": Family({"qk_norm": True}),
+    "mixtral": Family({}, _experts, {"norm_topk_prob": True}, HF_MIXTRAL),
+    "qwen2_moe": Family({"qkv_bias": True}, _experts, {}, HF_EXPERTS, expert_size="moe_intermediate_size"),
+    "qwen3_moe": Family({"qk_norm": True}, _experts, {}, HF_EXPERTS, expert_size="moe_intermediate_size"),
     "phi3": Family(modules=HF_FUSED),
     "granite": Family(fields_from=_granite_scales),
     "olmo2": Family(OLMO, modules=HF_POST_NORMS),
@@ -532,7 +594,7 @@ def args_from_hf(config: dict) -> ModelArgs:
         "n_head": n_head,
         "n_kv_head": _number(config, "num_key_value_heads", default=n_head),
         "head_dim": _number(config, "head_dim", default=dim // n_head),
-        "intermediate_size": _number(config, "intermediate_size"),
+        "intermediate_size": _number(config, family.expert_size),
         "vocab_size": _number(config, "vocab_size"),
         "max_seq_length": _number(config, "max_position_embeddings", default=2048),
         "norm_eps": _number(config, "rms_norm_eps", float, 1e-6),
@@ -646,11 +708,18 @@ def source_from_torch(path: Path, model_name: str | None) -> Source:
         raise ValueError(f"{path} holds int4 tiles made for one kind of device; quantise again from the float file")
     args = args_of_bare(path, content, model_name)
     modules = GPT_FAST_MODULES if "layers.0.attention.wqkv.weight" in raw else META_MODULES
+    if args.n_expert:  # whose tensors are cond_ffn.w1 and cond_ffn.scales1
+        raw = {re.sub(r"cond_ffn\.(w|scales)(\d)$", _gpt_fast_expert, name): value for name, value in raw.items()}
+        modules = GPT_FAST_EXPERTS
     table = {}
     if any(name.endswith(".scales") for name in raw):  # int8: every linear layer, one scale a row
         table = linear_table(shell(args, {}), QuantSpec(8), QuantSpec(8))
         raw = {name: value.unsqueeze(-1) if name.endswith(".scales") else value for name, value in raw.items()}
     return Source(args, rename(args, readers(raw, path), modules, True, path, table), table)
+
+
+def _gpt_fast_expert(match: re.Match) -> str:
+    return f"cond_ffn.w{match[2]}.{'weight' if match[1] == 'w' else 'scales'}"
 
 
 def source_from_ours(content: dict, path: Path) -> Source:
@@ -707,6 +776,7 @@ class GGUFFamily:
     fields: dict = field(default_factory=dict)
     fields_from: Callable[[Callable], dict] = lambda number: {}
     modules: dict = field(default_factory=dict)  # names other than those in GGUF_MODULES
+    normalize_experts: bool = True
     full_layers_every: int | None = None
     window_rope_base: float | None = (
         None  # of layers with a window, whose rope is not scaled; 0: the base of the others
@@ -745,6 +815,8 @@ GGUF_FAMILIES = {
     "llama": GGUFFamily(interleaved=True),
     "qwen2": GGUFFamily(fields={"qkv_bias": True}),
     "qwen3": GGUFFamily(fields={"qk_norm": True}),
+    "qwen2moe": GGUFFamily(fields={"qkv_bias": True}, normalize_experts=False),
+    "qwen3moe": GGUFFamily(fields={"qk_norm": True}),
     "phi3": GGUFFamily(modules=GGUF_FUSED),
     "granite": GGUFFamily(interleaved=True, fields_from=_gguf_granite),
     "olmo2": GGUFFamily(fields=OLMO, full_layers_every=4, window_rope_base=0),
@@ -776,8 +848,8 @@ def args_from_gguf(file: GGUFFile) -> ModelArgs:
     family, number = GGUF_FAMILIES[name], partial(gguf_number, file)
     dim, n_layer, n_head = number("embedding_length"), number("block_count"), number("attention.head_count")
     head_dim = number("attention.key_length", default=dim // n_head)
-    if file.metadata.get(f"{name}.expert_count") or number("rope.dimension_count", default=head_dim) != head_dim:
-        raise ValueError(f"{file.path}: experts and partial rope are not supported")
+    if number("rope.dimension_count", default=head_dim) != head_dim:
+        raise ValueError(f"{file.path}: partial rope is not supported")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     rope_base, window = number("rope.freq_base", float, 10000.0), file.metadata.get(f"{name}.attention.sliding_window")
@@ -803,7 +875,26 @@ def args_from_gguf(file: GGUFFile) -> ModelArgs:
         "window_rope_base": window_rope_base,
         "tie_embeddings": "output.weight" not in file.tensors,
     }
-    return ModelArgs(**fields | family.fields | family.fields_from(number))
+    return ModelArgs(**fields | family.fields | family.fields_from(number) | gguf_experts(file, name))
+
+
+def gguf_experts(file: GGUFFile, name: str) -> dict:
+    """The fields of a mixture of experts, none if the file has no experts; `name` is its architecture."""
+    if not file.metadata.get(f"{name}.expert_count"):
+        return {}
+    number = partial(gguf_number, file)
+    fields = {
+        "n_expert": number("expert_count"),
+        "n_expert_used": number("expert_used_count"),
+        "normalize_experts": GGUF_FAMILIES[name].normalize_experts,
+    }
+    for key, of_file in (
+        ("intermediate_size", "expert_feed_forward_length"),
+        ("shared_size", "expert_shared_feed_forward_length"),
+    ):
+        if f"{name}.{of_file}" in file.metadata:
+            fields[key] = number(of_file)
+    return fields
 
 
 def gguf_rope_scaling(file: GGUFFile, name: str) -> RopeScaling | None:
@@ -834,14 +925,16 @@ def kept_layers(file: GGUFFile, args: ModelArgs, modules: dict) -> dict[str, Qua
     """
     table = {}
     for module, layer in shell(args, {}).named_modules():
-        names = [gguf_tensor(part, args) for part in source_modules(module, modules)]
-        if not isinstance(layer, nn.Linear) or any(name not in file.tensors for name in names):
+        (parts,) = source_modules(module, modules)
+        names = [gguf_tensor(part, args) for part in parts]
+        if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
         kinds, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
         specs = {KEPT.get(kind.name) for kind in kinds}
-        rows, columns = sum(shape[0] for shape in shapes), {shape[1:] for shape in shapes}
+        *experts, rows, columns = layer.weight.shape
         # sizes that are a lie are refused on reading; a quantised shell of such sizes would first be built for minutes
-        fits = rows == layer.out_features and columns == {(layer.in_features,)}
+        fits = sum(shape[-2] for shape in shapes) == rows
+        fits = fits and all(shape == (*experts, shape[-2], columns) for shape in shapes)
         if fits and len(specs) == 1 and None not in specs:
             table[module] = specs.pop()
     if not table:
@@ -861,17 +954,19 @@ def source_from_gguf(path: Path, keep_quantized: bool = False) -> Source:
     file = GGUFFile(path)
     args = args_from_gguf(file)
     family = GGUF_FAMILIES[file.metadata["general.architecture"]]
-    modules = GGUF_MODULES | family.modules
+    modules = GGUF_MODULES | family.modules | (GGUF_EXPERTS if args.n_expert else {})
 
     def read(name: str) -> Tensor:
-        # files hold 1 + weight
-        return file.read(name) - 1 if args.norm_offset and name.endswith("norm.weight") else file.read(name)
+        tensor = file.read(name)
+        if args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
+            return tensor - 1
+        return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
 
     raw = {name: partial(read, name) for name in file.tensors}
     table = kept_layers(file, args, modules) if keep_quantized else {}
     for module, spec in table.items():
         keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
-        for part in source_modules(module, modules):
+        for part in source_modules(module, modules)[0]:
             name = gguf_tensor(part, args)
             raw |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
     return Source(args, rename(args, raw, modules, family.interleaved, path, table), table, gguf=path)
@@ -1066,15 +1161,19 @@ def require_weights_fit(
 
 
 def random_model(
-    name: str,
+    size: str | ModelArgs,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 1234,
     quantize: QuantSpec | None = None,
     ranks: Ranks | None = None,
 ) -> Transformer:
-    """A model of a registry size with random weights, made on the device. Raises ValueError on an unknown name."""
-    args, device = ModelArgs.from_name(name), torch.device(device)
+    """A model of a size, or of that with a name in the registry, with random weights, made on the device.
+
+    Raises ValueError on an unknown name.
+    """
+    args, name = (size, "random weights") if isinstance(size, ModelArgs) else (ModelArgs.from_name(size), size)
+    device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     pool = 0.02 * torch.randn(1 << 22, device=device, generator=generator)  # drawing billions takes minutes on a CPU
 
@@ -1116,9 +1215,15 @@ def save_checkpoint(
             raise OSError(f"the disk is full, or takes no file of {size / GB:.2f} GB")
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     """Bytes of weights that one decoding step reads: all but the rows of the input embedding not looked up.
 
-    The output head counts, also when it shares the embedding's weight; caches and rope tables do not.
+    The output head counts, also when it shares the embedding's weight; caches and rope tables do not. Of E experts, K
+    for each token, those of one token count, or as many as `tokens` choose if each chooses at random: E (1 - (1 -
+    K/E)^tokens).
     """
-    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight")
+    args = model.args
+    unread = (1 - args.n_expert_used / args.n_expert) ** tokens if args.n_expert else 0.0
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight"}
+    experts = sum(size for name, size in sizes.items() if args.n_expert and EXPERT_TENSOR.search(name))
+    return sum(sizes.values()) - round(unread * experts)

@@ -152,6 +152,7 @@ class Timing:
     prompt_tokens: int = 0
     decoded_tokens: int = 0  # without each row's first, which prefill draws
     steps: int = 0
+    step_tokens: int = 0  # that the steps read, guesses too
     draft_steps: int = 0
     rows: list[Row] = field(default_factory=list)
 
@@ -190,6 +191,7 @@ def run_batch(
                 timing.time_to_first_token_s = now - began
         else:
             timing.steps += 1
+            timing.step_tokens += len(rows) * (1 + proposed)
             timing.draft_steps += proposed
             for row, count in zip(rows, counts, strict=True):
                 if options.get("speculation") and not row.finish_reason:
@@ -518,8 +520,9 @@ def acceptance(timings: list[Timing]) -> dict[str, float | None]:
 def bytes_read(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> int:
     """Bytes of weights that decoding has read: of the model in every step, of a draft model for each token it drew."""
     draft = speculation.source.model if speculation else None
-    size, draft_size = weight_bytes(model), 0 if draft is None else weight_bytes(draft)
-    return sum(timing.steps * size + timing.draft_steps * draft_size for timing in timings)
+    draft_size = 0 if draft is None else weight_bytes(draft)
+    own = sum(each.steps * weight_bytes(model, each.step_tokens / each.steps) for each in timings if each.steps)
+    return own + sum(each.draft_steps * draft_size for each in timings)
 
 
 def new_row(prompt: list[int], tokenizer: Tokenizer, args: argparse.Namespace) -> Row:

@@ -130,22 +130,21 @@ class GGUFFile:
         return out.view(shape)
 
     def read_codes(self, name: str, part: str) -> Tensor:
-        """The weight (codes), scales or zeros of a matrix of a type in KEPT, as `qlinear` stores a layer.
+        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as `qlinear` stores a layer.
 
         Nothing is rounded anew. Format: a block of ggml-common.h is float16 d (and m in Q4_1), then 32 codes q, int8 or
         16 bytes whose low nibbles come first. A weight is q d in Q8_0, (q - 8) d in Q4_0, q d + m in Q4_1.
         """
         kind, shape, _ = self.tensors[name]
-        rows = self._rows(name)
-        blocks = rows.reshape(len(rows), shape[-1] // 32, -1)  # [rows, groups, bytes]
+        blocks = self._rows(name).reshape(*shape[:-1], shape[-1] // 32, -1)  # [..., rows, groups, bytes]
         n_byte = 4 if kind.name == "Q4_1" else 2
         if part == "weight":
             q = torch.tensor(blocks[..., n_byte:])
             if kind.name == "Q8_0":
-                return q.view(torch.int8).flatten(1)
-            codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [rows, groups, 32], -8..7
-            return pack_nibbles(codes.flatten(1))
-        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).float().unbind(-1)  # [rows, groups] each
+                return q.view(torch.int8).flatten(-2)
+            codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [..., rows, groups, 32], -8..7
+            return pack_nibbles(codes.flatten(-2))
+        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).float().unbind(-1)  # [..., rows, groups] each
         if part == "scales":
             return d
         return m[0] + 8 * d if m else torch.zeros_like(d)

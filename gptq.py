@@ -5,6 +5,7 @@ the inputs seen in calibration allow: their second moments are the Hessian H of 
 """
 
 import json
+import sys
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from eval import read_text
 from model import KVCache, Transformer
-from qlinear import LAYERS, QuantSpec, quantize_weight, scales_and_zeros, stored, to_codes
+from qlinear import QuantSpec, quantised_layer, quantize_weight, scales_and_zeros, stored, to_codes
+
+EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
 
 # ---------------------------------------------------------------- one weight
 
@@ -109,8 +112,52 @@ def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]
         (x,) = arguments_of(layer, block, *batch)
         x = x.flatten(0, -2).float()  # [tokens, in]
         H.addmm_(x.T, x, alpha=2 / n_tokens)
+    require_finite(H, name)
+    return H
+
+
+def require_finite(H: Tensor, name: str) -> None:
     if not H.isfinite().all():
         raise ValueError(f"the inputs of {name} are NaN or infinite; use --dtype float32 or another calibration text")
+
+
+def gptq_experts(
+    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], spec: QuantSpec, *, name: str, **how
+) -> dict[str, Tensor]:
+    """`gptq_weight` of each expert, for the inputs that are sent to it: tensors [E, ...].
+
+    One that gets none is rounded to nearest, and named on standard error.
+    """
+    n_expert, _, n_in = layer.weight.shape
+    rounded, unreached = [], []
+    for experts in torch.arange(n_expert).split(max(1, EXPERT_BYTES // (4 * n_in * n_in))):
+        for e, H in zip(experts.tolist(), expert_hessians(layer, block, batches, experts, name), strict=True):
+            if H.any():
+                rounded.append(gptq_weight(layer.weight[e], H, spec, name=f"{name}, expert {e}", **how))
+            else:
+                unreached.append(e)
+                rounded.append(quantize_weight(layer.weight[e], spec, name))
+    if unreached:
+        listed = ", ".join(map(str, unreached))
+        tqdm.write(f"{name}: no token reached experts {listed}; they are rounded to nearest", file=sys.stderr)
+    return {key: torch.stack([tensors[key] for tensors in rounded]) for key in rounded[0]}
+
+
+def expert_hessians(
+    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], experts: Tensor, name: str
+) -> Tensor:
+    """As `hessian`, of the inputs of each of some experts: [len(experts), in, in]."""
+    n_in = layer.weight.shape[2]
+    H, n_row = torch.zeros(len(experts), n_in, n_in, device=layer.weight.device), [0] * len(experts)
+    for batch in batches:
+        x, chosen = arguments_of(layer, block, *batch)  # [T, K or 1, in], [T, K]
+        x = x.expand(-1, chosen.shape[1], -1)
+        for i, e in enumerate(experts.tolist()):
+            rows = x[chosen == e].float()
+            H[i].addmm_(rows.T, rows, alpha=2)
+            n_row[i] += len(rows)
+    H /= torch.tensor(n_row, device=H.device).clamp(min=1)[:, None, None]
+    require_finite(H, name)
     return H
 
 
@@ -144,8 +191,11 @@ def gptq_(
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:
                 how = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order, "name": name}
-                rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
-                layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
+                if layer.weight.ndim == 3:
+                    rounded[name] = gptq_experts(layer, block, batches, table[name], **how)
+                else:
+                    rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
+                layer.weight.copy_(quantised_layer(rounded[name], table[name].bits).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))
         block.attention.kv_cache = None

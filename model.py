@@ -137,6 +137,10 @@ class ModelArgs:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    n_expert: int | None = None  # feed-forwards of a block, each of intermediate_size; None: one, for all tokens
+    n_expert_used: int | None = None  # for each token
+    normalize_experts: bool = True  # whether the weights of those used add up to 1
+    shared_size: int | None = None  # width of one more feed-forward, for all tokens
     tie_embeddings: bool = False
 
     def __post_init__(self):
@@ -151,6 +155,12 @@ class ModelArgs:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.full_layers and (self.sliding_window is None or max(self.full_layers) >= self.n_layer):
             raise ValueError(f"full_layers {self.full_layers} need a sliding_window and {self.n_layer} layers or more")
+        if not (self.n_expert_used or 0) <= (self.n_expert or 0) or bool(self.n_expert) != bool(self.n_expert_used):
+            raise ValueError(
+                f"n_expert is {self.n_expert} and n_expert_used {self.n_expert_used}; it must be some of them"
+            )
+        if self.shared_size and not self.n_expert:
+            raise ValueError(f"shared_size {self.shared_size} is for a model with n_expert, a mixture of experts")
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != self.head_dim // 2:
             raise ValueError(f"rope has {len(factors)} frequency factors; head_dim {self.head_dim} needs half as many")
@@ -187,6 +197,7 @@ def _llama(dim, n_layer, n_head, n_kv_head, intermediate_size, vocab_size, max_s
 _LLAMA_31 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 _LLAMA_32 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 _LLAMA_3 = {"rope_base": 500000.0}
+_QWEN_3 = {"norm_eps": 1e-6, "rope_base": 1e6, "qk_norm": True}
 
 # For benchmarks and tests only: a checkpoint brings its own sizes.
 REGISTRY = {
@@ -209,7 +220,11 @@ REGISTRY = {
     "Mistral-7B": _llama(4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096),
     "TinyLlama-1.1B": _llama(2048, 22, 32, 4, 5632, 32000, 2048),
     "Qwen2.5-7B": _llama(3584, 28, 28, 4, 18944, 152064, 32768, norm_eps=1e-6, rope_base=1e6, qkv_bias=True),
-    "Qwen3-8B": _llama(4096, 36, 32, 8, 12288, 151936, 40960, norm_eps=1e-6, rope_base=1e6, qk_norm=True, head_dim=128),
+    "Qwen3-8B": _llama(4096, 36, 32, 8, 12288, 151936, 40960, **_QWEN_3, head_dim=128),
+    "Mixtral-8x7B": _llama(4096, 32, 32, 8, 14336, 32000, 32768, rope_base=1e6, n_expert=8, n_expert_used=2),
+    "Qwen3-30B-A3B": _llama(
+        2048, 48, 32, 4, 768, 151936, 40960, **_QWEN_3, head_dim=128, n_expert=128, n_expert_used=8
+    ),
     "stories15M": _llama(288, 6, 6, 6, 768, 32000, 256, tie_embeddings=True),
     "stories110M": _llama(768, 12, 12, 12, 2048, 32000, 1024, tie_embeddings=True),
     "SmolLM2-135M": _llama(576, 30, 9, 3, 1536, 49152, 8192, rope_base=1e5, tie_embeddings=True),
@@ -351,22 +366,81 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Gated linear unit (Shazeer 2020). w13 holds the rows of the gate (w1) and of the up projection (w3)."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, size: int):
         super().__init__()
         self.activation = ACTIVATIONS[args.activation]
-        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)
-        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+        self.w13 = nn.Linear(args.dim, 2 * size, bias=False)
+        self.w2 = nn.Linear(size, args.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(self.activation(gate) * up)
 
 
+class Gate(nn.Linear):
+    """Scores that choose or weigh experts; never quantised, because rounded ones choose others."""
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer for each of E experts: weight [E, out, in]."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def expert(self, e: int) -> Callable[[Tensor], Tensor]:
+        return partial(F.linear, weight=self.weight[e])
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, K or 1, in] through the experts chosen [T, K] -> [T, K, out]."""
+        return by_expert(self, x, chosen)
+
+
+def by_expert(layer: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+    """x [T, K or 1, in] through the experts chosen [T, K] of `layer` -> [T, K, out].
+
+    Each expert gets all its tokens at once, so its weight is read once, and that of one not chosen never.
+    """
+    x = x.expand(-1, chosen.shape[1], -1)
+    y = x.new_empty(*chosen.shape, layer.weight.shape[1])
+    for e in chosen.unique().tolist():
+        own = chosen == e
+        y[own] = layer.expert(e)(x[own])
+    return y
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forwards of which a gate chooses some for each token (Shazeer et al. 2017; Jiang et al. 2024).
+
+    Another one, shared, may serve all tokens, weighted by a gate of its own (Qwen2-MoE).
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.activation = ACTIVATIONS[args.activation]
+        self.n_used, self.normalize = args.n_expert_used, args.normalize_experts
+        self.gate = Gate(args.dim, args.n_expert, bias=False)
+        self.w13 = ExpertLinear(torch.empty(args.n_expert, 2 * args.intermediate_size, args.dim))
+        self.w2 = ExpertLinear(torch.empty(args.n_expert, args.dim, args.intermediate_size))
+        self.shared = FeedForward(args, args.shared_size) if args.shared_size else None
+        self.shared_gate = Gate(args.dim, 1, bias=False) if args.shared_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)  # [T, dim]
+        weights, chosen = self.gate(rows).float().softmax(-1).topk(self.n_used)  # [T, K]
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        gate, up = self.w13(rows[:, None], chosen).chunk(2, dim=-1)
+        made = self.w2(self.activation(gate) * up, chosen)  # [T, K, dim]
+        y = (made.float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = MixtureOfExperts(args) if args.n_expert else FeedForward(args, args.intermediate_size)
         self.residual_scale = args.residual_scale
         self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from model import Attention, ModelArgs, RMSNorm, Transformer, TransformerBlock
+from model import (
+    Attention,
+    ExpertLinear,
+    Gate,
+    ModelArgs,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+    by_expert,
+    surely_few,
+)
 
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")
@@ -102,7 +112,13 @@ def stored(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str,
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") -> dict[str, Tensor]:
-    """Round weight [out, in] to nearest: the tensors of `Int8Linear` or `Int4Linear`; a meta tensor gives meta ones."""
+    """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `quantized_class`.
+
+    A meta tensor gives meta ones.
+    """
+    if weight.ndim == 3:
+        tensors = quantize_weight(weight.flatten(0, 1), spec, name)
+        return {key: tensor.unflatten(0, weight.shape[:2]) for key, tensor in tensors.items()}
     n_group = spec.groups(weight.shape[1], name)
     parts = []
     for rows in weight.split(len(weight) if weight.is_meta else max(1, PART // weight.shape[1])):
@@ -129,7 +145,7 @@ class Int8Linear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self.weight.shape[-1]
 
     def codes(self) -> Tensor:
         """int8 [out, in]"""
@@ -137,8 +153,8 @@ class Int8Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight in float32 [out, in]."""
-        groups = self.weight.unflatten(1, (self.scales.shape[1], -1)).float()
-        return (groups * self.scales.float()[..., None]).flatten(1)
+        groups = self.weight.unflatten(-1, (self.scales.shape[-1], -1)).float()
+        return (groups * self.scales.float()[..., None]).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
         if self.scales.shape[1] > 1 or x.dtype == torch.float16:  # in which sums of unscaled codes would overflow
@@ -163,7 +179,7 @@ class Int4Linear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return 2 * self.weight.shape[1]
+        return 2 * self.weight.shape[-1]
 
     def codes(self) -> Tensor:
         """int8 [out, in], -8..7"""
@@ -171,14 +187,40 @@ class Int4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight in float32 [out, in]."""
-        groups = self.codes().unflatten(1, (self.scales.shape[1], -1)).float()
-        return (groups * self.scales.float()[..., None] + self.zeros.float()[..., None]).flatten(1)
+        groups = self.codes().unflatten(-1, (self.scales.shape[-1], -1)).float()
+        return (groups * self.scales.float()[..., None] + self.zeros.float()[..., None]).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
+class Int8Experts(Int8Linear):
+    """An `Int8Linear` for each of E experts, whose tensors are [E, ...]."""
+
+    def expert(self, e: int) -> Int8Linear:
+        return Int8Linear(self.weight[e], self.scales[e])
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        return by_expert(self, x, chosen)
+
+
+class Int4Experts(Int4Linear):
+    """An `Int4Linear` for each of E experts, whose tensors are [E, ...]."""
+
+    def expert(self, e: int) -> Int4Linear:
+        return Int4Linear(self.weight[e], self.scales[e], self.zeros[e])
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        return by_expert(self, x, chosen)
+
+
 LAYERS = {8: Int8Linear, 4: Int4Linear}
+EXPERT_LAYERS = {8: Int8Experts, 4: Int4Experts}
+
+
+def quantised_layer(weights: dict[str, Tensor], bits: int, bias: Tensor | None = None) -> nn.Module:
+    """The layer with these tensors, which may be those of experts."""
+    return EXPERT_LAYERS[bits](**weights) if weights["weight"].ndim == 3 else LAYERS[bits](**weights, bias=bias)
 
 
 # ---------------------------------------------------------------- whole models
@@ -189,12 +231,17 @@ def linear_table(model: nn.Module, spec: QuantSpec, head: QuantSpec | None) -> d
 
     Raises ValueError if a groupsize does not divide the inputs of a layer.
     """
-    table = {name: spec for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "output"}
+    table = {name: spec for name, layer in model.named_modules() if can_be_rounded(layer) and name != "output"}
     if head is not None:
         table["output"] = head
     for name, each in table.items():
-        each.groups(model.get_submodule(name).in_features, name)
+        each.groups(model.get_submodule(name).weight.shape[-1], name)
     return table
+
+
+def can_be_rounded(layer: nn.Module | None) -> bool:
+    """Whether a layer has a quantised form."""
+    return isinstance(layer, (nn.Linear, ExpertLinear)) and not isinstance(layer, Gate)
 
 
 def table_to_json(table: dict[str, QuantSpec]) -> dict:
@@ -217,13 +264,13 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
     layers = dict(model.named_modules())
     for name, spec in table.items():
         layer = layers.get(name)
-        if not isinstance(layer, nn.Linear):
+        if not can_be_rounded(layer):
             raise ValueError(f"the table of quantised layers names {name!r}, which is no linear layer of this model")
-        spec.groups(layer.in_features, name)
+        spec.groups(layer.weight.shape[-1], name)
         tensors = (
             _meta_tensors(layer.weight.shape, spec) if layer.weight.is_meta else quantize_weight(layer.weight, spec)
         )
-        replace_(model, name, LAYERS[spec.bits](**tensors, bias=layer.bias))
+        replace_(model, name, quantised_layer(tensors, spec.bits, getattr(layer, "bias", None)))
 
 
 @functools.cache  # a model has few different shapes, and each costs a millisecond
@@ -288,6 +335,74 @@ class CodesLinear(nn.Module):
         return self.weight, self.scales, self.bias
 
 
+class FewRowsExperts(nn.Module):
+    """bfloat16 experts whose weights are read at memory speed, only those chosen (`kernels/cpu.cpp`)."""
+
+    def __init__(self, layer: ExpertLinear):
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        return torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None)
+
+
+class CodesExperts(nn.Module):
+    """A `CodesLinear` for each of E experts, whose tensors are [E, ...]; only those chosen are read."""
+
+    def __init__(self, layer: Int8Experts | Int4Experts):
+        super().__init__()
+        each = [CodesLinear(layer.expert(e)) for e in range(len(layer.weight))]
+        self.out_features = each[0].out_features
+        self.register_buffer("weight", torch.stack([one.weight for one in each]))
+        self.register_buffer("scales", torch.stack([one.scales for one in each]))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
+        return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
+
+
+class AnyExperts(nn.Module):
+    """Experts on any device, with what the compiler needs: it cannot follow which experts are chosen.
+
+    On CUDA few rows take copies of the weights of theirs, as a graph cannot wait to learn which they are.
+    """
+
+    def __init__(self, layer: ExpertLinear | Int8Experts | Int4Experts):
+        super().__init__()
+        for name, tensor in layer.state_dict().items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        tensors = dict(self.named_buffers())
+        if x.is_cuda and surely_few(chosen.numel()):
+            copies = experts_of({name: tensor[chosen.flatten()] for name, tensor in tensors.items()})
+            weight = copies.dequantize() if tensors.keys() > {"weight"} else copies.weight  # [T * K, out, in]
+            rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
+            return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
+        return each_expert(x, chosen, tensors["weight"], tensors.get("scales"), tensors.get("zeros"))
+
+
+def experts_of(tensors: dict[str, Tensor]) -> ExpertLinear | Int8Experts | Int4Experts:
+    """The layer that has these tensors."""
+    kind = {1: ExpertLinear, 2: Int8Experts, 3: Int4Experts}[len(tensors)]
+    return kind(**tensors)
+
+
+@torch.library.custom_op("gpt_faster::each_expert", mutates_args=())
+def each_expert(
+    x: Tensor, chosen: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None
+) -> Tensor:  # as ExpertLinear
+    """`by_expert` as an operator."""
+    tensors = {"weight": weight, "scales": scales, "zeros": zeros}
+    layer = experts_of({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    return by_expert(layer, x, chosen)
+
+
+@each_expert.register_fake
+def _(x, chosen, weight, scales, zeros):
+    return x.new_empty(*chosen.shape, weight.shape[1])
+
+
 class TinygemmLinear(Int4Linear):
     """An int4 layer on CUDA: PyTorch's tinygemm kernel for few rows, in bfloat16; for more the weight is dequantised.
 
@@ -324,7 +439,11 @@ class TinygemmLinear(Int4Linear):
 def fastest(layer: nn.Module) -> type[nn.Module] | None:
     """The class that does the work of `layer` faster on its device; None where the layer itself is the fastest."""
     kind, weight = type(layer), getattr(layer, "weight", None)
-    if kind is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+    if kind in (ExpertLinear, Int8Experts, Int4Experts):
+        fast = FewRowsExperts if kind is ExpertLinear else CodesExperts
+        wanted = weight.device.type == "cpu" and (kind is not ExpertLinear or weight.dtype == torch.bfloat16)
+        return fast if wanted and (cpu.has_bf16() if kind is ExpertLinear else cpu.has_vnni()) else AnyExperts
+    if kind in (nn.Linear, Gate) and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         return FewRowsLinear if cpu.has_bf16() else None
     if kind in (Int8Linear, Int4Linear) and weight.device.type == "cpu":
         return CodesLinear if cpu.has_vnni() else None
@@ -341,7 +460,7 @@ def pack_(model: nn.Module) -> None:
             replace_(model, name, faster(layer))
         if isinstance(layer, TransformerBlock):
             choose_attention(layer.attention, model.tok_embeddings.weight)
-    if isinstance(model, Transformer):
+    if isinstance(model, Transformer) and is_joinable(model.args):
         model.join_blocks = JoinedBlocks.of  # without it the blocks run layer by layer
 
 
@@ -356,6 +475,11 @@ def choose_attention(attention: Attention, like: Tensor) -> None:
 
 # What the operator for all blocks has no code for, unless it is as by default.
 UNJOINED = ("full_layers", "joint_qk_norm", "activation", "norm_offset", "pre_norm", "post_norm", "residual_scale")
+UNJOINED += ("n_expert",)
+
+
+def is_joinable(args: ModelArgs) -> bool:
+    return all(getattr(args, each.name) == each.default for each in fields(args) if each.name in UNJOINED)
 
 
 class JoinedBlocks(nn.Module):
@@ -374,11 +498,8 @@ class JoinedBlocks(nn.Module):
         layers = {type(layer) for a, f in blocks for layer in (a.wqkv, a.wo, f.w13, f.w2)}
         packed = layers <= {FewRowsLinear, CodesLinear}  # other dtypes are not, nor what ranks share
         has_kernel = all(attention.attend is not None for attention, _ in blocks)
-        is_plain = all(
-            getattr(model.args, each.name) == each.default for each in fields(ModelArgs) if each.name in UNJOINED
-        )
         sizes_fit = model.args.dim % CodesLinear.LANES == 0 and model.args.intermediate_size % CodesLinear.GROUP == 0
-        return JoinedBlocks(model) if packed and has_kernel and is_plain and sizes_fit else None
+        return JoinedBlocks(model) if packed and has_kernel and sizes_fit else None
 
     @staticmethod
     def tensors(block: TransformerBlock) -> list[Tensor | None]:

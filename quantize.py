@@ -148,7 +148,8 @@ def gptq_tensors(
 
 
 def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
-    """||rounded - weight|| / ||weight|| of a layer [out, in], some rows at a time."""
+    """||rounded - weight|| / ||weight|| of a layer [out, in], or of experts [E, out, in], some rows at a time."""
+    weight, *rounded = (tensor.flatten(0, -2) for tensor in (weight, *rounded))
     n_rows = max(1, PART // weight.shape[1])
     error = total = 0.0
     for rows, *parts in zip(weight.split(n_rows), *(tensor.split(n_rows) for tensor in rounded), strict=True):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import command_line
-from model import HeadsNorm, ModelArgs, Transformer
+from model import HeadsNorm, MixtureOfExperts, ModelArgs, Transformer
 from qlinear import GROUPSIZES, QuantSpec, replace_
 
 MEET_S = 60  # in which all ranks must have reached each other
@@ -56,6 +56,8 @@ PLAN = {
     "layers.#.attention.wo": Split(-1, ("n_head",)),
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
+    "layers.#.feed_forward.shared.w13": Split(-2, ("shared_size", "shared_size")),
+    "layers.#.feed_forward.shared.w2": Split(-1, ("shared_size",)),
     "output": Split(-2, ("vocab_size",)),
 }
 
@@ -82,6 +84,7 @@ def share_of(args: ModelArgs, n_rank: int) -> ModelArgs:
         n_head=args.n_head // n_rank,
         n_kv_head=max(1, args.n_kv_head // n_rank),
         intermediate_size=args.intermediate_size // n_rank,
+        shared_size=args.shared_size and args.shared_size // n_rank,
         vocab_size=math.ceil(args.vocab_size / n_rank),
     )
 
@@ -128,9 +131,10 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
         fits = [n for n in range(1, args.n_head + 1) if divides(args, n)]
         raise ValueError(
             f"{n_rank} ranks cannot share this model's {args.n_head} heads ({args.n_kv_head} key heads) and FFN of "
-            f"{args.intermediate_size}; use {_listed(fits)}"
+            f"{args.intermediate_size}{f' and {args.shared_size}' if args.shared_size else ''}; use {_listed(fits)}"
         )
     widths = {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
+    widths["shared.w2"] = args.shared_size
     for module, spec in table.items():
         width = next((width for name, width in widths.items() if module.endswith(name)), None)
         if width is not None and spec.groupsize and width // n_rank % spec.groupsize:
@@ -144,7 +148,8 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
 
 def divides(args: ModelArgs, n_rank: int) -> bool:
     shared = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
-    return shared and args.n_head % n_rank == 0 and args.intermediate_size % n_rank == 0
+    widths = (args.n_head, args.intermediate_size, args.shared_size or n_rank)
+    return shared and all(width % n_rank == 0 for width in widths)
 
 
 def _listed(values: list[int]) -> str:
@@ -262,8 +267,8 @@ class SplitEmbedding(nn.Module):
         return self.ranks.sum(x * mine[..., None])
 
 
-class SummedLinear(nn.Module):
-    """A row-wise split linear layer, of which each rank has some inputs."""
+class Summed(nn.Module):
+    """A layer whose results on all ranks add up: a row-wise split linear one, or a mixture of experts."""
 
     def __init__(self, layer: nn.Module, ranks: Ranks):
         super().__init__()
@@ -295,8 +300,9 @@ def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)
     for name, layer in list(model.named_modules()):
         split = split_of(name, args)
-        if split is not None and split.dim == -1:
-            joined = SplitNorm if isinstance(layer, HeadsNorm) else SummedLinear
+        of_experts = args.n_expert and ".feed_forward." in name  # which are summed together, once they are weighted
+        if isinstance(layer, MixtureOfExperts) or (split is not None and split.dim == -1 and not of_experts):
+            joined = SplitNorm if isinstance(layer, HeadsNorm) else Summed
             replace_(model, name, joined(layer, ranks))
 
 

@@ -841,6 +841,40 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
+// Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
+// are as linear_codes takes them, or as linear_bf16 if there are no scales -> [T, K, out]. The rows of an expert are
+// gathered, so that its weight is read once, where it lies; those of others are not.
+Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weight, const std::optional<Tensor>& scales) {
+  const int64_t T = chosen.size(0), K = chosen.size(1), n_expert = weight.size(0);
+  TORCH_CHECK(x.dim() == 3 && x.size(0) == T && (x.size(1) == 1 || x.size(1) == K), "linear_experts: wrong shape");
+  const int64_t in = x.size(2), out = weight.size(1) * (scales ? kLanes : 1), bytes = x.element_size();
+  const Tensor xc = x.contiguous(), cc = chosen.contiguous();
+  std::vector<std::vector<int64_t>> places(n_expert);  // of an expert, in [T, K]
+  for (int64_t i = 0; i < T * K; i++) {
+    const int64_t e = cc.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK(0 <= e && e < n_expert, "linear_experts: there is no expert ", e);
+    places[e].push_back(i);
+  }
+  Tensor y = at::empty({T, K, out}, x.options());
+  const char* from = static_cast<const char*>(xc.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  for (int64_t e = 0; e < n_expert; e++) {
+    const int64_t n = places[e].size();
+    if (n == 0) continue;
+    Tensor rows = at::empty({n, in}, x.options());
+    char* row = static_cast<char*>(rows.mutable_data_ptr());
+    for (const int64_t i : places[e]) {
+      std::memcpy(row, from + (x.size(1) == 1 ? i / K : i) * in * bytes, in * bytes);
+      row += in * bytes;
+    }
+    const Tensor made = scales ? linear_codes(rows, weight[e], (*scales)[e], std::nullopt)
+                               : linear_bf16(rows, weight[e], std::nullopt);
+    const char* result = static_cast<const char*>(made.const_data_ptr());
+    for (int64_t j = 0; j < n; j++) std::memcpy(to + places[e][j] * out * bytes, result + j * out * bytes, out * bytes);
+  }
+  return y;
+}
+
 void check_head(int64_t D) {
   TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attention: a head of ", D, " is not supported");
 }
@@ -1213,6 +1247,7 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("has_bf16() -> bool", &has_bf16);
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
+  m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
   m.def("join_blocks(Tensor?[] tensors, float eps, float scale) -> Tensor");
   m.def("run_blocks(Tensor x, Tensor blocks, Tensor pos, Tensor cos, Tensor sin, Tensor mask) -> Tensor");
@@ -1222,6 +1257,7 @@ TORCH_LIBRARY(gpt_faster, m) {
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
+  m.impl("linear_experts", &linear_experts);
   m.impl("attend", &attend);
 #if defined(__x86_64__)
   m.impl("join_blocks", &join_blocks);

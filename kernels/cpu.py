@@ -54,6 +54,7 @@ def available() -> bool:
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
+    torch.library.register_fake("gpt_faster::linear_experts")(_linear_experts_shape)
     for name in ("attend", "run_blocks"):
         torch.library.register_fake(f"gpt_faster::{name}")(lambda x, *_: torch.empty_like(x))
     return True
@@ -77,3 +78,7 @@ def _linear_bf16_shape(x, weight, bias):
 
 def _linear_codes_shape(x, weight, scales, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0] * scales.shape[3])
+
+
+def _linear_experts_shape(x, chosen, weight, scales):
+    return x.new_empty(*chosen.shape, weight.shape[1] * (1 if scales is None else scales.shape[4]))

@@ -5,18 +5,20 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
 import checkpoint
 from checkpoint import (
@@ -320,6 +322,22 @@ def meta_state(llama):
     return {name: value.clone() for name, value in out.items()}
 
 
+def gpt_fast_mixtral(mixtral):
+    """gpt-fast's own names of a mixture of experts, whose tensors are stacked."""
+    state, config = mixtral.state_dict(), mixtral.config
+    out = {}
+    for i in range(config.num_hidden_layers):
+        theirs, ours = f"model.layers.{i}.mlp.", f"layers.{i}.block_sparse_moe."
+        out[ours + "gate.weight"] = state[theirs + "gate.weight"]
+        out[ours + "cond_ffn.w1"], out[ours + "cond_ffn.w3"] = state[theirs + "experts.gate_up_proj"].chunk(2, dim=1)
+        out[ours + "cond_ffn.w2"] = state[theirs + "experts.down_proj"]
+        for name, part in (("gate_proj", "gate"), ("up_proj", "gate"), ("down_proj", "gate")):
+            state[theirs + f"{name}.weight"] = state[theirs + f"{part}.weight"]  # dropped below
+    dense = SimpleNamespace(state_dict=lambda: state, config=config)
+    dense = {name: value for name, value in gpt_fast_state(dense).items() if "feed_forward" not in name}
+    return dense | {name: value.clone() for name, value in out.items()}
+
+
 def gpt_fast_state(llama):
     state = meta_state(llama)
     for i in range(llama.config.num_hidden_layers):
@@ -332,13 +350,27 @@ def int8_state(state):
     """gpt-fast's int8: every linear layer's rows times 127.5 / their maximum, the scales in bfloat16."""
     out = {}
     for name, weight in state.items():
-        if weight.ndim == 1 or name.startswith("tok_embeddings"):
+        if weight.ndim == 1 or name.startswith("tok_embeddings") or name.endswith("gate.weight"):
             out[name] = weight
             continue
-        scales = (weight.abs().amax(1) / 127.5).bfloat16()
-        out[name] = (weight / scales.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
-        out[name.replace("weight", "scales")] = scales
+        scales = (weight.abs().amax(-1) / 127.5).bfloat16()
+        out[name] = (weight / scales.float()[..., None]).round().clamp(-128, 127).to(torch.int8)
+        out[scales_of(name)] = scales
     return out
+
+
+def scales_of(name):
+    return re.sub(r"cond_ffn.w(.)$", r"cond_ffn.scales\1", name.replace("weight", "scales"))
+
+
+def with_scales(state):
+    """The floats that an int8 state stands for."""
+    floats = {}
+    for name, value in state.items():
+        if "scales" not in name:
+            scales = state.get(scales_of(name), torch.ones(1))
+            floats[name] = value.float() * (scales.float()[..., None] if value.dtype == torch.int8 else 1)
+    return floats
 
 
 @pytest.fixture
@@ -367,16 +399,26 @@ def test_bare_state_dicts(form, legacy, bare, llama):
 def test_int8_of_gpt_fast_is_its_codes_times_its_scales(bare, llama):
     state = int8_state(gpt_fast_state(llama))
     torch.save(state, bare)
-    floats = {}
-    for name, value in state.items():
-        if not name.endswith("scales"):
-            scales = state.get(name.replace("weight", "scales"), torch.ones(1))
-            floats[name] = value.float() * (scales.float()[:, None] if value.dtype == torch.int8 else 1)
     got = logits(load_model(bare, dtype=torch.float32))
-    torch.save(floats, bare)
+    torch.save(with_scales(state), bare)
     torch.testing.assert_close(got, logits(load_model(bare, dtype=torch.float32)), atol=1e-4, rtol=1e-4)
     expected = llama(torch.arange(20)[None]).logits
     torch.testing.assert_close(got, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+
+
+def test_mixtral_of_gpt_fast(tmp_path):
+    path, mixtral = (
+        tmp_path / "model.pth",
+        tiny(MixtralConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
+    )
+    mixtral.config.save_pretrained(tmp_path)
+    state = gpt_fast_mixtral(mixtral)
+    torch.save(state, path)
+    assert_same_logits(path, mixtral)
+    torch.save(int8_state(state), path)
+    model = load_model(path, dtype=torch.float32)
+    torch.save(with_scales(int8_state(state)), path)
+    torch.testing.assert_close(logits(model), logits(load_model(path, dtype=torch.float32)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scales", [None, torch.ones(7), torch.ones(()), torch.ones(32, 1)], ids=str)
@@ -846,6 +888,18 @@ def test_random_model_is_finite_seeded_and_runs():
     assert logits(a).isfinite().all() and logits(a).std() > 0.01
     with pytest.raises(ValueError, match="'Llama', .*|no model is named 'Llama'"):
         random_model("Llama")
+
+
+def test_weight_bytes_of_experts_by_hand(tmp_path):
+    config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    tiny(config).save_pretrained(tmp_path)
+    expert, gate = 3 * 32 * 48, 8 * 32
+    rest = 2 * (32 * (32 + 2 * 16) + 32 * 32 + 2 * 32 + gate) + 32 + 96 * 32
+    for model in (load_model(tmp_path), load_model(tmp_path, dtype=torch.float32)):
+        size = model.dtype.itemsize
+        assert weight_bytes(model) == size * (rest + 2 * 2 * expert)  # in each of two blocks two of eight
+        assert weight_bytes(model, tokens=2) == size * (rest + 2 * 3.5 * expert)  # two, and six times a quarter
+        assert weight_bytes(model, tokens=1000) == size * (rest + 2 * 8 * expert)
 
 
 def test_weight_bytes_by_hand(saved):

@@ -15,16 +15,19 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from checkpoint import args_from_hf, build, load_model, new_table, open_source
 from decoding import Sampling, decode, prefill
-from qlinear import LAYERS, QuantSpec, quantize_weight
+from qlinear import QuantSpec, quantised_layer, quantize_weight
 
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,6 +63,7 @@ YARN_ROPE = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 32,
 }
+EXPERTS = {"num_experts": 8, "moe_intermediate_size": 32}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 FAMILIES = {
@@ -82,6 +86,10 @@ FAMILIES = {
     "qwen2, window in no layer": (Qwen2Config, {**SLIDING, "max_window_layers": 2}),
     "qwen3": (Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, tied": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 16}),
+    "qwen2_moe": (Qwen2MoeConfig, {**EXPERTS, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 96}),
+    "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "head_dim": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "phi3": (Phi3Config, {"sliding_window": 16}),
     "granite": (
         GraniteConfig,
@@ -205,11 +213,12 @@ def test_family_in_int4(family, tmp_path):
     plain = build(replace(source.args, tie_embeddings=False), state)
     for found, expected in zip(*(logits_of(model, random_prompts(40, 7)) for model in (quantised, plain)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
-    assert len(table) == 4 * source.args.n_layer + 1
+    n_linear = 6 if source.args.shared_size else 4  # of a block
+    assert len(table) == n_linear * source.args.n_layer + 1
 
 
 def dequantised(weight, spec):
-    return LAYERS[spec.bits](**quantize_weight(weight, spec)).dequantize()
+    return quantised_layer(quantize_weight(weight, spec), spec.bits).dequantize()
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +300,14 @@ MIXED = ["full_attention", "sliding_attention"]
         ),
         ({"rope_parameters": "linear"}, ["rope settings"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 8, "mlp_only_layers": [0]},
+            ["some layers"],
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9},
+            ["n_expert is 8", "n_expert_used 9"],
+        ),
         ({"attention_bias": True}, ["attention_bias", "q, k and v"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),

@@ -17,11 +17,14 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from checkpoint import load_model, read_tensors, save_checkpoint, source_from_gguf
@@ -61,6 +64,12 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.gate.": "ffn_gate_inp.",
     "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm",
     "self_attn.": "",
@@ -73,7 +82,11 @@ OTHER_NAMES = {  # of some families
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": POST_NORMS,
 }
-ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2"}  # model_type -> where the package calls it otherwise
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mixtral": "llama"}
+ARCHITECTURES |= {
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}  # model_type -> where the package calls it otherwise
 
 
 def tiny(config):
@@ -89,6 +102,18 @@ def tiny(config):
 def interleaved(weight, n_head):
     """q and k rows as llama.cpp's converter orders them for the llama architecture: rope pairs are neighbours."""
     return weight.reshape(n_head, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def parts_of(model):
+    """Names and tensors; the gates and up projections of experts, one tensor there, are two here."""
+    for name, weight in model.named_parameters():  # a tied head is not among them
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = weight.chunk(2, dim=1)
+            blk = name.removesuffix("mlp.experts.gate_up_proj")
+            yield f"{blk}ffn_gate_exps.weight", gate
+            yield f"{blk}ffn_up_exps.weight", up
+        else:
+            yield name, weight
 
 
 def finish(writer):
@@ -120,20 +145,23 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, weight in model.named_parameters():  # a tied head is not among them
+    for name, weight in parts_of(model):
         own = next((own for part, own in (kinds or {}).items() if part in name), kind)
         for theirs, ours in (NAMES | OTHER_NAMES.get(family, {})).items():
             name = name.replace(theirs, ours)
         codes = weight.detach().numpy()
-        if weight.ndim == 2:
+        is_matrix = weight.ndim > 1 and "gate_inp" not in name
+        if is_matrix:
             codes = quantize(codes, own)
-            weight.data = torch.tensor(dequantize(codes, own))
+            weight.data.copy_(torch.tensor(dequantize(codes, own)))
         for part, n_head in heads.items():
             if family in ("llama", "granite") and part in name:
                 codes = interleaved(codes, n_head)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             codes = codes + 1
-        writer.add_tensor(name, np.ascontiguousarray(codes), raw_dtype=own if weight.ndim == 2 else None)
+        if "shexp" in name and "inp" in name:
+            codes = codes[0]
+        writer.add_tensor(name, np.ascontiguousarray(codes), raw_dtype=own if is_matrix else None)
     finish(writer)
     return path
 
@@ -175,6 +203,37 @@ HEAD = {"add_key_length": 32, "add_value_length": 32}
 GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 0.7}
 FAMILIES = {  # config, and what the file says beside the sizes
     "qwen3": (Qwen3Config, {"head_dim": 32}, HEAD),
+    "mixtral": (
+        MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"add_expert_count": 4, "add_expert_used_count": 2},
+    ),
+    "qwen2moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        {
+            "add_expert_count": 4,
+            "add_expert_used_count": 3,
+            "add_expert_feed_forward_length": 32,
+            "add_expert_shared_feed_forward_length": 64,
+        },
+    ),
+    "qwen3moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+        {**HEAD, "add_expert_count": 8, "add_expert_used_count": 2, "add_expert_feed_forward_length": 32},
+    ),
     "phi3": (Phi3Config, {"sliding_window": 16, "pad_token_id": None}, {"add_sliding_window": 16}),
     "granite": (
         GraniteConfig,
@@ -525,7 +584,7 @@ def test_architectures_not_supported(good, tmp_path):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"add_expert_count": 8}, ["experts"]),
+        ({"add_expert_count": 8}, ["expert_used_count"]),
         ({"add_rope_dimension_count": 8}, ["partial rope"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LONGROPE}, ["'longrope'", "none, linear, yarn"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.YARN, "add_rope_scaling_factor": 4.0}, ["original_context"]),

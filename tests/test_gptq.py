@@ -21,6 +21,9 @@ TINY = ModelArgs(
 VARIANTS = {
     "plain": TINY,
     "tied": replace(TINY, tie_embeddings=True),
+    "windows in turn, scales": replace(
+        TINY, sliding_window=5, full_layers=(1,), window_rope_base=100.0, embedding_scale=3.0, post_norm=True
+    ),
     "bias, norms, window": replace(TINY, qkv_bias=True, qk_norm=True, sliding_window=5),
 }
 
@@ -141,8 +144,8 @@ def random_state(args, dtype=torch.float32):
     return {name: (0.2 * torch.randn(meta.shape, generator=generator)).to(dtype) for name, meta in shapes.items()}
 
 
-def calibration():
-    return torch.randint(TINY.vocab_size, (5, 24), generator=torch.Generator().manual_seed(1))
+def calibration(n=5):
+    return torch.randint(TINY.vocab_size, (n, 24), generator=torch.Generator().manual_seed(1))
 
 
 def tiny_table(args):
@@ -152,15 +155,16 @@ def tiny_table(args):
     return table
 
 
-def run_gptq(args, table, dtype=torch.float32, **options):
+def run_gptq(args, table, dtype=torch.float32, sequences=None, **options):
     """The model left behind, and the tensors. Batches of 2 leave a last one of 1."""
     model = build(args, random_state(args, dtype))
-    return model, gptq_(model, calibration(), table, **OPTIONS | options, batch_size=2)
+    sequences = calibration() if sequences is None else sequences
+    return model, gptq_(model, sequences, table, **OPTIONS | options, batch_size=2)
 
 
 @torch.inference_mode()
-def logits(model):
-    tokens = calibration()
+def logits(model, tokens=None):
+    tokens = calibration() if tokens is None else tokens
     model.setup_caches(*tokens.shape)
     return model(tokens, torch.arange(tokens.shape[1]).repeat(len(tokens), 1))
 
@@ -244,6 +248,48 @@ def test_a_model_whose_blocks_are_one_operator_is_rounded_as_any():
     assert joined.joined_blocks is not None or not cpu.has_bf16()
     found = [gptq_(model, calibration(), table, **OPTIONS) for model in (joined, apart)]
     assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
+
+
+MIXTURE = replace(TINY, n_expert=4, n_expert_used=2)
+
+
+@pytest.mark.parametrize("shared_size", [None, 64])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_experts_are_rounded_for_the_rows_they_get(act_order, shared_size):
+    args, seen = replace(MIXTURE, shared_size=shared_size), {}
+    table, floats = tiny_table(args), random_state(args)
+    assert not any("gate" in name for name in table)
+    sequences = calibration(40)
+    model, tensors = run_gptq(args, table, sequences=sequences, act_order=act_order)
+    names = [name for name in table if name.endswith(("feed_forward.w13", "feed_forward.w2"))]
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs}))
+    logits(model, sequences)
+    for name in names:
+        x, chosen = seen[name]
+        x = x.expand(-1, 2, -1)
+        for e in range(args.n_expert):
+            H = second_moments(x[chosen == e])
+            expected = gptq(floats[f"{name}.weight"][e], H, table[name], act_order=act_order)
+            got = {key: tensors[f"{name}.{key}"][e] for key in expected}
+            assert share_equal(got, expected, table[name]) > 0.99
+            assert LAYERS[4](**got).dequantize().equal(model.get_submodule(name).weight[e])
+
+
+def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_and_named(capsys):
+    args = replace(TINY, n_expert=3, n_expert_used=1)
+    state, table = random_state(args), tiny_table(args)
+    gate = state["layers.1.feed_forward.gate.weight"]
+    gate[1], gate[2] = -gate[0], 0  # one of the first two scores is above 0
+    tensors = gptq_(build(args, dict(state)), calibration(), table, **OPTIONS)
+    err = capsys.readouterr().err
+    for name in ("layers.1.feed_forward.w13", "layers.1.feed_forward.w2"):
+        assert f"{name}: no token reached experts 2; they are rounded to nearest" in err
+        nearest = quantize_weight(state[f"{name}.weight"], table[name])
+        same = [all(tensors[f"{name}.{key}"][e].equal(nearest[key][e]) for key in nearest) for e in range(3)]
+        assert same == [False, False, True]
+    assert "layers.0" not in err
 
 
 def test_inputs_that_are_not_finite_are_refused_by_name():

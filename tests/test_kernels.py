@@ -14,8 +14,19 @@ import torch.nn.functional as F
 from checkpoint import build, expected_tensors
 from decoding import compile_step
 from kernels import cpu
-from model import FEW, ModelArgs, Transformer, attend
-from qlinear import FewRowsLinear, QuantSpec, linear_table, pack_, quantize_
+from model import FEW, ExpertLinear, ModelArgs, Transformer, attend
+from qlinear import (
+    AnyExperts,
+    CodesLinear,
+    FewRowsLinear,
+    QuantSpec,
+    fastest,
+    linear_table,
+    pack_,
+    quantised_layer,
+    quantize_,
+    quantize_weight,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelArgs(
@@ -59,6 +70,76 @@ def test_inputs_need_not_be_contiguous(K):
     for x in (random(K, 3, seed=0).T, random(3, 2 * K, seed=0)[:, ::2], random(1, 1, K, seed=0).expand(2, 3, K)):
         assert not x.is_contiguous()
         assert_right(torch.ops.gpt_faster.linear_bf16(x, weight, bias), x, weight, bias)
+
+
+def chosen_experts(T, K, n_expert):
+    generator = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randperm(n_expert, generator=generator)[:K] for _ in range(T)])
+
+
+@needs_bf16
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("T, K, n_expert", [(1, 2, 8), (5, 1, 3), (7, 3, 4), (40, 2, 4), (100, 4, 64)])
+@pytest.mark.parametrize("n_in, n_out", [(64, 32), (96, 40)])
+def test_experts_equal_float64(T, K, n_expert, n_in, n_out, bits):
+    layer, chosen = ExpertLinear(random(n_expert, n_out, n_in, seed=1)), chosen_experts(T, K, n_expert)
+    if bits:
+        layer = quantised_layer(quantize_weight(layer.weight, QuantSpec(bits, 32 if bits == 4 else None)), bits)
+    fast = fastest(layer)(layer)
+    exact = layer.dequantize().double() if bits else layer.weight.double()
+    for x in (random(T, 1, n_in, seed=2), random(T, K, n_in, seed=2), random(n_in, K, T, seed=2).T):
+        expected = torch.einsum("tkoi,tki->tko", exact[chosen], x.expand(-1, K, -1).double())
+        found = fast(x, chosen)
+        assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+        for each in (found, AnyExperts(layer)(x, chosen)):
+            assert (each - expected).norm() < (0.01 if bits else 0.003) * expected.norm()
+        for (t, k), e in zip(torch.cartesian_prod(torch.arange(T), torch.arange(K)), chosen.flatten(), strict=True):
+            one = ExpertLinear(layer.weight[e : e + 1]) if not bits else layer.expert(e)
+            row = x[t, k if x.shape[1] > 1 else 0][None]
+            alone = CodesLinear(one)(row) if bits else torch.ops.gpt_faster.linear_bf16(row, one.weight[0], None)
+            n_row = (chosen == e).sum()
+            assert torch.equal(found[t, k], alone[0]) or (not bits and n_row > FEW)
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_of_codes_are_exact_in_float32(bits):
+    spec, chosen = QuantSpec(bits, 32), chosen_experts(20, 2, 4)
+    layer = quantised_layer(quantize_weight(random(4, 40, 64, seed=1), spec), bits)
+    x = random(20, 2, 64, seed=2).float()
+    torch.testing.assert_close(fastest(layer)(layer)(x, chosen), layer(x, chosen), rtol=1e-5, atol=1e-5)
+
+
+@needs_bf16
+def test_mistakes_with_experts_are_errors():
+    x, weight, chosen = random(3, 1, 32, seed=0), random(4, 16, 32, seed=1), torch.zeros(3, 2, dtype=torch.long)
+    run = torch.ops.gpt_faster.linear_experts
+    assert run(x, chosen, weight, None).shape == (3, 2, 16)
+    for wrong in (
+        (x, chosen + 4, weight),
+        (x, chosen - 1, weight),
+        (x[:2], chosen, weight),
+        (x[..., :31], chosen, weight),
+        (x.float(), chosen, weight),
+        (x[:, 0], chosen, weight),
+    ):
+        with pytest.raises(RuntimeError, match="linear_experts|linear_bf16"):
+            run(*wrong, None)
+
+
+@needs_bf16
+@pytest.mark.parametrize("fast", [True, False], ids=["C++", "plain"])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@torch.inference_mode()
+def test_experts_compile(bits, fast):
+    layer = ExpertLinear(random(4, 40, 64, seed=1))
+    if bits:
+        layer = quantised_layer(quantize_weight(layer.weight, QuantSpec(bits, 32)), bits)
+    packed = fastest(layer)(layer) if fast else AnyExperts(layer)
+    for T in (1, 20):
+        x, chosen = random(T, 1, 64, seed=2), chosen_experts(T, 2, 4)
+        compiled = torch.compile(packed, fullgraph=True, dynamic=False, options={"cpp.vec_isa_ok": True})
+        assert torch.equal(compiled(x, chosen), packed(x, chosen))
 
 
 @needs_bf16
@@ -273,6 +354,7 @@ def test_copies_of_a_model_join_blocks_of_their_own():
         {"pre_norm": False},
         {"post_norm": True},
         {"residual_scale": 0.5},
+        {"n_expert": 4, "n_expert_used": 2},
     ],
     ids=str,
 )

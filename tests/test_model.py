@@ -36,6 +36,8 @@ VARIANTS = {
         logit_softcap=9.0,
     ),
     "four norms, gelu": replace(TINY, norm_offset=True, post_norm=True, activation="gelu_tanh"),
+    "experts": replace(TINY, n_expert=5, n_expert_used=2, normalize_experts=False),
+    "a shared expert": replace(TINY, n_expert=3, n_expert_used=1, shared_size=16),
     "joint norms": replace(TINY, pre_norm=False, post_norm=True, joint_qk_norm=True),
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
@@ -124,7 +126,7 @@ def greedy(model, prompts, n_new, step):
     return [token.flatten().tolist()] + [next(stream)[0].flatten().tolist() for _ in range(n_new)]
 
 
-@pytest.mark.parametrize("variant", ["plain", "window", "windows in turn", "scales and caps", "joint norms"])
+@pytest.mark.parametrize("variant", ["plain", "window", "windows in turn", "scales and caps", "joint norms", "experts"])
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()
     model = random_tiny(VARIANTS[variant])
@@ -152,6 +154,8 @@ PUBLISHED = {
     "TinyLlama-1.1B": 1_100_048_384,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-8B": 8_190_735_360,
+    "Mixtral-8x7B": 46_702_792_704,
+    "Qwen3-30B-A3B": 30_532_122_624,
     "SmolLM2-135M": 134_515_008,
 }
 

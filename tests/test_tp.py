@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import tensor
-from tp_cases import ARGS, MODELS, TIED, cases, run
+from tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 
 import tp
 from checkpoint import expected_tensors, load_model, save_checkpoint
@@ -92,6 +92,8 @@ def folder(tmp_path_factory):
     for name, spec in (("int8", QuantSpec(8)), ("int4.g32", QuantSpec(4, 32)), ("int4.g64", QuantSpec(4, 64))):
         save_checkpoint(folder / f"{name}.pth", ARGS, *rounded(ARGS, tensors, spec))
     save_checkpoint(folder / "tied-int8.pth", TIED, *rounded(TIED, tied, QuantSpec(8)))
+    experts = rounded(EXPERTS, floats["experts"], QuantSpec(4, 32))
+    save_checkpoint(folder / "experts-int4.pth", EXPERTS, *experts)
     state, table = rounded(ARGS, tensors, QuantSpec(4, 32))
     model = load_model(folder / "float.pth", dtype=torch.float32)
     text = torch.randint(ARGS.vocab_size, (16, 64), generator=generator)

@@ -53,7 +53,8 @@ CAPPED = replace(
     post_norm=True,
     residual_scale=0.7,
 )
-MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED}
+EXPERTS = replace(ARGS, intermediate_size=256, n_expert=4, n_expert_used=2, shared_size=128)
+MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -85,6 +86,10 @@ CASES = [
     Case("joint", "float32", 3),
     Case("joint", "bfloat16", 1),
     Case("capped", "float32", 1, speculate="ngram"),
+    Case("experts", "float32", 3, compile=True, speculate="ngram"),
+    Case("experts", "bfloat16", 1),
+    Case("experts-int4", "float32", 3),
+    Case("experts-int4", "bfloat16", 3),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
