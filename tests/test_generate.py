@@ -26,7 +26,7 @@ CHATML = (
 )
 
 
-def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML):
+def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML, **fields):
     """A checkpoint of ours that runs in no time: random float32 weights, a byte-level vocabulary, ChatML."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
@@ -49,6 +49,7 @@ def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML):
         vocab_size=tokenizer.get_vocab_size(),
         max_seq_length=context,
         tie_embeddings=True,
+        **fields,
     )
     shapes = Transformer(args).state_dict()
     torch.manual_seed(seed)

@@ -25,7 +25,7 @@ from decoding import Sampling
 from eval import perplexity
 from generate import generate, setup_caches
 from gptq import calibration_windows, gptq_
-from qlinear import LAYERS, QuantSpec, quantize_weight
+from qlinear import QuantSpec, quantised_layer, quantize_weight
 from quantize import build_parser, frugal, main, relative_error, task_texts
 from tokenizer import load_tokenizer
 
@@ -38,14 +38,15 @@ TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into t
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The tiny model with a head of its own ("untied") and without ("tied"); tests write into copies."""
+    """The tiny model with a head of its own ("untied"), without ("tied"), with experts; tests write into copies."""
     tied = make_tiny_checkpoint(tmp_path_factory.mktemp("tied")).parent
     untied = shutil.copytree(tied, tmp_path_factory.mktemp("untied"), dirs_exist_ok=True)
     source = open_source(tied)
     args = checkpoint.replace(source.args, tie_embeddings=False)
     tensors = {name: read() for name, read in source.tensors.items()}
     save_checkpoint(untied / "model.pth", args, tensors | {"output.weight": torch.randn(args.vocab_size, args.dim)})
-    return {"tied": tied, "untied": untied}
+    experts = make_tiny_checkpoint(tmp_path_factory.mktemp("experts"), n_expert=4, n_expert_used=2).parent
+    return {"tied": tied, "untied": untied, "experts": experts}
 
 
 @pytest.fixture
@@ -84,7 +85,9 @@ def weights(path):
     layers = {}
     for name, spec in source.table.items():
         kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
-        layers[name] = LAYERS[spec.bits](*[source.tensors[f"{name}.{kind}"]() for kind in kinds]).dequantize()
+        layers[name] = quantised_layer(
+            {kind: source.tensors[f"{name}.{kind}"]() for kind in kinds}, spec.bits
+        ).dequantize()
     return layers
 
 
@@ -117,7 +120,7 @@ def greedy(path):
 # ---------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
 @pytest.mark.parametrize(
     "mode, flags, name",
     [
@@ -174,11 +177,25 @@ def test_codes_are_those_of_the_original_weights_and_gptq_those_of_gptq(folder, 
         assert torch.equal(source.tensors[name](), value), name
 
 
-def test_generate_reads_every_mode(folder, text, run_cli):
+@pytest.mark.parametrize("kind", ["tied", "experts"])
+def test_generate_reads_every_mode(kind, sources, tmp_path, text, run_cli):
+    folder = shutil.copytree(sources[kind], tmp_path / "tiny")
     for mode in MODES:
         target = quantise(folder / "model.pth", "--mode", mode, *calibrated(mode, text))["target"]
-        done = run_cli("generate.py", "--checkpoint_path", target, "--num_samples", 1, "--max_new_tokens", 8)
+        flags = ["--checkpoint_path", target, "--num_samples", 1, "--max_new_tokens", 8]
+        done = run_cli("generate.py", *flags)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_compiled_experts_write_the_same_text(sources, run_cli):
+    """Quantised on the way, and with guesses checked several at a time."""
+    path, texts = sources["experts"] / "model.pth", []
+    for flags in ([], ["--compile", "--speculate", "ngram"]):
+        flags += ["--checkpoint_path", path, "--dtype", "float32", "--quantize", "int4", "--temperature", 0]
+        done = run_cli("generate.py", *flags, "--num_samples", 1, "--max_new_tokens", 40, "--prompt", "the cat sat on")
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0].strip() and texts[0] == texts[1]
 
 
 def test_label_and_folder(folder):
