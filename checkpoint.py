@@ -273,6 +273,7 @@ GPT_FAST_EXPERTS = GPT_FAST_MODULES | {
 IGNORED = re.compile(
     r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
 )
+SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 TIED_HEADS = {"lm_head.weight", "output.weight"}
 
 
@@ -535,6 +536,8 @@ GEMMA_2 = GEMMA | {"post_norm": True}
 # old configs say gelu, but the models are trained with its approximation
 GEMMA_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_3_CONFIG = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208, "sliding_window": 4096}
+GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
 OLMO = {"pre_norm": False, "post_norm": True, "joint_qk_norm": True}
 HF_FAMILIES = {
     "llama": Family(),
@@ -560,7 +563,7 @@ HF_FAMILIES = {
     "gemma3_text": Family(
         GEMMA_2 | {"qk_norm": True},
         _gemma_scales,
-        GEMMA_CONFIG | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096},
+        GEMMA_CONFIG | GEMMA_3_CONFIG,
         HF_FOUR_NORMS,
         full_layers_every=6,
         window_rope_base="rope_local_base_freq",
@@ -664,8 +667,15 @@ def source_from_hf(folder: Path) -> Source | None:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
     config = read_json(folder / "config.json")
+    if isinstance(config.get("text_config"), dict):  # of a model that sees, too: Gemma 3 from 4B on
+        config, raw = config["text_config"], text_part(raw)
     args = args_from_hf(config)
     return Source(args, rename(args, raw, HF_MODULES | family_of(config).modules, False, folder))
+
+
+def text_part(raw: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of the language model in one that also sees, by the names that they have without the rest."""
+    return {name.replace("language_model.", "", 1): read for name, read in raw.items() if not SEEING.match(name)}
 
 
 def source_from_folder(

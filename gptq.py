@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval import read_text
 from model import KVCache, Transformer
-from qlinear import QuantSpec, quantised_layer, quantize_weight, scales_and_zeros, stored, to_codes
+from qlinear import QuantSpec, layer_of, quantize_weight, scales_and_zeros, stored, to_codes
 
 EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
 
@@ -195,7 +195,7 @@ def gptq_(
                     rounded[name] = gptq_experts(layer, block, batches, table[name], **how)
                 else:
                     rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
-                layer.weight.copy_(quantised_layer(rounded[name], table[name].bits).dequantize())
+                layer.weight.copy_(layer_of(rounded[name]).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))
         block.attention.kv_cache = None

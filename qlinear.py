@@ -215,12 +215,13 @@ class Int4Experts(Int4Linear):
 
 
 LAYERS = {8: Int8Linear, 4: Int4Linear}
-EXPERT_LAYERS = {8: Int8Experts, 4: Int4Experts}
+EXPERT_LAYERS = {None: ExpertLinear, 8: Int8Experts, 4: Int4Experts}
 
 
-def quantised_layer(weights: dict[str, Tensor], bits: int, bias: Tensor | None = None) -> nn.Module:
-    """The layer with these tensors, which may be those of experts."""
-    return EXPERT_LAYERS[bits](**weights) if weights["weight"].ndim == 3 else LAYERS[bits](**weights, bias=bias)
+def layer_of(tensors: dict[str, Tensor], bias: Tensor | None = None) -> nn.Module:
+    """The quantised layer that has these tensors; or the experts, quantised or not."""
+    bits = 4 if "zeros" in tensors else 8 if "scales" in tensors else None
+    return EXPERT_LAYERS[bits](**tensors) if tensors["weight"].ndim == 3 else LAYERS[bits](**tensors, bias=bias)
 
 
 # ---------------------------------------------------------------- whole models
@@ -270,7 +271,7 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
         tensors = (
             _meta_tensors(layer.weight.shape, spec) if layer.weight.is_meta else quantize_weight(layer.weight, spec)
         )
-        replace_(model, name, quantised_layer(tensors, spec.bits, getattr(layer, "bias", None)))
+        replace_(model, name, layer_of(tensors, getattr(layer, "bias", None)))
 
 
 @functools.cache  # a model has few different shapes, and each costs a millisecond
@@ -375,17 +376,11 @@ class AnyExperts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
         tensors = dict(self.named_buffers())
         if x.is_cuda and surely_few(chosen.numel()):
-            copies = experts_of({name: tensor[chosen.flatten()] for name, tensor in tensors.items()})
+            copies = layer_of({name: tensor[chosen.flatten()] for name, tensor in tensors.items()})
             weight = copies.dequantize() if tensors.keys() > {"weight"} else copies.weight  # [T * K, out, in]
             rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
             return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
         return each_expert(x, chosen, tensors["weight"], tensors.get("scales"), tensors.get("zeros"))
-
-
-def experts_of(tensors: dict[str, Tensor]) -> ExpertLinear | Int8Experts | Int4Experts:
-    """The layer that has these tensors."""
-    kind = {1: ExpertLinear, 2: Int8Experts, 3: Int4Experts}[len(tensors)]
-    return kind(**tensors)
 
 
 @torch.library.custom_op("gpt_faster::each_expert", mutates_args=())
@@ -394,7 +389,7 @@ def each_expert(
 ) -> Tensor:  # as ExpertLinear
     """`by_expert` as an operator."""
     tensors = {"weight": weight, "scales": scales, "zeros": zeros}
-    layer = experts_of({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    layer = layer_of({name: tensor for name, tensor in tensors.items() if tensor is not None})
     return by_expert(layer, x, chosen)
 
 

@@ -24,7 +24,7 @@ import torch
 from checkpoint import GB, build, parse_dtype, pick_device, random_model, weight_bytes
 from decoding import Sampling, compile_step, decode_one_token, forward_chunk
 from generate import generate, measured_bandwidth, setup_caches, warm_up
-from qlinear import LAYERS, QuantSpec, fastest, quantize_weight
+from qlinear import LAYERS, QuantSpec, fastest, layer_of, quantize_weight
 from speculative import DraftModel, Speculation, draft_one_token, verify
 
 GREEDY = Sampling(temperature=0)
@@ -96,11 +96,35 @@ def check_quantised(device: torch.device, dtype: torch.dtype) -> None:
         for rows in (1, 2, 5, 16, 17, 512):
             x = torch.randn(rows, 512, generator=generator).to(dtype)
             wanted = torch.nn.functional.linear(x.float(), layer.dequantize())
-            for work in (there, torch.compile(there, fullgraph=True, dynamic=False)):
-                off = ((work(x.to(device)).float().cpu() - wanted).abs().max() / wanted.abs().max()).item()
-                if not off < 2e-2:
-                    raise ValueError(f"{type(there).__name__} {spec}, {rows} rows on {device}: off by {off:.1e}")
+            require_close(there, [x.to(device)], wanted, f"{spec}, {rows} rows")
         print(f"{spec}: {type(there).__name__} agrees with its dequantised weight, 1 to 512 rows, plain and compiled")
+
+
+def check_experts(device: torch.device, dtype: torch.dtype) -> None:
+    """Layers of 8 experts, 2 for each token, from one token to many, against float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 384, 256, generator=generator).to(dtype)
+    for spec in (None, QuantSpec(8), QuantSpec(4, 32)):
+        tensors = quantize_weight(weight, spec) if spec else {"weight": weight}
+        exact = layer_of(tensors).dequantize() if spec else weight.float()
+        layer = layer_of({name: tensor.to(device) for name, tensor in tensors.items()})
+        there = fastest(layer)(layer)
+        for n_token in (1, 2, 8, 9, 300):
+            x = torch.randn(n_token, 1, 256, generator=generator).to(dtype)
+            chosen = torch.rand(n_token, 8, generator=generator).argsort(1)[:, :2]
+            wanted = torch.einsum("tkoi,ti->tko", exact[chosen], x[:, 0].float())
+            require_close(there, [x.to(device), chosen.to(device)], wanted, f"experts {spec}, {n_token} tokens")
+        print(
+            f"experts {spec or dtype}: {type(there).__name__} agrees with float32, 1 to 300 tokens, plain and compiled"
+        )
+
+
+def require_close(layer: torch.nn.Module, inputs: list[torch.Tensor], wanted: torch.Tensor, what: str) -> None:
+    """Raise ValueError if the layer, plain or compiled, is further from `wanted` than rounding explains."""
+    for work in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
+        off = ((work(*inputs).float().cpu() - wanted).abs().max() / wanted.abs().max()).item()
+        if not off < 2e-2:
+            raise ValueError(f"{type(layer).__name__} {what} on {inputs[0].device}: off by {off:.1e}")
 
 
 def speed(
@@ -189,6 +213,7 @@ def main(*, device: str | None, dtype: str, models: list[str], speculate: list[s
     check_ragged(target)
     check_speculation(target)
     check_quantised(target, parse_dtype(dtype))
+    check_experts(target, parse_dtype(dtype))
     bandwidth = measured_bandwidth(target)
     print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s\n")
     print(

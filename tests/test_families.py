@@ -1,15 +1,19 @@
 """Each family against `transformers`: a tiny random model, saved, loaded by us, the same logits and the same tokens."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import tp_cases
 import transformers
+from safetensors.torch import load_file, save_file
 from test_tp import ran
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
@@ -25,9 +29,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from checkpoint import args_from_hf, build, load_model, new_table, open_source
+from checkpoint import args_from_hf, build, expected_tensors, load_model, new_table, open_source
 from decoding import Sampling, decode, prefill
-from qlinear import QuantSpec, quantised_layer, quantize_weight
+from qlinear import QuantSpec, layer_of, quantize_weight
 
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +194,39 @@ def test_family_equals_transformers(family, tmp_path):
     assert greedy(ours, prompts) == expected
 
 
+@torch.inference_mode()
+def test_the_text_part_of_a_model_that_sees(tmp_path):
+    kind, extra = FAMILIES["gemma3"]
+    text = kind(**{**SIZES, **extra, "vocab_size": 300})
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 16})
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    prompt = random_prompts(40)
+    expected = theirs(torch.tensor(prompt), token_type_ids=torch.zeros(1, 40, dtype=torch.long)).logits[0]
+    for old_names in (False, True):
+        if old_names:
+            tensors = load_file(tmp_path / "model.safetensors")
+            tensors = {re.sub(r"^model\.language_model", "language_model.model", n): t for n, t in tensors.items()}
+            save_file(tensors, tmp_path / "model.safetensors")
+        ours = load_model(tmp_path, dtype=torch.float32)
+        torch.testing.assert_close(logits_of(ours, prompt)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_gemma_3_4b_leaves_out_of_its_config():
+    """Its text_config has these keys only; the sum is that of Gemma 3's report, 3209 million beside the embedding."""
+    config = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    args = args_from_hf(config | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024})
+    assert (args.n_head, args.n_kv_head, args.head_dim, args.vocab_size) == (8, 4, 256, 262208)
+    assert args.full_layers == (5, 11, 17, 23, 29) and args.sliding_window == 1024
+    assert (args.rope_base, args.window_rope_base, args.rope_scaling.factor) == (1e6, 1e4, 8.0)
+    assert args.tie_embeddings and args.norm_offset and args.activation == "gelu_tanh"
+    tensors = expected_tensors(args)
+    del tensors["tok_embeddings.weight"]
+    assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == 3209
+
+
 def logits_of(model, prompts):
     """[S, V] of each prompt."""
     model.setup_caches(1, 64)
@@ -218,7 +255,7 @@ def test_family_in_int4(family, tmp_path):
 
 
 def dequantised(weight, spec):
-    return quantised_layer(quantize_weight(weight, spec), spec.bits).dequantize()
+    return layer_of(quantize_weight(weight, spec)).dequantize()
 
 
 @pytest.fixture(scope="module")

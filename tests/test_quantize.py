@@ -25,7 +25,7 @@ from decoding import Sampling
 from eval import perplexity
 from generate import generate, setup_caches
 from gptq import calibration_windows, gptq_
-from qlinear import QuantSpec, quantised_layer, quantize_weight
+from qlinear import QuantSpec, layer_of, quantize_weight
 from quantize import build_parser, frugal, main, relative_error, task_texts
 from tokenizer import load_tokenizer
 
@@ -85,9 +85,7 @@ def weights(path):
     layers = {}
     for name, spec in source.table.items():
         kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
-        layers[name] = quantised_layer(
-            {kind: source.tensors[f"{name}.{kind}"]() for kind in kinds}, spec.bits
-        ).dequantize()
+        layers[name] = layer_of({kind: source.tensors[f"{name}.{kind}"]() for kind in kinds}).dequantize()
     return layers
 
 

@@ -178,7 +178,11 @@ def test_scripts_are_there_and_parse(command):
 
 @pytest.mark.parametrize(
     "command",
-    of(tuple(f"python scripts/{name}" for name in ("benchmark", "quality", "speculation", "tasks", "tensor"))),
+    of(
+        tuple(
+            f"python scripts/{name}" for name in ("benchmark", "quality", "speculation", "tasks", "tensor", "experts")
+        )
+    ),
 )
 def test_benchmarks_parse(command, run_cli):
     """They take minutes, and peers that are not installed here."""
