@@ -841,40 +841,6 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return y;
 }
 
-// Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
-// are as linear_codes takes them, or as linear_bf16 if there are no scales -> [T, K, out]. The rows of an expert are
-// gathered, so that its weight is read once, where it lies; those of others are not.
-Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weight, const std::optional<Tensor>& scales) {
-  const int64_t T = chosen.size(0), K = chosen.size(1), n_expert = weight.size(0);
-  TORCH_CHECK(x.dim() == 3 && x.size(0) == T && (x.size(1) == 1 || x.size(1) == K), "linear_experts: wrong shape");
-  const int64_t in = x.size(2), out = weight.size(1) * (scales ? kLanes : 1), bytes = x.element_size();
-  const Tensor xc = x.contiguous(), cc = chosen.contiguous();
-  std::vector<std::vector<int64_t>> places(n_expert);  // of an expert, in [T, K]
-  for (int64_t i = 0; i < T * K; i++) {
-    const int64_t e = cc.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK(0 <= e && e < n_expert, "linear_experts: there is no expert ", e);
-    places[e].push_back(i);
-  }
-  Tensor y = at::empty({T, K, out}, x.options());
-  const char* from = static_cast<const char*>(xc.const_data_ptr());
-  char* to = static_cast<char*>(y.mutable_data_ptr());
-  for (int64_t e = 0; e < n_expert; e++) {
-    const int64_t n = places[e].size();
-    if (n == 0) continue;
-    Tensor rows = at::empty({n, in}, x.options());
-    char* row = static_cast<char*>(rows.mutable_data_ptr());
-    for (const int64_t i : places[e]) {
-      std::memcpy(row, from + (x.size(1) == 1 ? i / K : i) * in * bytes, in * bytes);
-      row += in * bytes;
-    }
-    const Tensor made = scales ? linear_codes(rows, weight[e], (*scales)[e], std::nullopt)
-                               : linear_bf16(rows, weight[e], std::nullopt);
-    const char* result = static_cast<const char*>(made.const_data_ptr());
-    for (int64_t j = 0; j < n; j++) std::memcpy(to + places[e][j] * out * bytes, result + j * out * bytes, out * bytes);
-  }
-  return y;
-}
-
 void check_head(int64_t D) {
   TORCH_CHECK(D == 64 || D == 96 || D == 128 || D == 256, "attention: a head of ", D, " is not supported");
 }
@@ -958,10 +924,9 @@ struct SharedLinear {
       : weight(tensors[0].value().contiguous()), scales(tensors[1]), bias(tensors[2]), in(in) {
     if (bias) bias = bias->contiguous();
     out = weight.size(0) * (scales ? kLanes : 1);
-    TORCH_CHECK(out % kLanes == 0, "a block's layer has ", out, " outputs");
     if (scales) check_codes(type, in, weight, *scales, bias);
     else TORCH_CHECK(type == at::kBFloat16 && weight.scalar_type() == type && weight.size(1) == in && has_bf16(),
-                     "a block's layer is no bfloat16 matrix with ", in, " inputs");
+                     "a layer's weight is no bfloat16 matrix with ", in, " inputs");
   }
 
   QuantisedLinear codes(const void* x, void* y, at::ScalarType type, int64_t M, void* room) const {
@@ -973,7 +938,7 @@ struct SharedLinear {
     if (scales) codes(x, nullptr, type, M, room).prepare(m, inputs.begin / kGroup, round_up(inputs.end, kGroup) / kGroup);
   }
 
-  // The outputs begin .. end - 1, in whole tiles, of all rows.
+  // The outputs begin .. end - 1, in whole tiles if there are scales, of all rows.
   void share(const void* x, void* y, at::ScalarType type, int64_t M, void* room, Range outputs) const {
     if (scales) return codes(x, y, type, M, room).share(outputs.begin / kLanes, outputs.end / kLanes);
     Linear{static_cast<const BFloat16*>(x), weight.const_data_ptr<BFloat16>(),
@@ -988,6 +953,72 @@ struct SharedLinear {
     at::linear_out(made, at::from_blob(const_cast<void*>(x), {M, in}, weight.options()), weight, bias);
   }
 };
+
+// Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
+// are as linear_codes takes them, or as linear_bf16 if there are no scales -> [T, K, out]. The rows of an expert are
+// gathered, so that its weight is read once, where it lies, and those of others not at all. Experts with few rows are
+// dealt out to the threads together.
+Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weight, const std::optional<Tensor>& scales) {
+  const int64_t T = chosen.size(0), K = chosen.size(1), n_expert = weight.size(0);
+  TORCH_CHECK(x.dim() == 3 && x.size(0) == T && (x.size(1) == 1 || x.size(1) == K), "linear_experts: wrong shape");
+  const int64_t in = x.size(2), out = weight.size(1) * (scales ? kLanes : 1), bytes = x.element_size();
+  const at::ScalarType type = x.scalar_type();
+  const Tensor xc = x.contiguous(), cc = chosen.contiguous();
+  std::vector<std::vector<int64_t>> places(n_expert);  // of an expert, in [T, K]
+  for (int64_t i = 0; i < T * K; i++) {
+    const int64_t e = cc.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK(0 <= e && e < n_expert, "linear_experts: there is no expert ", e);
+    places[e].push_back(i);
+  }
+  Tensor y = at::empty({T, K, out}, x.options());
+  const char* from = static_cast<const char*>(xc.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const auto row = [&](int64_t place) { return from + (x.size(1) == 1 ? place / K : place) * in * bytes; };
+
+  struct Job {
+    SharedLinear layer;
+    int64_t expert, n;
+    const char* x;
+    char *y, *room;
+  };
+  std::vector<Job> jobs;
+  Scratch scratch(false);
+  for (int64_t e = 0; e < n_expert; e++) {
+    const int64_t n = places[e].size();
+    if (n == 0) continue;
+    const std::optional<Tensor> tensors[] = {weight[e], scales ? std::optional((*scales)[e]) : std::nullopt, std::nullopt};
+    Job job{SharedLinear(tensors, in, type), e, n, row(places[e][0]), to + places[e][0] * out * bytes,
+            scratch.take(bytes_to_prepare(n, in, type))};
+    if (n > 1) {
+      char* rows = scratch.take(n * in * bytes);
+      for (int64_t j = 0; j < n; j++) std::memcpy(rows + j * in * bytes, row(places[e][j]), in * bytes);
+      job.x = rows, job.y = scratch.take(n * out * bytes);
+    }
+    at::parallel_for(0, n, std::max<int64_t>(1, 65536 / in), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) job.layer.prepare(job.x, type, n, job.room, m, {0, in});
+    });
+    jobs.push_back(std::move(job));
+  }
+  for (const Job& job : jobs) {
+    if (job.n > kFewRows) job.layer.all(job.x, job.y, type, job.n, job.room);
+  }
+  const int64_t tiles = (out + kLanes - 1) / kLanes, n_job = jobs.size(), bytes_a_tile = weight.nbytes() / n_expert / tiles;
+  at::parallel_for(0, n_job * tiles, std::max<int64_t>(1, 65536 / bytes_a_tile), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const Job& job = jobs[begin / tiles];
+      const int64_t first = begin % tiles, last = std::min(tiles, first + end - begin);
+      const Range outputs{first * kLanes, std::min(out, last * kLanes)};
+      if (job.n <= kFewRows) job.layer.share(job.x, job.y, type, job.n, job.room, outputs);
+      begin += last - first;
+    }
+  });
+  for (const Job& job : jobs) {
+    for (int64_t j = 0; job.n > 1 && j < job.n; j++) {
+      std::memcpy(to + places[job.expert][j] * out * bytes, job.y + j * out * bytes, out * bytes);
+    }
+  }
+  return y;
+}
 
 // Root mean square normalisation of n values, a multiple of 16, rounded as model.RMSNorm rounds them.
 VNNI_TARGET void rms_norm(const void* x, const void* weight, void* y, at::ScalarType type, int64_t n, float eps) {
@@ -1178,7 +1209,8 @@ Tensor join_blocks(const c10::List<std::optional<Tensor>>& tensors, double eps, 
     const int64_t D = k.size(3), n_head = wqkv.out / D - 2 * k.size(1);
     Block block{*t[0], *t[9], t[4], t[5], wqkv, SharedLinear(&t[6], n_head * D, type), w13,
                 SharedLinear(&t[13], w13.out / 2, type), k, v};
-    TORCH_CHECK(block.wo.out == dim && block.w2.out == dim && w13.out % (2 * kGroup) == 0, "join_blocks: wrong size");
+    TORCH_CHECK(block.wo.out == dim && block.w2.out == dim && dim % kLanes == 0 && wqkv.out % kLanes == 0 &&
+                w13.out % (2 * kGroup) == 0, "join_blocks: wrong size");
     TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.sizes() == v.sizes(), "join_blocks: wrong layout of a cache");
     check_head(D);
     for (const Tensor& like : {block.ffn_norm, k, v, block.q_norm.value_or(k), block.k_norm.value_or(k)}) {
@@ -1257,9 +1289,9 @@ TORCH_LIBRARY(gpt_faster, m) {
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
-  m.impl("linear_experts", &linear_experts);
   m.impl("attend", &attend);
 #if defined(__x86_64__)
+  m.impl("linear_experts", &linear_experts);
   m.impl("join_blocks", &join_blocks);
   m.impl("run_blocks", &run_blocks);
 #endif
