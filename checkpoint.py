@@ -787,10 +787,8 @@ class GGUFFamily:
     fields_from: Callable[[Callable], dict] = lambda number: {}
     modules: dict = field(default_factory=dict)  # names other than those in GGUF_MODULES
     normalize_experts: bool = True
-    full_layers_every: int | None = None
-    window_rope_base: float | None = (
-        None  # of layers with a window, whose rope is not scaled; 0: the base of the others
-    )
+    full_layers_every: int | None = None  # the period of layers without a window
+    window_rope_base: float | None = None  # of layers with one, whose rope is not scaled; 0: the base of the others
 
 
 def _gguf_granite(number: Callable) -> dict:

@@ -28,7 +28,7 @@ def check_fields(config) -> None:
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
-        limit = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+        limit = MAX_LAYERS if name in ("n_layer", "n_expert") else MAX_SIZE
         if float in kinds:
             fits, wanted = _positive(value), "a positive number"
         elif tuple[float, ...] in kinds:

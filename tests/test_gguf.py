@@ -29,7 +29,7 @@ from transformers import (
 
 from checkpoint import load_model, read_tensors, save_checkpoint, source_from_gguf
 from gguf_file import KEPT, GGUFFile, read_gguf_metadata
-from qlinear import LAYERS, QuantSpec
+from qlinear import LAYERS, QuantSpec, layer_of
 from scripts.convert_hf_checkpoint import main as convert
 
 SIZES = {
@@ -343,7 +343,7 @@ def assert_same_weights(source, tensors, plain):
     for name, spec in source.table.items():
         own = {key: floats.pop(f"{name}.{key}") for key in KEYS[spec.bits]}
         assert all(tensor.dtype == torch.float32 for key, tensor in own.items() if key != "weight")
-        floats[f"{name}.weight"] = LAYERS[spec.bits](**own).dequantize()
+        floats[f"{name}.weight"] = layer_of(own).dequantize()
     plain.setdefault("output.weight", plain["tok_embeddings.weight"])  # a tied head may have codes of its own
     floats.setdefault("output.weight", plain["output.weight"])
     assert floats.keys() == plain.keys()
@@ -358,6 +358,16 @@ def in_layers(part, spec):
 def whole_table(spec):
     parts = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
     return {name: spec for part in parts for name in in_layers(part, spec)} | {"output": spec}
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_every_layer_of_experts_is_kept(kind, tmp_path, monkeypatch):
+    config, extra, fields = FAMILIES["qwen2moe"]
+    theirs = tiny(config(**{**SIZES, **extra}))
+    table = assert_kept(write_gguf(tmp_path / "m.gguf", theirs, kind, fields), theirs, monkeypatch)
+    spec = KEPT[kind.name]
+    shared = in_layers("feed_forward.shared.w13", spec) | in_layers("feed_forward.shared.w2", spec)
+    assert table == whole_table(spec) | shared
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
