@@ -363,10 +363,7 @@ class CodesExperts(nn.Module):
 
 
 class AnyExperts(nn.Module):
-    """Experts on any device, with what the compiler needs: it cannot follow which experts are chosen.
-
-    On CUDA few rows take copies of the weights of theirs, as a graph cannot wait to learn which they are.
-    """
+    """Experts on any device, with what the compiler needs: it cannot follow which experts are chosen."""
 
     def __init__(self, layer: ExpertLinear | Int8Experts | Int4Experts):
         super().__init__()
@@ -374,19 +371,21 @@ class AnyExperts(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
+        if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait to learn which experts are chosen
+            return self.by_copies(x, chosen)
         tensors = dict(self.named_buffers())
-        if x.is_cuda and surely_few(chosen.numel()):
-            copies = layer_of({name: tensor[chosen.flatten()] for name, tensor in tensors.items()})
-            weight = copies.dequantize() if tensors.keys() > {"weight"} else copies.weight  # [T * K, out, in]
-            rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
-            return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
         return each_expert(x, chosen, tensors["weight"], tensors.get("scales"), tensors.get("zeros"))
+
+    def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The same, each row with a copy of its weight, which the compiler may fuse away."""
+        copies = layer_of({name: tensor[chosen.flatten()] for name, tensor in self.named_buffers()})
+        weight = copies.weight if isinstance(copies, ExpertLinear) else copies.dequantize()  # [T * K, out, in]
+        rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
+        return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
 
 
 @torch.library.custom_op("gpt_faster::each_expert", mutates_args=())
-def each_expert(
-    x: Tensor, chosen: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None
-) -> Tensor:  # as ExpertLinear
+def each_expert(x: Tensor, chosen: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
     """`by_expert` as an operator."""
     tensors = {"weight": weight, "scales": scales, "zeros": zeros}
     layer = layer_of({name: tensor for name, tensor in tensors.items() if tensor is not None})
@@ -434,10 +433,11 @@ class TinygemmLinear(Int4Linear):
 def fastest(layer: nn.Module) -> type[nn.Module] | None:
     """The class that does the work of `layer` faster on its device; None where the layer itself is the fastest."""
     kind, weight = type(layer), getattr(layer, "weight", None)
-    if kind in (ExpertLinear, Int8Experts, Int4Experts):
-        fast = FewRowsExperts if kind is ExpertLinear else CodesExperts
-        wanted = weight.device.type == "cpu" and (kind is not ExpertLinear or weight.dtype == torch.bfloat16)
-        return fast if wanted and (cpu.has_bf16() if kind is ExpertLinear else cpu.has_vnni()) else AnyExperts
+    if kind is ExpertLinear:
+        is_fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu.has_bf16()
+        return FewRowsExperts if is_fast else AnyExperts
+    if kind in (Int8Experts, Int4Experts):
+        return CodesExperts if weight.device.type == "cpu" and cpu.has_vnni() else AnyExperts
     if kind in (nn.Linear, Gate) and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         return FewRowsLinear if cpu.has_bf16() else None
     if kind in (Int8Linear, Int4Linear) and weight.device.type == "cpu":

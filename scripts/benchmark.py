@@ -98,8 +98,10 @@ class Engine:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            words = self.log.read().strip().splitlines() or ["nothing"]
-            raise ValueError(f"{self.name} ended; its last words: {words[-1]}")
+            words = self.log.read().strip().splitlines() or ["none"]
+            code = self.process.wait()
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            raise ValueError(f"{self.name} ended {how}; its last words: {words[-1]}")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 

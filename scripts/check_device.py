@@ -119,6 +119,7 @@ def check_experts(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+@torch.inference_mode()
 def require_close(layer: torch.nn.Module, inputs: list[torch.Tensor], wanted: torch.Tensor, what: str) -> None:
     """Raise ValueError if the layer, plain or compiled, is further from `wanted` than rounding explains."""
     for work in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
@@ -155,7 +156,7 @@ def check_speculation(device: torch.device) -> None:
     model, draft = (random_model("stories15M", device, torch.float32) for _ in range(2))
     draft.load_state_dict({name: w + 0.1 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()})
     draft_step = compile_step(draft_one_token, device)
-    for k in (1, 4, None):
+    for k in (1, 4, "auto"):
         speculation = Speculation(DraftModel(draft, draft_step), k, compile_step(verify, device))
         setup_caches(model, len(PROMPTS), 256, speculation)
         plain, fast = ([[] for _ in PROMPTS] for _ in range(2))

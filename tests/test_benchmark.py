@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_generate import make_tiny_checkpoint
 
-from scripts import benchmark
+from decoding import compile_step, decode_one_token
+from scripts import benchmark, check_device
 from scripts.benchmark import GRID, QUICK, Case, key_of
 from scripts.reporting import ROOT
 
+CPU = torch.device("cpu")
 SPEED = {"gpt-faster": 150.0, "llama.cpp": 100.0, "transformers": 25.0}
 
 
@@ -30,7 +33,7 @@ def test_an_engine_is_a_process_that_answers_and_is_stopped_between(tmp_path):
         reads = engine.ask({"bandwidth": True})
         assert reads["kv_bytes_per_position"] == 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, their size, bfloat16
     assert engine.process.poll() is not None
-    with pytest.raises(ValueError, match="eager, int8 ended; its last words: .*no checkpoint"):
+    with pytest.raises(ValueError, match="eager, int8 ended with exit code 1; its last words: .*no checkpoint"):
         benchmark.Engine("eager", "int8", str(tmp_path / "none.pth"), 1, {})
 
 
@@ -150,3 +153,13 @@ def test_peers_need_a_file(tmp_path):
     command = [sys.executable, "scripts/benchmark.py", "--model", "stories15M", "--output", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "stories15M has no .gguf file beside it" in done.stderr
+
+
+def test_check_of_a_device_runs(capsys):
+    """What scripts/check_device.py does beside the checks of other tests, on the smallest size."""
+    compile_step(decode_one_token, CPU)  # sets how many forms may be compiled
+    check_device.check_experts(CPU, torch.bfloat16)
+    check_device.check_speculation(CPU)
+    assert capsys.readouterr().out.count("agrees with float32") == 3
+    cells = check_device.speed("stories15M", CPU, torch.bfloat16, "int8", 20.0, False).split(" | ")
+    assert cells[1:3] == ["int8", "eager"] and float(cells[3]) > 0 and cells[4].endswith("%")
