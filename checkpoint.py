@@ -1175,10 +1175,11 @@ def random_model(
     seed: int = 1234,
     quantize: QuantSpec | None = None,
     ranks: Ranks | None = None,
+    head: str = "int8",
 ) -> Transformer:
     """A model of a size, or of that with a name in the registry, with random weights, made on the device.
 
-    Raises ValueError on an unknown name.
+    head: of a quantised one, as in `new_table`. Raises ValueError on an unknown name.
     """
     args, name = (size, "random weights") if isinstance(size, ModelArgs) else (ModelArgs.from_name(size), size)
     device = torch.device(device)
@@ -1196,7 +1197,7 @@ def random_model(
 
     expected = expected_tensors(args)
     source = Source(args, {key: lambda key=key: fill(key, expected[key].shape) for key in expected})
-    return fetch(source, name, device, dtype, new_table(source, quantize, name), "Filling", ranks)
+    return fetch(source, name, device, dtype, new_table(source, quantize, name, head), "Filling", ranks)
 
 
 def save_checkpoint(

@@ -21,15 +21,22 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint import GB, build, parse_dtype, pick_device, random_model, weight_bytes
+from checkpoint import GB, build, expected_tensors, parse_dtype, pick_device, random_model, weight_bytes
 from decoding import Sampling, compile_step, decode_one_token, forward_chunk
-from generate import generate, measured_bandwidth, setup_caches, warm_up
+from generate import generate, measured_bandwidth, median_seconds, setup_caches, warm_up
 from qlinear import LAYERS, QuantSpec, fastest, layer_of, quantize_weight
+from scripts.reporting import markdown
 from speculative import DraftModel, Speculation, draft_one_token, verify
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
-PRECISIONS = {"float": None, "int8": QuantSpec(8), "int4.g32": QuantSpec(4, 32)}
+PRECISIONS = {  # of the linear layers, and of the output head
+    "float": (None, "float"),
+    "int8": (QuantSpec(8), "int8"),
+    "int4.g32": (QuantSpec(4, 32), "int8"),
+    "int4.g32, head too": (QuantSpec(4, 32), "int4"),
+}
+BATCH = 32
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
 
 
@@ -129,10 +136,20 @@ def require_close(layer: torch.nn.Module, inputs: list[torch.Tensor], wanted: to
 
 
 def speed(
-    name: str, device: torch.device, dtype: torch.dtype, precision: str, bandwidth: float | None, compiled: bool
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    bandwidth: float | None,
+    matrix_rate: float,
+    compiled: bool,
 ) -> str:
-    """A row of the table: decoding 200 tokens after 8, and the prefill of 2048."""
-    model = random_model(name, device, dtype, quantize=PRECISIONS[precision])
+    """A row of the table: decoding 200 tokens after 8, alone and in a batch, and the prefill of 2048.
+
+    matrix_rate: operations/s of a product of two large matrices, of which the prefill reaches a share.
+    """
+    spec, head = PRECISIONS[precision]
+    model = random_model(name, device, dtype, quantize=spec, head=head)
     long = min(2048, model.args.max_seq_length - 2)
     setup_caches(model, 1, long + 2)
     step = compile_step(decode_one_token, device) if compiled else decode_one_token
@@ -145,10 +162,24 @@ def speed(
         began = time.perf_counter()
         next(generate(model, [[1] * long], 1, GREEDY))
         seconds.append(time.perf_counter() - began)
+    setup_caches(model, BATCH, 208)
+    warm_up(model, [[8] * BATCH], 200, GREEDY, step, forward_chunk)
+    together = rate(generate(model, BATCH * [list(range(8))], 200, GREEDY, step=step))
     share = f"{tok_s * weight_bytes(model) / GB / bandwidth:.0%}" if bandwidth else "-"
     how = "compiled" if compiled else "eager"
     prefill = long / sorted(seconds)[1]
-    return f"| {name} | {precision} | {how} | {tok_s:.1f} | {share} | {prefill:.0f} | {compile_s:.1f} |"
+    weights = expected_tensors(model.args)
+    operations = 2 * sum(weight.numel() for key, weight in weights.items() if key.startswith("layers."))  # a token
+    of_matrix = f"{prefill * operations / matrix_rate:.0%}"
+    cells = [name, precision, how, f"{tok_s:.1f}", share, f"{together:.0f}", f"{prefill:.0f}", of_matrix]
+    return f"| {' | '.join(cells)} | {compile_s:.1f} |"
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations/s of a product of two square matrices: the median of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: (a @ b)[0, 0].item(), 5)
 
 
 def check_speculation(device: torch.device) -> None:
@@ -202,8 +233,8 @@ def speculation_speed(target: str, draft: str, device: torch.device, dtype: torc
 
 
 def rate(chunks) -> float:
-    """Tokens/s of decoding one row, its first token and the prefill left out."""
-    times, counts = zip(*((time.perf_counter(), len(ids)) for [ids] in chunks), strict=True)
+    """Tokens/s of decoding, all rows together; their first tokens and the prefill are left out."""
+    times, counts = zip(*((time.perf_counter(), sum(map(len, rows))) for rows in chunks), strict=True)
     return sum(counts[1:]) / (times[-1] - times[0])
 
 
@@ -216,14 +247,14 @@ def main(*, device: str | None, dtype: str, models: list[str], speculate: list[s
     check_quantised(target, parse_dtype(dtype))
     check_experts(target, parse_dtype(dtype))
     bandwidth = measured_bandwidth(target)
-    print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s\n")
-    print(
-        "| model | weights | step | decode, tok/s | of bandwidth | prefill, tok/s | compile, s |\n" + "|---" * 7 + "|"
-    )
+    matrices = matrix_rate(target, parse_dtype(dtype))
+    print(f"\nmeasured bandwidth: {bandwidth or 0:.0f} GB/s; product of matrices: {matrices / 1e12:.2f} TFLOP/s\n")
+    header = ["model", "weights", "step", "decode, tok/s", "of bandwidth", f"batch {BATCH}, tok/s", "prefill, tok/s"]
+    print(markdown([*header, "of matrix rate", "compile, s"], []))
     for name in models:
         for precision in PRECISIONS:
             for compiled in (False, True):
-                print(speed(name, target, parse_dtype(dtype), precision, bandwidth, compiled), flush=True)
+                print(speed(name, target, parse_dtype(dtype), precision, bandwidth, matrices, compiled), flush=True)
     if speculate:
         print("\n| model | draft | acceptance | tok/s | by the formula | of plain |\n" + "|---" * 6 + "|")
         print("\n".join(speculation_speed(*speculate, target, parse_dtype(dtype))))

@@ -161,5 +161,7 @@ def test_check_of_a_device_runs(capsys):
     check_device.check_experts(CPU, torch.bfloat16)
     check_device.check_speculation(CPU)
     assert capsys.readouterr().out.count("agrees with float32") == 3
-    cells = check_device.speed("stories15M", CPU, torch.bfloat16, "int8", 20.0, False).split(" | ")
-    assert cells[1:3] == ["int8", "eager"] and float(cells[3]) > 0 and cells[4].endswith("%")
+    rates = (20.0, check_device.matrix_rate(CPU, torch.bfloat16))
+    cells = check_device.speed("stories15M", CPU, torch.bfloat16, "int4.g32, head too", *rates, False).split(" | ")
+    assert cells[1:3] == ["int4.g32, head too", "eager"] and cells[4].endswith("%") and cells[7].endswith("%")
+    assert all(float(cells[i]) > 0 for i in (3, 5, 6))
