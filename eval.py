@@ -1,139 +1,37 @@
 """How good a model is: the perplexity of a text, tasks of lm-evaluation-harness, and the command line for both."""
 
 if __name__ == "__main__":
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
+
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
-from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from checkpoint import (
-    DEFAULT_CHECKPOINT,
-    DTYPES,
-    load_model,
-    open_source,
-    parse_dtype,
-    pick_device,
-    require_writable,
-    write_json,
-)
-from decoding import forward_chunk, token_logprobs
-from generate import (
-    check_threads,
-    checked_ids,
-    choose_functions,
-    context_length,
-    run_facts,
-    say,
-    say_device,
-    setup_caches,
-)
+from cli import say
+from engine.cache import context_length
+from engine.compile import choose_functions
+from flags import check_threads, say_device
+from measure.machine import run_facts
+from measure.perplexity import WINDOW, check_sizes, perplexity
+from measure.tasks import require_harness
 from model import Transformer
-from tokenizer import Tokenizer, load_tokenizer
-from tp import Ranks, init_tp, shared, speaks
+from ranks import Ranks, init_tp, shared, speaks
+from text.prompts import checked_ids
+from text.tokenizer import Tokenizer, load_tokenizer
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source
+from weights.device import DTYPES, parse_dtype, pick_device
+from weights.files import read_text, require_writable, write_json
 
-WINDOW = 512  # tokens of a text at once
 OF_A_TEXT, OF_TASKS = ("stride",), ("limit", "num_fewshot", "include_path", "apply_chat_template")  # flags
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """What a text scored. perplexity is exp(nll)."""
-
-    perplexity: float
-    nll: float  # mean negative log-likelihood of the scored tokens, in nats
-    tokens: int  # scored
-    windows: int
-
-
-class Window(NamedTuple):
-    """Tokens `begin` to `end` of a text, of which those from `first` on are scored."""
-
-    begin: int
-    first: int
-    end: int
-
-
-def perplexity(
-    model: Transformer,
-    ids: list[int],
-    *,
-    window: int,
-    stride: int | None = None,
-    batch_size: int = 1,
-    forward: Callable = forward_chunk,
-) -> Perplexity:
-    """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
-
-    Each token is scored at most once, in the first window that holds context for it. Replaces the model's caches.
-    forward: `forward_chunk`, or what it is compiled to.
-    Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
-    """
-    check_sizes(window, stride, batch_size)
-    windows = split(len(ids), context_length(model, window), stride or window)
-    if not windows:
-        raise ValueError(f"the text is too short (tokens: {len(ids)}); the first is not scored, so 2 are needed")
-    n_tokens = sum(end - first for _, first, end in windows)
-    text = torch.tensor(ids, device=model.device)
-    setup_caches(model, min(batch_size, len(windows)), min(window, len(ids)))
-    total = 0.0
-    with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
-        for batch in batches(windows, batch_size):
-            tokens = torch.stack([text[begin:end] for begin, _, end in batch])
-            places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
-            skip = batch[0].first - batch[0].begin - 1
-            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip, forward)
-            total -= logprobs.sum().item()
-            progress.update(logprobs.numel())
-    mean = total / n_tokens
-    if math.isnan(mean):
-        raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")
-    value = torch.tensor(mean, dtype=torch.float64).exp().item()  # math.exp would overflow
-    return Perplexity(value, mean, n_tokens, len(windows))
-
-
-def split(n_tokens: int, size: int, stride: int) -> list[Window]:
-    """The windows of a text that score at least one token: of those no earlier one scored, and never their first."""
-    windows, done = [], 0
-    for begin in range(0, n_tokens, stride):
-        first, end = max(done, begin + 1), min(begin + size, n_tokens)
-        if first < end:
-            windows.append(Window(begin, first, end))
-        done = end
-    return windows
-
-
-def batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Neighbouring windows of one length that score as many tokens, at most batch_size together."""
-    for _, alike in groupby(windows, lambda window: (window.end - window.begin, window.first - window.begin)):
-        while batch := list(islice(alike, batch_size)):
-            yield batch
-
-
-# ---------------------------------------------------------------- command line
-
-
-def check_sizes(window: int, stride: int | None, batch_size: int) -> None:
-    """Raise ValueError on numbers that cannot work with any model."""
-    if window < 2:
-        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
-    if stride is not None and not 1 <= stride <= window:
-        raise ValueError(f"--stride is {stride}; it must be from 1 to the window of {window} tokens")
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
 
 
 def check_request(args: argparse.Namespace) -> None:
@@ -158,20 +56,6 @@ def check_request(args: argparse.Namespace) -> None:
     check_threads(args.threads)
     if args.output_json is not None:
         require_writable(args.output_json, [args.perplexity, args.checkpoint_path])
-
-
-def read_text(path: str) -> str:
-    """The text in a file. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"cannot read the text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"the text {path} is not UTF-8: byte {error.start} is {byte:#x}") from None
-    if not text:
-        raise ValueError(f"the text {path} is empty")
-    return text
 
 
 def main(**flags) -> None:
@@ -231,7 +115,7 @@ def measure_text(
 def find_tasks(args: argparse.Namespace):
     """The tasks asked for, as `harness.load_tasks`. Raises ValueError if lm-eval is missing too."""
     require_harness("--tasks", "measure a --perplexity FILE")
-    from harness import load_tasks
+    from measure.harness import load_tasks
 
     return load_tasks(args.tasks, args.include_path)
 
@@ -247,7 +131,7 @@ def measure_tasks(
     """Print the harness's table of tasks; its report with ours in it, and what JSON needs to write it."""
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from harness import Adapter, run_tasks
+    from measure.harness import Adapter, run_tasks
 
     context = context_length(model, args.max_seq_length)
     adapter = Adapter(model, tokenizer, args.checkpoint_path, context, args.batch_size, **functions)
@@ -270,14 +154,6 @@ def measure_tasks(
         print(make_table(result, "groups"))
     say(f"Time for tasks: {facts['seconds']:.1f} seconds")
     return result | {"gpt_faster": facts}, handle_non_serializable
-
-
-def require_harness(flag: str, instead: str) -> None:
-    """Raise ValueError, with what installs it or does without, if lm-eval is missing."""
-    try:
-        import_module("lm_eval.tasks")
-    except ImportError:
-        raise ValueError(f"{flag} needs lm-eval: pip install -r requirements-eval.txt; or {instead}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -323,4 +199,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, build_parser())
+    cli.run(main, build_parser())

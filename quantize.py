@@ -1,14 +1,13 @@
 """Write a checkpoint whose linear layers have int8 or int4 weights, and say what that cost."""
 
 if __name__ == "__main__":
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
+
 
 import argparse
-import contextlib
 import ctypes
-import io
 import math
 import mmap
 import os
@@ -21,40 +20,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    DEFAULT_CHECKPOINT,
-    DTYPES,
-    GB,
-    Source,
-    expected_tensors,
-    load_model,
-    model_bytes,
-    new_table,
-    open_source,
-    parse_dtype,
-    pick_device,
-    read_tensors,
-    require_memory,
-    require_space,
-    require_writable,
-    save_checkpoint,
-    write_json,
-)
-from eval import perplexity, read_text, require_harness
-from generate import check_threads, checked_ids, peak_memory, say
-from gptq import calibration_text, calibration_windows, gptq_
+from cli import say
+from compress.calibration import calibration_text, calibration_windows, task_texts
+from compress.gptq import gptq_
+from flags import check_threads
+from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
+from measure.machine import peak_memory
+from measure.perplexity import perplexity
 from model import ModelArgs
-from qlinear import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
-from tokenizer import load_tokenizer, save_tokenizer
-from tp import init_tp
+from ranks import init_tp
+from text.prompts import checked_ids
+from text.tokenizer import load_tokenizer, save_tokenizer
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, new_table, open_source, read_tensors, save_checkpoint
+from weights.device import DTYPES, parse_dtype, pick_device, require_memory
+from weights.files import GB, read_text, require_space, require_writable, write_json
+from weights.layout import Source, expected_tensors, model_bytes
 
 GPTQ = "int4-gptq"
-GPTQ_FLAGS = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path")
-GPTQ_FLAGS += ("percdamp", "blocksize", "act_order", "seed")
-CHECK_WINDOW = 512
-PART = 1 << 20  # weights compared at a time
 
-# ---------------------------------------------------------------- reading
+
+GPTQ_FLAGS = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path")
+
+
+GPTQ_FLAGS += ("percdamp", "blocksize", "act_order", "seed")
+
+
+CHECK_WINDOW = 512
+
+
+PART = 1 << 20  # weights compared at a time
 
 
 def frugal(source: Source, path: Path) -> Source:
@@ -92,26 +86,6 @@ def encode(text: str, path: Path, vocab_size: int) -> list[int]:
     return checked_ids(tokenizer.encode(text), tokenizer)
 
 
-# ---------------------------------------------------------------- calibration
-
-
-def task_texts(tasks: list[str], include_path: str | None) -> list[str]:
-    """The first request of each document of some lm-eval tasks, with the answer it asks about.
-
-    Raises ValueError if lm-eval is missing, a task is unknown, or its data cannot be had.
-    """
-    require_harness("--calibration_tasks", "give --calibration_file")
-    from harness import data_of, load_tasks
-
-    advice, texts = ", or a text with --calibration_file", []
-    for task in load_tasks(tasks, include_path, advice).leaves():
-        with data_of(task.task_name, advice), contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
-            task.build_all_requests()
-        first = {request.doc_id: request for request in reversed(task.instances)}
-        texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]
-    return texts
-
-
 def calibration_windows_of(args: argparse.Namespace, sizes: ModelArgs) -> Tensor:  # [n, S]
     """The windows of text to calibrate with. Raises ValueError if they cannot be had or are too few."""
     if args.calibration_seq_length > sizes.max_seq_length:
@@ -142,9 +116,6 @@ def gptq_tensors(
     how = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
     state = model.state_dict() | gptq_(model, windows, table, **how)
     return {name: state[name] for name in expected_tensors(sizes, table)}
-
-
-# ---------------------------------------------------------------- what it cost
 
 
 def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
@@ -196,9 +167,6 @@ def report(facts: dict) -> None:
         spec = QuantSpec(layer["bits"], layer["groupsize"])
         print(f"  {layer['name']:{width}}  {str(spec):9}{100 * layer['relative_error']:6.2f} %")
     print(f"\n{facts['seconds']:.1f} seconds, peak memory {facts['peak_memory_gb'] or 0:.2f} GB")
-
-
-# ---------------------------------------------------------------- command line
 
 
 def check_request(args: argparse.Namespace) -> None:
@@ -372,4 +340,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    command_line.run(main, build_parser())
+    cli.run(main, build_parser())

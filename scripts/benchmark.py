@@ -14,9 +14,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import json
@@ -33,11 +33,12 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import DEFAULT_CHECKPOINT, atomic_path, read_json, require_writable, write_json
-from generate import check_threads
-from model import REGISTRY
+from flags import check_threads
 from scripts.reporting import ROOT, machine, markdown, medians, require_rounds, update_readme
 from scripts.sides import SIDES, Case, gguf_of
+from weights.checkpoint import DEFAULT_CHECKPOINT
+from weights.files import atomic_path, read_json, require_writable, write_json
+from weights.registry import REGISTRY
 
 PEERS = [side for side in SIDES if side != "eager"]
 PRECISIONS = ("bf16", "int8", "int4")
@@ -400,4 +401,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/cpu.json", help="result file (default: %(default)s)")
-    command_line.run(main, parser)
+    cli.run(main, parser)

@@ -10,9 +10,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import functools
@@ -21,12 +21,20 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint import GB, build, expected_tensors, parse_dtype, pick_device, random_model, weight_bytes
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk
-from generate import generate, measured_bandwidth, median_seconds, setup_caches, warm_up
-from qlinear import LAYERS, QuantSpec, fastest, layer_of, quantize_weight
+from engine.cache import setup_caches
+from engine.compile import compile_step, warm_up
+from engine.decode import decode_one_token, forward_chunk
+from engine.request import generate
+from engine.sampling import Sampling
+from engine.speculative import DraftModel, Speculation, draft_one_token, verify
+from layers.fastest import fastest
+from layers.quantized import LAYERS, QuantSpec, layer_of, quantize_weight
+from measure.machine import measured_bandwidth, median_seconds
 from scripts.reporting import markdown
-from speculative import DraftModel, Speculation, draft_one_token, verify
+from weights.checkpoint import build, random_model
+from weights.device import parse_dtype, pick_device
+from weights.files import GB
+from weights.layout import expected_tensors, weight_bytes
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
@@ -270,4 +278,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--speculate", nargs=2, metavar=("MODEL", "DRAFT"), help="registry sizes to time speculation with, k = 5"
     )
-    command_line.run(main, parser)
+    cli.run(main, parser)

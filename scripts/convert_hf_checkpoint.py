@@ -5,9 +5,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import sys
@@ -17,17 +17,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import (
-    DTYPES,
-    GB,
-    parse_dtype,
-    read_tensors,
-    require_weights_fit,
-    require_writable,
-    save_checkpoint,
-    source_from_folder,
-)
-from tokenizer import save_tokenizer
+from text.tokenizer import save_tokenizer
+from weights.checkpoint import read_tensors, require_weights_fit, save_checkpoint, source_from_folder
+from weights.device import DTYPES, parse_dtype
+from weights.files import GB, require_writable
 
 
 def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
@@ -60,4 +53,4 @@ if __name__ == "__main__":
         help="write model_quantized.pth instead, where layers that a GGUF file has in Q4_0, Q4_1 or Q8_0 keep their "
         "codes: int4 or int8 in groups of 32, not rounded again",
     )
-    command_line.run(main, parser)
+    cli.run(main, parser)

@@ -11,9 +11,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import statistics
@@ -22,17 +22,23 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import GB, parse_dtype, pick_device, random_model, require_writable, weight_bytes, write_json
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk
-from generate import generate, measured_bandwidth, setup_caches, warm_up
+from engine.cache import setup_caches
+from engine.compile import compile_step, warm_up
+from engine.decode import decode_one_token, forward_chunk
+from engine.request import generate
+from engine.sampling import Sampling
+from layers.quantized import quant_spec
+from measure.machine import measured_bandwidth
 from model import ModelArgs
-from qlinear import quant_spec
 from scripts.check_device import rate
 from scripts.reporting import machine, markdown, require_rounds, update_readme
+from weights.checkpoint import random_model
+from weights.device import parse_dtype, pick_device
+from weights.files import GB, require_writable, write_json
+from weights.layout import weight_bytes
+from weights.registry import args_from_name
 
-EXPERTS = replace(
-    ModelArgs.from_name("Mixtral-8x7B"), dim=2048, n_layer=8, n_head=16, n_kv_head=4, intermediate_size=7168
-)
+EXPERTS = replace(args_from_name("Mixtral-8x7B"), dim=2048, n_layer=8, n_head=16, n_kv_head=4, intermediate_size=7168)
 DENSE = replace(EXPERTS, n_expert=None, n_expert_used=None, intermediate_size=2 * EXPERTS.intermediate_size)
 PRECISIONS = {"bf16": None, "int8": "int8", "int4": "int4"}
 GREEDY = Sampling(temperature=0)
@@ -107,4 +113,4 @@ if __name__ == "__main__":
     parser.add_argument("--new", type=int, default=60, help="tokens decoded (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times each is measured (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/experts.json", help="result file (default: %(default)s)")
-    command_line.run(main, parser)
+    cli.run(main, parser)

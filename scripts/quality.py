@@ -11,9 +11,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import json
@@ -25,8 +25,9 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from checkpoint import DEFAULT_CHECKPOINT, atomic_path, require_writable
 from scripts.reporting import ROOT, machine, markdown, update_readme
+from weights.checkpoint import DEFAULT_CHECKPOINT
+from weights.files import atomic_path, require_writable
 
 GPTQ = ["int4-gptq", "--groupsize", "64", "--calibration_limit", "64", "--calibration_seq_length", "512"]
 VARIANTS = {
@@ -100,4 +101,4 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint_path", default=str(DEFAULT_CHECKPOINT), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/quality.json", help="result file (default: %(default)s)")
-    command_line.run(main, parser)
+    cli.run(main, parser)

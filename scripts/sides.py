@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import DEFAULT_CHECKPOINT
-from model import REGISTRY
+from weights.checkpoint import DEFAULT_CHECKPOINT
+from weights.registry import REGISTRY
 
 LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
 UBATCH = 512  # prompt tokens that llama.cpp takes at once
@@ -61,9 +61,9 @@ class Ours:
     def __init__(self, model: str, precision: str, threads: int, compiled: bool = True):
         import torch
 
-        from checkpoint import load_model, random_model
-        from generate import choose_functions
-        from qlinear import quant_spec
+        from engine.compile import choose_functions
+        from layers.quantized import quant_spec
+        from weights.checkpoint import load_model, random_model
 
         torch.set_num_threads(threads)
         spec = None if precision == "bf16" else quant_spec(precision, None)
@@ -75,8 +75,10 @@ class Ours:
         self.shape = None
 
     def measure(self, case: Case) -> dict[str, float]:
-        from decoding import Sampling
-        from generate import IdTokenizer, Row, Timing, run_batch, setup_caches
+        from engine.cache import setup_caches
+        from engine.request import Row, Timing, run_batch
+        from engine.sampling import Sampling
+        from text.prompts import IdTokenizer
 
         if self.shape != (case.batch, case.length):
             self.shape = (case.batch, case.length)
@@ -89,8 +91,8 @@ class Ours:
         return case.rates(timing.prefill_s, timing.decode_s)
 
     def bandwidth(self) -> dict[str, float]:
-        from checkpoint import weight_bytes
-        from generate import measured_bandwidth
+        from measure.machine import measured_bandwidth
+        from weights.layout import weight_bytes
 
         args = self.model.args
         return {

@@ -11,9 +11,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import os
@@ -24,13 +24,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DEFAULT_CHECKPOINT, load_model, random_model, require_writable, write_json
-from decoding import Sampling, compile_step, decode_one_token
-from generate import Row, Timing, acceptance, run_batch, setup_caches
-from qlinear import quant_spec
+from engine.cache import setup_caches
+from engine.compile import compile_step
+from engine.decode import decode_one_token
+from engine.request import Row, Timing, run_batch
+from engine.sampling import Sampling
+from engine.speculative import DraftModel, PromptLookup, Source, Speculation, draft_one_token, verify
+from layers.quantized import quant_spec
+from measure.speed import acceptance
 from scripts.reporting import machine, markdown, update_readme
-from speculative import DraftModel, PromptLookup, Source, Speculation, draft_one_token, verify
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, random_model
+from weights.files import require_writable, write_json
 
 
 def _one_line(text: str) -> str:
@@ -187,4 +192,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5, help="times each way runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/speculation.json", help="result file (default: %(default)s)")
-    command_line.run(main, parser)
+    cli.run(main, parser)

@@ -13,9 +13,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import os
@@ -31,12 +31,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from checkpoint import DEFAULT_CHECKPOINT, load_model, require_writable, write_json
-from generate import check_threads, choose_functions
-from harness import Adapter
+from engine.compile import choose_functions
+from flags import check_threads
+from measure.harness import Adapter
 from scripts.reporting import machine, markdown, require_rounds, update_readme
 from scripts.sides import Transformers
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model
+from weights.files import require_writable, write_json
 
 QUESTIONS, CHOICES, WINDOW = 200, 4, 1024
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -143,4 +145,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="times each side runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="benchmarks/tasks.json", help="result file (default: %(default)s)")
-    command_line.run(main, parser)
+    cli.run(main, parser)

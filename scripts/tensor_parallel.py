@@ -12,9 +12,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import command_line
+    import cli
 
-    command_line.quit_on_interrupt()  # before the slow imports
+    cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
 import json
@@ -29,18 +29,15 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import (
-    DEFAULT_CHECKPOINT,
-    load_model,
-    open_source,
-    random_model,
-    require_writable,
-    write_json,
-)
-from decoding import Sampling, decode_one_token, used_slots
-from model import REGISTRY, ModelArgs, Transformer
+from engine.decode import decode_one_token, used_slots
+from engine.sampling import Sampling
+from model import ModelArgs, Transformer
+from ranks import Ranks, init_tp
 from scripts.reporting import ROOT, machine, markdown, medians, update_readme
-from tp import Ranks, init_tp, require_split
+from tp import require_split
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source, random_model
+from weights.files import require_writable, write_json
+from weights.registry import REGISTRY, args_from_name
 
 NEW_TOKENS, REPEATS = 100, 3
 QUANTIZE = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
@@ -111,7 +108,7 @@ def launch(n_rank: int) -> list[str]:
 
 
 def sizes(model: str) -> ModelArgs:
-    return ModelArgs.from_name(model) if model in REGISTRY else open_source(model).args
+    return args_from_name(model) if model in REGISTRY else open_source(model).args
 
 
 def table(result: dict) -> str:
@@ -198,4 +195,4 @@ if __name__ == "__main__":
         "--output", default="benchmarks/tensor_parallel.json", help="result file (default: %(default)s)"
     )
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
-    command_line.run(main, parser)
+    cli.run(main, parser)

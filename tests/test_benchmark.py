@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_generate import make_tiny_checkpoint
 
-from decoding import compile_step, decode_one_token
+from engine.compile import compile_step
+from engine.decode import decode_one_token
 from scripts import benchmark, check_device
 from scripts.benchmark import GRID, QUICK, Case, key_of
 from scripts.reporting import ROOT

@@ -14,24 +14,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
-import checkpoint
-from checkpoint import (
-    expected_tensors,
-    load_model,
-    open_source,
-    random_model,
-    read_json,
-    read_tensors,
-    save_checkpoint,
-    weight_bytes,
-)
 from model import ModelArgs
+from weights.checkpoint import load_model, open_source, random_model, read_tensors, save_checkpoint
+from weights.files import read_json
+from weights.layout import expected_tensors, weight_bytes
+from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -448,7 +442,7 @@ def test_a_bare_file_that_does_not_say_what_it_is(bare, llama):
 
 
 def test_a_bare_file_of_a_registry_size(tmp_path):
-    args = ModelArgs.from_name("stories15M")
+    args = args_from_name("stories15M")
     state = {name: torch.zeros(meta.shape).bfloat16() for name, meta in expected_tensors(args).items()}
     for i in range(args.n_layer):
         names = [f"layers.{i}.feed_forward.w{x}.weight" for x in "13"]
@@ -726,7 +720,7 @@ WATCH = """
 import re, sys, threading, time
 from pathlib import Path
 import torch
-from checkpoint import load_model
+from weights.checkpoint import load_model
 from kernels import cpu
 cpu.has_bf16()  # loaded before the watch begins, like every import
 
@@ -813,7 +807,8 @@ def test_loading_the_default_gguf_needs_350_mb_more_than_the_weights(default_ggu
 SAVE = """
 import os, resource, sys, torch
 from pathlib import Path
-from checkpoint import save_checkpoint, expected_tensors
+from weights.checkpoint import save_checkpoint
+from weights.layout import expected_tensors
 from model import ModelArgs
 path, args = Path(sys.argv[1]), ModelArgs(256, 2, 4, 4, 64, 512, 1024, 64)
 tensors = {name: torch.zeros(meta.shape) for name, meta in expected_tensors(args).items()}
@@ -883,7 +878,7 @@ def test_a_link_stays_a_link(saved, tmp_path):
 
 def test_random_model_is_finite_seeded_and_runs():
     a, b, c = (random_model("stories15M", dtype=torch.float32, seed=seed) for seed in (1, 1, 2))
-    assert a.args == ModelArgs.from_name("stories15M")
+    assert a.args == args_from_name("stories15M")
     assert torch.equal(logits(a), logits(b)) and not torch.equal(logits(a), logits(c))
     assert logits(a).isfinite().all() and logits(a).std() > 0.01
     with pytest.raises(ValueError, match="'Llama', .*|no model is named 'Llama'"):

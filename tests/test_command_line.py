@@ -17,10 +17,12 @@ import pytest
 import torch
 from test_generate import make_tiny_checkpoint
 
-from checkpoint import load_model
-from decoding import Sampling
-from generate import build_parser, generate, main, setup_caches
-from tokenizer import load_tokenizer
+from engine.cache import setup_caches
+from engine.request import generate
+from engine.sampling import Sampling
+from generate import build_parser, main
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = ("--temperature", 0, "--dtype", "float32")
@@ -638,7 +640,7 @@ def main():
     del slow
     time.sleep(20)
 
-command_line.run(main, argparse.ArgumentParser())
+cli.run(main, argparse.ArgumentParser())
 """
 
 

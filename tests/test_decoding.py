@@ -3,23 +3,15 @@
 import math
 from itertools import islice
 
+import decoding
 import pytest
 import torch
 from torch import tensor
 from transformers.generation import logits_process as hf
 
-import decoding
-from decoding import (
-    Sampling,
-    compile_step,
-    decode,
-    decode_one_token,
-    forward_chunk,
-    logits_to_probs,
-    prefill,
-    sample,
-    used_slots,
-)
+from engine.compile import compile_step
+from engine.decode import decode, decode_one_token, forward_chunk, prefill, used_slots
+from engine.sampling import Sampling, logits_to_probs, sample
 from model import ModelArgs, Transformer
 
 GREEDY = Sampling(temperature=0)

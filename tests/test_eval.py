@@ -8,20 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decoding
 import pytest
 import torch
 from test_families import SIZES, random_prompts, save_tiny
 from test_generate import make_tiny_checkpoint
 from transformers import LlamaConfig
 
-import decoding
 import eval as program
-from checkpoint import load_model
-from decoding import Sampling, compile_step, forward_chunk, token_logprobs
-from eval import Window, build_parser, main, perplexity, split
-from generate import generate
+from engine.compile import compile_step
+from engine.decode import forward_chunk
+from engine.request import generate
+from engine.sampling import Sampling
+from engine.scoring import token_logprobs
+from eval import build_parser, main
+from measure.perplexity import Window, perplexity, split
 from model import ModelArgs, Transformer
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 16

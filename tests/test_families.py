@@ -29,9 +29,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from checkpoint import args_from_hf, build, expected_tensors, load_model, new_table, open_source
-from decoding import Sampling, decode, prefill
-from qlinear import QuantSpec, layer_of, quantize_weight
+from engine.decode import decode, prefill
+from engine.sampling import Sampling
+from layers.quantized import QuantSpec, layer_of, quantize_weight
+from weights.checkpoint import build, load_model, new_table, open_source
+from weights.families import args_from_hf
+from weights.layout import expected_tensors
 
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")

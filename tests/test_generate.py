@@ -12,12 +12,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as program
-from checkpoint import load_model, save_checkpoint
-from decoding import Sampling, prefill
-from generate import Conversation, Row, Timing, generate, read_prompt_file, run_batch, setup_caches
+from engine.cache import setup_caches
+from engine.conversation import Conversation
+from engine.decode import prefill
+from engine.guess_length import Costs
+from engine.request import Row, Timing, generate, run_batch
+from engine.sampling import Sampling
+from engine.speculative import DraftModel, PromptLookup, Speculation
 from model import ModelArgs, Transformer
-from speculative import Costs, DraftModel, PromptLookup, Speculation
-from tokenizer import TextStream, load_tokenizer
+from text.prompts import read_prompt_file
+from text.stream import TextStream
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model, save_checkpoint
 
 GREEDY = Sampling(temperature=0)
 CHATML = (
@@ -86,10 +92,11 @@ def ids_of(model, prompts, budget, **options):
 
 def test_ten_lines_stream_text_from_the_default_model(default):
     script = f"""
-        from checkpoint import load_model
-        from decoding import Sampling
-        from generate import generate
-        from tokenizer import TextStream, load_tokenizer
+        from weights.checkpoint import load_model
+        from engine.sampling import Sampling
+        from engine.request import generate
+        from text.stream import TextStream
+        from text.tokenizer import load_tokenizer
         model, tokenizer = load_model({str(default.path)!r}), load_tokenizer({str(default.path)!r})
         prompt = tokenizer.encode_chat([{{"role": "user", "content": "What is the capital of France?"}}])
         model.setup_caches(1, len(prompt) + 100)

@@ -27,10 +27,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from checkpoint import load_model, read_tensors, save_checkpoint, source_from_gguf
-from gguf_file import KEPT, GGUFFile, read_gguf_metadata
-from qlinear import LAYERS, QuantSpec, layer_of
+from layers.quantized import LAYERS, QuantSpec, layer_of
 from scripts.convert_hf_checkpoint import main as convert
+from weights.checkpoint import load_model, read_tensors, save_checkpoint
+from weights.gguf import source_from_gguf
+from weights.gguf_file import KEPT, GGUFFile, read_gguf_metadata
 
 SIZES = {
     "vocab_size": 96,

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpoint import build, expected_tensors, load_model, save_checkpoint, shell
-from gptq import calibration_text, calibration_windows, gptq_, gptq_weight
+from compress.calibration import calibration_text, calibration_windows
+from compress.gptq import gptq_, gptq_weight
 from kernels import cpu
+from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
 from model import ModelArgs
-from qlinear import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
+from weights.checkpoint import build, load_model, save_checkpoint
+from weights.layout import expected_tensors, shell
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64), QuantSpec(4, 128), QuantSpec(8), QuantSpec(8, 64)]

@@ -19,19 +19,21 @@ from tokenizers import processors
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
 
+import decoding  # noqa: E402
+import harness  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import decoding  # noqa: E402
 import eval as program  # noqa: E402
-import harness  # noqa: E402
-from checkpoint import load_model, open_source, save_checkpoint, shell  # noqa: E402
-from decoding import Sampling  # noqa: E402
-from generate import choose_functions, setup_caches  # noqa: E402
-from harness import Adapter, evenly, grouped  # noqa: E402
-from qlinear import QuantSpec, linear_table, quantize_weight  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from engine.cache import setup_caches  # noqa: E402
+from engine.compile import choose_functions  # noqa: E402
+from engine.sampling import Sampling  # noqa: E402
+from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E402
+from measure.harness import Adapter, evenly, grouped  # noqa: E402
+from text.tokenizer import load_tokenizer  # noqa: E402
+from weights.checkpoint import load_model, open_source, save_checkpoint  # noqa: E402
+from weights.layout import shell  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 48

@@ -11,22 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build, expected_tensors
-from decoding import compile_step
+from engine.compile import compile_step
 from kernels import cpu
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, fastest, pack_
+from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
 from model import FEW, ExpertLinear, ModelArgs, Transformer, attend
-from qlinear import (
-    AnyExperts,
-    CodesLinear,
-    FewRowsLinear,
-    QuantSpec,
-    fastest,
-    layer_of,
-    linear_table,
-    pack_,
-    quantize_,
-    quantize_weight,
-)
+from weights.checkpoint import build
+from weights.layout import expected_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelArgs(

@@ -9,9 +9,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from checkpoint import build, expected_tensors
-from decoding import Sampling, compile_step, decode, decode_one_token, prefill
-from model import REGISTRY, ModelArgs, RopeScaling
+from engine.compile import compile_step
+from engine.decode import decode, decode_one_token, prefill
+from engine.sampling import Sampling
+from model import ModelArgs, RopeScaling
+from weights.checkpoint import build
+from weights.layout import expected_tensors
+from weights.registry import REGISTRY, args_from_name
 
 TINY = ModelArgs(
     dim=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, intermediate_size=48, vocab_size=64, max_seq_length=512
@@ -162,14 +166,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_registry_sizes_add_up_to_the_published_count(name):
-    assert sum(meta.numel() for meta in expected_tensors(ModelArgs.from_name(name)).values()) == PUBLISHED[name]
+    assert sum(meta.numel() for meta in expected_tensors(args_from_name(name)).values()) == PUBLISHED[name]
 
 
 def test_from_name_is_exact():
-    assert ModelArgs.from_name("Llama-3.1-8B") is REGISTRY["Llama-3.1-8B"]
+    assert args_from_name("Llama-3.1-8B") is REGISTRY["Llama-3.1-8B"]
     for name in ("llama-2-7b", "Llama-2-7B-chat", "7B", ""):
         with pytest.raises(ValueError, match="Llama-2-7B, .*SmolLM2-135M"):
-            ModelArgs.from_name(name)
+            args_from_name(name)
 
 
 @pytest.mark.parametrize("args", [*REGISTRY.values(), *VARIANTS.values()])
@@ -220,7 +224,7 @@ def test_unknown_and_missing_fields_are_named():
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B"])
 def test_llama3_rope_frequencies_equal_those_of_transformers(name):
-    args = ModelArgs.from_name(name)
+    args = args_from_name(name)
     scaling = args.rope_scaling
     config = LlamaConfig(
         hidden_size=args.dim,

@@ -4,12 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint import load_model
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk
-from generate import generate, setup_caches
-from qlinear import QuantSpec
-from speculative import DraftModel, PromptLookup, Speculation
-from tokenizer import load_tokenizer
+from engine.cache import setup_caches
+from engine.compile import compile_step
+from engine.decode import decode_one_token, forward_chunk
+from engine.request import generate
+from engine.sampling import Sampling
+from engine.speculative import DraftModel, PromptLookup, Speculation
+from layers.quantized import QuantSpec
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model
 
 NEW_TOKENS = 24
 LONG = (

@@ -2,21 +2,22 @@
 
 import gguf
 import pytest
+import qlinear
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import qlinear
-from checkpoint import build, expected_tensors, load_model, new_table, open_source, read_tensors, save_checkpoint, shell
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk
-from generate import generate, setup_caches
-from gptq import gptq_
+from compress.gptq import gptq_
+from engine.cache import setup_caches
+from engine.compile import compile_step
+from engine.decode import decode_one_token, forward_chunk
+from engine.request import generate
+from engine.sampling import Sampling
 from kernels import cpu
-from model import ModelArgs
-from qlinear import (
+from layers.packed import CodesLinear
+from layers.quantized import (
     GROUPSIZES,
     LAYERS,
-    CodesLinear,
     Int4Linear,
     Int8Linear,
     QuantSpec,
@@ -29,6 +30,9 @@ from qlinear import (
     table_to_json,
     unpack_nibbles,
 )
+from model import ModelArgs
+from weights.checkpoint import build, load_model, new_table, open_source, read_tensors, save_checkpoint
+from weights.layout import expected_tensors, shell
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)

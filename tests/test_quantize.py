@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,16 +19,18 @@ from test_checkpoint import HALF_GB, hf_names, needs_proc
 from test_generate import make_tiny_checkpoint
 from transformers import LlamaConfig
 
-import checkpoint
 import quantize as program
-from checkpoint import expected_tensors, load_model, model_bytes, open_source, save_checkpoint
-from decoding import Sampling
-from eval import perplexity
-from generate import generate, setup_caches
-from gptq import calibration_windows, gptq_
-from qlinear import QuantSpec, layer_of, quantize_weight
-from quantize import build_parser, frugal, main, relative_error, task_texts
-from tokenizer import load_tokenizer
+from compress.calibration import calibration_windows, task_texts
+from compress.gptq import gptq_
+from engine.cache import setup_caches
+from engine.request import generate
+from engine.sampling import Sampling
+from layers.quantized import QuantSpec, layer_of, quantize_weight
+from measure.perplexity import perplexity
+from quantize import build_parser, frugal, main, relative_error
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model, open_source, save_checkpoint
+from weights.layout import expected_tensors, model_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -318,8 +321,8 @@ def test_relative_error_does_not_depend_on_the_parts(monkeypatch):
 WATCH = """
 import sys
 import gguf.quants, safetensors, torch
-from checkpoint import pick_device
-from generate import peak_memory
+from weights.device import pick_device
+from measure.machine import peak_memory
 from quantize import build_parser, main
 flags, before = vars(build_parser().parse_args(sys.argv[1:])), peak_memory(pick_device("cpu"))
 main(**flags)
@@ -405,7 +408,7 @@ def offline(tmp_path_factory):
 ASK = """
 import functools, json, sys
 import lm_eval.tasks
-from quantize import task_texts
+from compress.calibration import task_texts
 lm_eval.tasks.TaskManager = functools.cache(lm_eval.tasks.TaskManager)  # it takes seconds
 for tasks in json.loads(sys.argv[2]):
     try:

@@ -7,28 +7,19 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
+import speculative
 import torch
 from test_decoding import CPU, GREEDY, continuation, random_prompts, tiny_model
 from torch import tensor
 
-import speculative
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk, logits_to_probs, prefill
-from generate import chunks, setup_caches, warm_up
+from engine.cache import setup_caches
+from engine.compile import compile_step, warm_up
+from engine.decode import decode_one_token, forward_chunk, prefill
+from engine.guess_length import LENGTHS, AdaptiveLength, Costs, Odds, check_length
+from engine.request import chunks
+from engine.sampling import Sampling, logits_to_probs
+from engine.speculative import DraftModel, PromptLookup, Speculation, accept, draft_one_token, speculate, verify
 from model import Transformer
-from speculative import (
-    LENGTHS,
-    AdaptiveLength,
-    Costs,
-    DraftModel,
-    Odds,
-    PromptLookup,
-    Speculation,
-    accept,
-    check_length,
-    draft_one_token,
-    speculate,
-    verify,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

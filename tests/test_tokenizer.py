@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tokenizer import TextStream, load_tokenizer, require_same_vocabulary, save_tokenizer
+from text.stream import TextStream
+from text.tokenizer import load_tokenizer, require_same_vocabulary, save_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

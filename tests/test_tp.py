@@ -18,12 +18,14 @@ from torch import tensor
 from tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 
 import tp
-from checkpoint import expected_tensors, load_model, save_checkpoint
-from eval import perplexity
-from gptq import gptq_
+from compress.gptq import gptq_
+from layers.quantized import QuantSpec, linear_table, quantize_weight
+from measure.perplexity import perplexity
 from model import ModelArgs
-from qlinear import QuantSpec, linear_table, quantize_weight
 from scripts.tensor_parallel import predicted
+from weights.checkpoint import load_model, save_checkpoint
+from weights.layout import expected_tensors
+from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -218,7 +220,7 @@ def test_shards_by_hand():
     ],
 )
 def test_what_can_be_split(args, bits, n_rank, message):
-    args = ModelArgs.from_name(args)
+    args = args_from_name(args)
     with torch.device("meta"):
         table = linear_table(tp.Transformer(args), bits, None) if bits else {}
     if message is None:
@@ -281,7 +283,7 @@ def test_eval_over_three_ranks(default_model_dir, run_cli):
 def test_memory_of_a_rank_is_its_share(default_model_dir, folder):
     path = default_model_dir / "model.pth"
     ran(3, "tests/tp_cases.py", folder, path)
-    args = ModelArgs.from_name("SmolLM2-135M")
+    args = args_from_name("SmolLM2-135M")
     whole = 4 * sum(tensor.numel() for tensor in expected_tensors(args).values())  # float32
     assert max(torch.load(folder / "ranks3.pt")["memory"]) < 1.25 * whole / 3
 

@@ -17,13 +17,17 @@ import torch
 import torch.distributed as dist
 
 import tp
-from checkpoint import load_model
-from decoding import Sampling, compile_step, decode_one_token, forward_chunk, used_slots
-from eval import perplexity
-from generate import generate, setup_caches
+from engine.cache import setup_caches
+from engine.compile import compile_step
+from engine.decode import decode_one_token, forward_chunk, used_slots
+from engine.guess_length import Costs
+from engine.request import generate
+from engine.sampling import Sampling
+from engine.speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from measure.perplexity import perplexity
 from model import ModelArgs
 from scripts.tensor_parallel import CountingRanks, bytes_of_a_step
-from speculative import Costs, DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from weights.checkpoint import load_model
 
 CPU = torch.device("cpu")
 # heads, FFN and groups of 64 divide over 2 and 4 ranks; 4 have fewer key heads than ranks; the vocabulary is padded

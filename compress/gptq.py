@@ -1,10 +1,8 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a weight so that its layer's outputs on real text change least.
 
 A layer's columns are rounded one by one, and the error of each is made up for by the columns still to come, as far as
-the inputs seen in calibration allow: their second moments are the Hessian H of the squared output error.
-"""
+the inputs seen in calibration allow: their second moments are the Hessian H of the squared output error."""
 
-import json
 import sys
 from collections.abc import Callable
 
@@ -13,13 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import read_text
+from layers.quantized import QuantSpec, layer_of, quantize_weight, scales_and_zeros, stored, to_codes
 from model import KVCache, Transformer
-from qlinear import QuantSpec, layer_of, quantize_weight, scales_and_zeros, stored, to_codes
 
 EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
-
-# ---------------------------------------------------------------- one weight
 
 
 def damped(H: Tensor, percdamp: float) -> Tensor:
@@ -79,9 +74,6 @@ def gptq_weight(
             codes[:, block], errors = round_columns(W[:, block], U[block, block], s, z, spec.bits)
             W[:, j:] -= errors @ U[block, j:]
     return stored(codes[:, order.argsort()], scales[..., 0], zeros[..., 0], spec.bits)
-
-
-# ---------------------------------------------------------------- one model
 
 
 class Reached(Exception):
@@ -203,64 +195,3 @@ def gptq_(
         if name not in rounded:
             rounded[name] = quantize_weight(model.get_submodule(name).weight, spec, name)
     return {f"{name}.{key}": tensor for name, tensors in rounded.items() for key, tensor in tensors.items()}
-
-
-# ---------------------------------------------------------------- calibration text
-
-
-def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: int, seed: int) -> Tensor:
-    """Up to `limit` windows [n, seq_length] of a text, drawn at random, in its order, none overlapping.
-
-    needed: the tokens they must hold together, the inputs of the widest layer: H of fewer is singular. Raises
-    ValueError if they hold less.
-    """
-    fewest = -(-max(needed, 1) // seq_length)  # windows
-    if len(ids) < fewest * seq_length:
-        raise ValueError(
-            f"the calibration text is too short (tokens: {len(ids)}); this model needs {fewest * seq_length}, "
-            f"{fewest} windows of {seq_length}"
-        )
-    if limit < fewest:
-        raise ValueError(
-            f"--calibration_limit {limit} windows of {seq_length} tokens are fewer tokens than the {needed} inputs of "
-            f"the widest layer; raise it to at least {fewest}"
-        )
-    windows = torch.tensor(ids[: len(ids) // seq_length * seq_length]).view(-1, seq_length)
-    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:limit]
-    return windows[drawn.sort().values]
-
-
-def calibration_text(path: str) -> str:
-    """The text in a file: plain, or JSONL, whose lines' texts are joined with a blank line between. UTF-8.
-
-    JSONL is what is called .jsonl or begins with a line that is a JSON object. Raises ValueError if the file cannot be
-    read, has no text, or a line is no object with a `text`.
-    """
-    text = read_text(path)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines and (str(path).endswith(".jsonl") or isinstance(from_json(lines[0][1]), dict)):
-        text = "\n\n".join(text_field(line, f"line {number} of {path}") for number, line in lines)
-    if not text.strip():
-        raise ValueError(f"the text {path} is empty")
-    return text
-
-
-def text_field(line: str, where: str) -> str:
-    """The `text` of one line of JSONL. Raises ValueError if it has none."""
-    value = from_json(line)
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where} is no JSON object with a text; each line must be like {{"text": "some words"}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where} is no text: half of a surrogate pair stands alone") from None
-    return text
-
-
-def from_json(line: str):
-    """The value that a line holds, None if it is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

@@ -7,10 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlinear import QuantSpec, pack_nibbles
+from layers.quantized import QuantSpec, pack_nibbles
 
 GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
+
+
 GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
 KEPT = {"Q4_0": QuantSpec(4, 32), "Q4_1": QuantSpec(4, 32), "Q8_0": QuantSpec(8, 32)}  # types `read_codes` reads
 
 

@@ -22,10 +22,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from decoding import Sampling, decode_one_token, forward_chunk, logprobs_of, read_prompts, token_logprobs
-from generate import Row, Timing, run_batch, setup_caches
+from engine.cache import setup_caches
+from engine.decode import decode_one_token, forward_chunk, read_prompts
+from engine.request import Row, Timing, run_batch
+from engine.sampling import Sampling
+from engine.scoring import logprobs_of, token_logprobs
 from model import Transformer
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 from tp import full_logits
 
 CONTINUE_HERE = "CONTINUE-THE-TEXT-HERE "  # stands at the end of a message while it is rendered

@@ -81,3 +81,7 @@ def quit_with(code: int, message: str) -> None:
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def say(*parts) -> None:
+    print(*parts, file=sys.stderr, flush=True)

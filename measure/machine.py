@@ -1,0 +1,66 @@
+"""What this machine has and can do: memory, bandwidth."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kernels import cpu
+from ranks import Ranks
+from weights.files import GB
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, at most, that this process has held: of the device on CUDA, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:  # ru_maxrss would count the parent's peak too
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@torch.inference_mode()
+def measured_bandwidth(device: torch.device) -> float | None:
+    """GB/s this machine moves: the median of five reads of 256 MiB on a CPU, of copies (read + write) on CUDA."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    size = 256 << 20
+    buffer = torch.ones(size // 8192, 4096, dtype=torch.bfloat16, device=device)
+    other = torch.empty_like(buffer) if device.type == "cuda" else torch.ones(1, 4096, dtype=torch.bfloat16)
+    if device.type == "cuda":
+        moved, work = 2 * size, lambda: (other.copy_(buffer), torch.cuda.synchronize(device))
+    elif cpu.has_bf16():
+        moved, work = size, lambda: torch.ops.gpt_faster.linear_bf16(other, buffer, None)
+    else:
+        moved, work = size, lambda: buffer.view(torch.int64).sum()
+    return moved / median_seconds(work, 5) / GB
+
+
+def median_seconds(work: Callable, times: int) -> float:
+    work()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def run_facts(flags: dict, device: torch.device, ranks: Ranks | None) -> dict:
+    """What every report says of the run it comes from."""
+    return {
+        "args": flags,
+        "device": str(device),
+        "ranks": 1 if ranks is None else ranks.size,
+        "dtype": flags["dtype"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,101 @@
+"""The perplexity of a text."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from engine.cache import context_length, setup_caches
+from engine.decode import forward_chunk
+from engine.scoring import token_logprobs
+from model import Transformer
+
+WINDOW = 512  # tokens of a text at once
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a text scored. perplexity is exp(nll)."""
+
+    perplexity: float
+    nll: float  # mean negative log-likelihood of the scored tokens, in nats
+    tokens: int  # scored
+    windows: int
+
+
+class Window(NamedTuple):
+    """Tokens `begin` to `end` of a text, of which those from `first` on are scored."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def perplexity(
+    model: Transformer,
+    ids: list[int],
+    *,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 1,
+    forward: Callable = forward_chunk,
+) -> Perplexity:
+    """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
+
+    Each token is scored at most once, in the first window that holds context for it. Replaces the model's caches.
+    forward: `forward_chunk`, or what it is compiled to.
+    Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
+    """
+    check_sizes(window, stride, batch_size)
+    windows = split(len(ids), context_length(model, window), stride or window)
+    if not windows:
+        raise ValueError(f"the text is too short (tokens: {len(ids)}); the first is not scored, so 2 are needed")
+    n_tokens = sum(end - first for _, first, end in windows)
+    text = torch.tensor(ids, device=model.device)
+    setup_caches(model, min(batch_size, len(windows)), min(window, len(ids)))
+    total = 0.0
+    with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
+        for batch in batches(windows, batch_size):
+            tokens = torch.stack([text[begin:end] for begin, _, end in batch])
+            places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
+            skip = batch[0].first - batch[0].begin - 1
+            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip, forward)
+            total -= logprobs.sum().item()
+            progress.update(logprobs.numel())
+    mean = total / n_tokens
+    if math.isnan(mean):
+        raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")
+    value = torch.tensor(mean, dtype=torch.float64).exp().item()  # math.exp would overflow
+    return Perplexity(value, mean, n_tokens, len(windows))
+
+
+def split(n_tokens: int, size: int, stride: int) -> list[Window]:
+    """The windows of a text that score at least one token: of those no earlier one scored, and never their first."""
+    windows, done = [], 0
+    for begin in range(0, n_tokens, stride):
+        first, end = max(done, begin + 1), min(begin + size, n_tokens)
+        if first < end:
+            windows.append(Window(begin, first, end))
+        done = end
+    return windows
+
+
+def batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Neighbouring windows of one length that score as many tokens, at most batch_size together."""
+    for _, alike in groupby(windows, lambda window: (window.end - window.begin, window.first - window.begin)):
+        while batch := list(islice(alike, batch_size)):
+            yield batch
+
+
+def check_sizes(window: int, stride: int | None, batch_size: int) -> None:
+    """Raise ValueError on numbers that cannot work with any model."""
+    if window < 2:
+        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(f"--stride is {stride}; it must be from 1 to the window of {window} tokens")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")

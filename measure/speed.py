@@ -1,0 +1,88 @@
+"""Rates of a run and what it read."""
+
+import statistics
+
+from cli import say
+from engine.request import Timing
+from engine.speculative import Speculation
+from measure.machine import measured_bandwidth, peak_memory
+from model import Transformer
+from weights.files import GB
+from weights.layout import weight_bytes
+
+
+def _median(values) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def rate(tok_s: float | None) -> str:
+    return "no tokens to time" if tok_s is None else f"{tok_s:.1f} tokens/sec"
+
+
+def by_each(model: Transformer) -> str:
+    return "" if model.ranks is None else " by each rank"
+
+
+def report_acceptance(timing: Timing) -> None:
+    """How many of the proposed tokens were accepted, as gpt-fast prints it, and what share of all."""
+    lengths = [accepted for row in timing.rows for _, accepted in row.rounds]
+    if lengths:
+        shares = [lengths.count(n) / len(lengths) for n in range(max(lengths) + 1)]
+        say(f"Acceptance probs: [{', '.join(f'{share:.3f}' for share in shares)}]")
+        facts = acceptance([timing])
+        rate = facts["acceptance_rate"]
+        say(
+            f"Mean Accepted: {facts['mean_accepted']:.2f}"
+            + (f", {rate:.0%} of those proposed" if rate is not None else "")
+        )
+
+
+def acceptance(timings: list[Timing]) -> dict[str, float | None]:
+    """Tokens accepted in a round on average, and accepted / proposed; None where there were none."""
+    rounds = [each for timing in timings for row in timing.rows for each in row.rounds]
+    proposed, accepted = (sum(column) for column in zip(*rounds, strict=True)) if rounds else (0, 0)
+    return {
+        "mean_accepted": accepted / len(rounds) if rounds else None,
+        "acceptance_rate": accepted / proposed if proposed else None,
+    }
+
+
+def bytes_read(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> int:
+    """Bytes of weights that decoding has read: of the model in every step, of a draft model for each token it drew."""
+    draft = speculation.source.model if speculation else None
+    draft_size = 0 if draft is None else weight_bytes(draft)
+    own = sum(each.steps * weight_bytes(model, each.step_tokens / each.steps) for each in timings if each.steps)
+    return own + sum(each.draft_steps * draft_size for each in timings)
+
+
+def summarise(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> dict:
+    """What --output_json says of all samples together; null where something does not apply."""
+    peak = peak_memory(model.device)  # before the bandwidth buffers
+    read, decode_s = bytes_read(timings, model, speculation), sum(timing.decode_s for timing in timings)
+    return {
+        "samples": [timing.to_json() for timing in timings],
+        "decode_tok_s": _median(timing.decode_tok_s for timing in timings),
+        "prefill_tok_s": _median(timing.prefill_tok_s for timing in timings),
+        "time_to_first_token_s": _median(timing.time_to_first_token_s for timing in timings),
+        "weight_bytes_per_token": weight_bytes(model),
+        "bandwidth_gb_s": read / decode_s / GB if read else None,
+        "measured_bandwidth_gb_s": measured_bandwidth(model.device),
+        "peak_memory_gb": peak / GB if peak else None,
+        **acceptance(timings),
+    }
+
+
+def report(index: int, timing: Timing, model: Transformer, speculation: Speculation | None) -> None:
+    """The lines after one sample, on standard error."""
+    total = timing.prefill_s + timing.decode_s
+    say(
+        f"Time for inference {index}: {total:.2f} sec total, {rate(timing.decode_tok_s)} decoding, "
+        f"{timing.prefill_tok_s:.1f} tokens/sec prefill, first token after {timing.time_to_first_token_s:.3f} sec"
+    )
+    if timing.steps:
+        read = bytes_read([timing], model, speculation)
+        a_step = f"{read / timing.steps / GB:.3f} GB a {'round' if speculation else 'step'}"
+        say(f"Bandwidth achieved{by_each(model)}: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
+    if speculation is not None:
+        report_acceptance(timing)

@@ -1,0 +1,94 @@
+"""Prompts: from files, flags and messages to token ids."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from text.tokenizer import Tokenizer
+
+
+class IdTokenizer:
+    """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
+
+    bos_id, eos_ids, chat_template = None, frozenset(), None
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [byte % self.vocab_size for byte in text.encode()]
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        raise ValueError("random weights have no chat template; leave out --chat")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def skips(self, token: int) -> bool:
+        return False
+
+    def byte(self, token: int) -> int | None:
+        return None
+
+
+def read_prompt_file(path: str) -> list[str]:
+    """The prompts in a file, `-` for standard input: JSON Lines if it begins with {, else one prompt a line."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file {path} is not UTF-8: byte {error.start} is {data[error.start]:#x}") from None
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"the prompt file {path} has no prompt in it")
+    if not lines[0][1].startswith("{"):
+        return [line for _, line in lines]
+    return [_prompt_field(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _prompt_field(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    except (KeyError, TypeError):
+        raise ValueError(f'{where} has no "prompt" field') from None
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f'{where}: "prompt" must be a text that is not empty')
+    return prompt
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict]:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | int, args: argparse.Namespace) -> list[int]:
+    """Ids of one prompt; an integer N means N random ids. Raises ValueError on an empty one."""
+    if isinstance(prompt, int):
+        return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8") from None
+    if not prompt:
+        raise ValueError("the prompt is empty; give a text, or a number of random tokens")
+    ids = tokenizer.encode_chat(chat_messages(prompt, args.system)) if args.chat else tokenizer.encode(prompt)
+    return checked_ids(ids, tokenizer)
+
+
+def checked_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The same ids. Raises ValueError if there are none, or one that the model does not have."""
+    if not ids:
+        raise ValueError("the prompt encodes to no tokens; give a longer text")
+    if max(ids) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"the prompt encodes to token {max(ids)}, and the model has {tokenizer.vocab_size}; "
+            "its tokenizer files belong to another model"
+        )
+    return ids

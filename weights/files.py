@@ -1,0 +1,119 @@
+"""Plain files: JSON, text, what can be written, and writing whole or not at all."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GB = 1e9
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it is missing, broken or no object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise ValueError, before the work, if a file at `path` could not be written after it, or is one of the inputs.
+
+    An input may be a model's folder, or None.
+    """
+    path = Path(path)
+    if path.exists():
+        real = path.resolve()
+        belongs = real.suffix != ".json" or re.match(r"(config|tokenizer|generation_config|model)\b", real.name)
+        for each in (Path(each).resolve() for each in inputs if each is not None):
+            if each == real or (each == real.parent and belongs):
+                raise ValueError(f"cannot write {path}: this run reads it")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raise ValueError if the disk has no room for a file of `size` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
+
+
+def write_json(path: str | Path, value: dict, default: Callable | None = None) -> None:
+    """Write a report, whole or not at all; default makes values that JSON lacks into others. Raises ValueError as
+    `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=default) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not.
+
+    Raises ValueError if the file cannot be written (no folder, no right, disk full).
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout is written to, not replaced
+        yield Path(path)
+        return
+    path = Path(os.path.realpath(path))  # a link stays a link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values only, mapped where the format allows it."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text advises to load without weights_only
+        if re.search("GLOBAL|unsupported (global|class)", str(error), re.IGNORECASE):
+            raise ValueError(
+                f"{path} is refused: its pickle names code that would run on loading, not only tensors; "
+                "get the model as safetensors"
+            ) from None
+        raise ValueError(f"{path} is not a checkpoint, or is damaged") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
+
+
+def read_text(path: str) -> str:
+    """The text in a file. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise ValueError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"the text {path} is not UTF-8: byte {error.start} is {byte:#x}") from None
+    if not text:
+        raise ValueError(f"the text {path} is empty")
+    return text
