@@ -58,7 +58,8 @@ def default_model_dir(default_gguf):
 
 def converter_digest():
     """Changes when the code that writes a converted checkpoint does; unlike times, it is the same in every clone."""
-    sources = [ROOT / name for name in ("model.py", "gguf_file.py", "checkpoint.py", "tokenizer.py", CONVERT)]
+    sources = [ROOT / name for name in ("model.py", CONVERT)]
+    sources += [*sorted((ROOT / "weights").glob("*.py")), *sorted((ROOT / "text").glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_generate import make_tiny_checkpoint
 
 from engine.cache import setup_caches
 from engine.request import generate
 from engine.sampling import Sampling
 from generate import build_parser, main
+from tests.tiny import make_tiny_checkpoint
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 

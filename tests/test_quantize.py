@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoint
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_checkpoint import HALF_GB, hf_names, needs_proc
-from test_generate import make_tiny_checkpoint
 from transformers import LlamaConfig
 
 import quantize as program
@@ -28,8 +26,10 @@ from engine.sampling import Sampling
 from layers.quantized import QuantSpec, layer_of, quantize_weight
 from measure.perplexity import perplexity
 from quantize import build_parser, frugal, main, relative_error
+from tests.tiny import HALF_GB, TASK, hf_names, make_tiny_checkpoint, needs_proc
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_source, save_checkpoint
+from weights.families import args_from_hf
 from weights.layout import expected_tensors, model_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ def sources(tmp_path_factory):
     tied = make_tiny_checkpoint(tmp_path_factory.mktemp("tied")).parent
     untied = shutil.copytree(tied, tmp_path_factory.mktemp("untied"), dirs_exist_ok=True)
     source = open_source(tied)
-    args = checkpoint.replace(source.args, tie_embeddings=False)
+    args = replace(source.args, tie_embeddings=False)
     tensors = {name: read() for name, read in source.tensors.items()}
     save_checkpoint(untied / "model.pth", args, tensors | {"output.weight": torch.randn(args.vocab_size, args.dim)})
     experts = make_tiny_checkpoint(tmp_path_factory.mktemp("experts"), n_expert=4, n_expert_used=2).parent
@@ -95,7 +95,7 @@ def weights(path):
 def dequantised(path, target):
     """The float model in `path` with the layers of the quantised `target` put back as floats."""
     source, layers = open_source(path), weights(target)
-    args = checkpoint.replace(source.args, tie_embeddings=source.args.tie_embeddings and "output" not in layers)
+    args = replace(source.args, tie_embeddings=source.args.tie_embeddings and "output" not in layers)
     tensors = {name: read() for name, read in source.tensors.items()}
     tensors |= {f"{name}.weight": weight for name, weight in layers.items()}
     save_checkpoint(path.parent / "dequantised.pth", args, tensors)
@@ -150,7 +150,7 @@ def test_text_is_that_of_the_dequantised_model(kind, mode, flags, name, sources,
     assert table.pop("output", None) == head
     assert table == {f"layers.{i}.{name}": body for i in range(2) for name in linears}
 
-    monkeypatch.setattr(checkpoint, "pack_", lambda model: None)  # the plain path: no rounded activations
+    monkeypatch.setattr("weights.checkpoint.pack_", lambda model: None)  # the plain path: no rounded activations
     floats = dequantised(path, target)
     assert greedy(target) == greedy(floats)
     torch.testing.assert_close(logits(target), logits(floats), atol=1e-4, rtol=1e-4)
@@ -210,7 +210,7 @@ def test_label_and_folder(folder):
 
 def test_hugging_face_folder(tmp_path):
     config = LlamaConfig(**HALF_GB | {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 64, "head_dim": 8})
-    args = checkpoint.args_from_hf(config.to_dict())
+    args = args_from_hf(config.to_dict())
     tensors = {name: torch.randn(meta.shape) for name, meta in expected_tensors(args).items()}
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(config.to_dict()))
@@ -338,7 +338,7 @@ def test_memory_and_time(mode, form, default_model_dir, tmp_path):
         os.symlink(default_model_dir / "model.pth", path)
     else:
         config, path = LlamaConfig(**HALF_GB).to_dict(), tmp_path
-        args = checkpoint.args_from_hf(config)
+        args = args_from_hf(config)
         (path / "config.json").write_text(json.dumps(config))
         zeros = {name: torch.zeros(meta.shape, dtype=torch.bfloat16) for name, meta in expected_tensors(args).items()}
         save_file(hf_names(zeros, args), path / "model.safetensors")
@@ -366,18 +366,6 @@ def test_frugal_gives_pages_back_and_reads_the_same(default_model_dir):
 
 
 # ---------------------------------------------------------------- calibration text from lm-eval
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-output_type: {kind}
-training_split: null
-validation_split: validation
-doc_to_text: "{question}"
-doc_to_target: "{answer}"
-{more}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -555,7 +543,7 @@ def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeyp
 
 
 def test_too_little_memory_is_said_before_the_work(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 100)
+    monkeypatch.setattr("weights.device.free_memory", lambda device: 100)
     refused(folder / "model.pth", "need 0.0 GB, but cpu has 0.0 GB free; use a smaller model")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import tensor
-from tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 
 import tp
 from compress.gptq import gptq_
@@ -23,40 +22,15 @@ from layers.quantized import QuantSpec, linear_table, quantize_weight
 from measure.perplexity import perplexity
 from model import ModelArgs
 from scripts.tensor_parallel import predicted
+from tests.tiny import ENV, outcome, ran, torchrun
+from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 from weights.checkpoint import load_model, save_checkpoint
 from weights.layout import expected_tensors
 from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def torchrun(n_rank, *args, **options):
-    """The started command `torchrun --nproc_per_node N ARGS`."""
-    launch = [sys.executable, "-m", "torch.distributed.run", *options.pop("how", ["--standalone"])]
-    command = [*launch, "--nproc_per_node", n_rank, *args]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENV, text=True, **pipes, **options)
-
-
-def outcome(process, input=None, timeout=240):
-    """(exit code, standard output, standard error)"""
-    try:
-        out, err = process.communicate(input, timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
-def ran(n_rank, *args, **options):
-    """Standard output of a run that must succeed."""
-    input = options.pop("input", None)
-    code, out, err = outcome(torchrun(n_rank, *args, **options), input)
-    assert code == 0, err
-    return out
 
 
 # ---------------------------------------------------------------- the numbers

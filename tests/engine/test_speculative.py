@@ -7,9 +7,7 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
-import speculative
 import torch
-from test_decoding import CPU, GREEDY, continuation, random_prompts, tiny_model
 from torch import tensor
 
 from engine.cache import setup_caches
@@ -20,6 +18,7 @@ from engine.request import chunks
 from engine.sampling import Sampling, logits_to_probs
 from engine.speculative import DraftModel, PromptLookup, Speculation, accept, draft_one_token, speculate, verify
 from model import Transformer
+from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +74,7 @@ def assert_all_accepted(rounds, budget):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_window):
-    model, prompts = tiny_model(sliding_window=sliding_window), random_prompts(*lengths)
+    model, prompts = tiny_model(sliding_window=sliding_window), random_ids(*lengths)
     plain = plainly(model, prompts, 24)
     assert len({tuple(row) for row in plain}) == len(prompts)
     speculation = Speculation(SOURCES[source](model), k, costs={len(prompts): CHEAP})
@@ -85,7 +84,7 @@ def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_wind
 @pytest.mark.parametrize("lengths", [(12,), (1, 17, 6)])
 @pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 def test_a_model_accepts_all_of_its_own_proposals(k, lengths):
-    model, prompts = tiny_model(), random_prompts(*lengths)
+    model, prompts = tiny_model(), random_ids(*lengths)
     plain = plainly(model, prompts, 41)
     speculation = Speculation(DraftModel(deepcopy(model)), k, costs={len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 41, speculation)
@@ -95,7 +94,7 @@ def test_a_model_accepts_all_of_its_own_proposals(k, lengths):
 
 
 def test_the_better_the_draft_the_fewer_the_rounds():
-    model, prompts = tiny_model(), random_prompts(12)
+    model, prompts = tiny_model(), random_ids(12)
     setup_caches(model, 1, 100)
     rounds = {
         name: len(speculated(model, prompts, 41, Speculation(source(model), 4))[1]) for name, source in SOURCES.items()
@@ -106,7 +105,7 @@ def test_the_better_the_draft_the_fewer_the_rounds():
 @pytest.mark.parametrize("k", [1, 2, 4, 7, "auto"])
 @pytest.mark.parametrize("forgetful", [True, False])
 def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
-    model, prompts = tiny_model(), [random_prompts(5)[0] * 5, [3] * 9]
+    model, prompts = tiny_model(), [random_ids(5)[0] * 5, [3] * 9]
     if forgetful:  # each token follows from the one before alone, so the text soon goes in circles
         for layer in model.layers:
             layer.attention.wo.weight.data.zero_()
@@ -120,7 +119,7 @@ def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
 
 
 def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
-    model, (prompt,) = tiny_model(), random_prompts(1)
+    model, (prompt,) = tiny_model(), random_ids(1)
     (plain,) = plainly(model, [prompt], 60)
     again = next(n for n in range(2, 60) if plain[n - 1] in prompt + plain[: n - 1])  # tokens up to the first repeated
     assert again < 40
@@ -136,7 +135,7 @@ def second_row_slowly(model, tokens, pos, slots, limit, *others):
 
 
 def test_rows_that_have_their_budget_get_none_while_others_go_on():
-    model, prompts = tiny_model(), random_prompts(6, 11)
+    model, prompts = tiny_model(), random_ids(6, 11)
     plain = plainly(model, prompts, 13)
     speculation = Speculation(DraftModel(deepcopy(model)), 4, second_row_slowly)
     rows, rounds = speculated(model, prompts, 13, speculation)
@@ -148,7 +147,7 @@ def test_rows_that_have_their_budget_get_none_while_others_go_on():
 @pytest.mark.parametrize("budget", [0, 1, 2, 3, 17])
 @pytest.mark.parametrize("source", ["lookup", "itself"])
 def test_the_budget_is_exact(source, budget, k):
-    model, prompts = tiny_model(), random_prompts(5, 9)
+    model, prompts = tiny_model(), random_ids(5, 9)
     setup_caches(model, 2, 64)
     speculation = Speculation(SOURCES[source](model), k, costs={2: CHEAP})
     rows, rounds = speculated(model, prompts, budget + 1, speculation)
@@ -158,7 +157,7 @@ def test_the_budget_is_exact(source, budget, k):
 
 
 def test_tokens_and_counts_are_lists_of_whole_numbers():
-    model, prompts = tiny_model(), random_prompts(5, 9)
+    model, prompts = tiny_model(), random_ids(5, 9)
     setup_caches(model, 2, 64)
     token, pos = prefill(model, prompts, GREEDY)
     source = PromptLookup()
@@ -176,7 +175,7 @@ def test_tokens_and_counts_are_lists_of_whole_numbers():
 @pytest.mark.parametrize("k", [1, 4, 7, "auto"])
 @pytest.mark.parametrize("lengths", [(20,), (3, 20)])
 def test_prompt_and_budget_may_fill_the_cache_exactly(lengths, k, source):
-    model, prompts = tiny_model(max_seq_length=48), random_prompts(*lengths)
+    model, prompts = tiny_model(max_seq_length=48), random_ids(*lengths)
     plain = plainly(model, prompts, 28)
     speculation = Speculation(SOURCES[source](model), k)  # where k is auto, measuring costs takes the most slots
     setup_caches(model, len(prompts), 48, speculation)
@@ -199,7 +198,7 @@ def test_rounds_across_the_end_of_a_prefix_of_the_cache(k, lengths):
         assert len(slots) > pos.max()
         return draft_one_token(model, tokens, pos, slots, *others)
 
-    model, prompts = tiny_model(), random_prompts(*lengths)
+    model, prompts = tiny_model(), random_ids(*lengths)
     plain = plainly(model, prompts, 20)
     speculation = Speculation(DraftModel(deepcopy(model), draft_within), k, verify_within, {len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 20, speculation)
@@ -223,7 +222,7 @@ def test_slots_that_a_round_looks_ahead():
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("k", [1, 4, "auto"])
 def test_a_second_turn_that_starts_from_the_cache_equals_one_from_scratch(k, source):
-    model, (prompt, question) = tiny_model(), random_prompts(30, 7)
+    model, (prompt, question) = tiny_model(), random_ids(30, 7)
     speculation = Speculation(SOURCES[source](model), k, costs={1: CHEAP})
     setup_caches(model, 1, 128, speculation)
     (answer,), _ = speculated(model, [prompt], 20, speculation)
@@ -241,7 +240,7 @@ def test_a_draft_reads_only_what_is_new_in_a_second_turn():
         read.append(tokens.shape[1])
         return forward_chunk(model, tokens, *others)
 
-    model, (prompt, question) = tiny_model(), random_prompts(30, 7)
+    model, (prompt, question) = tiny_model(), random_ids(30, 7)
     speculation = Speculation(DraftModel(deepcopy(model), forward=forward), 4)
     setup_caches(model, 1, 128, speculation)
     (answer,), _ = speculated(model, [prompt], 20, speculation)  # 19 in rounds of 5, 5, 5, 4
@@ -250,7 +249,7 @@ def test_a_draft_reads_only_what_is_new_in_a_second_turn():
 
 
 def test_a_turn_that_goes_back_to_an_earlier_place_equals_one_from_scratch():
-    model, (prompt, other) = tiny_model(), random_prompts(30, 12)
+    model, (prompt, other) = tiny_model(), random_ids(30, 12)
     speculation = Speculation(DraftModel(deepcopy(model)), 4)
     setup_caches(model, 1, 128, speculation)
     speculated(model, [prompt], 20, speculation)
@@ -265,12 +264,12 @@ def test_a_draft_makes_its_own_caches_where_they_are_missing_or_small():
     draft = DraftModel(deepcopy(model))
     for lengths, slots in [((5,), 40), ((5, 9), 40), ((5, 50), 80), ((4,), 30)]:
         model.setup_caches(len(lengths), slots)
-        _, rounds = speculated(model, random_prompts(*lengths), 15, Speculation(draft, 4))
+        _, rounds = speculated(model, random_ids(*lengths), 15, Speculation(draft, 4))
         assert_all_accepted(rounds, 14)
 
 
 def test_a_draft_whose_caches_are_made_anew_reads_all_of_the_text():
-    model, prompts = tiny_model(), random_prompts(20)
+    model, prompts = tiny_model(), random_ids(20)
     draft = DraftModel(deepcopy(model))
     model.setup_caches(1, 40)
     speculated(model, prompts, 15, Speculation(draft, 4))
@@ -300,8 +299,8 @@ class InTurn:
 @pytest.mark.parametrize("lengths", [(12,), (1,), (1, 17, 6)])
 @pytest.mark.parametrize("turns", [(4, 0, 0, 0, 2, 0, 8, 1, 0), (0, 0, 0, 0, 4), (0, 1)])
 def test_a_draft_that_was_not_asked_for_a_while_catches_up(monkeypatch, turns, lengths):
-    model, prompts, chosen = tiny_model(), random_prompts(*lengths), InTurn(turns)
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: chosen)
+    model, prompts, chosen = tiny_model(), random_ids(*lengths), InTurn(turns)
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: chosen)
     plain = plainly(model, prompts, 60)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 60, speculation)
@@ -320,8 +319,8 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
     def some(model, tokens, pos, slots, limit, *others):
         return verify(model, tokens, pos, slots, torch.minimum(limit, pos + next(each)), *others)
 
-    model, prompts = tiny_model(), random_prompts(1, 17, 6)
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
+    model, prompts = tiny_model(), random_ids(1, 17, 6)
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
     plain = plainly(model, prompts, 50)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", some, {3: CHEAP})
     rows, rounds = speculated(model, prompts, 50, speculation)
@@ -335,20 +334,20 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
 
 def test_what_one_text_left_unread_is_no_matter_to_the_next(monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
     setup_caches(model, 1, 128)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={1: CHEAP})
     for budget in (2, 7, 9):  # ends behind, after proposing, behind again
-        _, rounds = speculated(model, random_prompts(9, seed=budget), budget + 1, speculation)
+        _, rounds = speculated(model, random_ids(9, seed=budget), budget + 1, speculation)
         assert_all_accepted(rounds, budget)
 
 
 @pytest.mark.parametrize("lengths", [(9,), (3, 10)])
 @pytest.mark.parametrize("turns", [(0,), (4, 0, 0, 0, 0, 0), (4,)])
 def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, turns, lengths):
-    model, prompts = tiny_model(), random_prompts(*lengths)
+    model, prompts = tiny_model(), random_ids(*lengths)
     chosen = iter([InTurn(turns), InTurn([4])])
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: next(chosen))
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     setup_caches(model, len(prompts), 64, speculation)
     answers, _ = speculated(model, prompts, 10, speculation)
@@ -359,9 +358,9 @@ def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, tu
 
 
 def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkeypatch):
-    model, prompts = tiny_model(), random_prompts(6, 11)
+    model, prompts = tiny_model(), random_ids(6, 11)
     chosen = iter([InTurn([4, 4, 0, 0, 0, 0, 4]), InTurn([4])])
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: next(chosen))
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", second_row_slowly, {2: CHEAP})
     setup_caches(model, 2, 64, speculation)
     answers, rounds = speculated(model, prompts, 10, speculation)
@@ -373,7 +372,7 @@ def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkey
 
 
 def test_measuring_costs_leaves_the_text_as_it_is():
-    model, prompts = tiny_model(), random_prompts(1, 17, 6)
+    model, prompts = tiny_model(), random_ids(1, 17, 6)
     plain = plainly(model, prompts, 30)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto")
     rows, rounds = speculated(model, prompts, 30, speculation)
@@ -402,7 +401,7 @@ def with_vocabulary(model, size):
 @pytest.mark.parametrize("size", [100, 127, 129, 160])
 @pytest.mark.parametrize("k", [1, 4, "auto"])
 def test_a_draft_of_another_vocabulary_size_changes_no_token(k, size):
-    model, prompts = tiny_model(), random_prompts(40, 7)
+    model, prompts = tiny_model(), random_ids(40, 7)
     assert max(map(max, prompts)) >= 100
     plain = plainly(model, prompts, 40)
     speculation = Speculation(DraftModel(with_vocabulary(model, size)), k, costs={2: CHEAP})
@@ -413,8 +412,8 @@ def test_a_draft_of_another_vocabulary_size_changes_no_token(k, size):
 
 
 def test_a_draft_that_lags_reads_tokens_that_it_lacks(monkeypatch):
-    model, prompts = tiny_model(), random_prompts(12)
-    monkeypatch.setattr(speculative, "AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
+    model, prompts = tiny_model(), random_ids(12)
+    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
     (plain,) = plainly(model, prompts, 40)
     assert max(plain) >= 100
     speculation = Speculation(DraftModel(with_vocabulary(model, 20)), "auto", costs={1: CHEAP})
@@ -423,7 +422,7 @@ def test_a_draft_that_lags_reads_tokens_that_it_lacks(monkeypatch):
 
 @pytest.mark.parametrize("size", [100, 160])
 def test_sampled_with_another_vocabulary_size_every_token_is_one_of_the_model(size):
-    model, prompts, proposed = tiny_model(), random_prompts(8, 5), []
+    model, prompts, proposed = tiny_model(), random_ids(8, 5), []
 
     def noting(model, tokens, *others):
         proposed.extend(tokens.flatten().tolist())
@@ -640,13 +639,13 @@ def test_compiled_rounds_equal_plain_and_nothing_compiles_once_text_flows():
         warm_up(model, [[5] * n_rows, [600] * n_rows], 20, GREEDY, decode_one_token, forward_chunk, speculation)
         with nothing_compiles():
             for length in (1, 5, 250, 500, 600):  # 250 and 500 cross a boundary of 256 slots
-                prompts = random_prompts(*(length, 3)[:n_rows], seed=length)
+                prompts = random_ids(*(length, 3)[:n_rows], seed=length)
                 plain = continuation(model, prompts, 20).tolist()
                 assert speculated(model, prompts, 20, speculation)[0] == plain, (k, n_rows, length)
 
 
 def test_compiled_sampling_rounds_take_the_likeliest_of_one():
-    model, prompts, sampling = tiny_model(n_layer=1), random_prompts(9), Sampling(1.0, top_k=1)
+    model, prompts, sampling = tiny_model(n_layer=1), random_ids(9), Sampling(1.0, top_k=1)
     plain = plainly(model, prompts, 20)
     torch._dynamo.reset()
     draft = DraftModel(with_vocabulary(model, 140), compile_step(draft_one_token, CPU))

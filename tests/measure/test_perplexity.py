@@ -8,11 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import decoding
 import pytest
 import torch
-from test_families import SIZES, random_prompts, save_tiny
-from test_generate import make_tiny_checkpoint
 from transformers import LlamaConfig
 
 import eval as program
@@ -22,8 +19,9 @@ from engine.request import generate
 from engine.sampling import Sampling
 from engine.scoring import token_logprobs
 from eval import build_parser, main
-from measure.perplexity import Window, perplexity, split
+from measure.perplexity import WINDOW, Window, batches, perplexity, split
 from model import ModelArgs, Transformer
+from tests.tiny import SIZES, make_tiny_checkpoint, random_prompts, save_tiny
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -84,8 +82,8 @@ def test_windows(n, size, stride, windows):
 
 def test_batches_hold_windows_of_one_shape_in_order():
     windows = split(25, 4, 2)
-    assert [len(batch) for batch in program.batches(windows, 4)] == [1, 4, 4, 2, 1]
-    assert sum(program.batches(windows, 4), []) == windows
+    assert [len(batch) for batch in batches(windows, 4)] == [1, 4, 4, 2, 1]
+    assert sum(batches(windows, 4), []) == windows
 
 
 # ---------------------------------------------------------------- the number
@@ -112,7 +110,7 @@ def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, 
     whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     seen = []
     hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
-    monkeypatch.setattr(decoding, "LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
+    monkeypatch.setattr("engine.scoring.LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
     chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     hook.remove()
     assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)
@@ -253,7 +251,7 @@ def test_defaults_and_help(run_cli):
         "bfloat16",
         None,
     )
-    assert program.WINDOW == 512
+    assert WINDOW == 512
     result = run_cli("eval.py", "--help", env={"COLUMNS": 120})
     assert result.returncode == 0
     for action in build_parser()._actions:

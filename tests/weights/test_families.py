@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import tp_cases
-import transformers
 from safetensors.torch import load_file, save_file
-from test_tp import ran
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -29,9 +26,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import tests.tp_cases as tp_cases
 from engine.decode import decode, prefill
 from engine.sampling import Sampling
 from layers.quantized import QuantSpec, layer_of, quantize_weight
+from tests.tiny import SIZES, ran, random_prompts, save_tiny
 from weights.checkpoint import build, load_model, new_table, open_source
 from weights.families import args_from_hf
 from weights.layout import expected_tensors
@@ -39,19 +38,6 @@ from weights.layout import expected_tensors
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 N_NEW = 32
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # large, so that logits are far apart and every path matters
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
@@ -140,24 +126,6 @@ FAMILIES = {
         },
     ),
 }
-
-
-def save_tiny(config, folder):
-    """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
-    torch.manual_seed(0)
-    # of its ways to compute attention only this one has soft caps
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.copy_(torch.randn_like(weight) * 0.3 + (0 if name.endswith("bias") else 1))
-    model.save_pretrained(folder)
-    return model
-
-
-def random_prompts(*lengths):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
 
 
 def greedy(model, prompts):

@@ -11,6 +11,7 @@ from compress.gptq import gptq_, gptq_weight
 from kernels import cpu
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
 from model import ModelArgs
+from tests.tiny import dequantised
 from weights.checkpoint import build, load_model, save_checkpoint
 from weights.layout import expected_tensors, shell
 
@@ -169,16 +170,6 @@ def logits(model, tokens=None):
     tokens = calibration() if tokens is None else tokens
     model.setup_caches(*tokens.shape)
     return model(tokens, torch.arange(tokens.shape[1]).repeat(len(tokens), 1))
-
-
-def dequantised(args, state, table):
-    """A float model with the weights that `state` stores."""
-    state = dict(state)
-    for name, spec in table.items():
-        keys = ("weight", "scales", "zeros")[: 3 if spec.bits == 4 else 2]
-        layer = LAYERS[spec.bits](*(state.pop(f"{name}.{key}") for key in keys))
-        state[f"{name}.weight"] = layer.dequantize()
-    return build(replace(args, tie_embeddings=False), state)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

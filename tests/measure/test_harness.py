@@ -10,22 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_families import save_tiny
-from test_generate import make_tiny_checkpoint
-from test_gptq import dequantised
-from test_quantize import TASK
 from tokenizers import processors
+
+from tests.tiny import TASK, dequantised, make_tiny_checkpoint, save_tiny
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
 
-import decoding  # noqa: E402
-import harness  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as program  # noqa: E402
+import measure.harness as harness  # noqa: E402
 from engine.cache import setup_caches  # noqa: E402
 from engine.compile import choose_functions  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
@@ -155,7 +152,7 @@ def wide(pair):
 
 def test_chunks_reach_what_the_longest_row_has_read(pair, wide, monkeypatch):
     """A long context and a long continuation in one batch, which goes through the cache in several chunks."""
-    monkeypatch.setattr(decoding, "LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
+    monkeypatch.setattr("engine.scoring.LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
     text = "the cat sat on the mat and the dog ate the hat, he said, " * 3
     requests = asked("loglikelihood", (text * 3, " the mat, he said"), ("he", " " + text), ("he said", " the cat"))
     truth = wide.theirs.loglikelihood(requests, disable_tqdm=True)

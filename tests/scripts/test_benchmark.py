@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from test_generate import make_tiny_checkpoint
 
 from engine.compile import compile_step
 from engine.decode import decode_one_token
 from scripts import benchmark, check_device
 from scripts.benchmark import GRID, QUICK, Case, key_of
 from scripts.reporting import ROOT
+from tests.tiny import make_tiny_checkpoint
 
 CPU = torch.device("cpu")
 SPEED = {"gpt-faster": 150.0, "llama.cpp": 100.0, "transformers": 25.0}

@@ -3,7 +3,6 @@
 import math
 from itertools import islice
 
-import decoding
 import pytest
 import torch
 from torch import tensor
@@ -11,34 +10,11 @@ from transformers.generation import logits_process as hf
 
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill, used_slots
-from engine.sampling import Sampling, logits_to_probs, sample
-from model import ModelArgs, Transformer
+from engine.sampling import Sampling, choose, logits_to_probs, sample
+from tests.tiny import continuation, random_ids, tiny_model
 
 GREEDY = Sampling(temperature=0)
 CPU = torch.device("cpu")
-
-
-def tiny_model(seed=0, **changes):
-    """A float32 model on CPU with weights large enough that its greedy text varies."""
-    sizes = dict(dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96)
-    args = ModelArgs(**{**sizes, "vocab_size": 128, "max_seq_length": 1024, **changes})
-    torch.manual_seed(seed)
-    model = Transformer(args).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 1)
-    return model
-
-
-def random_prompts(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
-
-
-def continuation(model, prompts, count, sampling=GREEDY, step=decode_one_token, forward=forward_chunk, start=0):
-    """[B, count] tokens by prefill and decode."""
-    token, pos = prefill(model, prompts, sampling, start, forward)
-    later = [tokens.clone() for tokens, _ in islice(decode(model, token, pos, sampling, step), count - 1)]
-    return torch.cat([token, *later], 1)
 
 
 # ---------------------------------------------------------------- sampling
@@ -107,7 +83,7 @@ def test_temperature_zero_is_one_hot_at_the_first_of_equal_maxima():
     probs = logits_to_probs(logits, GREEDY)
     assert probs.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
     assert probs.dtype == torch.float32
-    assert decoding.choose(logits, GREEDY).tolist() == [[1], [0]]
+    assert choose(logits, GREEDY).tolist() == [[1], [0]]
 
 
 def test_low_precision_logits_are_softened_in_float32():
@@ -129,7 +105,7 @@ def test_samples_follow_the_distribution():
 def test_the_compiled_draw_follows_the_distribution():
     logits = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log().repeat(50_000, 1)
     torch.manual_seed(0)
-    drawn = torch.compile(decoding.choose, fullgraph=True, options={"cpp.vec_isa_ok": True})(logits, Sampling(1.0, 5))
+    drawn = torch.compile(choose, fullgraph=True, options={"cpp.vec_isa_ok": True})(logits, Sampling(1.0, 5))
     counts, expected = drawn[:, 0].bincount(minlength=6), 50_000 * logits[0].exp() / 0.99
     assert counts[5] == 0
     assert ((counts - expected)[:5] ** 2 / expected[:5]).sum() < 18.5  # 4 degrees of freedom
@@ -141,8 +117,8 @@ def test_the_compiled_draw_follows_the_distribution():
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 16, 2048])
 @pytest.mark.parametrize("lengths", [(9,), (1,), (1, 5, 13), (4, 8, 5, 12), (13, 13)])
 def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, lengths):
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
-    model, prompts = tiny_model(), random_prompts(*lengths)
+    monkeypatch.setattr("engine.decode.PREFILL_CHUNK", chunk)
+    model, prompts = tiny_model(), random_ids(*lengths)
     model.setup_caches(len(prompts), 64)
     seen = []
 
@@ -161,7 +137,7 @@ def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, le
 
 
 def test_prefill_of_the_second_half_equals_prefill_of_all():
-    model, (prompt,) = tiny_model(), random_prompts(40)
+    model, (prompt,) = tiny_model(), random_ids(40)
     model.setup_caches(1, 128)
     whole = continuation(model, [prompt], 8)
     model.setup_caches(1, 128)
@@ -170,7 +146,7 @@ def test_prefill_of_the_second_half_equals_prefill_of_all():
 
 
 def test_decode_equals_forwarding_everything_again():
-    model, prompts = tiny_model(), random_prompts(3, 11, 6)
+    model, prompts = tiny_model(), random_ids(3, 11, 6)
     model.setup_caches(3, 64)
     tokens = continuation(model, prompts, 12)
     model.setup_caches(1, 64)
@@ -183,7 +159,7 @@ def test_decode_equals_forwarding_everything_again():
 
 
 def test_decode_yields_one_new_token_a_row_and_moves_every_row_on():
-    model, prompts = tiny_model(), random_prompts(3, 7)
+    model, prompts = tiny_model(), random_ids(3, 7)
     model.setup_caches(2, 64)
     positions = []
 
@@ -200,7 +176,7 @@ def test_decode_yields_one_new_token_a_row_and_moves_every_row_on():
 @pytest.mark.parametrize("slots", [2, 100, 255, 256, 257, 512])
 def test_the_whole_cache_can_be_filled(slots):
     """One form of the compiled step serves every prefix of the cache but the whole, so that is never asked for."""
-    model, (prompt,) = tiny_model(), random_prompts(max(slots - 12, 1))
+    model, (prompt,) = tiny_model(), random_ids(max(slots - 12, 1))
     model.setup_caches(1, slots)
     short = continuation(model, [prompt], slots - len(prompt))
     model.setup_caches(1, 1024)
@@ -215,7 +191,7 @@ def test_a_step_attends_to_a_prefix_of_the_cache_that_holds_all_used_slots(count
 
 
 def test_bucket_sizes_do_not_change_the_tokens():
-    model, prompts = tiny_model(), random_prompts(250, 240)
+    model, prompts = tiny_model(), random_ids(250, 240)
     model.setup_caches(2, 512)
 
     def all_slots(model, token, pos, slots, sampling):
@@ -232,28 +208,28 @@ def test_compiled_step_equals_plain_across_sizes_without_recompiling():
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, 1024)
     torch._dynamo.reset()
-    continuation(model, random_prompts(5), 3, step=step, forward=forward)  # compiles both, once
+    continuation(model, random_ids(5), 3, step=step, forward=forward)  # compiles both, once
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (2, 3, 17, 250, 300, 511, 600):  # 250 crosses the 256 boundary while decoding
-            prompts = random_prompts(length, seed=length)
+            prompts = random_ids(length, seed=length)
             compiled = continuation(model, prompts, 12, step=step, forward=forward)
             assert torch.equal(compiled, continuation(model, prompts, 12)), length
 
 
 def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, 1024)
     torch._dynamo.reset()
-    continuation(model, random_prompts(5), 2, forward=forward)
+    continuation(model, random_ids(5), 2, forward=forward)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 7, 8, 9, 12, 17, 30):  # 9 and 17 leave one token to the last chunk
-            prompts = random_prompts(length, seed=length)
+            prompts = random_ids(length, seed=length)
             assert torch.equal(continuation(model, prompts, 4, forward=forward), continuation(model, prompts, 4))
 
 
 def test_compiled_step_of_a_ragged_batch_equals_plain():
-    model, prompts = tiny_model(sliding_window=12), random_prompts(3, 30, 11)
+    model, prompts = tiny_model(sliding_window=12), random_ids(3, 30, 11)
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(3, 256)
     plain = continuation(model, prompts, 20)
@@ -270,7 +246,7 @@ def test_models_samplings_and_batches_may_take_turns_on_one_compiled_step():
     for turn in range(3):
         for model in models:
             for n_rows in (1, 2):
-                prompts = random_prompts(*[6, 9][:n_rows], seed=turn)
+                prompts = random_ids(*[6, 9][:n_rows], seed=turn)
                 plain = continuation(model, prompts, 6)
                 for sampling in samplings:
                     assert torch.equal(continuation(model, prompts, 6, sampling, step=step), plain), (turn, sampling)
@@ -281,10 +257,10 @@ def test_one_compiled_prefill_serves_any_number_of_rows(cached):
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(cached, 256)
     for n_rows in (2, 1):  # the forms there are
-        continuation(model, random_prompts(*[5] * n_rows), 2, forward=forward)
+        continuation(model, random_ids(*[5] * n_rows), 2, forward=forward)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n_rows in range(1, cached + 1):
-            prompts = random_prompts(*range(4, 4 + n_rows))
+            prompts = random_ids(*range(4, 4 + n_rows))
             plain = continuation(model, prompts, 4)
             assert torch.equal(continuation(model, prompts, 4, forward=forward), plain), n_rows
 
@@ -293,13 +269,13 @@ def test_caches_made_anew_are_used_by_a_step_compiled_before():
     model, step = tiny_model(), compile_step(decode_one_token, CPU)
     for slots in (256, 512, 256):
         model.setup_caches(1, slots)
-        prompts = random_prompts(9, seed=slots)
+        prompts = random_ids(9, seed=slots)
         assert torch.equal(continuation(model, prompts, 8, step=step), continuation(model, prompts, 8))
 
 
 @pytest.mark.parametrize("slots", [200, 512])
 def test_compiled_step_fills_the_whole_cache(slots):
-    model, prompts = tiny_model(), random_prompts(slots - 8)
+    model, prompts = tiny_model(), random_ids(slots - 8)
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
     model.setup_caches(1, slots)
     assert torch.equal(continuation(model, prompts, 8, step=step, forward=forward), continuation(model, prompts, 8))

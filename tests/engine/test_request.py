@@ -2,66 +2,28 @@
 
 import argparse
 import copy
-import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as program
 from engine.cache import setup_caches
-from engine.conversation import Conversation
 from engine.decode import prefill
 from engine.guess_length import Costs
 from engine.request import Row, Timing, generate, run_batch
 from engine.sampling import Sampling
 from engine.speculative import DraftModel, PromptLookup, Speculation
-from model import ModelArgs, Transformer
+from generate import Conversation
+from tests.tiny import make_tiny_checkpoint
 from text.prompts import read_prompt_file
 from text.stream import TextStream
 from text.tokenizer import load_tokenizer
-from weights.checkpoint import load_model, save_checkpoint
+from weights.checkpoint import load_model
 
 GREEDY = Sampling(temperature=0)
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML, **fields):
-    """A checkpoint of ours that runs in no time: random float32 weights, a byte-level vocabulary, ChatML."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat, he said"] * 3, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    args = ModelArgs(
-        dim=64,
-        n_layer=2,
-        n_head=4,
-        n_kv_head=2,
-        head_dim=16,
-        intermediate_size=96,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_seq_length=context,
-        tie_embeddings=True,
-        **fields,
-    )
-    shapes = Transformer(args).state_dict()
-    torch.manual_seed(seed)
-    state = {name: torch.randn(t.shape) * 0.2 for name, t in shapes.items()}
-    save_checkpoint(folder / "model.pth", args, {k: v for k, v in state.items() if k != "output.weight"})
-    return folder / "model.pth"
 
 
 @pytest.fixture(scope="module")

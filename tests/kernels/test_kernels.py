@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 from engine.compile import compile_step
 from kernels import cpu
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, fastest, pack_
+from layers.fastest import fastest
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, pack_
 from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
 from model import FEW, ExpertLinear, ModelArgs, Transformer, attend
 from weights.checkpoint import build
 from weights.layout import expected_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96, vocab_size=128, max_seq_length=64
 )

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoint
 import pytest
 import torch
 import transformers
@@ -22,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
 from model import ModelArgs
+from tests.tiny import HALF_GB, hf_names, needs_proc
 from weights.checkpoint import load_model, open_source, random_model, read_tensors, save_checkpoint
-from weights.files import read_json
+from weights.families import args_from_hf
+from weights.files import atomic_path, read_json
 from weights.layout import expected_tensors, weight_bytes
 from weights.registry import args_from_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 96,
@@ -701,8 +702,8 @@ def test_absurd_configs_are_refused_at_once(changes, folder):
 
 
 def test_too_little_memory_is_said_with_the_sizes_before_anything_is_read(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 10_000)
-    monkeypatch.setattr(checkpoint, "read_tensors", None)
+    monkeypatch.setattr("weights.device.free_memory", lambda device: 10_000)
+    monkeypatch.setattr("weights.checkpoint.read_tensors", None)
     for path in (folder, convert_unchecked(folder, folder / "model.pth")):
         assert_refused(path, "need 0.0 GB", "has 0.0 GB free")
     with pytest.raises(ValueError, match="Llama-3.1-405B need 811.7 GB, but cpu has 0.0 GB free"):
@@ -751,24 +752,12 @@ def peak_growth(path):
     return map(int, result.stdout.split())
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-HALF_GB = {
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 128,
-}
-
-
 @needs_proc
 @pytest.mark.parametrize("form", ["safetensors", "model.pth", "float32 model.pth"])
 def test_loading_needs_little_more_memory_than_the_weights(form, tmp_path):
     config = LlamaConfig(**HALF_GB).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = checkpoint.args_from_hf(config)
+    args = args_from_hf(config)
     dtype = torch.float32 if "float32" in form else torch.bfloat16
     weights = {name: torch.zeros(meta.shape, dtype=dtype) for name, meta in expected_tensors(args).items()}
     if form == "safetensors":
@@ -779,20 +768,6 @@ def test_loading_needs_little_more_memory_than_the_weights(form, tmp_path):
     grown, size = peak_growth(tmp_path)
     assert size > 0.5e9
     assert size * 0.9 < grown <= size * 1.3, f"{grown / size:.2f} x the weights"
-
-
-def hf_names(weights, args):
-    """Our tensors, split as Hugging Face names them."""
-    out = {}
-    for name, value in weights.items():
-        module, _, leaf = name.rpartition(".")
-        layer = module.split(".")[1] if module.startswith("layers.") else ""
-        theirs = checkpoint.HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
-        kv = args.n_kv_head * args.head_dim
-        sizes = {1: [len(value)], 2: [len(value) // 2] * 2, 3: [len(value) - 2 * kv, kv, kv]}[len(theirs)]
-        for part, rows in zip(theirs, value.split(sizes), strict=True):
-            out[f"{part.replace('#', layer)}.{leaf}"] = rows.clone()
-    return out
 
 
 @needs_proc
@@ -860,7 +835,7 @@ def test_writing_where_it_cannot_be(saved, tmp_path, monkeypatch):
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     for error in (KeyboardInterrupt, MemoryError):
-        with pytest.raises(error), checkpoint.atomic_path(tmp_path / "m.pth") as temporary:
+        with pytest.raises(error), atomic_path(tmp_path / "m.pth") as temporary:
             temporary.write_bytes(b"half")
             raise error
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,201 @@
+"""The tiny models, configs and helpers that test files share."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import weights.families as families
+from engine.decode import decode, decode_one_token, forward_chunk, prefill
+from engine.sampling import Sampling
+from layers.quantized import LAYERS
+from model import ModelArgs, Transformer
+from weights.checkpoint import build, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML, **fields):
+    """A checkpoint of ours that runs in no time: random float32 weights, a byte-level vocabulary, ChatML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat, he said"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    args = ModelArgs(
+        dim=64,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_seq_length=context,
+        tie_embeddings=True,
+        **fields,
+    )
+    shapes = Transformer(args).state_dict()
+    torch.manual_seed(seed)
+    state = {name: torch.randn(t.shape) * 0.2 for name, t in shapes.items()}
+    save_checkpoint(folder / "model.pth", args, {k: v for k, v in state.items() if k != "output.weight"})
+    return folder / "model.pth"
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # large, so that logits are far apart and every path matters
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def save_tiny(config, folder):
+    """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
+    torch.manual_seed(0)
+    # of its ways to compute attention only this one has soft caps
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.copy_(torch.randn_like(weight) * 0.3 + (0 if name.endswith("bias") else 1))
+    model.save_pretrained(folder)
+    return model
+
+
+def random_prompts(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+HALF_GB = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def hf_names(weights, args):
+    """Our tensors, split as Hugging Face names them."""
+    out = {}
+    for name, value in weights.items():
+        module, _, leaf = name.rpartition(".")
+        layer = module.split(".")[1] if module.startswith("layers.") else ""
+        theirs = families.HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
+        kv = args.n_kv_head * args.head_dim
+        sizes = {1: [len(value)], 2: [len(value) // 2] * 2, 3: [len(value) - 2 * kv, kv, kv]}[len(theirs)]
+        for part, rows in zip(theirs, value.split(sizes), strict=True):
+            out[f"{part.replace('#', layer)}.{leaf}"] = rows.clone()
+    return out
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: {kind}
+training_split: null
+validation_split: validation
+doc_to_text: "{question}"
+doc_to_target: "{answer}"
+{more}
+"""
+
+
+def dequantised(args, state, table):
+    """A float model with the weights that `state` stores."""
+    state = dict(state)
+    for name, spec in table.items():
+        keys = ("weight", "scales", "zeros")[: 3 if spec.bits == 4 else 2]
+        layer = LAYERS[spec.bits](*(state.pop(f"{name}.{key}") for key in keys))
+        state[f"{name}.weight"] = layer.dequantize()
+    return build(replace(args, tie_embeddings=False), state)
+
+
+def tiny_model(seed=0, **changes):
+    """A float32 model on CPU with weights large enough that its greedy text varies."""
+    sizes = dict(dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96)
+    args = ModelArgs(**{**sizes, "vocab_size": 128, "max_seq_length": 1024, **changes})
+    torch.manual_seed(seed)
+    model = Transformer(args).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 1)
+    return model
+
+
+def random_ids(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
+
+
+def continuation(model, prompts, count, sampling=GREEDY, step=decode_one_token, forward=forward_chunk, start=0):
+    """[B, count] tokens by prefill and decode."""
+    token, pos = prefill(model, prompts, sampling, start, forward)
+    later = [tokens.clone() for tokens, _ in islice(decode(model, token, pos, sampling, step), count - 1)]
+    return torch.cat([token, *later], 1)
+
+
+ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+
+
+ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(n_rank, *args, **options):
+    """The started command `torchrun --nproc_per_node N ARGS`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", *options.pop("how", ["--standalone"])]
+    command = [*launch, "--nproc_per_node", n_rank, *args]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENV, text=True, **pipes, **options)
+
+
+def outcome(process, input=None, timeout=240):
+    """(exit code, standard output, standard error)"""
+    try:
+        out, err = process.communicate(input, timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def ran(n_rank, *args, **options):
+    """Standard output of a run that must succeed."""
+    input = options.pop("input", None)
+    code, out, err = outcome(torchrun(n_rank, *args, **options), input)
+    assert code == 0, err
+    return out
