@@ -26,7 +26,6 @@ from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WINDOW = 16
 TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into the garden and slept in the sun. " * 3
 
 
