@@ -18,12 +18,12 @@ import torch
 
 from cli import say
 from engine.cache import context_length
-from engine.compile import choose_functions
+from engine.compile import require_compiler
+from engine.engine import Engine, build_engine
 from flags import check_threads, say_device
 from measure.machine import run_facts
 from measure.perplexity import WINDOW, check_sizes, perplexity
 from measure.tasks import require_harness
-from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -70,42 +70,43 @@ def evaluate(flags: dict, ranks: Ranks | None) -> None:
     check_request(args)
     device = pick_device(args.device, ranks)
     dtype = parse_dtype(args.dtype)
-    functions = choose_functions(device, args.compile, args.compile)
+    if args.compile:
+        require_compiler(device)
     # what can go wrong goes wrong before the long wait for the model
     if args.tasks is None:
         text = shared(ranks, lambda: read_text(args.perplexity))
-        measure = partial(measure_text, text, forward=functions["forward"])
+        measure = partial(measure_text, text)
     else:
-        measure = partial(measure_tasks, find_tasks(args), functions=functions)
+        measure = partial(measure_tasks, find_tasks(args))
     if args.threads:
         torch.set_num_threads(args.threads)
 
     say_device(device, ranks)
     began = time.perf_counter()
     model = load_model(args.checkpoint_path, device, dtype, args.model_name, ranks=ranks)
+    engine = build_engine(model, args.compile, args.compile)
     tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
     facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
     say(f"Time to load model: {facts['load_s']:.2f} seconds")
     if args.compile:
         say("Compiling: about 10 seconds for each of a few shapes the first time, where it comes up")
-    result, default = measure(model, tokenizer, args, facts)
+    result, default = measure(engine, tokenizer, args, facts)
     if args.output_json and speaks(ranks):
         write_json(args.output_json, result, default)
 
 
 def measure_text(
     text: str,
-    model: Transformer,
+    engine: Engine,
     tokenizer: Tokenizer,
     args: argparse.Namespace,
     facts: dict,
-    forward: Callable,
 ) -> tuple[dict, None]:
     """Print the perplexity of a text; the report, and what JSON needs to write it."""
     ids = checked_ids(tokenizer.encode(text), tokenizer)
     began = time.perf_counter()
     sizes = {"window": args.max_seq_length or WINDOW, "stride": args.stride, "batch_size": args.batch_size or 1}
-    result = perplexity(model, ids, **sizes, forward=forward)
+    result = perplexity(engine, ids, **sizes)
     seconds = time.perf_counter() - began
     say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
     print(f"perplexity: {result.perplexity:.4f}")
@@ -122,19 +123,18 @@ def find_tasks(args: argparse.Namespace):
 
 def measure_tasks(
     tasks,
-    model: Transformer,
+    engine: Engine,
     tokenizer: Tokenizer,
     args: argparse.Namespace,
     facts: dict,
-    functions: dict[str, Callable],
 ) -> tuple[dict | None, Callable | None]:
     """Print the harness's table of tasks; its report with ours in it, and what JSON needs to write it."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     from measure.harness import Adapter, run_tasks
 
-    context = context_length(model, args.max_seq_length)
-    adapter = Adapter(model, tokenizer, args.checkpoint_path, context, args.batch_size, **functions)
+    context = context_length(engine.model.args, args.max_seq_length)
+    adapter = Adapter(engine, tokenizer, args.checkpoint_path, context, args.batch_size)
     began = time.perf_counter()
     result = run_tasks(
         adapter,
@@ -148,7 +148,7 @@ def measure_tasks(
         return None, None
     facts["seconds"] = time.perf_counter() - began
     kinds = {str(spec) for spec in open_source(args.checkpoint_path, args.model_name).table.values()}
-    facts |= {"model": asdict(model.args), "quantised": sorted(kinds), "lm_eval": version("lm_eval")}
+    facts |= {"model": asdict(engine.model.args), "quantised": sorted(kinds), "lm_eval": version("lm_eval")}
     print(make_table(result))
     if result.get("groups"):
         print(make_table(result, "groups"))

@@ -1,19 +1,46 @@
 """Flags that commands share, and their checks."""
 
+import argparse
 import os
+from pathlib import Path
 
 import torch
 
 from cli import say
 from ranks import Ranks
+from weights.checkpoint import DEFAULT_CHECKPOINT
+from weights.device import DTYPES
+
+
+def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path | None = DEFAULT_CHECKPOINT):
+    """The group of flags that say which model is meant; `checkpoint` says what may be read."""
+    group = parser.add_argument_group("model")
+    text = f"{checkpoint} (default: {DEFAULT_CHECKPOINT})"
+    group.add_argument("--checkpoint_path", default=default and str(default), help=text)
+    group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
+    return group
+
+
+def place_flags(group, dtype: str = "", threads: str = "") -> None:
+    """Flags that say where a model runs and in what precision; the texts say more of it."""
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    group.add_argument("--dtype", default="bfloat16", help=f"{dtype}{', '.join(DTYPES)} (default: %(default)s)")
+    group.add_argument("--threads", type=int, help=f"CPU threads (default: PyTorch's choice{threads})")
 
 
 def say_device(device: torch.device, ranks: Ranks | None) -> None:
     say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
 
 
+def check_counts(flags: dict, *names: str) -> None:
+    """Refuse a number below 1 in any of these flags that is given."""
+    for name in names:
+        if flags[name] is not None and flags[name] < 1:
+            raise ValueError(f"--{name} is {flags[name]}; it must be at least 1")
+
+
 def check_threads(threads: int | None) -> None:
-    """Raise ValueError on a number of threads that cannot be started."""
+    """Refuse a number of threads that cannot be started."""
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"--threads is {threads}; this machine has {os.cpu_count()} processors")
 

@@ -1,10 +1,9 @@
-"""One request from prompt to text, and the command line that talks."""
+"""Generate text from a language model, or talk with it at the terminal."""
 
 if __name__ == "__main__":
     import cli
 
     cli.quit_on_interrupt()  # before the slow imports
-
 
 import argparse
 import os
@@ -16,93 +15,76 @@ from pathlib import Path
 
 import torch
 
+import cli
 from cli import say
-from engine.cache import check_fit, context_length, setup_caches, shared_prefix
-from engine.compile import choose_functions, compile_step, warm_up
+from engine.cache import check_fit, context_length
+from engine.compile import compile_step, require_compiler
+from engine.conversation import Conversation, Limits
+from engine.decode import forward_chunk
+from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
+from engine.engine import Engine, build_engine
 from engine.guess_length import check_length
-from engine.request import Row, Timing, run_batch
+from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
-from engine.speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
-from flags import check_threads, number_or_text, say_device
+from engine.speculative import Speculation, verify
+from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
 from measure.speed import by_each, rate, report, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
-from text.prompts import IdTokenizer, checked_ids, encode_prompt, read_prompt_file
+from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source, random_model
-from weights.device import DTYPES, parse_dtype, pick_device
+from weights.device import parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
 DEFAULT_PROMPT = "Hello, my name is"
-
-
 INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
 
 
-def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Speculation | None:
-    """The source of proposals that was asked for, and the function that verifies them, compiled as asked."""
+def main(**flags) -> None:
+    """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
+    with init_tp() as ranks:
+        args = argparse.Namespace(**flags)
+        sampling, device = check_run(args, ranks)
+        texts = read_texts(args, ranks)
+        seed = choose_seed(args.seed, ranks)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        say_device(device, ranks)
+        began = time.perf_counter()
+        engine, tokenizer = load(args, device, ranks)
+        facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": time.perf_counter() - began}
+        say(f"Time to load model: {facts['load_s']:.2f} seconds")
+        engine.speculation = choose_speculation(args, engine.model, tokenizer)
+        torch.manual_seed(seed)
+        if args.interactive:
+            talk(engine, tokenizer, sampling, args)
+        else:
+            answer(engine, tokenizer, sampling, texts, args, facts)
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, torch.device]:
+    """How tokens are drawn, and where; what is wrong with the flags is said before anything slow."""
+    check_request(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    device = pick_device(args.device, ranks)
+    parse_dtype(args.dtype)
+    quant_spec(args.quantize, args.groupsize)
+    if args.compile or args.compile_prefill:
+        require_compiler(device)
     if args.draft_checkpoint_path is not None:
-        source = load_draft(args, model, tokenizer)
-    elif args.speculate == "ngram":
-        source = PromptLookup()
-    else:
-        return None
-    return Speculation(
-        source, args.speculate_k or "auto", compile_step(verify, model.device) if args.compile else verify
-    )
-
-
-def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> DraftModel:
-    """The draft model, checked to have the tokenizer of the model."""
-    device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
-    path = Path(args.draft_checkpoint_path)
-    draft = load_model(path, device, parse_dtype(args.dtype))
-    require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
-    functions = choose_functions(device, False, args.compile_prefill)
-    step = compile_step(draft_one_token, device) if args.compile else draft_one_token
-    return DraftModel(draft, step, functions["forward"])
-
-
-def write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def new_row(prompt: list[int], tokenizer: Tokenizer, args: argparse.Namespace) -> Row:
-    return Row(prompt, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos)
-
-
-def run_sample(model, tokenizer, texts, batch_size, sampling, options, args) -> Timing:
-    """Encode and generate every prompt, batch by batch; one row streams, several are printed whole."""
-    timing = Timing()
-    began = time.perf_counter()
-    prompts = shared(model.ranks, lambda: [encode_prompt(tokenizer, text, args) for text in texts])
-    for begin in range(0, len(prompts), batch_size):
-        rows = [new_row(prompt, tokenizer, args) for prompt in prompts[begin : begin + batch_size]]
-        stream = len(prompts) == 1
-        run_batch(
-            model,
-            rows,
-            sampling,
-            timing,
-            began,
-            (lambda _, text: write(text)) if stream else lambda *_: None,
-            **options,
-        )
-        if stream:
-            write("\n")
-        for index, row in enumerate([] if stream else rows, begin):
-            write(f"[row {index}]\n{row.stream.text}\n")
-    return timing
+        open_source(args.draft_checkpoint_path)
+    return sampling, device
 
 
 def check_request(args: argparse.Namespace) -> None:
-    """Raise ValueError on arguments that cannot work, before anything slow."""
-    for name in ("num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    """Refuse arguments that cannot work, before anything slow."""
+    check_counts(vars(args), "num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length")
     check_threads(args.threads)
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file are both given; give one")
@@ -128,7 +110,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def check_speculation(args: argparse.Namespace) -> None:
-    """Raise ValueError on arguments of speculation that cannot work."""
+    """Refuse arguments of speculation that cannot work."""
     if args.draft_checkpoint_path is not None and args.speculate is not None:
         raise ValueError("--draft_checkpoint_path and --speculate are both given; give one source of guesses")
     if args.draft_checkpoint_path is not None and args.random_weights:
@@ -145,154 +127,192 @@ def check_speculation(args: argparse.Namespace) -> None:
         check_length(args.speculate_k)
 
 
+def speculates(args: argparse.Namespace) -> bool:
+    return args.speculate is not None or args.draft_checkpoint_path is not None
+
+
 def trace_path(profile: str) -> str:
     return profile.removesuffix(".json") + ".json"
 
 
-def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Transformer, Tokenizer]:
-    dtype, path = parse_dtype(args.dtype), args.checkpoint_path
-    spec = quant_spec(args.quantize, args.groupsize)
+def read_texts(args: argparse.Namespace, ranks: Ranks | None) -> list[str | int]:
+    """The prompts: texts, or numbers of random tokens. A single one fills the batch."""
+    if args.prompt_file is not None:
+        return shared(ranks, lambda: read_prompt_file(args.prompt_file))
+    return [DEFAULT_PROMPT if args.prompt is None else args.prompt] * (args.batch_size or 1)
+
+
+def choose_seed(seed: int, ranks: Ranks | None) -> int:
+    if seed < 0:
+        seed = shared(ranks, lambda: int.from_bytes(os.urandom(4), "little"))
+        say(f"Seed: {seed}")
+    return seed
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
+    dtype, spec = parse_dtype(args.dtype), quant_spec(args.quantize, args.groupsize)
     if args.random_weights:
         model = random_model(args.random_weights, device, dtype, quantize=spec, ranks=ranks)
-        return model, IdTokenizer(model.args.vocab_size)
-    path = DEFAULT_CHECKPOINT if path is None else Path(path)
-    model = load_model(path, device, dtype, args.model_name, spec, ranks)
-    return model, load_tokenizer(path, model.args.vocab_size)
+        tokenizer = IdTokenizer(model.args.vocab_size)
+    else:
+        path = DEFAULT_CHECKPOINT if args.checkpoint_path is None else Path(args.checkpoint_path)
+        model = load_model(path, device, dtype, args.model_name, spec, ranks)
+        tokenizer = load_tokenizer(path, model.args.vocab_size)
+    return build_engine(model, args.compile, args.compile_prefill), tokenizer
 
 
-def prepare(work: Callable, args: argparse.Namespace) -> float:
-    """Do the warm-up work if it is needed, saying what it waits for; the seconds of compiling."""
+def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Speculation | None:
+    """Who guesses ahead, as asked for, and the function that verifies the guesses, compiled as asked."""
+    if not speculates(args):
+        return None
+    drafter = PromptLookup() if args.speculate == "ngram" else load_draft(args, model, tokenizer)
+    return Speculation(
+        drafter, args.speculate_k or "auto", compile_step(verify, model.device) if args.compile else verify
+    )
+
+
+def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Drafter:
+    """The draft model, checked to have the tokenizer of the model."""
+    device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
+    path = Path(args.draft_checkpoint_path)
+    draft = load_model(path, device, parse_dtype(args.dtype))
+    require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
+    step = compile_step(draft_one_token, device) if args.compile else draft_one_token
+    forward = compile_step(forward_chunk, device, any_length=True) if args.compile_prefill else forward_chunk
+    return DraftModel(draft, step, forward)
+
+
+def prepare(warm_up: Callable[[], None], args: argparse.Namespace) -> float:
+    """Warm up if that is needed, saying what it waits for; the seconds of compiling."""
     if not (args.compile or args.compile_prefill):
         if speculates(args) and args.speculate_k in (None, "auto"):
-            work()  # what a round costs decides how many tokens are guessed
+            warm_up()  # what a round costs decides how many tokens are guessed
         return 0.0
     first, later = (60, 15) if speculates(args) else (20, 5)
     say(f"Compiling: about {first} seconds the first time, about {later} from then on ...")
     began = time.perf_counter()
-    work()
+    warm_up()
     seconds = time.perf_counter() - began
     say(f"Compilation time: {seconds:.2f} seconds")
     return seconds
 
 
-def main(**flags) -> None:
-    """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
-    with init_tp() as ranks:
-        answer(flags, ranks)
+# ---------------------------------------------------------------- prompts and their answers
 
 
-def answer(flags: dict, ranks: Ranks | None) -> None:
-    """Everything that the command line asks for, on each rank alike."""
-    args = argparse.Namespace(**flags)
-    check_request(args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    device = pick_device(args.device, ranks)
-    parse_dtype(args.dtype)
-    quant_spec(args.quantize, args.groupsize)
-    options = choose_functions(device, args.compile, args.compile_prefill)
-    if args.draft_checkpoint_path is not None:
-        open_source(args.draft_checkpoint_path)  # what is wrong with it is said before the long wait for the model
-    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
-    texts = [prompt] if args.prompt_file is None else shared(ranks, lambda: read_prompt_file(args.prompt_file))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    seed = args.seed if args.seed >= 0 else shared(ranks, lambda: int.from_bytes(os.urandom(4), "little"))
-    if args.seed < 0:
-        say(f"Seed: {seed}")
+def answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    texts: list[str | int],
+    args: argparse.Namespace,
+    facts: dict,
+) -> None:
+    """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
+    ranks = engine.model.ranks
+    prompts = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
+    batch_size = args.batch_size or len(prompts)
+    context = context_length(engine.model.args, args.max_seq_length)
+    length = check_fit(max(map(len, prompts)), args.max_new_tokens, context)
+    engine.reserve(min(batch_size, len(prompts)), length)
+    batches = [prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)]
+    lengths = [[len(prompt) for prompt in batch] for batch in batches]
+    facts["compile_s"] = prepare(lambda: engine.warm_up(lengths, args.max_new_tokens, sampling), args)
 
-    say_device(device, ranks)
-    began = time.perf_counter()
-    model, tokenizer = load(args, device, ranks)
-    load_s = time.perf_counter() - began
-    say(f"Time to load model: {load_s:.2f} seconds")
-    options["speculation"] = speculation = choose_speculation(args, model, tokenizer)
-    context = context_length(model, args.max_seq_length)
-    if args.interactive:
-        torch.manual_seed(seed)
-        context = min(context, args.max_seq_length or INTERACTIVE_CONTEXT)
-        return interactive(model, tokenizer, context, sampling, options, args)
-
-    batch_size = args.batch_size or len(texts)
-    copies = batch_size if args.prompt_file is None else 1
-    samples = args.num_samples if args.prompt_file is None else 1
-    lengths = [text if isinstance(text, int) else len(encode_prompt(tokenizer, text, args)) for text in texts]
-    length = check_fit(max(lengths), args.max_new_tokens, context)
-    setup_caches(model, min(batch_size, copies * len(texts)), length, speculation)
-    texts, lengths = texts * copies, lengths * copies
-    batches = [lengths[begin : begin + batch_size] for begin in range(0, len(lengths), batch_size)]
-    compile_s = prepare(lambda: warm_up(model, batches, args.max_new_tokens, sampling, **options), args)
-
-    torch.manual_seed(seed)
+    torch.manual_seed(facts["seed"])
     timings = []
-    for index in range(1, samples + 1):
-        traced = args.profile and index == samples and speaks(ranks)
-        profiler = torch.profiler.profile() if traced else nullcontext()
-        with profiler:
-            timing = run_sample(model, tokenizer, texts, batch_size, sampling, options, args)
-        timings.append(timing)
-        report(index, timing, model, speculation)
+    n_samples = args.num_samples if args.prompt_file is None else 1
+    for index in range(1, n_samples + 1):
+        traced = args.profile and index == n_samples and speaks(ranks)
+        with torch.profiler.profile() if traced else nullcontext() as profiler:
+            timings.append(run_sample(engine, tokenizer, batches, sampling, args))
+        report(index, timings[-1], engine)
     if args.profile and speaks(ranks):
         with atomic_path(trace_path(args.profile)) as path:
             profiler.export_chrome_trace(str(path))
-    summary = summarise(timings, model, speculation)
-    say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
-    bandwidth = "of this machine" if ranks is None else "that each rank can have"
-    say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
-    say(f"Memory used{by_each(model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
+    summary = summarise(timings, engine)
+    say_summary(summary, engine)
     if args.output_json and speaks(ranks):
-        facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": load_s, "compile_s": compile_s}
         write_json(args.output_json, facts | summary)
 
 
-class Conversation:
-    """The turns so far, and which ids the cache already holds, so that a turn runs only what is new."""
+def run_sample(
+    engine: Engine, tokenizer: Tokenizer, batches: list, sampling: Sampling, args: argparse.Namespace
+) -> Timing:
+    """Answer every prompt, batch by batch; a single row streams, several are printed whole."""
+    timing, streams = Timing(), sum(map(len, batches)) == 1
+    for batch in batches:
+        requests = [Request(ids, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos) for ids in batch]
+        first = len(timing.requests)
+        for _, text in run_batch(engine, requests, sampling, timing):
+            if streams:
+                write(text)
+        for index, request in enumerate([] if streams else requests, first):
+            write(f"[row {index}]\n{request.stream.text}\n")
+    if streams:
+        write("\n")
+    return timing
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, context: int, args: argparse.Namespace):
-        self.model, self.tokenizer, self.context, self.args = model, tokenizer, context, args
-        self.reset()
 
-    def reset(self) -> None:
-        system = self.args.system
-        self.messages = [{"role": "system", "content": system}] if system is not None else []
-        self.history: list[int] = []  # the text so far as ids, where there is no template
-        self.cached: list[int] = []
+def say_summary(summary: dict, engine: Engine) -> None:
+    """The lines after all samples, on standard error."""
+    bandwidth = "of this machine" if engine.model.ranks is None else "that each rank can have"
+    say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
+    say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
+    say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
 
-    def prompt_ids(self, text: str) -> list[int]:
-        if self.tokenizer.chat_template is not None:
-            ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
-        else:
-            ids = self.history + self.tokenizer.encode(text, add_special_tokens=not self.history)
-        return checked_ids(ids, self.tokenizer)
 
-    def turn(self, text: str, sampling: Sampling, options: dict) -> None:
-        """Answer one message, streaming. Raises ValueError if the context is full; the conversation stays as it was."""
-        began = time.perf_counter()
-        ids = self.prompt_ids(text)
-        room = self.context - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the context of {self.context} tokens is full (this turn needs {len(ids)}); /reset clears it"
-            )
-        start = min(shared_prefix(ids, self.cached), len(ids) - 1)
-        row = Row(ids, self.tokenizer, min(self.args.max_new_tokens, room), self.args.stop, self.args.ignore_eos)
-        self.cached = self.cached[:start]
-        timing = Timing()
-        try:
-            run_batch(self.model, [row], sampling, timing, began, lambda _, text: write(text), start=start, **options)
-        except KeyboardInterrupt:
-            say("\n[interrupted]")
-        else:
-            write("\n")
-            cut = ""
-            if row.finish_reason == "length":
-                full = row.max_new_tokens == room
-                cut = "; the context is full, /reset clears it" if full else f"; cut at {row.max_new_tokens} tokens"
-            say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
-        if row.token_ids:  # the last one drawn has not been through the model
-            self.cached = ids + row.token_ids[:-1]
-            self.history = ids + row.token_ids
-            answer = {"role": "assistant", "content": row.stream.text}
-            self.messages += [{"role": "user", "content": text}, answer]
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+# ---------------------------------------------------------------- interactive mode
+
+
+def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Talk until Ctrl-D or /exit."""
+    if args.system is not None and tokenizer.chat_template is None:
+        raise ValueError("--system needs a chat template, and this model has none; leave it out")
+    context = context_length(engine.model.args, args.max_seq_length)
+    context = min(context, args.max_seq_length or INTERACTIVE_CONTEXT)
+    engine.reserve(1, context)
+    length = min(-(-context // 2), 64)
+    prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
+    if tokenizer.chat_template is None:
+        say("This model has no chat template: it continues your text.")
+    say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
+    limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
+    conversation = Conversation(engine, tokenizer, limits, sampling, args.system)
+    while (line := shared(engine.model.ranks, read_line)) is not None and line.strip() != "/exit":
+        if line.strip() == "/reset":
+            conversation.reset()
+            say("[conversation cleared]")
+        elif line.strip():
+            try:
+                reply(conversation, line)
+            except ValueError as error:
+                say(f"error: {error}")
+
+
+def reply(conversation: Conversation, line: str) -> None:
+    """Stream the answer to one message; Ctrl-C stops it."""
+    pieces = conversation.turn(line)
+    try:
+        for piece in pieces:
+            write(piece)
+    except KeyboardInterrupt:
+        pieces.close()
+        say("\n[interrupted]")
+        return
+    write("\n")
+    timing, request, cut = conversation.timing, conversation.request, ""
+    if request.finish_reason == "length":
+        cut = f"; cut at {request.max_new_tokens} tokens"
+        cut = "; the context is full, /reset clears it" if conversation.is_full else cut
+    say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
 
 
 def read_line() -> str | None:
@@ -308,43 +328,13 @@ def read_line() -> str | None:
         return None
 
 
-def interactive(model, tokenizer, context: int, sampling: Sampling, options: dict, args: argparse.Namespace) -> None:
-    """Talk until Ctrl-D or /exit."""
-    if args.system is not None and tokenizer.chat_template is None:
-        raise ValueError("--system needs a chat template, and this model has none; leave it out")
-    setup_caches(model, 1, context, options["speculation"])
-    length = min(-(-context // 2), 64)
-    prepare(lambda: warm_up(model, [[length]], context - length, sampling, **options), args)
-    if tokenizer.chat_template is None:
-        say("This model has no chat template: it continues your text.")
-    say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
-    conversation = Conversation(model, tokenizer, context, args)
-    while (line := shared(model.ranks, read_line)) is not None and line.strip() != "/exit":
-        if line.strip() == "/reset":
-            conversation.reset()
-            say("[conversation cleared]")
-        elif line.strip():
-            try:
-                conversation.turn(line, sampling, options)
-            except ValueError as error:
-                say(f"error: {error}")
-
-
-def speculates(args: argparse.Namespace) -> bool:
-    return args.speculate is not None or args.draft_checkpoint_path is not None
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Generate text from a language model.")
-    where = parser.add_argument_group("model")
-    where.add_argument("--checkpoint_path", help=f"a .pth or .gguf file, or a folder (default: {DEFAULT_CHECKPOINT})")
-    where.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
+    where = model_flags(parser, "a .pth or .gguf file, or a folder", default=None)
     where.add_argument("--random_weights", metavar="NAME", help="no file: a registry model with random weights")
     where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
-    where.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    where.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
-    where.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    place_flags(where)
     what = parser.add_argument_group("prompt")
     what.add_argument(
         "--prompt", type=number_or_text, help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})"

@@ -1,111 +1,24 @@
-"""The mathematics of a decoder-only Transformer: configuration, layers, static KV cache, rope and masks.
+"""The Transformer in one flat file: configuration, KV cache, rope, attention, feed-forward, experts.
 
-Shapes: B rows, S new tokens a row, R rows of logits wanted, C cache slots, D head_dim, V vocabulary.
+The mathematics of a decoder-only language model and nothing else: which form of a layer is fastest on a device is
+decided in `layers/`, and who uses which row of the cache in `engine/cache.py`.
+
+Shapes: B rows of the batch, S new tokens a row, N rows and C slots of the cache, D head_dim, H heads, V vocabulary.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
-from types import NoneType, UnionType
-from typing import get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 16  # queries a row, or tokens in all, up to which a device's own operators serve
-
-
-MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
-
-
-def _positive(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-
-
-def check_fields(config) -> None:
-    """Raise ValueError if a field of a config is not of its type, or no size or factor of any model."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
-        limit = MAX_LAYERS if name in ("n_layer", "n_expert") else MAX_SIZE
-        if float in kinds:
-            fits, wanted = _positive(value), "a positive number"
-        elif tuple[float, ...] in kinds:
-            fits, wanted = isinstance(value, tuple) and all(map(_positive, value)), "positive numbers"
-        elif tuple[int, ...] in kinds:
-            are_layers = isinstance(value, tuple) and all(type(each) is int and each >= 0 for each in value)
-            fits, wanted = are_layers, "numbers of layers, from 0"
-        elif int in kinds:
-            fits, wanted = type(value) is int and 1 <= value <= limit, f"a whole number from 1 to {limit}"
-        else:
-            is_bool = isinstance(value, bool)  # which Python counts as an int
-            fits, wanted = isinstance(value, kinds) and is_bool == (bool in kinds), field.type
-        if not fits and not (value is None and NoneType in kinds):
-            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rope frequencies are stretched beyond the trained context.
-
-    `linear` divides all by `factor` (Chen et al. 2023); `llama3` divides the low ones and blends between the two
-    wavelengths (Llama 3.1); `yarn` does so between two numbers of turns within the trained context, and makes cosines
-    and sines larger by `attention_factor` (Peng et al. 2023); `factors` divides each by its own number, as GGUF files
-    store Llama 3.1's result.
-    """
-
-    type: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # turns at which llama3 and yarn divide in full
-    high_freq_factor: float = 4.0  # turns at which they do not divide
-    original_max_position_embeddings: int = 8192
-    factors: tuple[float, ...] = ()
-    attention_factor: float = 1.0
-    whole_pairs: bool = True  # yarn blends between whole numbers of rope pairs
-
-    def __post_init__(self):
-        if self.type not in ("linear", "llama3", "yarn", "factors"):
-            raise ValueError(f"rope type {self.type!r} is not supported; supported: default, {', '.join(ROPE_TYPES)}")
-        check_fields(self)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
-            )
-
-    def apply(self, freqs: Tensor, base: float) -> Tensor:
-        """Scale `freqs` [D/2], radians per position, the powers of 1 / base."""
-        if self.type == "linear":
-            return freqs / self.factor
-        if self.type == "factors":
-            return freqs / torch.tensor(self.factors, dtype=freqs.dtype, device=freqs.device)
-        keep = self.kept_by_yarn(freqs, base) if self.type == "yarn" else self.kept_by_llama3(freqs)
-        return (
-            keep * freqs + (1 - keep) * freqs / self.factor
-        )  # keep 1: a high frequency as it is; 0: a low one, divided
-
-    def kept_by_llama3(self, freqs: Tensor) -> Tensor:
-        turns = self.original_max_position_embeddings * freqs / (2 * math.pi)  # within the trained context
-        return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-
-    def kept_by_yarn(self, freqs: Tensor, base: float) -> Tensor:
-        n_pair = len(freqs)
-
-        def pair_of(turns: float) -> float:
-            return n_pair * math.log(self.original_max_position_embeddings / (2 * math.pi * turns)) / math.log(base)
-
-        first, last = pair_of(self.high_freq_factor), pair_of(self.low_freq_factor)
-        if self.whole_pairs:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * n_pair - 1)
-        pairs = torch.arange(n_pair, device=freqs.device, dtype=freqs.dtype)
-        return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-
-
-ROPE_TYPES = ("linear", "llama3", "yarn")  # that a config.json can name
-
+from mixers.fields import MAX_SIZE, check_fields
+from mixers.rope_scaling import RopeScaling
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -224,19 +137,16 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
-class KVCache(nn.Module):
-    """Keys and values of every position so far: the slot is the position. k, v [B, Hkv, C, D]."""
-
-    def __init__(self, batch_size: int, n_kv_head: int, slots: int, head_dim: int, dtype, device):
-        super().__init__()
-        shape = (batch_size, n_kv_head, slots, head_dim)
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-
-    def update(self, pos: Tensor, k: Tensor, v: Tensor) -> None:  # pos [B, S]; k, v [B, S, Hkv, D]
-        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
-        self.k[rows, :, pos] = k  # index_put stays in place; scatter_ would copy the whole cache
-        self.v[rows, :, pos] = v
+def rope_table(args: ModelArgs, pos: Tensor, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D/2] in float32 of the angles at pos [...]; windowed: for layers with a window."""
+    base, scaling, growth = args.rope_base, args.rope_scaling, 1.0
+    if windowed and args.window_rope_base is not None:
+        base, scaling = args.window_rope_base, None
+    freqs = 1.0 / base ** (torch.arange(0, args.head_dim, 2, device=pos.device).float() / args.head_dim)
+    if scaling is not None:
+        freqs, growth = scaling.apply(freqs, base), scaling.attention_factor
+    angles = pos.float()[..., None] * freqs
+    return angles.cos() * growth, angles.sin() * growth
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]
@@ -245,45 +155,85 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; co
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None = None) -> Tensor:
-    """Grouped-query attention: q [B, S, H, D]; k, v [B, Hkv, C, D]; mask from `additive_mask` -> [B, S, H, D].
+class LayerCache(nn.Module):
+    """Keys and values of one layer, k and v [N, Hkv, C, D]. The slot of a token is its position."""
 
-    scale: of q k. cap: soft cap of the scaled scores.
-    """
-    B, S, H, D = q.shape
-    n_kv_head = k.shape[1]
-    q = q.view(B, S, n_kv_head, -1, D)
-    if written_out(S):  # inductor fuses it; a call of scaled_dot_product_attention costs more than the work
-        q = q.view(B, n_kv_head, -1, 1, D).float() * scale
-        scores = softcap((q * k[:, :, None].float()).sum(-1), cap) + mask[:, None].float()  # [B, Hkv, G, C]
-        probs = scores.softmax(-1)
-        return (probs[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
-    # the G query heads of one key head go as rows of one head: larger blocks, and no copies of k and v
-    q = q.permute(0, 2, 3, 1, 4).reshape(B, n_kv_head, -1, D)  # [B, Hkv, G * S, D]
-    if cap is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
-    else:
-        scores = softcap((q @ k.mT).float() * scale, cap) + mask[:, None].float()
-        y = scores.softmax(-1).to(v.dtype) @ v
-    return y.view(B, n_kv_head, -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
-def written_out(S: int) -> bool:
-    """Whether attention for S queries a row is spelt out in elementary operators."""
-    return S == 1 and torch.compiler.is_compiling()
+class KVCache(nn.Module):
+    """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and the rope tables."""
+
+    def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
+        self.layers = nn.ModuleList(LayerCache(shape, dtype, device) for _ in range(args.n_layer))
+        slots = torch.arange(n_slots, device=device)
+        tables = (*rope_table(args, slots), *rope_table(args, slots, windowed=True))
+        for name, table in zip(("slots", "cos", "sin", "window_cos", "window_sin"), (slots, *tables), strict=True):
+            self.register_buffer(name, table, persistent=False)
+        self.n_rows, self.n_slots = n_rows, n_slots
+        self.handle: Tensor | None = None  # this cache as an operator for all blocks takes it, set by `Blocks.bind`
+
+    def view(self, cache_rows: Tensor | None = None, length: int | None = None) -> "CacheView":
+        """What one call uses: row cache_rows[b] for row b of the batch (None: row b), and the first `length` slots.
+
+        The prefix must reach every position that the call attends to.
+        """
+        return CacheView(self, cache_rows, self.slots if length is None else self.slots[:length])
 
 
-def surely_few(size: int) -> bool:
-    """Whether a size is at most 16, in every call that a compiled form with this size serves."""
-    if torch.compiler.is_compiling():  # comparing the length of a prompt would compile short ones apart
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
-    return size <= FEW
+class CacheView(NamedTuple):
+    """The part of a cache that one call uses, see `KVCache.view`. The sizes of its tensors decide compiled shapes."""
+
+    cache: KVCache
+    cache_rows: Tensor | None  # [B]
+    slots: Tensor  # [C'] = 0, 1, ...
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k and v [N, Hkv, C, D] of layer i, and the rows."""
+        return self.cache.layers[i].k, self.cache.layers[i].v, self.cache_rows
+
+    def rope(self, pos: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
+        """As `rope_table`, looked up."""
+        cache = self.cache
+        cos, sin = (cache.window_cos, cache.window_sin) if windowed else (cache.cos, cache.sin)
+        return cos[pos], sin[pos]
 
 
-def additive_mask(seen: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """0 where a position is seen [B, S, C] and -inf elsewhere, for each query row of `attend`: [B, G * S, C]."""
-    mask = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, float("-inf")).to(dtype)
-    return mask if written_out(seen.shape[1]) else mask.repeat(1, groups, 1)
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a position is seen and -inf elsewhere."""
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, float("-inf")).to(dtype)
+
+
+class Attend(nn.Module):
+    """Grouped-query attention. scale: of q k. cap: soft cap of the scaled scores."""
+
+    def __init__(self, scale: float, cap: float | None):
+        super().__init__()
+        self.scale, self.cap = scale, cap
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        """q [B, S, H, D]; k, v [N, Hkv, C, D]; cache_rows [B]: see `KVCache.view`; mask [B, S, C'] -> [B, S, H, D]."""
+        B, S, H, D = q.shape
+        k, v = (self.attended(each, cache_rows, mask) for each in (k, v))
+        # the G query heads of one key head become rows of one head: larger blocks, and no copies of k and v
+        q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).reshape(B, k.shape[1], -1, D)  # [B, Hkv, G * S, D]
+        mask = mask.repeat(1, H // k.shape[1], 1)[:, None]  # [B, 1, G * S, C']
+        if self.cap is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        else:
+            y = (softcap((q @ k.mT).float() * self.scale, self.cap) + mask.float()).softmax(-1).to(v.dtype) @ v
+        return y.view(B, k.shape[1], -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
+
+    @staticmethod
+    def attended(each: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        """The rows and slots of k or v that the batch attends to: [B, Hkv, C', D]."""
+        prefix = each[:, :, : mask.shape[-1]]
+        return prefix[: len(mask)] if cache_rows is None else prefix[cache_rows]
 
 
 class Attention(nn.Module):
@@ -296,26 +246,23 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(args.dim, rows, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
         self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
-        self.scale = args.attention_scale or args.head_dim**-0.5
-        self.cap = args.attention_softcap
-        self.kv_cache: KVCache | None = None
-        self.attend: Callable | None = None  # a device's own operator, set by `pack_`
-        self.attends_many = False  # whether it is also for more than a few queries a row
+        self.attend = Attend(args.attention_scale or args.head_dim**-0.5, args.attention_softcap)
 
-    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache: Tensor | None) -> Tensor:
+        """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
-        q = rotate(self.q_norm(q), cos, sin)
-        k = rotate(self.k_norm(k), cos, sin)
-        self.kv_cache.update(pos, k, v)
-        used = mask.shape[-1]
-        if self.attend is not None and (self.attends_many or surely_few(S)):
-            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S], self.scale)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if not cache:
+            k, v, cache_rows = k.transpose(1, 2), v.transpose(1, 2), None
         else:
-            k, v = self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used]
-            y = attend(q, k, v, mask, self.scale, self.cap)
-        return self.wo(y.reshape(B, S, self.n_head * self.head_dim))
+            k_cache, v_cache, cache_rows = cache
+            rows = torch.arange(B, device=pos.device) if cache_rows is None else cache_rows
+            k_cache[rows[:, None], :, pos] = k  # index_put stays in place; scatter_ would copy the whole cache
+            v_cache[rows[:, None], :, pos] = v
+            k, v = k_cache, v_cache
+        return self.wo(self.attend(q, k, v, cache_rows, mask).reshape(B, S, self.n_head * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -400,8 +347,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))
 
-    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        y = self.post_attention_norm(self.attention(self.attention_norm(x), pos, cos, sin, mask))
+    def forward(self, x: Tensor, pos: Tensor, *context_and_cache: Tensor | None) -> Tensor:
+        """x [B, S, dim] at pos [B, S]; the rest is as `Attention.forward` takes it."""
+        y = self.post_attention_norm(self.attention(self.attention_norm(x), pos, *context_and_cache))
         x = x + _scaled(y, self.residual_scale)
         y = self.post_ffn_norm(self.feed_forward(self.ffn_norm(x)))
         return x + _scaled(y, self.residual_scale)
@@ -415,26 +363,41 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale  # a multiplication is a kernel
 
 
-@torch.compiler.nested_compile_region
-def _block_region(block: TransformerBlock, *inputs: Tensor) -> Tensor:
-    """One block as a region: compiled once for all layers, a quarter of the time it takes to inline them all."""
-    return block(*inputs)
+class Blocks(nn.ModuleList):
+    """All blocks of a model, one after another."""
+
+    def forward(self, x: Tensor, pos: Tensor, contexts: list["Context"], cache: CacheView | None) -> Tensor:
+        for i, block in enumerate(self):
+            x = self.run(block, x, pos, *contexts[i], *(() if cache is None else cache.layer(i)))
+        return x
+
+    def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+        return block(*inputs)
+
+    def bind(self, cache: KVCache) -> None:
+        """Prepare a new cache for these blocks, once."""
+
+
+class Context(NamedTuple):
+    """What one layer's attention needs to know of the positions."""
+
+    cos: Tensor  # [B, S, 1, D/2]
+    sin: Tensor
+    mask: Tensor  # [B, S, C'], additive
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model with a static KV cache; call `setup_caches` before `forward`."""
+    """A decoder-only language model."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        self.layers = Blocks(TransformerBlock(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
-        self.join_blocks: Callable | None = None  # makes `joined_blocks` once there are caches, set by `pack_`
-        self.joined_blocks: nn.Module | None = None  # all blocks as one operator of the device
         self.tie()
 
     def tie(self) -> None:
@@ -450,66 +413,46 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
-    def setup_caches(self, batch_size: int, slots: int) -> None:
-        """Allocate KV caches and rope tables for up to `batch_size` rows and `slots` positions, beside the weights."""
-        args, dtype = self.args, self.dtype
-        self.embedding_scale = torch.tensor(args.embedding_scale, dtype=dtype).item()  # rounded, as in training
-        self.joined_blocks = None  # which would keep the old caches
-        for layer in self.layers:
-            layer.attention.kv_cache = KVCache(batch_size, args.n_kv_head, slots, args.head_dim, dtype, self.device)
-        self.set_rope("", slots, args.rope_base, args.rope_scaling)
-        if args.window_rope_base is not None:
-            self.set_rope("window_", slots, args.window_rope_base, None)
-        self.register_buffer("slots", torch.arange(slots, device=self.device), persistent=False)
-        self.joined_blocks = self.join_blocks(self) if self.join_blocks is not None else None
+    def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
+        """A cache for n_rows sequences of up to n_slots tokens, beside the weights."""
+        cache = KVCache(self.args, n_rows, n_slots, self.dtype, self.device)
+        self.layers.bind(cache)
+        return cache
 
-    def set_rope(self, prefix: str, slots: int, base: float, scaling: RopeScaling | None) -> None:
-        """Set the buffers `cos` and `sin` [slots, D/2], whose names begin with prefix."""
-        freqs = 1.0 / base ** (torch.arange(0, self.args.head_dim, 2, device=self.device).float() / self.args.head_dim)
-        scale = 1.0
-        if scaling is not None:
-            freqs, scale = scaling.apply(freqs, base), scaling.attention_factor
-        angles = torch.outer(torch.arange(slots, device=self.device).float(), freqs)  # [C, D/2]
-        self.register_buffer(f"{prefix}cos", angles.cos() * scale, persistent=False)
-        self.register_buffer(f"{prefix}sin", angles.sin() * scale, persistent=False)
+    def forward(
+        self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, S, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
 
-    def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
-        return _scaled(self.tok_embeddings(tokens), self.embedding_scale)
-
-    def contexts(self, pos: Tensor, slots: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """cos, sin and mask of each layer for queries at pos [B, S] and keys in slots [C']."""
-        args, groups = self.args, self.args.n_head // self.args.n_kv_head
-        seen = slots <= pos[..., None]  # [B, S, C']
-        whole = windowed = None
-        if args.sliding_window is None or args.full_layers:
-            whole = (*_rows_of(self.cos, self.sin, pos), additive_mask(seen, groups, self.dtype))
-        if args.sliding_window is not None:
-            near = seen & (slots > pos[..., None] - args.sliding_window)
-            tables = (self.cos, self.sin) if args.window_rope_base is None else (self.window_cos, self.window_sin)
-            windowed = (*_rows_of(*tables, pos), additive_mask(near, groups, self.dtype))
-        return [windowed if windowed and i not in args.full_layers else whole for i in range(args.n_layer)]
-
-    def forward(self, tokens: Tensor, pos: Tensor, rows: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """Logits [B, R, V] of tokens [B, S] at positions pos [B, S], which are written to the cache first.
-
-        rows [B, R] picks the positions whose logits are wanted (indices into S; None: all S). slots [C'] is the
-        prefix of `self.slots` to attend to (None: all); it must reach every position in pos. In a model that several
-        ranks share they are the logits of this rank's part of the vocabulary, see `tp.full_logits`.
+        cache: None: the tokens attend to each other alone, and gradients flow. rows [B, R]: the places in S whose
+        logits [B, R, V] are wanted. In a model that several ranks share they are the logits of this rank's part of the
+        vocabulary, see `tp.full_logits`.
         """
-        contexts = self.contexts(pos, self.slots if slots is None else slots)
-        x = self.embed(tokens)
-        joined = self.joined_blocks
-        if joined is not None and (joined.takes_many or surely_few(tokens.shape[0] * tokens.shape[1])):
-            x = joined(x, pos, *contexts[0])
-        else:
-            # regions are measured on CPU only; elsewhere the blocks are inlined
-            run = _block_region if x.device.type == "cpu" else TransformerBlock.__call__
-            for layer, context in zip(self.layers, contexts, strict=True):
-                x = run(layer, x, pos, *context)
+        x = self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
 
+    def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
+        return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
 
-def _rows_of(cos: Tensor, sin: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:  # [C, D/2], pos [B, S] -> [B, S, 1, D/2]
-    return cos[pos][:, :, None], sin[pos][:, :, None]
+    def contexts(self, pos: Tensor, cache: CacheView | None) -> list[Context]:
+        """Rope and mask of each layer, for queries at pos [B, S]."""
+        args = self.args
+        key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
+        seen = key_pos <= pos[..., None]  # [B, S, C']
+
+        def context(windowed: bool) -> Context:
+            cos, sin = rope_table(args, pos, windowed) if cache is None else cache.rope(pos, windowed)
+            near = seen & (key_pos > pos[..., None] - args.sliding_window) if windowed else seen
+            return Context(cos[:, :, None], sin[:, :, None], additive_mask(near, self.dtype))
+
+        windows = [args.sliding_window is not None and i not in args.full_layers for i in range(args.n_layer)]
+        made = {windowed: context(windowed) for windowed in sorted(set(windows))}
+        return [made[windowed] for windowed in windows]
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number of this dtype that is nearest to value, in Python's arithmetic, which the compiler can follow."""
+    unit = torch.finfo(dtype).eps * 2.0 ** (math.frexp(value)[1] - 1)
+    return round(value / unit) * unit

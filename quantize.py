@@ -23,6 +23,7 @@ from torch import Tensor
 from cli import say
 from compress.calibration import calibration_text, calibration_windows, task_texts
 from compress.gptq import gptq_
+from engine.engine import Engine
 from flags import check_threads
 from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
@@ -149,7 +150,7 @@ def measure(path: Path, model_name: str | None, ids: list[int], device: torch.de
     """The perplexity of a text for the model in `path`."""
     say(f"Measuring the perplexity of {path} ...")
     model = load_model(path, device, dtype, model_name)
-    return perplexity(model, ids, window=min(CHECK_WINDOW, model.args.max_seq_length)).perplexity
+    return perplexity(Engine(model), ids, window=min(CHECK_WINDOW, model.args.max_seq_length)).perplexity
 
 
 def report(facts: dict) -> None:

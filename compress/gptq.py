@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layers.quantized import QuantSpec, layer_of, quantize_weight, scales_and_zeros, stored, to_codes
-from model import KVCache, Transformer
+from model import Transformer
 
 EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
 
@@ -168,17 +168,13 @@ def gptq_(
 
     sequences: int64 [n, S], the calibration windows. percdamp, blocksize, act_order: as in `gptq_weight`. Each layer of
     a block is rounded for the inputs that it gets once all before it are rounded; so its weight in `model` is
-    overwritten with what it was rounded to (other layers keep theirs), and the model's caches are gone. Raises
-    ValueError if the inputs of a layer are not finite or vary too little.
+    overwritten with what it was rounded to; other layers keep theirs.
     """
-    args, rounded = model.args, {}
-    model.setup_caches(0, sequences.shape[1])  # for the rope tables
+    rounded = {}
     pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
     hidden = [model.embed(tokens) for tokens in sequences.to(model.device).split(batch_size)]
-    contexts = [(pos, *context) for context in model.contexts(pos, model.slots)]
-    cache = KVCache(batch_size, args.n_kv_head, sequences.shape[1], args.head_dim, model.dtype, model.device)
+    contexts = [(pos, *context) for context in model.contexts(pos, None)]
     for i, block in enumerate(tqdm(model.layers, desc="Quantising", unit="block", disable=None, leave=False)):
-        block.attention.kv_cache = cache
         batches = [(x, *(each[: len(x)] for each in contexts[i])) for x in hidden]
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:
@@ -190,7 +186,6 @@ def gptq_(
                 layer.weight.copy_(layer_of(rounded[name]).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))
-        block.attention.kv_cache = None
     for name, spec in table.items():
         if name not in rounded:
             rounded[name] = quantize_weight(model.get_submodule(name).weight, spec, name)

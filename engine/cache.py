@@ -1,48 +1,69 @@
-"""The rows of the KV cache."""
+"""The rows of a KV cache: how large a cache is, how much of it a call attends to, and how a prefix gets to another row.
 
-from engine.speculative import Speculation
-from model import Transformer
+A row is one sequence; its first slots hold the tokens that the model has read. Nothing is ever cleared: what lies
+beyond a row's last token is hidden by position.
+"""
+
+from torch import Tensor
+
+from model import KVCache, ModelArgs, Transformer
 from weights.device import require_memory
 
+SMALLEST = 512  # slots of a cache
+STEP = 256  # the prefixes that calls attend to grow by so many slots, on CUDA from here on by doubling
 
-def setup_caches(model: Transformer, batch_size: int, length: int, speculation: Speculation | None = None) -> None:
-    """Caches for `length` positions, and what speculation looks ahead; those of a draft model too.
 
-    Sizes go in powers of two, so that few forms of the step are ever compiled. Raises ValueError if they do not fit, or
-    a draft model's context is shorter.
+def slots_for(args: ModelArgs, length: int) -> int:
+    """Slots of a cache for sequences of `length` tokens.
+
+    They go in powers of two, so that few forms of the step are ever compiled, and stop at the model's context.
     """
-    models = [model]
-    if speculation is not None and speculation.source.model is not None:
-        models.append(speculation.source.model)
-        require_context(models[-1], length)
-    slots = min(max(512, 1 << (length - 1).bit_length()), max(model.args.max_seq_length, length))
-    slots += 0 if speculation is None else speculation.look_ahead
-    for each in models:
-        args = each.args
-        size = 2 * args.n_layer * batch_size * args.n_kv_head * slots * args.head_dim * each.dtype.itemsize
-        what = f"the caches of {batch_size} x {slots} positions"
-        require_memory(size, each.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
-        each.setup_caches(batch_size, slots)
+    return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length))
 
 
-def require_context(draft: Transformer, length: int) -> None:
-    """Raise ValueError if the draft model was made for fewer positions."""
-    if length > draft.args.max_seq_length:
-        raise ValueError(
-            f"the draft's context of {draft.args.max_seq_length} is shorter than the {length} positions asked for; "
-            "use a smaller --max_new_tokens or --max_seq_length, or another draft"
-        )
+def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
+    """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
+    args = model.args
+    size = 2 * args.n_layer * n_rows * args.n_kv_head * n_slots * args.head_dim * model.dtype.itemsize
+    what = f"the caches of {n_rows} x {n_slots} positions"
+    require_memory(size, model.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
+    return model.new_cache(n_rows, n_slots)
 
 
-def context_length(model: Transformer, asked: int | None) -> int:
-    """Positions a row may take. Raises ValueError if more are asked for than the model was made for."""
-    if asked is not None and asked > model.args.max_seq_length:
-        raise ValueError(f"--max_seq_length {asked} is more than the model's context of {model.args.max_seq_length}")
-    return asked or model.args.max_seq_length
+def prefix_length(cache: KVCache, filled: int) -> int:
+    """Slots that a call attends to when the longest row has `filled` tokens: one of a few sizes.
+
+    On CUDA each size is a graph of its own, so sizes double; elsewhere one compiled step serves every length.
+    """
+    size = -(-filled // STEP) * STEP
+    if cache.slots.is_cuda:
+        size = max(STEP, 1 << (filled - 1).bit_length())
+    # never the whole cache: a form compiled for any shorter prefix would not fit it, and its last slot is not needed,
+    # because the last token of a row is drawn but not stored
+    return min(size, cache.n_slots - 1)
+
+
+def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:
+    """Give rows target [n] what rows source [n] hold in their first `length` slots."""
+    for layer in cache.layers:
+        for each in (layer.k, layer.v):
+            each[target, :, :length] = each[source, :, :length]
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def context_length(args: ModelArgs, asked: int | None) -> int:
+    """Positions a row may take: as many as asked for, or the model's context."""
+    if asked is not None and asked > args.max_seq_length:
+        raise ValueError(f"--max_seq_length {asked} is more than the model's context of {args.max_seq_length}")
+    return asked or args.max_seq_length
 
 
 def check_fit(longest: int, max_new_tokens: int, context: int) -> int:
-    """The longest prompt and its budget in positions. Raises ValueError if the context does not hold them."""
+    """The positions that the longest prompt and its new tokens take; a ValueError if the context has fewer."""
     if longest + max_new_tokens > context:
         fits = max(context - longest, 0)
         advice = f"use --max_new_tokens {fits} or less" if fits else f"shorten the prompt below {context}"
@@ -51,7 +72,3 @@ def check_fit(longest: int, max_new_tokens: int, context: int) -> int:
             f"{advice}"
         )
     return longest + max_new_tokens
-
-
-def shared_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,62 +1,68 @@
-"""The decoding loop: prefill, one step, the stream of steps."""
+"""The decoding loop: prefill, one step, and the stream of steps.
+
+Shapes: B rows, S tokens of a row, V vocabulary. A cache has a row for each of them, or more.
+"""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.cache import prefix_length
 from engine.sampling import Sampling, next_token
-from model import Transformer
+from model import CacheView, KVCache, Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
 
 
+class Chunk(NamedTuple):
+    """New tokens of every row: the first counts[b] of tokens[b]."""
+
+    tokens: Tensor  # [B, n]
+    counts: Tensor  # [B]
+
+
 def decode_one_token(
-    model: Transformer, token: Tensor, pos: Tensor, slots: Tensor, sampling: Sampling
-) -> tuple[Tensor, Tensor]:  # token, pos [B, 1]; slots [C'] -> token, pos [B, 1]
+    model: Transformer, token: Tensor, pos: Tensor, cache: CacheView, sampling: Sampling
+) -> tuple[Tensor, Tensor]:  # token, pos [B, 1] -> token, pos [B, 1]
     """One step: the token that follows `token` at `pos`, and its position."""
-    return next_token(model, model(token, pos, slots=slots)[:, -1], sampling), pos + 1
+    return next_token(model, model(token, pos, cache)[:, -1], sampling), pos + 1
 
 
-def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView, rows: Tensor) -> Tensor:
     """Logits [B, R, V] of the places rows [B, R] in each row of tokens [B, S]."""
-    return model(tokens, pos, rows=rows, slots=slots)
-
-
-def used_slots(model: Transformer, count: int) -> Tensor:
-    """The prefix of the cache to attend to when `count` slots are filled: one of a few sizes.
-
-    On CUDA each size is a graph of its own, so sizes double; elsewhere one compiled step serves every length.
-    """
-    size = 256
-    if model.device.type == "cuda":
-        while size < count:
-            size *= 2
-    else:
-        size = -(-count // 256) * 256
-    # never the whole cache: a form compiled for any shorter prefix would not fit it, and its last slot is not needed,
-    # because the last token of a row is drawn but not stored
-    return model.slots[: min(size, len(model.slots) - 1)]
+    return model(tokens, pos, cache, rows)
 
 
 @torch.inference_mode()
 def prefill(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling, start: int = 0, forward: Callable = forward_chunk
+    model: Transformer,
+    cache: KVCache,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    start: int = 0,
+    forward: Callable = forward_chunk,
 ) -> tuple[Tensor, Tensor]:
-    """Run the prompts and draw each row's next token: token and pos [B, 1], its position. As `read_prompts`."""
-    logits, pos = read_prompts(model, prompts, start, forward)
+    """Read the prompts and draw each row's next token: token and pos [B, 1], its position. See `read_prompts`."""
+    logits, pos = read_prompts(model, cache, prompts, start, forward)
     return next_token(model, logits, sampling), pos
 
 
 @torch.inference_mode()
 def read_prompts(
-    model: Transformer, prompts: list[list[int]], start: int = 0, forward: Callable = forward_chunk
+    model: Transformer,
+    cache: KVCache,
+    prompts: list[list[int]],
+    start: int = 0,
+    forward: Callable = forward_chunk,
+    cache_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the prompts, whose first tokens stand at position `start`.
+    """Read the prompts, whose first tokens stand at position `start`, into the rows of the cache (None: the first B).
 
-    Returns the logits [B, V] that the model gave after each, and the position [B, 1] that follows it. Prompts are
-    padded on the right; each row takes the logits of its own last token, and pad slots are overwritten before any row
-    reaches them. The cache must hold one token more than the longest prompt.
+    Returns the logits [B, V] after each prompt and the position [B, 1] that follows it. Prompts are padded on the
+    right: each row takes the logits of its own last token, and pad slots are overwritten before any row reaches them.
+    The cache must hold one token more than the longest prompt.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(len(prompt) for prompt in prompts)
@@ -67,25 +73,30 @@ def read_prompts(
         # not a slice of one tensor: the compiled form depends on strides
         chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
+        view = cache.view(cache_rows, prefix_length(cache, start + begin + chunk.shape[1]))
         last = lengths - 1 - begin  # of each row, counted from this chunk's first
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
-        new = forward(model, chunk, pos, used_slots(model, start + begin + chunk.shape[1]), rows)[:, 0]
+        new = forward(model, chunk, pos, view, rows)[:, 0]
         logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
     return logits, start + lengths[:, None]
 
 
 @torch.inference_mode()
 def decode(
-    model: Transformer, token: Tensor, pos: Tensor, sampling: Sampling, step: Callable = decode_one_token
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless stream of (tokens [B, n], count [B]), the first count[b] of row b being new; here n = count = 1.
+    model: Transformer,
+    cache: KVCache,
+    token: Tensor,
+    pos: Tensor,
+    n_new: int,
+    sampling: Sampling,
+    step: Callable = decode_one_token,
+) -> Iterator[Chunk]:
+    """Stream of n_new chunks, each one token a row.
 
-    token, pos [B, 1]: each row's last token, not yet in the cache, and its position. The caller stops in time:
-    no position may reach the end of the cache.
+    token, pos [B, 1]: each row's last token, which the cache does not hold yet, and its position.
     """
-    count = torch.ones(token.shape[0], dtype=torch.long)
+    counts = torch.ones(token.shape[0], dtype=torch.long)
     filled = int(pos.max()) + 1
-    while True:
-        token, pos = step(model, token, pos, used_slots(model, filled), sampling)
-        filled += 1
-        yield token, count
+    for n in range(n_new):
+        token, pos = step(model, token, pos, cache.view(length=prefix_length(cache, filled + n)), sampling)
+        yield Chunk(token, counts)

@@ -44,10 +44,10 @@ class FixedLength:
     def __init__(self, k: int):
         self.k = k
 
-    def choose(self, kinds: list[int], behind: int) -> int:
-        return self.k if any(kinds) else 0
+    def choose(self, grades: list[int], behind: int) -> int:
+        return self.k if any(grades) else 0
 
-    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
+    def learn(self, grades: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
         pass
 
 
@@ -74,25 +74,25 @@ class AdaptiveLength:
         self.caught_up = [costs.behind] * self.TIMED
         self.alike, self.last, self.unchecked = 0, None, 0
 
-    def choose(self, kinds: list[int], behind: int) -> int:
+    def choose(self, grades: list[int], behind: int) -> int:
         plain = self.costs.rounds[0]
         costs = {k: self.costs.of(k, behind) for k in LENGTHS}
         affordable = [k for k in LENGTHS if costs[k] - plain <= self.credit]
         check = self.costs.drift and self.unchecked >= self.CHECK_EVERY
-        if not any(kinds) or not affordable or check:
+        if not any(grades) or not affordable or check:
             return 0
-        best = max(affordable, key=lambda k: self.tokens(kinds, k) / costs[k])
-        pays = self.tokens(kinds, best) / costs[best] > self.MARGIN / plain
+        best = max(affordable, key=lambda k: self.tokens(grades, k) / costs[k])
+        pays = self.tokens(grades, best) / costs[best] > self.MARGIN / plain
         return best if pays else affordable[0]
 
-    def tokens(self, kinds: list[int], k: int) -> float:
+    def tokens(self, grades: list[int], k: int) -> float:
         """New tokens of a round, on average over the rows."""
-        return 1 + sum(self.odds.setdefault(kind, Odds()).expected(k) for kind in kinds if kind) / len(kinds)
+        return 1 + sum(self.odds.setdefault(grade, Odds()).expected(k) for grade in grades if grade) / len(grades)
 
-    def learn(self, kinds: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
-        for kind, count in zip(kinds, counts, strict=True):
-            if kind and count:  # none: the row has ended
-                self.odds.setdefault(kind, Odds()).learn(count - 1, k)
+    def learn(self, grades: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
+        for grade, count in zip(grades, counts, strict=True):
+            if grade and count:  # none: the row has ended
+                self.odds.setdefault(grade, Odds()).learn(count - 1, k)
         running = [count for count in counts if count]
         worth = sum(running) / max(len(running), 1) * self.costs.rounds[0]
         cost = self.costs.of(k, behind)

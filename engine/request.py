@@ -1,64 +1,16 @@
-"""One request: from prompt ids to text."""
+"""Requests: what is asked for, the text so far, why it ended; and a batch of them, run and timed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
-from engine.decode import decode, decode_one_token, forward_chunk, prefill
+from engine.engine import Engine, chunks
 from engine.sampling import Sampling
-from engine.speculative import Speculation, speculate
-from model import Transformer
 from text.stream import TextStream
 from text.tokenizer import Tokenizer
 
 
-def generate(model: Transformer, prompts: list[list[int]], *args, **options) -> Iterator[list[list[int]]]:
-    """Yield, for each row of a batch, the ids that are new since the last time. The arguments are those of `chunks`."""
-    for tokens, counts in chunks(model, prompts, *args, **options):
-        yield [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
-
-
-def chunks(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    start: int = 0,
-    step: Callable = decode_one_token,
-    forward: Callable = forward_chunk,
-    speculation: Speculation | None = None,
-) -> Iterator[tuple[list[list[int]], list[int]]]:
-    """Yield tokens [B][n] and counts [B], the first counts[b] of row b being new; max_new_tokens of each row in all.
-
-    prompts: the ids of each row, of any lengths, of which the first `start` are in the cache. The model's caches must
-    hold the longest prompt and max_new_tokens, with speculation also its look-ahead. Every round of speculation yields
-    its k tokens proposed and one more. End-of-text is the caller's business: stop reading.
-    """
-    token, pos = prefill(model, [ids[start:] for ids in prompts], sampling, start, forward)
-    if speculation is not None:  # a draft model's prefill belongs to ours
-        speculation.source.begin(model, prompts, start)
-    yield token.tolist(), [1] * len(prompts)
-    if speculation is None:
-        stream = islice(decode(model, token, pos, sampling, step), max_new_tokens - 1)
-        for tokens, counts in read_behind(stream, 1 if model.device.type == "cuda" else 0):
-            yield tokens.tolist(), counts.tolist()
-    else:
-        yield from speculate(model, prompts, token, pos, max_new_tokens - 1, sampling, speculation)
-
-
-def read_behind(chunks: Iterator, distance: int) -> Iterator:
-    """The same chunks, each after `distance` more have been launched, so that reading one never stalls the device."""
-    launched = []
-    for chunk in chunks:
-        launched.append(chunk)
-        if len(launched) > distance:
-            yield launched.pop(0)
-    yield from launched
-
-
-class Row:
+class Request:
     """One sequence in the making: its new ids, its text so far, and why it ended."""
 
     def __init__(self, prompt: list[int], tokenizer: Tokenizer, max_new_tokens: int, stop: list[str], ignore_eos: bool):
@@ -116,7 +68,7 @@ class Timing:
     steps: int = 0
     step_tokens: int = 0  # that the steps read, guesses too
     draft_steps: int = 0
-    rows: list[Row] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
 
     @property
     def decode_tok_s(self) -> float | None:
@@ -126,6 +78,18 @@ class Timing:
     def prefill_tok_s(self) -> float:
         return self.prompt_tokens / self.prefill_s
 
+    def begin(self, prefill_s: float) -> None:
+        """The first token of a batch is there; of several batches the first one's wait is what a person sees."""
+        if self.time_to_first_token_s is None:
+            self.time_to_first_token_s = prefill_s
+        self.prefill_s += prefill_s
+
+    def count(self, n_rows: int, proposed: int) -> None:
+        """One step of n_rows, which also read `proposed` guesses of each."""
+        self.steps += 1
+        self.step_tokens += n_rows * (1 + proposed)
+        self.draft_steps += proposed
+
     def to_json(self) -> dict:
         return {
             "prefill_s": self.prefill_s,
@@ -133,38 +97,40 @@ class Timing:
             "time_to_first_token_s": self.time_to_first_token_s,
             "prefill_tok_s": self.prefill_tok_s,
             "decode_tok_s": self.decode_tok_s,
-            "sequences": [row.to_json() for row in self.rows],
+            "sequences": [request.to_json() for request in self.requests],
         }
 
 
 def run_batch(
-    model: Transformer, rows: list[Row], sampling: Sampling, timing: Timing, began: float, show: Callable, **options
-) -> None:
-    """Generate until every row has ended; show(row, text) gets each piece of text as it is made."""
-    budget = max(row.max_new_tokens for row in rows)
-    before = time.perf_counter()
-    first = None
-    for tokens, counts in chunks(model, [row.prompt for row in rows], budget, sampling, **options):
+    engine: Engine,
+    requests: list[Request],
+    sampling: Sampling,
+    timing: Timing,
+    start: int = 0,
+) -> Iterator[tuple[Request, str]]:
+    """Generate until every request has ended, and yield each piece of text with its request as it is made.
+
+    start: tokens of the prompts that the engine's cache holds.
+    """
+    budget = max(request.max_new_tokens for request in requests)
+    began, first = time.perf_counter(), None
+    for tokens, counts in chunks(engine, [request.prompt for request in requests], budget, sampling, start):
         now, proposed = time.perf_counter(), len(tokens[0]) - 1
         if first is None:
             first = now
-            timing.prefill_s += now - before
-            if timing.time_to_first_token_s is None:
-                timing.time_to_first_token_s = now - began
+            timing.begin(first - began)
         else:
-            timing.steps += 1
-            timing.step_tokens += len(rows) * (1 + proposed)
-            timing.draft_steps += proposed
-            for row, count in zip(rows, counts, strict=True):
-                if options.get("speculation") and not row.finish_reason:
-                    row.rounds.append((proposed, count - 1))
-        for row, ids, count in zip(rows, tokens, counts, strict=True):
-            text = row.push(ids[:count])
+            timing.count(len(requests), proposed)
+            for request, count in zip(requests, counts, strict=True):
+                if engine.speculation and not request.finish_reason:
+                    request.rounds.append((proposed, count - 1))
+        for request, ids, count in zip(requests, tokens, counts, strict=True):
+            text = request.push(ids[:count])
             if text:
-                show(row, text)
-        if all(row.finish_reason for row in rows):
+                yield request, text
+        if all(request.finish_reason for request in requests):
             break
     timing.decode_s += now - first
-    timing.prompt_tokens += sum(len(row.prompt) - options.get("start", 0) for row in rows)
-    timing.decoded_tokens += sum(len(row.token_ids) - 1 for row in rows)
-    timing.rows += rows
+    timing.prompt_tokens += sum(len(request.prompt) - start for request in requests)
+    timing.decoded_tokens += sum(len(request.token_ids) - 1 for request in requests)
+    timing.requests += requests

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.decode import PREFILL_CHUNK, forward_chunk
-from model import Transformer
+from model import KVCache, Transformer
 from tp import full_logits
 
 LOGIT_BYTES = 200_000_000  # at most, for the logits of one forward that scores
@@ -18,11 +18,13 @@ SCORED_BYTES = {"cpu": 4_000_000, "cuda": 200_000_000}  # of logits in float32 a
 @torch.inference_mode()
 def token_logprobs(
     model: Transformer,
+    cache: KVCache,
     tokens: Tensor,
     pos: Tensor,
     targets: Tensor,
     skip: int = 0,
     forward: Callable = forward_chunk,
+    cache_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read tokens [B, S] at pos [B, S]; of the targets [B, S] that follow them, from column `skip` on, log p in nats
     [B, S - skip] (float32) and whether each is the likeliest.
@@ -36,9 +38,9 @@ def token_logprobs(
         end = min(begin + size, length)
         first = min(max(skip - begin, 0), end - begin)  # columns before are only context
         columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
-        slots = model.slots[: int(pos[:, begin:end].max()) + 1]
+        view = cache.view(cache_rows, int(pos[:, begin:end].max()) + 1)
         some = (each[:, begin:end].clone(memory_format=torch.contiguous_format) for each in (tokens, pos))
-        logits = forward(model, *some, slots, columns)  # copies, because the compiled form depends on strides
+        logits = forward(model, *some, view, columns)  # copies, because the compiled form depends on strides
         wanted = targets[:, begin:end][:, first:]
         found = logprobs_of(full_logits(model, logits.flatten(0, 1)), wanted.flatten())
         logprobs.append(found[0].view(wanted.shape))

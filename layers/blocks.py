@@ -1,55 +1,79 @@
-"""All blocks of a model as one operator."""
+"""All blocks of a model: each compiled once for all layers, or all of them as one operator."""
 
+import copy
 from dataclasses import fields
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import CodesLinear, FewRowsLinear
-from model import ModelArgs, RMSNorm, Transformer, TransformerBlock
+from kernels import cpu
+from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
+from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
 
-# What the operator for all blocks has no code for, unless it is as by default.
-UNJOINED = ("full_layers", "joint_qk_norm", "activation", "norm_offset", "pre_norm", "post_norm", "residual_scale")
-
-
-UNJOINED += ("n_expert",)
-
-
-def is_joinable(args: ModelArgs) -> bool:
-    return all(getattr(args, each.name) == each.default for each in fields(args) if each.name in UNJOINED)
+# The fields of ModelArgs that the operator for all blocks honours, or that do not concern blocks. A model whose other
+# fields are not as by default runs layer by layer.
+HONOURED = {"dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size", "max_seq_length"}
+HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "sliding_window", "window_rope_base", "qkv_bias", "qk_norm"}
+HONOURED |= {"attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "tie_embeddings"}
 
 
-class JoinedBlocks(nn.Module):
-    """All blocks of a model as one operator of `kernels/cpu.cpp`, for at most 16 tokens in all if not `takes_many`."""
+@torch.compiler.nested_compile_region
+def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+    return block(*inputs)
 
-    def __init__(self, model: Transformer):
-        super().__init__()
-        self.takes_many = all(block.attention.attends_many for block in model.layers)
-        tensors = [tensor for block in model.layers for tensor in self.tensors(block)]
-        self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps, model.layers[0].attention.scale)
+
+class RegionBlocks(Blocks):
+    """Blocks that the compiler sees as one: a quarter of the time that it takes to compile each. Measured on CPUs."""
+
+    def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+        return _region(block, *inputs)
+
+
+class FusedBlocks(RegionBlocks):
+    """All blocks as one operator of `kernels/cpu`, for up to 16 tokens in all, in bfloat16 for any number."""
+
+    def __init__(self, blocks: Blocks, args: ModelArgs):
+        super().__init__(blocks)
+        self.args = args
+        self.takes_many = blocks[0].attention.attend.takes_many
+        tensors = [tensor for block in blocks for tensor in self.tensors(block)]
+        self.fused = torch.ops.gpt_faster.join_blocks(tensors, args.norm_eps, blocks[0].attention.attend.scale)
 
     @staticmethod
-    def of(model: Transformer) -> "JoinedBlocks | None":
-        """The blocks of `model` with its caches; None if the operator does not take them."""
-        blocks = [(block.attention, block.feed_forward) for block in model.layers]
-        layers = {type(layer) for a, f in blocks for layer in (a.wqkv, a.wo, f.w13, f.w2)}
-        packed = layers <= {FewRowsLinear, CodesLinear}  # other dtypes are not, nor what ranks share
-        has_kernel = all(attention.attend is not None for attention, _ in blocks)
-        sizes_fit = model.args.dim % CodesLinear.LANES == 0 and model.args.intermediate_size % CodesLinear.GROUP == 0
-        return JoinedBlocks(model) if packed and has_kernel and sizes_fit else None
+    def fits(blocks: Blocks, args: ModelArgs) -> bool:
+        """Whether the operator can do the work of these blocks, whose layers are packed."""
+        plain = all(getattr(args, each.name) == each.default for each in fields(args) if each.name not in HONOURED)
+        if not plain or not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
+            return False
+        layers = [(b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in blocks]
+        packed = {type(layer) for each in layers for layer in each} <= {FewRowsLinear, CodesLinear}  # no rank's part
+        return packed and args.dim % CodesLinear.LANES == 0 and args.intermediate_size % CodesLinear.GROUP == 0
 
     @staticmethod
     def tensors(block: TransformerBlock) -> list[Tensor | None]:
-        """In the order that `join_blocks` wants."""
+        """In the order of `join_blocks`."""
         a, f = block.attention, block.feed_forward
         q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
         first = (block.attention_norm.weight, *a.wqkv.tensors(), q_norm, k_norm, *a.wo.tensors())
-        second = (block.ffn_norm.weight, *f.w13.tensors(), *f.w2.tensors())
-        return [*first, *second, a.kv_cache.k, a.kv_cache.v]
+        return [*first, block.ffn_norm.weight, *f.w13.tensors(), *f.w2.tensors()]
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the model has caches of its own, and joins its blocks when it sets them up."""
+    def bind(self, cache: KVCache) -> None:
+        keys, values = ([getattr(layer, name) for layer in cache.layers] for name in "kv")
+        cache.handle = torch.ops.gpt_faster.join_cache(keys, values)
 
-    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        return torch.ops.gpt_faster.run_blocks(x, self.joined, pos, cos, sin, mask[:, : x.shape[1]])
+    def forward(self, x: Tensor, pos: Tensor, contexts: list[Context], cache: CacheView | None) -> Tensor:
+        if cache is None or not (self.takes_many or surely_few(x.shape[0] * x.shape[1])):
+            return super().forward(x, pos, contexts, cache)
+        cos, sin, mask = contexts[0]  # layers differ in none of them
+        handle = cache.cache.handle
+        return torch.ops.gpt_faster.run_blocks(x, self.fused, handle, cache.cache_rows, pos, cos, sin, mask)
+
+    def __deepcopy__(self, memo: dict) -> "FusedBlocks":
+        return FusedBlocks(Blocks(copy.deepcopy(block, memo) for block in self), self.args)
+
+
+def blocks_for(blocks: Blocks, args: ModelArgs, device: torch.device) -> Blocks:
+    """The fastest form of the blocks of a model, whose layers are packed."""
+    if device.type != "cpu":
+        return blocks
+    return FusedBlocks(blocks, args) if cpu.has_vnni() and FusedBlocks.fits(blocks, args) else RegionBlocks(blocks)

@@ -2,13 +2,21 @@
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from kernels import cpu
-from layers.blocks import JoinedBlocks, is_joinable
-from layers.packed import AnyExperts, CodesExperts, CodesLinear, FewRowsExperts, FewRowsLinear, TinygemmLinear
+from layers.blocks import blocks_for
+from layers.packed import (
+    AnyExperts,
+    CodesExperts,
+    CodesLinear,
+    FewRowsExperts,
+    FewRowsLinear,
+    OperatorAttend,
+    StepAttend,
+    TinygemmLinear,
+)
 from layers.quantized import Int4Experts, Int4Linear, Int8Experts, Int8Linear, replace_
-from model import Attention, ExpertLinear, Gate, Transformer, TransformerBlock
+from model import Attend, Attention, ExpertLinear, Gate, Transformer
 
 
 def fastest(layer: nn.Module) -> type[nn.Module] | None:
@@ -34,16 +42,15 @@ def pack_(model: nn.Module) -> None:
         faster = fastest(layer)
         if faster is not None:
             replace_(model, name, faster(layer))
-        if isinstance(layer, TransformerBlock):
-            choose_attention(layer.attention, model.tok_embeddings.weight)
-    if isinstance(model, Transformer) and is_joinable(model.args):
-        model.join_blocks = JoinedBlocks.of  # without it the blocks run layer by layer
+    if isinstance(model, Transformer):
+        for block in model.layers:
+            block.attention.attend = attend_for(block.attention, model.device, model.dtype)
+        model.layers = blocks_for(model.layers, model.args, model.device)
 
 
-def choose_attention(attention: Attention, like: Tensor) -> None:
-    """Set the operator of the device and dtype of `like`, if it has one for attention of this kind."""
-    if attention.cap is not None:
-        return
-    if like.device.type == "cpu" and attention.head_dim in cpu.HEAD_DIMS and cpu.has_vnni():
-        attention.attend = torch.ops.gpt_faster.attend
-        attention.attends_many = like.dtype == torch.bfloat16 and cpu.has_bf16()
+def attend_for(attention: Attention, device: torch.device, dtype: torch.dtype) -> Attend:
+    """The fastest form of attention."""
+    plain = attention.attend
+    if plain.cap is None and device.type == "cpu" and attention.head_dim in cpu.HEAD_DIMS and cpu.has_vnni():
+        return OperatorAttend(plain, dtype == torch.bfloat16 and cpu.has_bf16())
+    return StepAttend(plain.scale, plain.cap)

@@ -6,7 +6,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.quantized import Int4Experts, Int4Linear, Int8Experts, layer_of
-from model import ExpertLinear, by_expert, surely_few
+from model import Attend, ExpertLinear, by_expert, softcap
+
+FEW = 16  # queries a row, or tokens in all, up to which a device's own operators serve
+
+
+def surely_few(size: int) -> bool:
+    """Whether a size is at most 16, in every call that a compiled form with this size serves."""
+    if torch.compiler.is_compiling():  # comparing the length of a prompt would compile short ones apart
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
+    return size <= FEW
+
+
+class StepAttend(Attend):
+    """Attention of one query a row in elementary operators, where the compiler can fuse them.
+
+    A call of scaled_dot_product_attention costs more than the work.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        if q.shape[1] != 1 or not torch.compiler.is_compiling():
+            return super().forward(q, k, v, cache_rows, mask)
+        B, _, H, D = q.shape
+        k, v = (self.attended(each, cache_rows, mask) for each in (k, v))
+        q = q.view(B, k.shape[1], -1, 1, D).float() * self.scale
+        scores = softcap((q * k[:, :, None].float()).sum(-1), self.cap) + mask[:, None].float()  # [B, Hkv, G, C']
+        return (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
+
+
+class OperatorAttend(StepAttend):
+    """Attention by the operator of `kernels/cpu`: of few queries a row, in bfloat16 of any number."""
+
+    def __init__(self, attend: Attend, takes_many: bool):
+        super().__init__(attend.scale, attend.cap)
+        self.takes_many = takes_many
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        if not (self.takes_many or surely_few(q.shape[1])) or not k.is_contiguous():  # keys of no cache are not
+            return super().forward(q, k, v, cache_rows, mask)
+        return torch.ops.gpt_faster.attend(q, k, v, cache_rows, mask, self.scale)
 
 
 class FewRowsLinear(nn.Module):

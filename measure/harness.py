@@ -22,12 +22,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.cache import setup_caches
-from engine.decode import decode_one_token, forward_chunk, read_prompts
-from engine.request import Row, Timing, run_batch
+from engine.cache import copy_prefix
+from engine.decode import read_prompts
+from engine.engine import Engine
+from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.scoring import logprobs_of, token_logprobs
-from model import Transformer
 from text.tokenizer import Tokenizer
 from tp import full_logits
 
@@ -73,17 +73,18 @@ def grouped(requests: list[tuple[list[int], list[int]]], max_length: int) -> lis
 
 
 @torch.inference_mode()
-def score(
-    model: Transformer, questions: list[Question], n_rows: int, forward: Callable = forward_chunk
-) -> Iterator[tuple[int, float, bool]]:
+def score(engine: Engine, questions: list[Question], n_rows: int) -> Iterator[tuple[int, float, bool]]:
     """(request number, log-likelihood in nats, whether greedy decoding writes it) of each continuation.
 
-    Each context is read once. Continuations of like length then share a forward, n_rows at a time, each after a copy of
-    what the cache holds of its context.
+    The engine's cache has 2 n_rows rows. Each context is read once, into the first of them. Continuations of like
+    length then share a forward, n_rows at a time, each in a row that begins as a copy of its context's.
     """
+    model, cache, forward = engine.model, engine.cache, engine.forward
     contexts = [question.context for question in questions]
     # a batch of one row would be compiled apart
-    logits, pos = read_prompts(model, contexts * 2 if len(contexts) == 1 < n_rows else contexts, forward=forward)
+    contexts = contexts * 2 if len(contexts) == 1 < n_rows else contexts
+    rows = torch.arange(len(contexts), device=model.device)
+    logits, pos = read_prompts(model, cache, contexts, 0, forward, rows)
     first = full_logits(model, logits)
     pairs = [
         (continuation, owner, number)
@@ -91,38 +92,21 @@ def score(
         for continuation, number in zip(question.continuations, question.numbers, strict=True)
     ]
     pairs.sort(key=lambda pair: -len(pair[0]))
-    kept = saved(model, len(questions), int(pos.max())) if len(pairs[0][0]) > 1 else None
     for part in evenly(pairs, n_rows):
         some = part * 2 if len(part) == 1 < n_rows else part
         owners = torch.tensor([owner for _, owner, _ in some], device=model.device)
         targets, is_there = padded([continuation for continuation, _, _ in some], model.device)
         logprobs, is_greedy = (each[:, None] for each in logprobs_of(first[owners], targets[:, 0]))
         if targets.shape[1] > 1:
-            put_back(model, kept, owners)
+            copies = n_rows + torch.arange(len(owners), device=model.device)  # rows after those of the contexts
+            copy_prefix(cache, owners, copies, int(pos.max()))
             places = pos[owners] + torch.arange(targets.shape[1] - 1, device=pos.device)
-            places = places.clamp(max=len(model.slots) - 2)  # of padding
-            found = token_logprobs(model, targets[:, :-1], places, targets[:, 1:], forward=forward)
+            places = places.clamp(max=cache.n_slots - 2)  # of padding
+            found = token_logprobs(model, cache, targets[:, :-1], places, targets[:, 1:], 0, forward, copies)
             logprobs, is_greedy = torch.cat((logprobs, found[0]), 1), torch.cat((is_greedy, found[1]), 1)
         sums = logprobs.where(is_there, 0).sum(1).tolist()
         greedy = (is_greedy | ~is_there).all(1).tolist()
         yield from ((number, *found) for (_, _, number), *found in zip(part, sums, greedy, strict=False))
-
-
-def cached(model: Transformer) -> Iterator[Tensor]:
-    """Keys and values of every layer."""
-    for layer in model.layers:
-        yield from (layer.attention.kv_cache.k, layer.attention.kv_cache.v)
-
-
-def saved(model: Transformer, n_rows: int, slots: int) -> list[Tensor]:
-    """A copy of the first rows and slots of each cache, which `put_back` takes."""
-    return [each[:n_rows, :, :slots].clone() for each in cached(model)]
-
-
-def put_back(model: Transformer, copies: list[Tensor], owners: Tensor) -> None:
-    """Fill the first rows of each cache with rows of the copies, owners [N]."""
-    for place, copy in zip(cached(model), copies, strict=True):
-        place[: len(owners), :, : copy.shape[2]] = copy[owners]
 
 
 def evenly(items: list, most: int) -> Iterator[list]:
@@ -144,26 +128,21 @@ def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]
 class Adapter(TemplateLM):
     """A model and its tokenizer as the harness sees them; tokens go in and come out as with its own HFLM.
 
-    max_length: tokens that the model reads at most. batch_size: None: as many rows as make a good forward. step,
-    forward: as `generate.choose_functions` returns them.
+    max_length: tokens that the model reads at most. batch_size: None: as many rows as make a good forward.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        engine: Engine,
         tokenizer: Tokenizer,
         name: str,
         max_length: int,
         batch_size: int | None = None,
-        *,
-        step: Callable = decode_one_token,
-        forward: Callable = forward_chunk,
     ):
         super().__init__()
-        self.model, self.words, self.name = model, tokenizer, name  # `tokenizer` would be probed by the base class
+        self.engine, self.words, self.name = engine, tokenizer, name  # `tokenizer` would be probed by the base class
         self.max_length, self.batch_size = max_length, batch_size
-        self.step, self.forward = step, forward
-        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        kind = "cuda" if engine.model.device.type == "cuda" else "cpu"
         self.sizes, self.tokens_at_once = BATCH_SIZES[kind], TOKENS_AT_ONCE[kind]
         self.prefix = tokenizer.vocabulary()[self.prefix_token_id]
         self.asked = False  # whether a request has come, so that what goes wrong is no matter of tasks
@@ -217,7 +196,7 @@ class Adapter(TemplateLM):
             for n_rows, alike in self.alike(questions, lambda question: question.length):
                 alike.sort(key=lambda question: -len(question.context))
                 for batch in evenly(alike, n_rows):
-                    for number, total, greedy in score(self.model, batch, n_rows, self.forward):
+                    for number, total, greedy in score(self.engine, batch, n_rows):
                         answers[number] = (total, greedy)
                         if requests[number][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
@@ -243,10 +222,10 @@ class Adapter(TemplateLM):
     def cached_rows(self, n_rows: int, length: int) -> int:
         """Set up caches; the rows that they have: fewer where memory is short and no batch size was asked for."""
         try:
-            setup_caches(self.model, n_rows, length)
+            self.engine.reserve(2 * n_rows, length)  # a row for each context and one for each continuation
         except ValueError:
             # ranks may have different memory, and must not differ here
-            if n_rows == 1 or self.batch_size is not None or self.model.ranks is not None:
+            if n_rows == 1 or self.batch_size is not None or self.engine.model.ranks is not None:
                 raise
             return self.cached_rows(max(size for size in self.sizes if size < n_rows), length)
         return n_rows
@@ -268,7 +247,7 @@ class Adapter(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         self.asked, texts = True, [None] * len(requests)
         # rows of one batch are sampled alike, and as often
-        waiting: dict[tuple[Sampling, int], list[tuple[int, Row]]] = {}
+        waiting: dict[tuple[Sampling, int], list[tuple[int, Request]]] = {}
         for number, request in enumerate(requests):
             row, sampling = self.row_of(*request.args)
             waiting.setdefault((sampling, row.max_new_tokens), []).append((number, row))
@@ -283,7 +262,7 @@ class Adapter(TemplateLM):
                         progress.update(len(batch))
         return texts
 
-    def row_of(self, context: str, arguments: dict) -> tuple[Row, Sampling]:
+    def row_of(self, context: str, arguments: dict) -> tuple[Request, Sampling]:
         """What a request to generate asks for. Raises ValueError on settings that cannot be met."""
         kwargs = normalize_gen_kwargs(arguments, 256)
         until, budget, do_sample = (kwargs.pop(key) for key in ("until", "max_gen_toks", "do_sample"))
@@ -301,17 +280,17 @@ class Adapter(TemplateLM):
         sampling = Sampling(**asked) if do_sample else Sampling(temperature=0)
         ids = self.words.encode(context, self.words.bos_id is None or not context.startswith(self.prefix))
         ids = ids[budget - self.max_length :] or [self.prefix_token_id]
-        row = Row(ids, self.words, budget, [str(stop) for stop in until if stop != ""], False)
+        row = Request(ids, self.words, budget, [str(stop) for stop in until if stop != ""], False)
         row.eos_ids = self.words.declared_eos_ids  # HFLM knows no others
         return row, sampling
 
-    def generate(self, rows: list[Row], n_rows: int, sampling: Sampling) -> None:
+    def generate(self, rows: list[Request], n_rows: int, sampling: Sampling) -> None:
         """Generate the rows' texts together."""
-        if self.step is not decode_one_token:  # a batch size of its own would be compiled apart
+        if self.engine.is_compiled:  # a batch size of its own would be compiled apart
             size = min(size for size in (*self.sizes, n_rows) if len(rows) <= size <= n_rows)
-            rows = rows + [Row(rows[0].prompt[:1], self.words, 1, [], True) for _ in range(size - len(rows))]
-        options = {"step": self.step, "forward": self.forward}
-        run_batch(self.model, rows, sampling, Timing(), 0.0, lambda *_: None, **options)
+            rows = rows + [Request(rows[0].prompt[:1], self.words, 1, [], True) for _ in range(size - len(rows))]
+        for _ in run_batch(self.engine, rows, sampling, Timing()):
+            pass
 
 
 # ---------------------------------------------------------------- tasks

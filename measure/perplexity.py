@@ -1,7 +1,7 @@
 """The perplexity of a text."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import NamedTuple
@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from engine.cache import context_length, setup_caches
-from engine.decode import forward_chunk
+from engine.cache import context_length
+from engine.engine import Engine
 from engine.scoring import token_logprobs
-from model import Transformer
 
 WINDOW = 512  # tokens of a text at once
 
@@ -36,34 +35,34 @@ class Window(NamedTuple):
 
 
 def perplexity(
-    model: Transformer,
+    engine: Engine,
     ids: list[int],
     *,
     window: int,
     stride: int | None = None,
     batch_size: int = 1,
-    forward: Callable = forward_chunk,
 ) -> Perplexity:
     """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
 
-    Each token is scored at most once, in the first window that holds context for it. Replaces the model's caches.
-    forward: `forward_chunk`, or what it is compiled to.
-    Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
+    Each token is scored at most once, in the first window that holds context for it.     Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
     """
     check_sizes(window, stride, batch_size)
-    windows = split(len(ids), context_length(model, window), stride or window)
+    model = engine.model
+    windows = split(len(ids), context_length(model.args, window), stride or window)
     if not windows:
         raise ValueError(f"the text is too short (tokens: {len(ids)}); the first is not scored, so 2 are needed")
     n_tokens = sum(end - first for _, first, end in windows)
     text = torch.tensor(ids, device=model.device)
-    setup_caches(model, min(batch_size, len(windows)), min(window, len(ids)))
+    engine.reserve(min(batch_size, len(windows)), min(window, len(ids)))
     total = 0.0
     with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
         for batch in batches(windows, batch_size):
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
             places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
             skip = batch[0].first - batch[0].begin - 1
-            logprobs, _ = token_logprobs(model, tokens[:, :-1], places, tokens[:, 1:], skip, forward)
+            logprobs, _ = token_logprobs(
+                model, engine.cache, tokens[:, :-1], places, tokens[:, 1:], skip, engine.forward
+            )
             total -= logprobs.sum().item()
             progress.update(logprobs.numel())
     mean = total / n_tokens

@@ -3,8 +3,8 @@
 import statistics
 
 from cli import say
+from engine.engine import Engine
 from engine.request import Timing
-from engine.speculative import Speculation
 from measure.machine import measured_bandwidth, peak_memory
 from model import Transformer
 from weights.files import GB
@@ -26,7 +26,7 @@ def by_each(model: Transformer) -> str:
 
 def report_acceptance(timing: Timing) -> None:
     """How many of the proposed tokens were accepted, as gpt-fast prints it, and what share of all."""
-    lengths = [accepted for row in timing.rows for _, accepted in row.rounds]
+    lengths = [accepted for request in timing.requests for _, accepted in request.rounds]
     if lengths:
         shares = [lengths.count(n) / len(lengths) for n in range(max(lengths) + 1)]
         say(f"Acceptance probs: [{', '.join(f'{share:.3f}' for share in shares)}]")
@@ -40,7 +40,7 @@ def report_acceptance(timing: Timing) -> None:
 
 def acceptance(timings: list[Timing]) -> dict[str, float | None]:
     """Tokens accepted in a round on average, and accepted / proposed; None where there were none."""
-    rounds = [each for timing in timings for row in timing.rows for each in row.rounds]
+    rounds = [each for timing in timings for request in timing.requests for each in request.rounds]
     proposed, accepted = (sum(column) for column in zip(*rounds, strict=True)) if rounds else (0, 0)
     return {
         "mean_accepted": accepted / len(rounds) if rounds else None,
@@ -48,18 +48,20 @@ def acceptance(timings: list[Timing]) -> dict[str, float | None]:
     }
 
 
-def bytes_read(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> int:
+def bytes_read(timings: list[Timing], engine: Engine) -> int:
     """Bytes of weights that decoding has read: of the model in every step, of a draft model for each token it drew."""
-    draft = speculation.source.model if speculation else None
+    model, speculation = engine.model, engine.speculation
+    draft = speculation.drafter.model if speculation else None
     draft_size = 0 if draft is None else weight_bytes(draft)
     own = sum(each.steps * weight_bytes(model, each.step_tokens / each.steps) for each in timings if each.steps)
     return own + sum(each.draft_steps * draft_size for each in timings)
 
 
-def summarise(timings: list[Timing], model: Transformer, speculation: Speculation | None) -> dict:
+def summarise(timings: list[Timing], engine: Engine) -> dict:
     """What --output_json says of all samples together; null where something does not apply."""
+    model = engine.model
     peak = peak_memory(model.device)  # before the bandwidth buffers
-    read, decode_s = bytes_read(timings, model, speculation), sum(timing.decode_s for timing in timings)
+    read, decode_s = bytes_read(timings, engine), sum(timing.decode_s for timing in timings)
     return {
         "samples": [timing.to_json() for timing in timings],
         "decode_tok_s": _median(timing.decode_tok_s for timing in timings),
@@ -73,15 +75,16 @@ def summarise(timings: list[Timing], model: Transformer, speculation: Speculatio
     }
 
 
-def report(index: int, timing: Timing, model: Transformer, speculation: Speculation | None) -> None:
+def report(index: int, timing: Timing, engine: Engine) -> None:
     """The lines after one sample, on standard error."""
+    model, speculation = engine.model, engine.speculation
     total = timing.prefill_s + timing.decode_s
     say(
         f"Time for inference {index}: {total:.2f} sec total, {rate(timing.decode_tok_s)} decoding, "
         f"{timing.prefill_tok_s:.1f} tokens/sec prefill, first token after {timing.time_to_first_token_s:.3f} sec"
     )
     if timing.steps:
-        read = bytes_read([timing], model, speculation)
+        read = bytes_read([timing], engine)
         a_step = f"{read / timing.steps / GB:.3f} GB a {'round' if speculation else 'step'}"
         say(f"Bandwidth achieved{by_each(model)}: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
     if speculation is not None:

@@ -12,7 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, prefill
 from engine.sampling import Sampling
-from model import ModelArgs, RopeScaling
+from mixers.rope_scaling import RopeScaling
+from model import ModelArgs
 from weights.checkpoint import build
 from weights.layout import expected_tensors
 from weights.registry import REGISTRY, args_from_name

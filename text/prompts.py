@@ -1,6 +1,5 @@
 """Prompts: from files, flags and messages to token ids."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -68,8 +67,8 @@ def chat_messages(prompt: str, system: str | None) -> list[dict]:
     return [*messages, {"role": "user", "content": prompt}]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | int, args: argparse.Namespace) -> list[int]:
-    """Ids of one prompt; an integer N means N random ids. Raises ValueError on an empty one."""
+def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, system: str | None = None) -> list[int]:
+    """Ids of one prompt; an integer N means N random ids. chat: put it and the system message into the template."""
     if isinstance(prompt, int):
         return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
     try:
@@ -78,7 +77,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, args: argparse.Namesp
         raise ValueError("the prompt is not valid UTF-8") from None
     if not prompt:
         raise ValueError("the prompt is empty; give a text, or a number of random tokens")
-    ids = tokenizer.encode_chat(chat_messages(prompt, args.system)) if args.chat else tokenizer.encode(prompt)
+    ids = tokenizer.encode_chat(chat_messages(prompt, system)) if chat else tokenizer.encode(prompt)
     return checked_ids(ids, tokenizer)
 
 

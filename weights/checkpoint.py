@@ -160,9 +160,9 @@ def build(
     del state  # else the packed forms would stand beside what they are made from
     if tied:
         model.tie()
-    pack_(model)
     if ranks is not None:
         apply_tp(model, args, ranks)
+    pack_(model)
     return model.requires_grad_(False).eval()
 
 

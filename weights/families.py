@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from model import MAX_LAYERS, MAX_SIZE, ROPE_TYPES, ModelArgs, RopeScaling
+from mixers.fields import MAX_LAYERS, MAX_SIZE
+from mixers.rope_scaling import ROPE_TYPES, RopeScaling
+from model import ModelArgs
 
 # Our module -> the source's modules whose rows it holds, in order; # is the layer's number, and @ that of an expert.
 HF_MODULES = {

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from layers.quantized import QuantSpec, can_be_rounded
-from model import ModelArgs, RopeScaling
+from mixers.rope_scaling import RopeScaling
+from model import ModelArgs
 from weights.families import OLMO, _number, _rope_scaling
 from weights.gguf_file import KEPT, GGUFFile
 from weights.layout import Source, rename, shell, source_modules

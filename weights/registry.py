@@ -1,6 +1,7 @@
 """Sizes of well-known models, for benchmarks and tests: a checkpoint brings its own."""
 
-from model import ModelArgs, RopeScaling
+from mixers.rope_scaling import RopeScaling
+from model import ModelArgs
 
 
 def _llama(dim, n_layer, n_head, n_kv_head, intermediate_size, vocab_size, max_seq_length, **others) -> ModelArgs:

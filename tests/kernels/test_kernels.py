@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from engine.compile import compile_step
 from kernels import cpu
-from layers.fastest import fastest
-from layers.fastest import pack_
+from layers.fastest import fastest, pack_
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
 from model import FEW, ExpertLinear, ModelArgs, Transformer, attend

@@ -1,0 +1,220 @@
+"""Who guesses ahead: a smaller model, or the text itself.
+
+Shapes: B rows, k tokens proposed a row, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.cache import allocate, prefix_length
+from engine.decode import forward_chunk, prefill
+from engine.guess_length import LENGTHS
+from engine.sampling import Sampling, logits_to_probs, sample
+from model import CacheView, KVCache, Transformer
+from ranks import from_first
+
+LONGEST_MATCH = 3  # tokens that prompt lookup compares, and from there down to 1
+
+
+class Drafter:
+    """Who proposes tokens. For every text: begin, then in each round grades, propose or skip, extend."""
+
+    model: Transformer | None = None
+    may_be_silent = False  # there are rounds in which it has nothing to propose
+    behind = 0  # tokens of each row that it has yet to read before it can propose
+
+    def require_context(self, length: int) -> None:
+        """Refuse texts of `length` tokens if it was not made for them."""
+
+    def reserve(self, n_rows: int, n_slots: int) -> None:
+        """Allocate what it needs for texts of n_slots tokens, n_rows at a time."""
+
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
+        """A new text: all ids of its prompts, of which `start` stand in the cache of `model`, the one that verifies."""
+        raise NotImplementedError
+
+    def grades(self) -> list[int]:
+        """What each row's proposal rests on, in grades whose rates of acceptance differ; 0: it has none."""
+        raise NotImplementedError
+
+    def propose(
+        self, recent: Tensor, pos: Tensor, filled: int, k: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draft [B, k] after the last two tokens [B, 2] of the text, the last at pos [B, 1]; and its distributions
+        [B, k, V], None if it is certain. filled: the longest row's tokens."""
+        raise NotImplementedError
+
+    def skip(self, recent: Tensor) -> None:
+        """Nothing was proposed after `recent`."""
+
+    def extend(self, rows: list[list[int]]) -> None:
+        """The new tokens of each row."""
+
+    def seconds_behind(self, pos: Tensor, filled: int) -> float:
+        """What reading a few tokens costs that it is behind. Uses the slots after pos."""
+        return 0.0
+
+
+class PromptLookup(Drafter):
+    """Proposes what followed the latest earlier occurrence of the last 3, 2 or 1 tokens in prompt and output.
+
+    As Saxena 2023, prompt-lookup-decoding.
+    """
+
+    may_be_silent = True
+
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
+        self.rows = [_History(prompt) for prompt in prompts]
+
+    def extend(self, rows: list[list[int]]) -> None:
+        for row, ids in zip(self.rows, rows, strict=True):
+            row.extend(ids)
+
+    def grades(self) -> list[int]:
+        """The number of tokens that match."""
+        return [row.match()[0] for row in self.rows]
+
+    def propose(self, recent: Tensor, pos: Tensor, filled: int, k: int, sampling: Sampling) -> tuple[Tensor, None]:
+        """A row without a match, which is computed in any case, guesses that its last token goes on."""
+        draft = [row.continuation(k) for row in self.rows]
+        return torch.tensor(draft, dtype=torch.long, device=recent.device).view(len(self.rows), k), None
+
+
+class _History:
+    """One row's tokens, and where what follows each run of 1 to 3 of them last began."""
+
+    def __init__(self, ids: list[int]):
+        self.ids: list[int] = []
+        self.after: dict[tuple[int, ...], int] = {}
+        self.extend(ids)
+
+    def extend(self, ids: list[int]) -> None:
+        for token in ids:
+            at = len(self.ids)
+            for n in range(1, min(LONGEST_MATCH, at) + 1):
+                self.after[tuple(self.ids[at - n :])] = at
+            self.ids.append(token)
+
+    def match(self) -> tuple[int, int]:
+        """How many of the last tokens match, and the place after the match; (0, the last place) if none do."""
+        for n in range(min(LONGEST_MATCH, len(self.ids)), 0, -1):
+            at = self.after.get(tuple(self.ids[-n:]))
+            if at is not None:
+                return n, at
+        return 0, len(self.ids) - 1
+
+    def continuation(self, k: int) -> list[int]:
+        """The k tokens after the match; where they reach the end of the text, they go on with themselves."""
+        _, at = self.match()
+        ids = self.ids[at : at + k]
+        while len(ids) < k:
+            ids.append(ids[len(ids) - (len(self.ids) - at)])
+        return ids
+
+
+def draft_one_token(
+    model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView, barred: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor | None]:
+    """The token [B, 1] after tokens [B, n] at pos [B, n], and its distribution [B, V], None if it is certain.
+
+    barred [V], bool: tokens that are not drawn.
+    """
+    last = torch.full_like(tokens[:, :1], tokens.shape[1] - 1)
+    logits = model(tokens, pos, cache, last)[:, 0]
+    if barred is not None:
+        logits = logits.masked_fill(barred, float("-inf"))
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True), None
+    probs = logits_to_probs(logits, sampling)
+    return sample(probs)[:, None], probs
+
+
+class DraftModel(Drafter):
+    """Proposes what a smaller model with the same tokenizer says."""
+
+    def __init__(self, model: Transformer, step: Callable = draft_one_token, forward: Callable = forward_chunk):
+        self.model, self.step, self.forward = model, step, forward
+        self.ranks = None  # those that share the model that verifies
+        self.cache: KVCache | None = None
+        self.filled = 0  # slots of the cache that hold the text, in every row
+        self.skipped: list[Tensor] = []  # tokens [B, 1] that it has not read
+
+    @property
+    def behind(self) -> int:
+        return len(self.skipped)
+
+    def require_context(self, length: int) -> None:
+        context = self.model.args.max_seq_length
+        if length > context:
+            raise ValueError(
+                f"the draft's context of {context} is shorter than the {length} positions asked for; "
+                "use a smaller --max_new_tokens or --max_seq_length, or another draft"
+            )
+
+    def reserve(self, n_rows: int, n_slots: int) -> None:
+        if self.cache is None or self.cache.n_rows < n_rows or self.cache.n_slots < n_slots:
+            self.cache = None  # the old one is freed before the new one is allocated
+            self.cache, self.filled = allocate(self.model, n_rows, n_slots), 0
+
+    @torch.inference_mode()
+    def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
+        """Read the prompts, but for what its own cache still holds."""
+        start = min(start, self.filled) if len(prompts) == 1 else 0  # rows that ended early may hold other tokens
+        # one of the two may be padded to more tokens than the tokenizer has
+        self.vocab_size, own = model.args.vocab_size, self.model.args.vocab_size
+        self.barred = torch.arange(own, device=self.model.device) >= self.vocab_size if own > self.vocab_size else None
+        self.ranks = model.ranks
+        unread = [[min(token, own - 1) for token in prompt[start:]] for prompt in prompts]
+        prefill(self.model, self.cache, unread, Sampling(temperature=0), start, self.forward)
+        self.lengths, self.skipped = [len(prompt) for prompt in prompts], []
+        self.filled = min(self.lengths)
+
+    def extend(self, rows: list[list[int]]) -> None:
+        self.lengths = [length + len(ids) for length, ids in zip(self.lengths, rows, strict=True)]
+
+    def grades(self) -> list[int]:
+        return [1] * len(self.lengths)
+
+    def propose(
+        self, recent: Tensor, pos: Tensor, filled: int, k: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor | None]:
+        device, pos = recent.device, pos.to(self.model.device)
+        token = recent.to(self.model.device).clamp(max=self.model.args.vocab_size - 1)
+        if self.skipped:
+            self.catch_up(torch.cat((*self.skipped, token[:, :1]), 1), pos, filled)
+            self.skipped = []
+        # the first pass reads two tokens: the one before the last may be the draft's own, accepted but not yet read
+        places = torch.cat((pos - 1, pos), 1)
+        view = self.cache.view(length=prefix_length(self.cache, filled + k))
+        draft, probs = [], []
+        for _ in range(k):
+            token, distribution = self.step(self.model, token, places, view, self.barred, sampling)
+            draft.append(token)
+            probs.append(distribution)
+            places = places[:, -1:] + 1
+        self.filled = min(self.lengths)
+        draft = from_first(self.ranks, torch.cat(draft, 1).to(device))
+        return draft, None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
+
+    def skip(self, recent: Tensor) -> None:
+        self.skipped.append(recent[:, :1].to(self.model.device).clamp(max=self.model.args.vocab_size - 1))
+
+    def seconds_behind(self, pos: Tensor, filled: int) -> float:
+        n = max(LENGTHS)
+        pos = pos.to(self.model.device) + n + 1
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            self.catch_up(torch.zeros_like(pos).expand(-1, n), pos, filled + n).flatten()[0].item()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    def catch_up(self, tokens: Tensor, pos: Tensor, filled: int) -> Tensor:
+        """Read tokens [B, n], which stand before pos [B, 1]; logits [B, V] of the first."""
+        places = pos + torch.arange(-tokens.shape[1], 0, device=pos.device)
+        places = places.clamp(min=0)  # a row that has ended stays at its position, and needs none of them
+        view = self.cache.view(length=prefix_length(self.cache, filled))
+        return self.forward(self.model, tokens, places, view, torch.zeros_like(pos))

@@ -1,0 +1,150 @@
+"""The engine: a model with its cache and its functions, and `generate`, the library's front door."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.cache import allocate, prefix_length, slots_for
+from engine.compile import compile_step, require_compiler
+from engine.decode import decode, decode_one_token, forward_chunk, prefill
+from engine.sampling import Sampling
+from engine.speculative import Speculation, Text, speculate
+from layers.quantized import quant_spec
+from model import KVCache, Transformer
+from text.tokenizer import Tokenizer, load_tokenizer
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model
+from weights.device import parse_dtype, pick_device
+
+
+@dataclass
+class Engine:
+    """A model ready to generate: its functions, compiled or not, who guesses ahead, and the cache it holds."""
+
+    model: Transformer
+    step: Callable = decode_one_token
+    forward: Callable = forward_chunk
+    speculation: Speculation | None = None
+    cache: KVCache | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.step is not decode_one_token
+
+    def reserve(self, n_rows: int, length: int) -> None:
+        """Hold a cache for n_rows sequences of `length` tokens; one that is large enough stays as it is."""
+        n_slots, drafter = slots_for(self.model.args, length), None
+        if self.speculation is not None:
+            n_slots, drafter = n_slots + self.speculation.look_ahead, self.speculation.drafter
+            drafter.require_context(length)
+        if self.cache is None or self.cache.n_rows < n_rows or self.cache.n_slots < n_slots:
+            self.cache = None  # the old one is freed before the new one is allocated
+            self.cache = allocate(self.model, n_rows, n_slots)
+        if drafter is not None:
+            drafter.reserve(n_rows, n_slots)
+
+    @torch.inference_mode()  # as decode does: a tensor made outside would be another form
+    def warm_up(self, batches: list[list[int]], n_new: int, sampling: Sampling) -> None:
+        """Call the functions in every form that a run will need, so that nothing compiles once text flows.
+
+        batches: the lengths of the prompts in each. The cache slots written here are written again before anything
+        looks at them.
+        """
+        times = 3 if self.model.device.type == "cuda" else 1  # a CUDA graph warms up, is captured, then replayed
+        longest = [max(lengths) for lengths in batches]
+        ahead = self.speculation.look_ahead if self.speculation else 0
+        counts = range(min(longest) + 1, max(longest) + n_new + ahead + 1)
+        counts = {prefix_length(self.cache, count): count for count in counts}.values()  # one for each form
+        for n_rows in {len(lengths) for lengths in batches}:
+            prompts = [[0] * max(longest)] * n_rows
+            if self.forward is not forward_chunk:
+                prefill(self.model, self.cache, prompts, sampling, 0, self.forward)
+            token = torch.zeros(n_rows, 1, dtype=torch.long, device=self.model.device)
+            if self.speculation:
+                self.speculation.drafter.begin(self.model, prompts)
+            for count in counts:
+                if self.speculation:
+                    filled = min(count, self.cache.n_slots - ahead - 1)
+                    pos = token + filled - 1
+                    text = Text(token.repeat(1, 2), pos, pos + n_new, filled)
+                    self.speculation.measure(self.model, self.cache, text, sampling)
+                elif self.is_compiled:
+                    view = self.cache.view(length=prefix_length(self.cache, count))
+                    for _ in range(times):
+                        self.step(self.model, token, token + count - 1, view, sampling)
+
+
+def build_engine(
+    model: Transformer, compile: bool = False, compile_prefill: bool = False, speculation: Speculation | None = None
+) -> Engine:
+    """The engine of a model, its step and its prefill compiled as asked."""
+    device = model.device
+    if compile or compile_prefill:
+        require_compiler(device)
+    return Engine(
+        model,
+        compile_step(decode_one_token, device) if compile else decode_one_token,
+        compile_step(forward_chunk, device, any_length=True) if compile_prefill else forward_chunk,
+        speculation,
+    )
+
+
+def load(
+    checkpoint_path: str | Path = DEFAULT_CHECKPOINT,
+    *,
+    device: str | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+    groupsize: int | None = None,
+    compile: bool = False,
+) -> tuple[Engine, Tokenizer]:
+    """The engine and the tokenizer of a checkpoint; the arguments are those of generate.py's flags."""
+    spec = quant_spec(quantize, groupsize)
+    model = load_model(checkpoint_path, pick_device(device), parse_dtype(dtype), quantize=spec)
+    return build_engine(model, compile), load_tokenizer(checkpoint_path, model.args.vocab_size)
+
+
+def generate(
+    engine: Engine, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling | None = None, start: int = 0
+) -> Iterator[list[list[int]]]:
+    """Yield, for each row of a batch, the ids that are new since the last time; max_new_tokens of each row in all.
+
+    prompts: the ids of each row, of any lengths, of which the first `start` stand in the engine's cache already.
+    sampling: `Sampling()` if None. End of text is the caller's business: stop reading.
+
+        engine, tokenizer = load()
+        stream = TextStream(tokenizer)
+        for [ids] in generate(engine, [tokenizer.encode("The capital of France is")], 8, Sampling(temperature=0)):
+            print(stream.push(ids), end="", flush=True)
+    """
+    for tokens, counts in chunks(engine, prompts, max_new_tokens, sampling or Sampling(), start):
+        yield [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
+
+
+def chunks(
+    engine: Engine, prompts: list[list[int]], n_new: int, sampling: Sampling, start: int = 0
+) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """As `generate`, with every proposal: tokens [B][n] and counts [B], the first counts[b] of row b being new."""
+    model, speculation = engine.model, engine.speculation
+    engine.reserve(len(prompts), max(map(len, prompts)) + n_new)
+    token, pos = prefill(model, engine.cache, [ids[start:] for ids in prompts], sampling, start, engine.forward)
+    if speculation is None:
+        stream = decode(model, engine.cache, token, pos, n_new - 1, sampling, engine.step)
+    else:
+        speculation.drafter.begin(model, prompts, start)  # before the first token, because it is a prefill too
+        before = [ids[-1] for ids in prompts]
+        stream = speculate(model, engine.cache, token, pos, n_new - 1, sampling, speculation, before)
+    yield token.tolist(), [1] * len(prompts)
+    for tokens, counts in read_behind(stream, 1 if model.device.type == "cuda" and speculation is None else 0):
+        yield tokens.tolist(), counts.tolist()
+
+
+def read_behind(chunks: Iterator, distance: int) -> Iterator:
+    """The same chunks, each after `distance` more have been launched, so that reading one never stalls the device."""
+    launched = []
+    for chunk in chunks:
+        launched.append(chunk)
+        if len(launched) > distance:
+            yield launched.pop(0)
+    yield from launched

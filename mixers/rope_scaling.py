@@ -1,0 +1,69 @@
+"""How rope frequencies are stretched beyond the trained context."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixers.fields import check_fields
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rope frequencies are stretched beyond the trained context.
+
+    `linear` divides all by `factor` (Chen et al. 2023); `llama3` divides the low ones and blends between the two
+    wavelengths (Llama 3.1); `yarn` does so between two numbers of turns within the trained context, and makes cosines
+    and sines larger by `attention_factor` (Peng et al. 2023); `factors` divides each by its own number, as GGUF files
+    store Llama 3.1's result.
+    """
+
+    type: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # turns at which llama3 and yarn divide in full
+    high_freq_factor: float = 4.0  # turns at which they do not divide
+    original_max_position_embeddings: int = 8192
+    factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    whole_pairs: bool = True  # yarn blends between whole numbers of rope pairs
+
+    def __post_init__(self):
+        if self.type not in ("linear", "llama3", "yarn", "factors"):
+            raise ValueError(f"rope type {self.type!r} is not supported; supported: default, {', '.join(ROPE_TYPES)}")
+        check_fields(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
+
+    def apply(self, freqs: Tensor, base: float) -> Tensor:
+        """Scale `freqs` [D/2], radians per position, the powers of 1 / base."""
+        if self.type == "linear":
+            return freqs / self.factor
+        if self.type == "factors":
+            return freqs / torch.tensor(self.factors, dtype=freqs.dtype, device=freqs.device)
+        keep = self.kept_by_yarn(freqs, base) if self.type == "yarn" else self.kept_by_llama3(freqs)
+        return (
+            keep * freqs + (1 - keep) * freqs / self.factor
+        )  # keep 1: a high frequency as it is; 0: a low one, divided
+
+    def kept_by_llama3(self, freqs: Tensor) -> Tensor:
+        turns = self.original_max_position_embeddings * freqs / (2 * math.pi)  # within the trained context
+        return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+
+    def kept_by_yarn(self, freqs: Tensor, base: float) -> Tensor:
+        n_pair = len(freqs)
+
+        def pair_of(turns: float) -> float:
+            return n_pair * math.log(self.original_max_position_embeddings / (2 * math.pi * turns)) / math.log(base)
+
+        first, last = pair_of(self.high_freq_factor), pair_of(self.low_freq_factor)
+        if self.whole_pairs:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * n_pair - 1)
+        pairs = torch.arange(n_pair, device=freqs.device, dtype=freqs.dtype)
+        return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+
+
+ROPE_TYPES = ("linear", "llama3", "yarn")  # that a config.json can name
