@@ -44,7 +44,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
 
-    Each token is scored at most once, in the first window that holds context for it.     Raises ValueError on sizes that do not fit each other or the model, a text of one token, or logits that are NaN.
+    Each token is scored at most once, in the first window that holds context for it.
     """
     check_sizes(window, stride, batch_size)
     model = engine.model

@@ -10,10 +10,11 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.compile import compile_step
-from engine.decode import decode, decode_one_token, prefill
+from engine.decode import decode_one_token
 from engine.sampling import Sampling
 from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
+from tests.tiny import continuation
 from weights.checkpoint import build
 from weights.layout import expected_tensors
 from weights.registry import REGISTRY, args_from_name
@@ -63,8 +64,7 @@ def random_tokens(batch_size, length):
 
 
 def full_forward(model, tokens):
-    """Logits [B, S, V] of one forward into an empty cache."""
-    model.setup_caches(*tokens.shape)
+    """Logits [B, S, V] of one forward without a cache."""
     return model(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape))
 
 
@@ -74,12 +74,11 @@ def full_forward(model, tokens):
 def test_prefill_and_steps_equal_one_forward(variant, prefix):
     model, tokens = random_tiny(VARIANTS[variant]), random_tokens(2, 24)
     expected = full_forward(model, tokens)
-    model.setup_caches(2, 64)
-    slots = model.slots[:24] if prefix else None
+    cache = model.new_cache(2, 64).view(length=24 if prefix else None)
     pos = torch.arange(24).expand(2, -1)
-    torch.testing.assert_close(model(tokens[:, :9], pos[:, :9], slots=slots), expected[:, :9])
+    torch.testing.assert_close(model(tokens[:, :9], pos[:, :9], cache), expected[:, :9])
     for i in range(9, 24):
-        step = model(tokens[:, i : i + 1], pos[:, i : i + 1], slots=slots)
+        step = model(tokens[:, i : i + 1], pos[:, i : i + 1], cache)
         torch.testing.assert_close(step[:, 0], expected[:, i])
 
 
@@ -90,17 +89,17 @@ def test_ragged_rows_equal_each_row_alone(variant):
     tokens = random_tokens(3, max(lengths) + n_new)
     alone = [full_forward(model, row[None])[0] for row in tokens]
 
-    model.setup_caches(3, 64)
+    cache = model.new_cache(3, 64).view()
     padded = tokens[:, : max(lengths)].clone()
     for row, length in enumerate(lengths):
         padded[row, length:] = 0
     last = torch.tensor(lengths)[:, None] - 1
-    logits = model(padded, torch.arange(max(lengths)).expand(3, -1), rows=last)[:, 0]
+    logits = model(padded, torch.arange(max(lengths)).expand(3, -1), cache, last)[:, 0]
     for row, length in enumerate(lengths):
         torch.testing.assert_close(logits[row], alone[row][length - 1])
     for i in range(1, n_new + 1):
         pos = last + i
-        logits = model(tokens.gather(1, pos), pos)[:, 0]
+        logits = model(tokens.gather(1, pos), pos, cache)[:, 0]
         for row in range(3):
             torch.testing.assert_close(logits[row], alone[row][pos[row, 0]])
 
@@ -125,10 +124,8 @@ def test_a_window_hides_what_lies_before_it():
 
 
 def greedy(model, prompts, n_new, step):
-    model.setup_caches(len(prompts), 1024)
-    token, pos = prefill(model, prompts, GREEDY)
-    stream = decode(model, token, pos, GREEDY, step=step)
-    return [token.flatten().tolist()] + [next(stream)[0].flatten().tolist() for _ in range(n_new)]
+    cache = model.new_cache(len(prompts), 1024)
+    return continuation(model, cache, prompts, n_new + 1, step=step).T.tolist()
 
 
 @pytest.mark.parametrize("variant", ["plain", "window", "windows in turn", "scales and caps", "joint norms", "experts"])
@@ -252,9 +249,9 @@ def test_llama3_rope_frequencies_equal_those_of_transformers(name):
 def test_models_with_different_eps_compile_in_one_process():
     for eps in (1e-5, 1e-6, 1e-4):
         model = random_tiny(replace(TINY, norm_eps=eps))
-        model.setup_caches(1, 512)
+        cache = model.new_cache(1, 512)
         token, pos = torch.tensor([[7]]), torch.tensor([[0]])
         steps = (decode_one_token, compile_step(decode_one_token, model.device))
         with torch.inference_mode():
-            answers = [step(model, token, pos, model.slots[:256], GREEDY)[0] for step in steps]
+            answers = [step(model, token, pos, cache.view(length=256), GREEDY)[0] for step in steps]
         assert torch.equal(*answers)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -163,10 +162,10 @@ def random_ids(*lengths, seed=0):
     return [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
 
 
-def continuation(model, prompts, count, sampling=GREEDY, step=decode_one_token, forward=forward_chunk, start=0):
+def continuation(model, cache, prompts, count, sampling=GREEDY, step=decode_one_token, forward=forward_chunk, start=0):
     """[B, count] tokens by prefill and decode."""
-    token, pos = prefill(model, prompts, sampling, start, forward)
-    later = [tokens.clone() for tokens, _ in islice(decode(model, token, pos, sampling, step), count - 1)]
+    token, pos = prefill(model, cache, prompts, sampling, start, forward)
+    later = [tokens.clone() for tokens, _ in decode(model, cache, token, pos, count - 1, sampling, step)]
     return torch.cat([token, *later], 1)
 
 

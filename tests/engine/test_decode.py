@@ -1,15 +1,15 @@
 """Sampling against transformers and hand-worked numbers, prefill against one forward, compiled steps against plain."""
 
 import math
-from itertools import islice
 
 import pytest
 import torch
 from torch import tensor
 from transformers.generation import logits_process as hf
 
+from engine.cache import prefix_length
 from engine.compile import compile_step
-from engine.decode import decode, decode_one_token, forward_chunk, prefill, used_slots
+from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import Sampling, choose, logits_to_probs, sample
 from tests.tiny import continuation, random_ids, tiny_model
 
@@ -119,17 +119,17 @@ def test_the_compiled_draw_follows_the_distribution():
 def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, lengths):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", chunk)
     model, prompts = tiny_model(), random_ids(*lengths)
-    model.setup_caches(len(prompts), 64)
+    cache = model.new_cache(len(prompts), 64)
     seen = []
 
     def forward(*arguments):
         seen.append(arguments[1].shape[1])
         return forward_chunk(*arguments)
 
-    token, pos = prefill(model, prompts, GREEDY, 0, forward)
+    token, pos = prefill(model, cache, prompts, GREEDY, 0, forward)
     assert max(seen) <= chunk
     assert pos.tolist() == [[length] for length in lengths]
-    model.setup_caches(1, 64)
+    cache = model.new_cache(1, 64)
     for row, prompt in enumerate(prompts):
         with torch.inference_mode():
             logits = model(tensor([prompt]), torch.arange(len(prompt))[None])
@@ -138,18 +138,18 @@ def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, le
 
 def test_prefill_of_the_second_half_equals_prefill_of_all():
     model, (prompt,) = tiny_model(), random_ids(40)
-    model.setup_caches(1, 128)
-    whole = continuation(model, [prompt], 8)
-    model.setup_caches(1, 128)
-    prefill(model, [prompt[:25]], GREEDY)
-    assert torch.equal(continuation(model, [prompt[25:]], 8, start=25), whole)
+    cache = model.new_cache(1, 128)
+    whole = continuation(model, cache, [prompt], 8)
+    cache = model.new_cache(1, 128)
+    prefill(model, cache, [prompt[:25]], GREEDY)
+    assert torch.equal(continuation(model, cache, [prompt[25:]], 8, start=25), whole)
 
 
 def test_decode_equals_forwarding_everything_again():
     model, prompts = tiny_model(), random_ids(3, 11, 6)
-    model.setup_caches(3, 64)
-    tokens = continuation(model, prompts, 12)
-    model.setup_caches(1, 64)
+    cache = model.new_cache(3, 64)
+    tokens = continuation(model, cache, prompts, 12)
+    cache = model.new_cache(1, 64)
     for row, prompt in enumerate(prompts):
         ids = list(prompt)
         for _ in range(12):
@@ -160,15 +160,15 @@ def test_decode_equals_forwarding_everything_again():
 
 def test_decode_yields_one_new_token_a_row_and_moves_every_row_on():
     model, prompts = tiny_model(), random_ids(3, 7)
-    model.setup_caches(2, 64)
+    cache = model.new_cache(2, 64)
     positions = []
 
-    def step(model, token, pos, slots, sampling):
+    def step(model, token, pos, cache, sampling):
         positions.append(pos.flatten().tolist())
-        return decode_one_token(model, token, pos, slots, sampling)
+        return decode_one_token(model, token, pos, cache, sampling)
 
-    token, pos = prefill(model, prompts, GREEDY)
-    for tokens, count in islice(decode(model, token, pos, GREEDY, step), 4):
+    token, pos = prefill(model, cache, prompts, GREEDY)
+    for tokens, count in decode(model, cache, token, pos, 4, GREEDY, step):
         assert tokens.shape == (2, 1) and count.tolist() == [1, 1]
     assert positions == [[3, 7], [4, 8], [5, 9], [6, 10]]
 
@@ -177,27 +177,28 @@ def test_decode_yields_one_new_token_a_row_and_moves_every_row_on():
 def test_the_whole_cache_can_be_filled(slots):
     """One form of the compiled step serves every prefix of the cache but the whole, so that is never asked for."""
     model, (prompt,) = tiny_model(), random_ids(max(slots - 12, 1))
-    model.setup_caches(1, slots)
-    short = continuation(model, [prompt], slots - len(prompt))
-    model.setup_caches(1, 1024)
-    assert torch.equal(short, continuation(model, [prompt], slots - len(prompt)))
+    cache = model.new_cache(1, slots)
+    short = continuation(model, cache, [prompt], slots - len(prompt))
+    cache = model.new_cache(1, 1024)
+    assert torch.equal(short, continuation(model, cache, [prompt], slots - len(prompt)))
 
 
 @pytest.mark.parametrize("count, slots", [(1, 256), (256, 256), (257, 512), (512, 512), (513, 768)])
 def test_a_step_attends_to_a_prefix_of_the_cache_that_holds_all_used_slots(count, slots):
     model = tiny_model()
-    model.setup_caches(1, 1024)
-    assert used_slots(model, count).tolist() == list(range(slots))
+    cache = model.new_cache(1, 1024)
+    assert prefix_length(cache, count) == slots
+    assert cache.view(length=slots).slots.tolist() == list(range(slots))
 
 
 def test_bucket_sizes_do_not_change_the_tokens():
     model, prompts = tiny_model(), random_ids(250, 240)
-    model.setup_caches(2, 512)
+    cache = model.new_cache(2, 512)
 
-    def all_slots(model, token, pos, slots, sampling):
-        return decode_one_token(model, token, pos, model.slots, sampling)
+    def all_slots(model, token, pos, view, sampling):
+        return decode_one_token(model, token, pos, cache.view(), sampling)
 
-    assert torch.equal(continuation(model, prompts, 12), continuation(model, prompts, 12, step=all_slots))
+    assert torch.equal(continuation(model, cache, prompts, 12), continuation(model, cache, prompts, 12, step=all_slots))
 
 
 # ---------------------------------------------------------------- the compiled step
@@ -206,87 +207,93 @@ def test_bucket_sizes_do_not_change_the_tokens():
 def test_compiled_step_equals_plain_across_sizes_without_recompiling():
     model = tiny_model()
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
-    model.setup_caches(1, 1024)
+    cache = model.new_cache(1, 1024)
     torch._dynamo.reset()
-    continuation(model, random_ids(5), 3, step=step, forward=forward)  # compiles both, once
+    continuation(model, cache, random_ids(5), 3, step=step, forward=forward)  # compiles both, once
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (2, 3, 17, 250, 300, 511, 600):  # 250 crosses the 256 boundary while decoding
             prompts = random_ids(length, seed=length)
-            compiled = continuation(model, prompts, 12, step=step, forward=forward)
-            assert torch.equal(compiled, continuation(model, prompts, 12)), length
+            compiled = continuation(model, cache, prompts, 12, step=step, forward=forward)
+            assert torch.equal(compiled, continuation(model, cache, prompts, 12)), length
 
 
 def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
-    model.setup_caches(1, 1024)
+    cache = model.new_cache(1, 1024)
     torch._dynamo.reset()
-    continuation(model, random_ids(5), 2, forward=forward)
+    continuation(model, cache, random_ids(5), 2, forward=forward)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 7, 8, 9, 12, 17, 30):  # 9 and 17 leave one token to the last chunk
             prompts = random_ids(length, seed=length)
-            assert torch.equal(continuation(model, prompts, 4, forward=forward), continuation(model, prompts, 4))
+            assert torch.equal(
+                continuation(model, cache, prompts, 4, forward=forward), continuation(model, cache, prompts, 4)
+            )
 
 
 def test_compiled_step_of_a_ragged_batch_equals_plain():
     model, prompts = tiny_model(sliding_window=12), random_ids(3, 30, 11)
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
-    model.setup_caches(3, 256)
-    plain = continuation(model, prompts, 20)
-    assert torch.equal(continuation(model, prompts, 20, step=step, forward=forward), plain)
+    cache = model.new_cache(3, 256)
+    plain = continuation(model, cache, prompts, 20)
+    assert torch.equal(continuation(model, cache, prompts, 20, step=step, forward=forward), plain)
 
 
 def test_models_samplings_and_batches_may_take_turns_on_one_compiled_step():
     """Guards are skipped for kinds of call already seen; each call must still find its own compiled form."""
     models = [tiny_model(seed=1), tiny_model(seed=2, n_layer=1, sliding_window=8)]
-    for model in models:
-        model.setup_caches(2, 512)
+    caches = [model.new_cache(2, 512) for model in models]
     step = compile_step(decode_one_token, CPU)
     samplings = [GREEDY, Sampling(1.0, top_k=1)]  # both take the likeliest
     for turn in range(3):
-        for model in models:
+        for model, cache in zip(models, caches, strict=True):
             for n_rows in (1, 2):
                 prompts = random_ids(*[6, 9][:n_rows], seed=turn)
-                plain = continuation(model, prompts, 6)
+                plain = continuation(model, cache, prompts, 6)
                 for sampling in samplings:
-                    assert torch.equal(continuation(model, prompts, 6, sampling, step=step), plain), (turn, sampling)
+                    assert torch.equal(continuation(model, cache, prompts, 6, sampling, step=step), plain), (
+                        turn,
+                        sampling,
+                    )
 
 
 @pytest.mark.parametrize("cached", [2, 3, 5])
 def test_one_compiled_prefill_serves_any_number_of_rows(cached):
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
-    model.setup_caches(cached, 256)
+    cache = model.new_cache(cached, 256)
     for n_rows in (2, 1):  # the forms there are
-        continuation(model, random_ids(*[5] * n_rows), 2, forward=forward)
+        continuation(model, cache, random_ids(*[5] * n_rows), 2, forward=forward)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n_rows in range(1, cached + 1):
             prompts = random_ids(*range(4, 4 + n_rows))
-            plain = continuation(model, prompts, 4)
-            assert torch.equal(continuation(model, prompts, 4, forward=forward), plain), n_rows
+            plain = continuation(model, cache, prompts, 4)
+            assert torch.equal(continuation(model, cache, prompts, 4, forward=forward), plain), n_rows
 
 
 def test_caches_made_anew_are_used_by_a_step_compiled_before():
     model, step = tiny_model(), compile_step(decode_one_token, CPU)
     for slots in (256, 512, 256):
-        model.setup_caches(1, slots)
+        cache = model.new_cache(1, slots)
         prompts = random_ids(9, seed=slots)
-        assert torch.equal(continuation(model, prompts, 8, step=step), continuation(model, prompts, 8))
+        assert torch.equal(continuation(model, cache, prompts, 8, step=step), continuation(model, cache, prompts, 8))
 
 
 @pytest.mark.parametrize("slots", [200, 512])
 def test_compiled_step_fills_the_whole_cache(slots):
     model, prompts = tiny_model(), random_ids(slots - 8)
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
-    model.setup_caches(1, slots)
-    assert torch.equal(continuation(model, prompts, 8, step=step, forward=forward), continuation(model, prompts, 8))
+    cache = model.new_cache(1, slots)
+    assert torch.equal(
+        continuation(model, cache, prompts, 8, step=step, forward=forward), continuation(model, cache, prompts, 8)
+    )
 
 
 def test_the_seed_decides_what_a_compiled_step_draws():
     model, step = tiny_model(), compile_step(decode_one_token, CPU)
-    model.setup_caches(1, 256)
+    cache = model.new_cache(1, 256)
 
     def drawn(seed):
         torch.manual_seed(seed)
-        return continuation(model, [[1, 2, 3]], 20, Sampling(1.5), step=step).tolist()
+        return continuation(model, cache, [[1, 2, 3]], 20, Sampling(1.5), step=step).tolist()
 
     assert drawn(1) == drawn(1) != drawn(2)
