@@ -153,12 +153,8 @@ def test_batch_goes_on_until_its_last_row_ends_and_the_others_stay_as_they_ended
     rows = [Request(prompt, tiny.tokenizer, 30, [], True) for prompt in prompts]
     rows[0].eos_ids = stub.eos_ids
     timing, pieces = Timing(), {0: "", 1: ""}
-    setup_caches(tiny.model, 2, 33)
-
-    def show(row, text):
+    for row, text in run_batch(Engine(tiny.model), rows, GREEDY, timing):
         pieces[rows.index(row)] += text
-
-    run_batch(tiny.model, rows, GREEDY, timing, 0.0, show)
     assert rows[0].token_ids == plain[0][: at + 1] and rows[1].token_ids == plain[1]
     assert [row.finish_reason for row in rows] == ["eos", "length"]
     assert list(pieces.values()) == [row.stream.text for row in rows]
