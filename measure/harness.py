@@ -27,7 +27,7 @@ from engine.decode import read_prompts
 from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
-from engine.scoring import logprobs_of, token_logprobs
+from measure.scoring import logprobs_of, token_logprobs
 from text.tokenizer import Tokenizer
 from tp import full_logits
 

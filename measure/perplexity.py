@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.cache import context_length
 from engine.engine import Engine
-from engine.scoring import token_logprobs
+from measure.scoring import token_logprobs
 
 WINDOW = 512  # tokens of a text at once
 
