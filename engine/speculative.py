@@ -1,7 +1,8 @@
 """Speculative decoding: a draft model, or the text itself, proposes tokens, and one pass of the model verifies them.
 
 The text is distributed exactly as without (Leviathan et al. 2023; Chen et al. 2023). Shapes: B rows, k tokens proposed
-a row, V vocabulary."""
+a row, V vocabulary.
+"""
 
 import time
 from collections.abc import Callable, Iterator
