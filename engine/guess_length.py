@@ -1,6 +1,6 @@
 """How many tokens to propose in a round: a fixed number, or the one that pays most.
 
-A round proposes k tokens and verifies them in one pass; k = 0 is a plain step. Rounds return 1 to k + 1 new tokens a row.
+A round proposes k tokens and verifies them in one pass, which gives 1 to k + 1 new tokens a row; k = 0 is a plain step.
 """
 
 import statistics
@@ -56,16 +56,14 @@ class AdaptiveLength:
     """The k that promises most tokens a second, by what was accepted and what rounds cost.
 
     A credit, in seconds, bounds the loss. Each round pays what it took and earns what its tokens would have taken in
-    plain steps. The credit begins at FREE_STEPS plain steps and grows by SHARE of the time; while it lasts, lengths that
-    do not pay are tried again, because the text may have changed. On a machine whose speed drifts, the costs are the
-    medians of the last rounds.
+    plain steps. The credit begins at FREE_STEPS plain steps and grows by SHARE of the time; while it lasts, lengths
+    that do not pay are tried again, because the text may have changed. On a machine whose speed drifts, the costs are
+    the medians of the last rounds.
     """
 
     FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
     MARGIN = 1.05  # the least gain over plain steps that is believed: costs are known to about 5 %
-    HICCUP = (
-        1.5  # a round is charged at most so many times its cost: what takes longer was interrupted by other programs
-    )
+    HICCUP = 1.5  # a round pays at most so many times its cost: what takes longer waited for other programs
     CHECK_EVERY, TIMED = 32, 3  # after CHECK_EVERY rounds, TIMED plain steps measure what a plain step costs now
 
     def __init__(self, costs: "Costs"):
