@@ -356,7 +356,7 @@ class Attention(nn.Module):
         self.kv_cache.update(pos, k, v)
         used = mask.shape[-1]
         if self.attend is not None and (self.attends_many or surely_few(S)):
-            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, mask[:, :S], self.scale)
+            y = self.attend(q, self.kv_cache.k, self.kv_cache.v, None, mask[:, :S], self.scale)
         else:
             k, v = self.kv_cache.k[:B, :, :used], self.kv_cache.v[:B, :, :used]
             y = attend(q, k, v, mask, self.scale, self.cap)

@@ -289,7 +289,7 @@ def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 class FewRowsLinear(nn.Module):
-    """A bfloat16 linear layer whose weight is read at memory speed for few rows (`kernels/cpu.cpp`)."""
+    """A bfloat16 linear layer whose weight is read at memory speed for few rows (`kernels/cpu/`)."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -304,7 +304,7 @@ class FewRowsLinear(nn.Module):
 
 
 class CodesLinear(nn.Module):
-    """An int8 or int4 linear layer whose weight lies as the instructions of a CPU want it (`kernels/cpu.cpp`).
+    """An int8 or int4 linear layer whose weight lies as the instructions of a CPU want it (`kernels/cpu/`).
 
     Activations in half precision are rounded to int8 in groups of 32 inputs, float32 ones are not. weight uint8
     [tiles, bytes], scales and zeros [tiles, groups, 1 or 2, 16] in the file's dtype, bias float32 [tiles * 16].
@@ -337,7 +337,7 @@ class CodesLinear(nn.Module):
 
 
 class FewRowsExperts(nn.Module):
-    """bfloat16 experts whose weights are read at memory speed, only those chosen (`kernels/cpu.cpp`)."""
+    """bfloat16 experts whose weights are read at memory speed, only those chosen (`kernels/cpu/`)."""
 
     def __init__(self, layer: ExpertLinear):
         super().__init__()
@@ -478,13 +478,15 @@ def is_joinable(args: ModelArgs) -> bool:
 
 
 class JoinedBlocks(nn.Module):
-    """All blocks of a model as one operator of `kernels/cpu.cpp`, for at most 16 tokens in all if not `takes_many`."""
+    """All blocks of a model as one operator of `kernels/cpu/`, for at most 16 tokens in all if not `takes_many`."""
 
     def __init__(self, model: Transformer):
         super().__init__()
         self.takes_many = all(block.attention.attends_many for block in model.layers)
         tensors = [tensor for block in model.layers for tensor in self.tensors(block)]
         self.joined = torch.ops.gpt_faster.join_blocks(tensors, model.args.norm_eps, model.layers[0].attention.scale)
+        caches = [block.attention.kv_cache for block in model.layers]
+        self.cache = torch.ops.gpt_faster.join_cache([each.k for each in caches], [each.v for each in caches])
 
     @staticmethod
     def of(model: Transformer) -> "JoinedBlocks | None":
@@ -503,10 +505,11 @@ class JoinedBlocks(nn.Module):
         q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
         first = (block.attention_norm.weight, *a.wqkv.tensors(), q_norm, k_norm, *a.wo.tensors())
         second = (block.ffn_norm.weight, *f.w13.tensors(), *f.w2.tensors())
-        return [*first, *second, a.kv_cache.k, a.kv_cache.v]
+        return [*first, *second]
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model has caches of its own, and joins its blocks when it sets them up."""
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        return torch.ops.gpt_faster.run_blocks(x, self.joined, pos, cos, sin, mask[:, : x.shape[1]])
+        mask = mask[:, : x.shape[1]]
+        return torch.ops.gpt_faster.run_blocks(x, self.joined, self.cache, None, pos, cos, sin, mask)
