@@ -31,7 +31,7 @@ from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import IdTokenizer, checked_ids, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source, random_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
 from weights.device import DTYPES, parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
@@ -191,7 +191,7 @@ def answer(flags: dict, ranks: Ranks | None) -> None:
     quant_spec(args.quantize, args.groupsize)
     options = choose_functions(device, args.compile, args.compile_prefill)
     if args.draft_checkpoint_path is not None:
-        open_source(args.draft_checkpoint_path)  # what is wrong with it is said before the long wait for the model
+        open_model(args.draft_checkpoint_path)  # what is wrong with it is said before the long wait for the model
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     texts = [prompt] if args.prompt_file is None else shared(ranks, lambda: read_prompt_file(args.prompt_file))
     if args.threads:

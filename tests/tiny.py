@@ -13,12 +13,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import weights.families as families
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import Sampling
 from layers.quantized import LAYERS
 from model import ModelArgs, Transformer
 from weights.checkpoint import build, save_checkpoint
+from weights.huggingface import HF_MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def hf_names(weights, args):
     for name, value in weights.items():
         module, _, leaf = name.rpartition(".")
         layer = module.split(".")[1] if module.startswith("layers.") else ""
-        theirs = families.HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
+        theirs = HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
         kv = args.n_kv_head * args.head_dim
         sizes = {1: [len(value)], 2: [len(value) // 2] * 2, 3: [len(value) - 2 * kv, kv, kv]}[len(theirs)]
         for part, rows in zip(theirs, value.split(sizes), strict=True):

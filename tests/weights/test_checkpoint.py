@@ -22,10 +22,10 @@ from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
 from model import ModelArgs
 from tests.tiny import HALF_GB, hf_names, needs_proc
-from weights.checkpoint import load_model, open_source, random_model, read_tensors, save_checkpoint
-from weights.families import args_from_hf
+from weights.checkpoint import load_model, open_model, random_model, read_tensors, save_checkpoint
+from weights.families import Config, args_from_config
 from weights.files import atomic_path, read_json
-from weights.layout import expected_tensors, weight_bytes
+from weights.layout import Layout, weight_bytes
 from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def assert_refused(path, *words, **options):
 
 def convert(source, target, dtype=torch.float32):
     """What scripts/convert_hf_checkpoint.py does."""
-    opened = open_source(source)
+    opened = open_model(source)
     save_checkpoint(target, opened.args, read_tensors(opened, CPU, dtype, ""))
     return target
 
@@ -105,7 +105,7 @@ def test_our_file_brings_back_every_bit(dtype, tied, tmp_path):
     theirs = tiny(Qwen2Config(**SIZES, tie_word_embeddings=tied))
     theirs.save_pretrained(tmp_path)
     path = convert(tmp_path, tmp_path / "ours.pth", dtype)
-    assert open_source(path).table == {} and open_source(path).args == open_source(tmp_path).args
+    assert open_model(path).table == {} and open_model(path).args == open_model(tmp_path).args
     a, b = load_model(path, dtype=dtype), load_model(tmp_path, dtype=dtype)
     assert a.state_dict().keys() == b.state_dict().keys()
     assert all(torch.equal(a.state_dict()[name], value) for name, value in b.state_dict().items())
@@ -113,13 +113,13 @@ def test_our_file_brings_back_every_bit(dtype, tied, tmp_path):
     assert (a.output.weight is a.tok_embeddings.weight) == tied
     content = torch.load(path, weights_only=True)
     assert set(content) == {"args", "quant", "model"} and json.loads(json.dumps(content["args"])) == content["args"]
-    assert set(content["model"]) == set(expected_tensors(a.args))
+    assert set(content["model"]) == set(Layout(a.args).tensors)
 
 
 def test_saved_tensors_own_their_storage(tmp_path):
     args = ModelArgs(256, 1, 4, 4, 64, 512, 1024, 64)
     big = torch.zeros(1 << 22)
-    tensors = {name: big[: meta.numel()].view(meta.shape) for name, meta in expected_tensors(args).items()}
+    tensors = {name: big[: meta.numel()].view(meta.shape) for name, meta in Layout(args).tensors.items()}
     save_checkpoint(tmp_path / "m.pth", args, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
     assert size <= (tmp_path / "m.pth").stat().st_size < size * 1.01 + 20_000
@@ -444,7 +444,7 @@ def test_a_bare_file_that_does_not_say_what_it_is(bare, llama):
 
 def test_a_bare_file_of_a_registry_size(tmp_path):
     args = args_from_name("stories15M")
-    state = {name: torch.zeros(meta.shape).bfloat16() for name, meta in expected_tensors(args).items()}
+    state = {name: torch.zeros(meta.shape).bfloat16() for name, meta in Layout(args).tensors.items()}
     for i in range(args.n_layer):
         names = [f"layers.{i}.feed_forward.w{x}.weight" for x in "13"]
         state |= dict(zip(names, state.pop(f"layers.{i}.feed_forward.w13.weight").chunk(2), strict=True))
@@ -711,7 +711,7 @@ def test_too_little_memory_is_said_with_the_sizes_before_anything_is_read(folder
 
 
 def convert_unchecked(source, target):
-    opened = open_source(source)
+    opened = open_model(source)
     save_checkpoint(target, opened.args, {name: read() for name, read in opened.tensors.items()})
     return target
 
@@ -757,9 +757,9 @@ def peak_growth(path):
 def test_loading_needs_little_more_memory_than_the_weights(form, tmp_path):
     config = LlamaConfig(**HALF_GB).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = args_from_hf(config)
+    args = args_from_config(Config(config))
     dtype = torch.float32 if "float32" in form else torch.bfloat16
-    weights = {name: torch.zeros(meta.shape, dtype=dtype) for name, meta in expected_tensors(args).items()}
+    weights = {name: torch.zeros(meta.shape, dtype=dtype) for name, meta in Layout(args).tensors.items()}
     if form == "safetensors":
         save_file(hf_names(weights, args), tmp_path / "model.safetensors")
     else:
@@ -783,10 +783,10 @@ SAVE = """
 import os, resource, sys, torch
 from pathlib import Path
 from weights.checkpoint import save_checkpoint
-from weights.layout import expected_tensors
+from weights.layout import Layout
 from model import ModelArgs
 path, args = Path(sys.argv[1]), ModelArgs(256, 2, 4, 4, 64, 512, 1024, 64)
-tensors = {name: torch.zeros(meta.shape) for name, meta in expected_tensors(args).items()}
+tensors = {name: torch.zeros(meta.shape) for name, meta in Layout(args).tensors.items()}
 save_checkpoint(path, args, tensors)
 size = path.stat().st_size
 path.unlink()
@@ -820,7 +820,7 @@ def test_a_write_that_fails_leaves_nothing_and_spares_what_was_there(tmp_path):
 
 
 def test_writing_where_it_cannot_be(saved, tmp_path, monkeypatch):
-    source = open_source(saved)
+    source = open_model(saved)
     tensors = read_tensors(source, CPU, torch.float32, "")
     with pytest.raises(ValueError, match="cannot write .*nowhere"):
         save_checkpoint(tmp_path / "nowhere" / "m.pth", source.args, tensors)

@@ -31,9 +31,9 @@ from engine.decode import decode, prefill
 from engine.sampling import Sampling
 from layers.quantized import QuantSpec, layer_of, quantize_weight
 from tests.tiny import SIZES, ran, random_prompts, save_tiny
-from weights.checkpoint import build, load_model, new_table, open_source
-from weights.families import args_from_hf
-from weights.layout import expected_tensors
+from weights.checkpoint import build, load_model, new_table, open_model
+from weights.families import Config, args_from_config
+from weights.layout import Layout
 
 GREEDY = Sampling(temperature=0)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,12 +188,14 @@ def test_the_text_part_of_a_model_that_sees(tmp_path):
 def test_what_gemma_3_4b_leaves_out_of_its_config():
     """Its text_config has these keys only; the sum is that of Gemma 3's report, 3209 million beside the embedding."""
     config = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    args = args_from_hf(config | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024})
+    args = args_from_config(
+        Config(config | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024})
+    )
     assert (args.n_head, args.n_kv_head, args.head_dim, args.vocab_size) == (8, 4, 256, 262208)
     assert args.full_layers == (5, 11, 17, 23, 29) and args.sliding_window == 1024
     assert (args.rope_base, args.window_rope_base, args.rope_scaling.factor) == (1e6, 1e4, 8.0)
     assert args.tie_embeddings and args.norm_offset and args.activation == "gelu_tanh"
-    tensors = expected_tensors(args)
+    tensors = Layout(args).tensors
     del tensors["tok_embeddings.weight"]
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == 3209
 
@@ -212,7 +214,7 @@ def test_family_in_int4(family, tmp_path):
     save_tiny(kind(**{**SIZES, "hidden_size": 64, "intermediate_size": 64, **extra, "head_dim": 16}), tmp_path)
     spec = QuantSpec(4, 32)
     quantised = load_model(tmp_path, dtype=torch.float32, quantize=spec)
-    source = open_source(tmp_path)
+    source = open_model(tmp_path)
     table = new_table(source, spec, tmp_path)
     state = {name: read().float() for name, read in source.tensors.items()}
     for name, each in table.items():
@@ -281,7 +283,7 @@ def test_both_ways_of_writing_rope_settings(form, rope, tmp_path):
 def test_null_rope_scaling_means_none():
     config = LlamaConfig(**SIZES).to_dict()
     del config["rope_parameters"]
-    args = args_from_hf(config | {"rope_theta": 500000.0, "rope_scaling": None})
+    args = args_from_config(Config(config | {"rope_theta": 500000.0, "rope_scaling": None}))
     assert (args.rope_base, args.rope_scaling) == (500000.0, None)
 
 
@@ -331,5 +333,5 @@ MIXED = ["full_attention", "sliding_attention"]
 def test_what_is_not_supported_is_named_with_what_is(change, named):
     config = LlamaConfig(**SIZES).to_dict() | change
     with pytest.raises(ValueError) as error:
-        args_from_hf(config)
+        args_from_config(Config(config))
     assert all(word in str(error.value) for word in named), error.value

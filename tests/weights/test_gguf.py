@@ -30,7 +30,7 @@ from transformers import (
 from layers.quantized import LAYERS, QuantSpec, layer_of
 from scripts.convert_hf_checkpoint import main as convert
 from weights.checkpoint import load_model, read_tensors, save_checkpoint
-from weights.gguf import source_from_gguf
+from weights.gguf import open_gguf
 from weights.gguf_file import KEPT, GGUFFile, read_gguf_metadata
 
 SIZES = {
@@ -325,7 +325,7 @@ KEYS = {4: ("weight", "scales", "zeros"), 8: ("weight", "scales")}
 
 def fetch(path, keep_quantized=True):
     """What convert_hf_checkpoint.py puts into a file: the source, which has the table, and the tensors."""
-    source = source_from_gguf(path, keep_quantized)
+    source = open_gguf(path, keep_quantized)
     return source, read_tensors(source, torch.device("cpu"), torch.float32, "")
 
 
@@ -423,7 +423,7 @@ def test_damaged_codes_are_refused(tmp_path):
     whole, file = path.read_bytes(), GGUFFile(path)
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="does not fit into the file"):
-        source_from_gguf(path, keep_quantized=True)
+        open_gguf(path, keep_quantized=True)
     begin = file.start + file.tensors["blk.1.ffn_down.weight"][2]
     for place, value, key in ((0, np.inf, "scales"), (0, np.nan, "scales"), (2, np.nan, "zeros")):
         path.write_bytes(whole[: begin + place] + struct.pack("<e", value) + whole[begin + place + 2 :])
