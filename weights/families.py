@@ -42,10 +42,6 @@ class Config:
             raise self.error(f"{name} is {value!r}, which is no possible size")
         return value
 
-    def optional(self, key: str, read: Callable):
-        """What the method `read` reads, or None where the key is missing."""
-        return None if self.get(key) is None else read(key)
-
     def part(self, values) -> "Config":
         """The rope settings, or part of them, as a config of the same file."""
         if not isinstance(values, dict | None):
@@ -173,9 +169,13 @@ def root_of_dim(config: Config) -> dict:
 def gemma_scales(config: Config) -> dict:
     return root_of_dim(config) | {
         "attention_scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5,
-        "attention_softcap": config.optional("attn_logit_softcapping", config.number),
-        "logit_softcap": config.optional("final_logit_softcapping", config.number),
+        "attention_softcap": softcap(config, "attn_logit_softcapping"),
+        "logit_softcap": softcap(config, "final_logit_softcapping"),
     }
+
+
+def softcap(config: Config, key: str) -> float | None:
+    return None if config.get(key) is None else config.number(key)
 
 
 GEMMA_2 = {"norm_offset": True, "post_norm": True}
