@@ -78,7 +78,7 @@ class Architecture:
     layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
 
 
-GEMMA_2_REQUIRED = ("head_dim", "attn_logit_softcapping", "final_logit_softcapping")
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 ARCHITECTURES = {
     "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
@@ -90,8 +90,8 @@ ARCHITECTURES = {
     "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
     "olmo2": Architecture("olmo2", with_window="olmo3"),
     "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", required=GEMMA_2_REQUIRED, layers_scaled_by_dim=46),
-    "gemma3": Architecture("gemma3_text", required=("head_dim",), layers_scaled_by_dim=62),
+    "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
+    "gemma3": Architecture("gemma3_text", layers_scaled_by_dim=62),
 }
 
 

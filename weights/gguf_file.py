@@ -131,7 +131,7 @@ class GGUFFile:
         return out.view(shape)
 
     def read_codes(self, name: str, part: str) -> Tensor:
-        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as a quantised layer has them.
+        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as our layers have them.
 
         Nothing is rounded anew. Format: a block of ggml-common.h is float16 d (and m in Q4_1), then 32 codes q, int8 or
         16 bytes whose low nibbles come first. A weight is q d in Q8_0, (q - 8) d in Q4_0, q d + m in Q4_1.
