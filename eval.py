@@ -27,7 +27,7 @@ from measure.tasks import require_harness
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model
 from weights.device import DTYPES, parse_dtype, pick_device
 from weights.files import read_text, require_writable, write_json
 
@@ -147,7 +147,7 @@ def measure_tasks(
     if result is None:  # the harness gives it to the first process of a machine only
         return None, None
     facts["seconds"] = time.perf_counter() - began
-    kinds = {str(spec) for spec in open_source(args.checkpoint_path, args.model_name).table.values()}
+    kinds = {str(spec) for spec in open_model(args.checkpoint_path, args.model_name).table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(kinds), "lm_eval": version("lm_eval")}
     print(make_table(result))
     if result.get("groups"):

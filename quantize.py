@@ -7,14 +7,9 @@ if __name__ == "__main__":
 
 
 import argparse
-import ctypes
 import math
-import mmap
-import os
-import sys
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +27,10 @@ from model import ModelArgs
 from ranks import init_tp
 from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, save_tokenizer
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, new_table, open_source, read_tensors, save_checkpoint
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import DTYPES, parse_dtype, pick_device, require_memory
-from weights.files import GB, read_text, require_space, require_writable, write_json
-from weights.layout import Source, expected_tensors, model_bytes
+from weights.files import GB, dropping_page_cache, read_text, require_space, require_writable, write_json
+from weights.layout import Layout, ModelFile
 
 GPTQ = "int4-gptq"
 
@@ -50,35 +45,6 @@ CHECK_WINDOW = 512
 
 
 PART = 1 << 20  # weights compared at a time
-
-
-def frugal(source: Source, path: Path) -> Source:
-    """The same source, but before it reads a tensor it gives back the memory of those before."""
-    weights = (".pth", ".bin", ".safetensors", ".gguf")
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in weights]
-    names = {os.path.realpath(file) for file in files}
-
-    def after_release(read):
-        release(names)
-        return read()
-
-    return replace(source, tensors={name: partial(after_release, read) for name, read in source.tensors.items()})
-
-
-def release(names: set[str]) -> None:
-    """Give back what Linux counts as our memory though nothing needs it: freed blocks, and pages of mapped files.
-
-    names: files that are only read, so that a page needed again is read again.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, name = line.split(maxsplit=5)
-        if name in names:
-            begin, end = (int(address, 16) for address in span.split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def encode(text: str, path: Path, vocab_size: int) -> list[int]:
@@ -109,14 +75,12 @@ def calibration_windows_of(args: argparse.Namespace, sizes: ModelArgs) -> Tensor
     )
 
 
-def gptq_tensors(
-    args: argparse.Namespace, sizes: ModelArgs, table: dict[str, QuantSpec], device: torch.device, windows: Tensor
-) -> dict[str, Tensor]:
-    """Every tensor of the quantised file: those of the layers in `table` by GPTQ, the others as they are."""
+def gptq_tensors(args: argparse.Namespace, layout: Layout, device: torch.device, windows: Tensor) -> dict[str, Tensor]:
+    """Every tensor of the quantised file: those of its quantised layers by GPTQ, the others as they are."""
     model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name)
     how = {"percdamp": args.percdamp, "blocksize": args.blocksize, "act_order": args.act_order}
-    state = model.state_dict() | gptq_(model, windows, table, **how)
-    return {name: state[name] for name in expected_tensors(sizes, table)}
+    state = model.state_dict() | gptq_(model, windows, layout.table, **how)
+    return {name: state[name] for name in layout.tensors}
 
 
 def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
@@ -131,16 +95,16 @@ def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
     return math.sqrt(error / total) if total else 0.0
 
 
-def layer_facts(source: Source, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
+def layer_facts(opened: ModelFile, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
     """Name, bits, groupsize and relative error of each quantised layer, whose tensors are taken out of `tensors`.
 
     The original weights are read once more, and only one at a time is there.
     """
     facts = []
     for name, spec in table.items():
-        kinds = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
-        rounded = [tensors.pop(f"{name}.{kind}") for kind in kinds]
-        read = source.tensors.get(f"{name}.weight") or source.tensors["tok_embeddings.weight"]  # a tied head
+        keys = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
+        rounded = [tensors.pop(f"{name}.{key}") for key in keys]
+        read = opened.tensors[f"{opened.layout.weight_source(name)}.weight"]
         error = relative_error(read().to(rounded[0].device), rounded, spec.bits)
         facts.append({"name": name, **asdict(spec), "relative_error": error})
     return facts
@@ -224,10 +188,10 @@ def check_text(file: str, path: Path, vocab_size: int) -> list[int]:
     return ids
 
 
-def write_tokenizer(source: Source, folder: Path) -> None:
+def write_tokenizer(opened: ModelFile, folder: Path) -> None:
     """Put the tokenizer of a GGUF file beside what is made from it, unless there is one."""
-    if source.gguf is not None and not any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model")):
-        save_tokenizer(source.gguf, folder)
+    if opened.gguf is not None and not any((folder / f"tokenizer.{suffix}").exists() for suffix in ("json", "model")):
+        save_tokenizer(opened.gguf, folder)
 
 
 def main(**flags) -> None:
@@ -239,29 +203,30 @@ def main(**flags) -> None:
     check_request(args)
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     spec = quant_spec(args.mode, args.groupsize)
-    source = open_source(path, args.model_name)
-    table = new_table(source, spec, path, args.head)
+    opened = open_model(path, args.model_name)
+    table = new_table(opened, spec, path, args.head)
     target = target_path(path, args.mode, spec.groupsize, args.label)
-    before, after = model_bytes(source.args, dtype), model_bytes(source.args, dtype, table)
+    layout = opened.layout.quantized(table)
+    before, after = opened.layout.bytes(dtype), layout.bytes(dtype)
     check_outputs(args, target, after)
     size = before + after if args.mode == GPTQ else after
     require_memory(size, device, f"the weights of {path}", "use a smaller model")
-    text = check_text(args.check, path, source.args.vocab_size) if args.check is not None else None
-    windows = calibration_windows_of(args, source.args) if args.mode == GPTQ else None
+    text = check_text(args.check, path, opened.args.vocab_size) if args.check is not None else None
+    windows = calibration_windows_of(args, opened.args) if args.mode == GPTQ else None
 
     n_thread = args.threads or torch.get_num_threads()
     # rounding waits for memory: more threads gain little, and on a busy machine they wait for each other
     torch.set_num_threads(n_thread if args.mode == GPTQ else args.threads or 1)
     say(f"Using device={device}")
-    source = frugal(source, path)
+    opened = replace(opened, tensors=dropping_page_cache(opened.tensors, path))
     if windows is None:
-        tensors = read_tensors(source, device, dtype, "Quantising", table)
+        tensors = read_tensors(opened, device, dtype, "Quantising", table)
     else:
-        tensors = gptq_tensors(args, source.args, table, device, windows)
-    save_checkpoint(target, source.args, {name: tensor.cpu() for name, tensor in tensors.items()}, table)
+        tensors = gptq_tensors(args, layout, device, windows)
+    save_checkpoint(target, opened.args, {name: tensor.cpu() for name, tensor in tensors.items()}, table)
     say(f"Wrote {target}: {target.stat().st_size / GB:.2f} GB")
-    write_tokenizer(source, target.parent)
-    layers = layer_facts(source, tensors, table)
+    write_tokenizer(opened, target.parent)
+    layers = layer_facts(opened, tensors, table)
     del tensors
     seconds, peak = time.perf_counter() - began, peak_memory(device)
     torch.set_num_threads(n_thread)

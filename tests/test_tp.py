@@ -25,7 +25,7 @@ from scripts.tensor_parallel import predicted
 from tests.tiny import ENV, outcome, ran, torchrun
 from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 from weights.checkpoint import load_model, save_checkpoint
-from weights.layout import expected_tensors
+from weights.layout import Layout
 from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def random_tensors(args, seed):
     generator = torch.Generator().manual_seed(seed)
-    expected = expected_tensors(args).items()
+    expected = Layout(args).tensors.items()
     weights = {name: torch.randn(like.shape, generator=generator) for name, like in expected}
     return {name: 0.15 * weight if weight.dim() > 1 else weight for name, weight in weights.items()}
 
@@ -258,7 +258,7 @@ def test_memory_of_a_rank_is_its_share(default_model_dir, folder):
     path = default_model_dir / "model.pth"
     ran(3, "tests/tp_cases.py", folder, path)
     args = args_from_name("SmolLM2-135M")
-    whole = 4 * sum(tensor.numel() for tensor in expected_tensors(args).values())  # float32
+    whole = 4 * sum(tensor.numel() for tensor in Layout(args).tensors.values())  # float32
     assert max(torch.load(folder / "ranks3.pt")["memory"]) < 1.25 * whole / 3
 
 
