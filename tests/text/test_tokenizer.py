@@ -177,7 +177,7 @@ def test_default_model_equals_transformers(default_gguf, tmp_path):
 def test_default_model_splits_digits_first(default_gguf):
     """The model's own tokenizer.json: Digits(individual_digits), then ByteLevel."""
     ours = load_tokenizer(default_gguf)
-    truth = tokenizers.Tokenizer.from_str(ours._backend.tokenizer.to_str())
+    truth = tokenizers.Tokenizer.from_str(ours.backend.tokenizer.to_str())
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     truth.pre_tokenizer = pre_tokenizers.Sequence(steps)
     for text in [*TEXTS, "x  12  ³④Ⅷ it's2", "a   1", " ½"]:
@@ -269,7 +269,7 @@ def test_gguf_sentencepiece_saved(tmp_path, backends):
 def test_merges_come_from_scores(backends):
     """Worked by hand: `▁the` is one piece of the corpus, `zq` is none."""
     tokens = backends["gguf"].encode("the", add_special_tokens=False)
-    assert [backends["gguf"]._backend.tokenizer.id_to_token(i) for i in tokens] == ["▁the"]
+    assert [backends["gguf"].backend.tokenizer.id_to_token(i) for i in tokens] == ["▁the"]
 
 
 # ---------------------------------------------------------------- one vocabulary or two
