@@ -13,7 +13,7 @@ from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
-from tp import apply_tp, require_split, shard, share_of
+from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
 from weights.files import GB, atomic_path, require_space, require_writable
 from weights.gguf import source_from_gguf
@@ -152,7 +152,7 @@ def build(
     table: the layers that are quantised in `state`. ranks: the tensors are one rank's part.
     """
     table = table or {}
-    model = shell(args if ranks is None else share_of(args, ranks.size), table)
+    model = shell(args if ranks is None else rank_args(args, ranks.size), table)
     tied = args.tie_embeddings and "output" not in table
     if tied:
         state = state | {"output.weight": state["tok_embeddings.weight"]}
@@ -198,7 +198,7 @@ def fetch(
     share = source.args
     if ranks is not None:
         require_split(source.args, whole, ranks.size)
-        share = share_of(source.args, ranks.size)
+        share = rank_args(source.args, ranks.size)
     require_weights_fit(share, dtype, whole, device, name)
     return build(source.args, read_tensors(source, device, dtype, what, table, ranks), whole, ranks)
 
