@@ -226,8 +226,10 @@ class Watch(threading.Thread):
         speaker = min(set(range(self.size)) - set(silent))
         if self.rank == speaker:
             self.say(message)
-        self.store.set(self.keys[self.rank], f"ended {code} {message}")
-        self.wait_for_all("ended", silent)
+        with contextlib.suppress(RuntimeError):  # rank 0 may serve the store, and have left
+            self.store.set(self.keys[self.rank], f"ended {code} {message}")
+            self.wait_for_all("ended", silent)
+            time.sleep(TICK_S if self.rank == 0 else 0)  # for the others to read that all have ended
         self.leave(int(code))
 
     def wait_for_all(self, state: str, but: list[int] = ()) -> None:
