@@ -14,7 +14,7 @@ from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
-from tp import apply_tp, require_split, shard, share_of
+from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
 from weights.files import GB, atomic_path, require_space, require_writable
 from weights.gguf import open_gguf
@@ -169,7 +169,7 @@ def build(
 
     table: the layers that are quantised in `state`. ranks: the tensors are one rank's part.
     """
-    return fill(Layout(args if ranks is None else share_of(args, ranks.size), table), state, args, ranks)
+    return fill(Layout(args if ranks is None else rank_args(args, ranks.size), table), state, args, ranks)
 
 
 def fill(layout: Layout, state: dict[str, Tensor], args: ModelArgs, ranks: Ranks | None) -> Transformer:
@@ -217,7 +217,7 @@ def fetch(
     layout = opened.layout.quantized(table)
     if ranks is not None:
         require_split(opened.args, layout.table, ranks.size)
-        layout = Layout(share_of(opened.args, ranks.size), layout.table)
+        layout = Layout(rank_args(opened.args, ranks.size), layout.table)
     require_weights_fit(layout, dtype, device, name)
     return fill(layout, read_tensors(opened, device, dtype, what, table, ranks), opened.args, ranks)
 

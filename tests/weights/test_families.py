@@ -236,8 +236,8 @@ def on_two_ranks(tmp_path_factory):
         theirs = save_tiny(kind(**{**SIZES, **extra}), folder / family)
         with torch.inference_mode():
             expected[family] = [theirs(torch.tensor([ids])).logits[0, -1] for ids in FAMILY_PROMPTS]
-    ran(2, "tests/tp_cases.py", folder, "families")
-    return torch.load(folder / "ranks2.pt"), expected
+    ran(2, "tests/tp_cases.py", "families", folder)
+    return torch.load(folder / "families2.pt"), expected
 
 
 @pytest.mark.parametrize("family", STRUCTURES)
