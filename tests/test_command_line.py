@@ -21,8 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache import setup_caches
-from engine.request import generate
+from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from generate import build_parser, main
 from tests.tiny import make_tiny_checkpoint
@@ -38,9 +37,8 @@ def greedy_text(path, prompt, budget=12):
     """The answer by way of the library, whose own tests compare it with transformers."""
     model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-    setup_caches(model, 1, len(ids) + budget)
     new = []
-    for [token] in (chunk[0] for chunk in generate(model, [ids], budget, Sampling(temperature=0))):
+    for [token] in (chunk[0] for chunk in generate(Engine(model), [ids], budget, Sampling(temperature=0))):
         new.append(token)
         if token in tokenizer.eos_ids:
             break

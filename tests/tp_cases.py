@@ -19,13 +19,13 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from engine.cache import setup_caches
 from engine.compile import compile_step
-from engine.decode import decode_one_token, forward_chunk, used_slots
+from engine.decode import forward_chunk
+from engine.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.engine import Engine, build_engine, generate
 from engine.guess_length import Costs
-from engine.request import generate
 from engine.sampling import Sampling
-from engine.speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from engine.speculative import Speculation, verify
 from measure.perplexity import perplexity
 from model import ModelArgs
 from ranks import init_tp
@@ -118,11 +118,11 @@ def cases(n_rank: int) -> list[Case]:
 # ---------------------------------------------------------------- everything that knows the engine
 
 
-def ready(path, dtype, n_row=1, ranks=None, speculation=None):
-    """The model in a file, with caches for so many rows."""
-    model = load_model(path, dtype=dtype, ranks=ranks)
-    setup_caches(model, n_row, 64, speculation)
-    return model
+def ready(path, dtype, n_row=1, ranks=None, speculation=None, compile=False):
+    """The engine of the model in a file, with a cache for so many rows."""
+    engine = build_engine(load_model(path, dtype=dtype, ranks=ranks), compile, speculation=speculation)
+    engine.reserve(n_row, 64)
+    return engine
 
 
 def speculation_of(case: Case, folder: Path) -> Speculation | None:
@@ -136,24 +136,23 @@ def speculation_of(case: Case, folder: Path) -> Speculation | None:
     return Speculation(source, case.k, check, {case.rows: costs} if costs else {})  # else they are measured
 
 
-def tokens_of(model, prompts, sampling, case: Case, speculation):
-    step = compile_step(decode_one_token, CPU) if case.compile else decode_one_token
+def tokens_of(engine, prompts, sampling):
     rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, NEW_TOKENS, sampling, step=step, speculation=speculation):
+    for chunk in generate(engine, prompts, NEW_TOKENS, sampling):
         for row, ids in zip(rows, chunk, strict=True):
             row += ids
     return rows
 
 
 @torch.inference_mode()
-def logits_of(model, prompts):
+def logits_of(engine, prompts):
     """[B, V]: after each prompt."""
     length = max(map(len, prompts))
     tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in prompts])
     rows = torch.tensor([[len(ids) - 1] for ids in prompts])
     pos = torch.arange(length).repeat(len(prompts), 1)
-    logits = forward_chunk(model, tokens, pos, used_slots(model, length), rows)
-    return full_logits(model, logits).float()[:, 0]
+    logits = forward_chunk(engine.model, tokens, pos, engine.cache.view(length=length), rows)
+    return full_logits(engine.model, logits).float()[:, 0]
 
 
 def prompts_for(model, n_row=3):
@@ -164,25 +163,25 @@ def run(case: Case, folder: Path, ranks=None) -> dict:
     """Logits, greedy tokens and drawn ones."""
     speculation = speculation_of(case, folder)
     path, dtype = folder / f"{case.file}.pth", getattr(torch, case.dtype)
-    model = ready(path, dtype, case.rows, ranks, speculation)
-    prompts = prompts_for(model, case.rows)
-    found = {"logits": logits_of(model, prompts)}
-    found["greedy"] = tokens_of(model, prompts, Sampling(0), case, speculation)
+    engine = ready(path, dtype, case.rows, ranks, speculation, case.compile)
+    prompts = prompts_for(engine.model, case.rows)
+    found = {"logits": logits_of(engine, prompts)}
+    found["greedy"] = tokens_of(engine, prompts, Sampling(0))
     torch.manual_seed(ranks.rank if ranks else 0)  # each rank another seed
     samplings = [Sampling(1.0, 5), Sampling(1.0, 0), Sampling(1.5, 150, 0.95, 0.01)][: 1 if case.compile else None]
-    found["drawn"] = [tokens_of(model, prompts, each, case, speculation) for each in samplings]
+    found["drawn"] = [tokens_of(engine, prompts, each) for each in samplings]
     return found
 
 
 def score(folder: Path, ranks=None) -> float:
     model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
-    return perplexity(model, list(range(200)), window=40, stride=30, batch_size=3).perplexity
+    return perplexity(Engine(model), list(range(200)), window=40, stride=30, batch_size=3).perplexity
 
 
 def bytes_sent(folder: Path, ranks) -> dict:
     samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
-    model = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
-    return {name: bytes_of_a_step(model, sampling) for name, sampling in samplings.items()}
+    engine = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
+    return {name: bytes_of_a_step(engine, sampling) for name, sampling in samplings.items()}
 
 
 # ---------------------------------------------------------------- what ranks work on
@@ -195,8 +194,8 @@ def all_cases(folder: Path, ranks) -> dict:
 
 def families(folder: Path, ranks) -> dict:
     """Logits after each prompt, of models of transformers that have folders in `folder`."""
-    models = {path.name: ready(path, torch.float32, len(PROMPTS), ranks) for path in sorted(folder.iterdir())}
-    return {name: logits_of(model, prompts_for(model)) for name, model in models.items()}
+    engines = {path.name: ready(path, torch.float32, len(PROMPTS), ranks) for path in sorted(folder.iterdir())}
+    return {name: logits_of(engine, prompts_for(engine.model)) for name, engine in engines.items()}
 
 
 def commands(folder: Path, ranks, model: Path) -> dict:

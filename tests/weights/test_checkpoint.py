@@ -68,7 +68,6 @@ def folder(saved, tmp_path):
 
 @torch.inference_mode()
 def logits(model):
-    model.setup_caches(1, 32)
     return model(torch.arange(20)[None], torch.arange(20)[None])
 
 

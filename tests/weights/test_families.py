@@ -27,9 +27,8 @@ from transformers import (
 )
 
 import tests.tp_cases as tp_cases
-from engine.decode import decode, prefill
 from layers.quantized import QuantSpec, layer_of, quantize_weight
-from tests.tiny import GREEDY, SIZES, ran, random_prompts, save_tiny
+from tests.tiny import SIZES, continuation, ran, random_prompts, save_tiny
 from weights.checkpoint import build, load_model, new_table, open_model
 from weights.families import Config, args_from_config
 from weights.layout import Layout
@@ -121,11 +120,7 @@ FAMILIES = {
 
 def greedy(model, prompts):
     """N_NEW tokens after each prompt, in one batch."""
-    model.setup_caches(len(prompts), 256)
-    token, pos = prefill(model, prompts, GREEDY)
-    tokens, stream = [token], decode(model, token, pos, GREEDY)
-    tokens += [next(stream)[0] for _ in range(N_NEW - 1)]
-    return torch.cat(tokens, dim=1).tolist()
+    return continuation(model, model.new_cache(len(prompts), 256), prompts, N_NEW).tolist()
 
 
 def greedy_of_transformers(model, prompt):
@@ -145,7 +140,6 @@ def test_family_equals_transformers(family, tmp_path):
     ours = load_model(tmp_path, dtype=torch.float32)
     prompts = random_prompts(40, 7, 23)  # the first is longer than any window here
 
-    ours.setup_caches(1, 256)
     for prompt in prompts:
         pos = torch.arange(len(prompt))[None]
         expected = theirs(torch.tensor([prompt])).logits
@@ -193,7 +187,6 @@ def test_what_gemma_3_4b_leaves_out_of_its_config():
 
 def logits_of(model, prompts):
     """[S, V] of each prompt."""
-    model.setup_caches(1, 64)
     return [model(torch.tensor([ids]), torch.arange(len(ids))[None])[0] for ids in prompts]
 
 
@@ -265,7 +258,6 @@ def test_older_ways_of_writing_rope_settings(form, rope, tmp_path):
     theirs = save_tiny(LlamaConfig(**SIZES, rope_parameters=rope), tmp_path)
     edit_json(tmp_path / "config.json", form)
     ours = load_model(tmp_path, dtype=torch.float32)
-    ours.setup_caches(1, 256)
     tokens = torch.tensor(random_prompts(60))
     torch.testing.assert_close(ours(tokens, torch.arange(60)[None]), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 

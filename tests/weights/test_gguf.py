@@ -168,7 +168,6 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
 @torch.inference_mode()
 def assert_same_logits(path, theirs):
     ours = load_model(path, dtype=torch.float32)
-    ours.setup_caches(1, 128)
     tokens = torch.randint(SIZES["vocab_size"], (1, 100), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours(tokens, torch.arange(100)[None]), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     return ours
@@ -415,7 +414,6 @@ def test_default_model_kept(default_gguf, run_cli, tmp_path, monkeypatch):
     tokens, logits = torch.tensor([[504, 3575, 282, 4649, 314]]), []
     for file in (path, default_gguf):
         model = load_model(file, dtype=torch.float32)
-        model.setup_caches(1, 5)
         logits.append(model(tokens, torch.arange(5)[None]))
     # the same weights to the bit, so all that may differ is the order of float32 sums of up to 1536 terms
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-5)
@@ -458,7 +456,7 @@ def test_flipped_header_bytes_are_errors_or_harmless(good, tmp_path):
         flipped[position] ^= 1 << generator.integers(8)
         path.write_bytes(flipped)
         try:
-            load_model(path, dtype=torch.float32).setup_caches(1, 8)
+            load_model(path, dtype=torch.float32)
         except ValueError as error:
             assert str(error)
 
