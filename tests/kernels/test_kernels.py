@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from engine.compile import compile_step
 from kernels import cpu
+from layers.blocks import FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear
+from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
-from model import FEW, ExpertLinear, ModelArgs, Transformer, attend
+from model import Attend, Blocks, Context, ExpertLinear, ModelArgs, Transformer
 from weights.checkpoint import build
 from weights.layout import Layout
 
@@ -175,7 +176,7 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
                 mask[row, query, : max(0, last - 20)] = float("-inf")
         y = torch.ops.gpt_faster.attend(q, k, v, None, mask, scale)
         wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
-        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
+        expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
@@ -202,7 +203,7 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
         y = torch.ops.gpt_faster.attend(q, k, v, None, mask.bfloat16(), scale)
         wide = [tensor[:B, :, :slots].double() for tensor in (k, v)]
-        expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
+        expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
         assert y.dtype == torch.bfloat16
         # weights below 1 and the result are rounded to 8 bits
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9 * expected.abs().max().item())
@@ -257,7 +258,7 @@ FORMS += [(torch.bfloat16, None)] if cpu.has_bf16() else []
 
 
 def model_of(dtype, bits, **fields):
-    """A model with random weights, biases and norms, its layers quantised or, None, not, and a cache of 4 x 40."""
+    """A model with random weights, biases and norms, its layers quantised or, None, not."""
     model = Transformer(replace(BLOCKS, **fields)).requires_grad_(False).eval()
     for i, parameter in enumerate(model.parameters()):
         parameter.copy_((random(*parameter.shape, seed=i).float() / 8 + (parameter.ndim == 1)).bfloat16())
@@ -265,72 +266,75 @@ def model_of(dtype, bits, **fields):
     if bits:
         quantize_(model, linear_table(model, QuantSpec(bits, 32 if bits == 4 else None), QuantSpec(8)))
     pack_(model)
-    model.setup_caches(4, 40)
     return model
 
 
 EXTRAS = {"qkv_bias": True, "qk_norm": True, "sliding_window": 7, "attention_scale": 0.2, "embedding_scale": 3.0}
 
 
-def result(model, tokens, pos, slots):
-    """Logits [B, S, V], and what the caches hold [layers, 2, B', Hkv, C, D]."""
-    logits = model(tokens, pos, slots=slots)
-    caches = [layer.attention.kv_cache for layer in model.layers]
-    return logits.clone(), torch.stack([torch.stack((cache.k, cache.v)) for cache in caches])
+def run_blocks(model, blocks, tokens, pos, last):
+    """Logits [B, S, V] of the last tokens of each row after those before, and what the cache then holds."""
+    model.layers = blocks
+    cache = model.new_cache(4, 40)
+    model(tokens[:, :-last], pos[:, :-last], cache.view())
+    logits = model(tokens[:, -last:], pos[:, -last:], cache.view(length=37))
+    return logits.clone(), torch.stack([torch.stack((layer.k, layer.v)) for layer in cache.layers])
 
 
 @needs_vnni
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["", "extras"])
 @pytest.mark.parametrize("dtype, bits", FORMS, ids=str)
 @torch.inference_mode()
-def test_joined_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
+def test_fused_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
     fields = fields | {"dim": 192 if bits == 4 else 208}  # 208 is no multiple of a group; in the file there are none
     model, exact = model_of(dtype, bits, **fields), model_of(torch.float32, bits, **fields)
-    joined, generator = model.joined_blocks, torch.Generator().manual_seed(0)
-    exact.joined_blocks = None
+    fused, generator = model.layers, torch.Generator().manual_seed(0)
+    assert isinstance(fused, FusedBlocks)
     for B, S in ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8), (4, 6), (1, 17), (3, 20)):
         tokens = torch.randint(130, (B, 30), generator=generator)
         pos = torch.arange(30) + torch.arange(B)[:, None]  # rows at positions of their own
-        found = []
-        for each, joined_blocks in ((model, joined), (model, None), (exact, None)):
-            each.joined_blocks = joined_blocks
-            each(tokens[:, :-S], pos[:, :-S])
-            found.append(result(each, tokens[:, -S:], pos[:, -S:], each.slots[:37]))
+        found = [
+            run_blocks(each, blocks, tokens, pos, S)
+            for each, blocks in ((model, fused), (model, Blocks(fused)), (exact, Blocks(exact.layers)))
+        ]
         for ours, plain, truth in zip(*found, strict=True):
             error, as_usual = ((some.float() - truth).norm() / truth.norm() for some in (ours, plain))
             assert ours.dtype == dtype and error <= (2e-6 if dtype == torch.float32 else 1.25 * as_usual), (B, S)
-        model.joined_blocks = joined
+        model.layers = fused
         if B * S > FEW:
             continue
-        model(tokens[:, :-S], pos[:, :-S])
-        alone = [model(tokens[:, i : i + 1], pos[:, i : i + 1], slots=model.slots[:37]) for i in range(30 - S, 30)]
+        cache = model.new_cache(4, 40)
+        model(tokens[:, :-S], pos[:, :-S], cache.view())
+        steps = range(30 - S, 30)
+        alone = [model(tokens[:, i : i + 1], pos[:, i : i + 1], cache.view(length=37)) for i in steps]
         assert torch.equal(torch.cat(alone, 1), found[0][0])  # no token's result depends on those beside it
 
 
 @needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_joined_blocks_serve_any_tokens_in_bfloat16_and_16_at_most_in_others(dtype):
-    model = model_of(dtype, 4)
-    served = []
-    model.joined_blocks.register_forward_pre_hook(lambda module, args: served.append(args[0].shape[:2].numel()))
+def test_fused_blocks_serve_any_tokens_in_bfloat16_and_16_at_most_in_others(dtype, monkeypatch):
+    model, left = model_of(dtype, 4), []
+    monkeypatch.setattr(RegionBlocks, "forward", lambda self, x, *_: left.append(x.shape[:2].numel()) or x)
     for B, S in ((1, 1), (4, 4), (2, 8), (1, FEW), (1, FEW + 1), (4, 5)):
         tokens, pos = torch.arange(B * S).view(B, S), torch.arange(S).repeat(B, 1)
-        model(tokens, pos)
-    assert served == [1, 16, 16, 16] + ([17, 20] if dtype == torch.bfloat16 and cpu.has_bf16() else [])
+        model(tokens, pos, model.new_cache(4, 40).view())
+    assert left == ([] if dtype == torch.bfloat16 and cpu.has_bf16() else [17, 20])
 
 
 @needs_vnni
 @pytest.mark.parametrize("any_length", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, (2, 0)], ids=["rows in order", "rows chosen"])
 @torch.inference_mode()
-def test_joined_blocks_compile(dtype, any_length):
+def test_fused_blocks_compile(dtype, any_length, rows):
     model = model_of(dtype, 4)
-    step = compile_step(lambda model, tokens, pos, slots: model(tokens, pos, slots=slots), model.device, any_length)
+    step = compile_step(lambda model, tokens, pos, cache: model(tokens, pos, cache), model.device, any_length)
+    cache, rows = model.new_cache(4, 40), None if rows is None else torch.tensor(rows)
     for S in (1, 3, 12):
         tokens, pos = torch.arange(2 * S).view(2, S), torch.arange(S).repeat(2, 1)
-        expected = model(tokens, pos, slots=model.slots[:20])
-        found = step(model, tokens, pos, model.slots[:20])
+        expected = model(tokens, pos, cache.view(rows, 20))
+        found = step(model, tokens, pos, cache.view(rows, 20))
         if dtype == torch.float32:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         else:  # the last norm is fused, and rounded once
@@ -345,7 +349,7 @@ def test_blocks_use_the_rows_of_the_cache_that_are_chosen(S):
     if S > FEW and not cpu.has_bf16():
         pytest.skip("many queries need AVX512 BF16")
     model, B = model_of(dtype, 8), 3
-    run, blocks = torch.ops.gpt_faster.run_blocks, model.joined_blocks.joined
+    run, blocks = torch.ops.gpt_faster.run_blocks, model.layers.fused
     x, pos = random(B, S, 192, seed=5).to(dtype), 9 + torch.arange(S).repeat(B, 1)
     mask = torch.zeros(B, S, 40, dtype=dtype).masked_fill(torch.arange(40) > pos[..., None], float("-inf"))
     angles = random(B, S, 1, 32, seed=6).float()
@@ -364,40 +368,40 @@ def test_blocks_use_the_rows_of_the_cache_that_are_chosen(S):
 
 @needs_vnni
 @torch.inference_mode()
-def test_joined_blocks_refuse_what_would_leave_their_memory():
+def test_fused_blocks_refuse_what_would_leave_their_memory():
     model = model_of(torch.float32, 8)
     one, cos = torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1, 1, 32)
     x, mask = torch.ones(1, 1, 192), torch.zeros(1, 1, 40)
-    joined, cache, row = model.joined_blocks.joined, model.joined_blocks.cache, torch.tensor([3])
+    fused, cache, row = model.layers.fused, model.new_cache(4, 40).handle, torch.tensor([3])
     run = torch.ops.gpt_faster.run_blocks
 
     def other_cache(*shape, layers=3, dtype=torch.float32):
         return torch.ops.gpt_faster.join_cache(*2 * [[torch.zeros(shape, dtype=dtype)] * layers])
 
-    assert run(x, joined, cache, None, one, cos, cos, mask).shape == x.shape
-    assert run(x, joined, cache, row, one, cos, cos, mask).shape == x.shape
-    assert run(x, joined, other_cache(1, 2, 40, 64), None, one, cos, cos, mask).shape == x.shape
+    assert run(x, fused, cache, None, one, cos, cos, mask).shape == x.shape
+    assert run(x, fused, cache, row, one, cos, cos, mask).shape == x.shape
+    assert run(x, fused, other_cache(1, 2, 40, 64), None, one, cos, cos, mask).shape == x.shape
     many = x.expand(1, 17, 192), one.expand(1, 17), *2 * [cos.expand(1, 17, 1, 32)], mask.expand(1, 17, 40)
     five = x.expand(5, 1, 192), one.expand(5, 1), *2 * [cos.expand(5, 1, 1, 32)], mask.expand(5, 1, 40)
     for wrong in (
-        (x, joined, cache, None, 40 * one, cos, cos, mask),
-        (x, joined, cache, None, -one, cos, cos, mask),
-        (x, joined, cache, row + 1, one, cos, cos, mask),
-        (x, joined, cache, row - 4, one, cos, cos, mask),
-        (x, joined, cache, row.repeat(2), one, cos, cos, mask),
-        (x, joined.clone(), cache, None, one, cos, cos, mask),
-        (x, joined, cache.clone(), None, one, cos, cos, mask),
-        (x, cache, joined, None, one, cos, cos, mask),
-        (x, joined, other_cache(4, 2, 40, 64, layers=2), None, one, cos, cos, mask),
-        (x, joined, other_cache(4, 1, 40, 64), None, one, cos, cos, mask),
-        (x, joined, other_cache(4, 2, 40, 128), None, one, cos, cos, mask),
-        (x, joined, other_cache(4, 2, 40, 64, dtype=torch.bfloat16), None, one, cos, cos, mask),
-        (x, joined, other_cache(4, 2, 39, 64), None, one, cos, cos, mask),
-        (x, joined, cache, None, one, cos, cos[..., :16], mask),
-        (x, joined, cache, None, one, cos, cos, torch.zeros(1, 1, 41)),
-        (five[0], joined, cache, None, *five[1:]),
-        (many[0], joined, cache, None, *many[1:]),
-        (x.bfloat16(), joined, cache, None, one, cos, cos, mask),
+        (x, fused, cache, None, 40 * one, cos, cos, mask),
+        (x, fused, cache, None, -one, cos, cos, mask),
+        (x, fused, cache, row + 1, one, cos, cos, mask),
+        (x, fused, cache, row - 4, one, cos, cos, mask),
+        (x, fused, cache, row.repeat(2), one, cos, cos, mask),
+        (x, fused.clone(), cache, None, one, cos, cos, mask),
+        (x, fused, cache.clone(), None, one, cos, cos, mask),
+        (x, cache, fused, None, one, cos, cos, mask),
+        (x, fused, other_cache(4, 2, 40, 64, layers=2), None, one, cos, cos, mask),
+        (x, fused, other_cache(4, 1, 40, 64), None, one, cos, cos, mask),
+        (x, fused, other_cache(4, 2, 40, 128), None, one, cos, cos, mask),
+        (x, fused, other_cache(4, 2, 40, 64, dtype=torch.bfloat16), None, one, cos, cos, mask),
+        (x, fused, other_cache(4, 2, 39, 64), None, one, cos, cos, mask),
+        (x, fused, cache, None, one, cos, cos[..., :16], mask),
+        (x, fused, cache, None, one, cos, cos, torch.zeros(1, 1, 41)),
+        (five[0], fused, cache, None, *five[1:]),
+        (many[0], fused, cache, None, *many[1:]),
+        (x.bfloat16(), fused, cache, None, one, cos, cos, mask),
     ):
         with pytest.raises(RuntimeError, match="run_blocks"):
             run(*wrong)
@@ -420,15 +424,17 @@ def test_caches_that_do_not_fit_each_other_are_refused():
 
 @needs_vnni
 @torch.inference_mode()
-def test_copies_of_a_model_join_blocks_of_their_own():
+def test_copies_of_a_model_fuse_blocks_of_their_own():
     model = model_of(torch.float32, 8)
     other = copy.deepcopy(model)
-    assert other.joined_blocks is None and other.join_blocks is not None
-    other.setup_caches(1, 40)
+    assert isinstance(other.layers, FusedBlocks)
+    for weights in other.layers[0].attention.wqkv.buffers():
+        weights.zero_()
     tokens, pos = torch.arange(3)[None], torch.arange(3)[None]
-    other(tokens, pos)
-    assert all(layer.attention.kv_cache.k.any() for layer in other.layers)
-    assert not any(layer.attention.kv_cache.k.any() for layer in model.layers)
+    ours, theirs = (each(tokens, pos, each.new_cache(1, 40).view()) for each in (model, other))
+    assert not torch.equal(ours, theirs)
+    other.layers = Blocks(other.layers)
+    torch.testing.assert_close(other(tokens, pos, other.new_cache(1, 40).view()), theirs)
 
 
 @needs_vnni
@@ -453,8 +459,9 @@ def test_copies_of_a_model_join_blocks_of_their_own():
 @torch.inference_mode()
 def test_other_models_run_layer_by_layer(fields):
     model = model_of(torch.float32, 8, **fields)
-    assert model.joined_blocks is None
-    assert model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)).isfinite().all()
+    assert not isinstance(model.layers, FusedBlocks)
+    cache = model.new_cache(1, 40).view()
+    assert model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), cache).isfinite().all()
 
 
 @needs_vnni
@@ -471,7 +478,8 @@ def test_gates_of_any_size_neither_overflow_nor_vanish():
         hidden = F.silu(gate) * up
         assert scale != 1e3 or (gate.min() < -100 and gate.max() > 100)
         zero = torch.zeros(1, 1, dtype=torch.long)
-        found = model.joined_blocks(x, zero, *2 * [torch.ones(1, 1, 1, 32)], torch.zeros(1, 1, 1))
+        context = Context(*2 * [torch.ones(1, 1, 1, 32)], torch.zeros(1, 1, 1))
+        found = model.layers(x, zero, [context], model.new_cache(1, 40).view())
         expected = x + block.feed_forward.w2(hidden.float())
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
@@ -481,9 +489,9 @@ def logits_of_tiny():
     state = {name: 0.1 * random(*meta.shape, seed=i) for i, (name, meta) in enumerate(shapes.items())}
     state = {name: value + 1 if value.ndim == 1 else value for name, value in state.items()}
     model = build(TINY, state)
-    model.setup_caches(1, 32)
+    cache = model.new_cache(1, 32).view()
     tokens, pos = torch.arange(12)[None], torch.arange(12)[None]
-    steps = [model(tokens[:, i : i + 1], pos[:, i : i + 1]) for i in range(12)]
+    steps = [model(tokens[:, i : i + 1], pos[:, i : i + 1], cache) for i in range(12)]
     return model, torch.cat(steps, dim=1).float()
 
 
