@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from layers.quantized import QuantSpec, layer_of, quantize_weight, scales_and_zeros, stored, to_codes
+from layers.quantized import LAYERS, QuantSpec, quantize_weight, scales_and_zeros, stored, to_codes
 from model import Transformer
 
 EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
@@ -183,7 +183,7 @@ def gptq_(
                     rounded[name] = gptq_experts(layer, block, batches, table[name], **how)
                 else:
                     rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
-                layer.weight.copy_(layer_of(rounded[name]).dequantize())
+                layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))
     for name, spec in table.items():

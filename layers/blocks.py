@@ -6,12 +6,11 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from kernels import cpu
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
 from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
 
-# The fields of ModelArgs that the operator for all blocks honours, or that do not concern blocks. A model whose other
-# fields are not as by default runs layer by layer.
+# The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
+# differs from its default runs layer by layer.
 HONOURED = {"dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size", "max_seq_length"}
 HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "sliding_window", "window_rope_base", "qkv_bias", "qk_norm"}
 HONOURED |= {"attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "tie_embeddings"}
@@ -23,27 +22,29 @@ def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
 
 
 class RegionBlocks(Blocks):
-    """Blocks that the compiler sees as one: a quarter of the time that it takes to compile each. Measured on CPUs."""
+    """Blocks of which the compiler compiles one for all, in a quarter of the time. Measured on CPUs."""
 
     def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
         return _region(block, *inputs)
 
 
 class FusedBlocks(RegionBlocks):
-    """All blocks as one operator of `kernels/cpu`, for up to 16 tokens in all, in bfloat16 for any number."""
+    """All blocks as one operator of `kernels/`, for as many tokens in all as its attention takes queries a row."""
 
-    def __init__(self, blocks: Blocks, args: ModelArgs):
+    def __init__(self, blocks: Blocks):
         super().__init__(blocks)
-        self.args = args
-        self.takes_many = blocks[0].attention.attend.takes_many
+        attend, eps = blocks[0].attention.attend, blocks[0].ffn_norm.eps
+        self.takes_many = attend.takes_many
         tensors = [tensor for block in blocks for tensor in self.tensors(block)]
-        self.fused = torch.ops.gpt_faster.join_blocks(tensors, args.norm_eps, blocks[0].attention.attend.scale)
+        self.fused = torch.ops.gpt_faster.join_blocks(tensors, eps, attend.scale)
 
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:
         """Whether the operator can do the work of these blocks, whose layers are packed."""
-        plain = all(getattr(args, each.name) == each.default for each in fields(args) if each.name not in HONOURED)
-        if not plain or not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
+        others = [each for each in fields(args) if each.name not in HONOURED]
+        if any(getattr(args, each.name) != each.default for each in others):
+            return False
+        if not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
             return False
         layers = [(b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in blocks]
         packed = {type(layer) for each in layers for layer in each} <= {FewRowsLinear, CodesLinear}  # no rank's part
@@ -51,11 +52,11 @@ class FusedBlocks(RegionBlocks):
 
     @staticmethod
     def tensors(block: TransformerBlock) -> list[Tensor | None]:
-        """In the order of `join_blocks`."""
+        """The tensors of one block in the order of `join_blocks`."""
         a, f = block.attention, block.feed_forward
+        wqkv, wo, w13, w2 = ((each.weight, each.scales, each.bias) for each in (a.wqkv, a.wo, f.w13, f.w2))
         q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
-        first = (block.attention_norm.weight, *a.wqkv.tensors(), q_norm, k_norm, *a.wo.tensors())
-        return [*first, block.ffn_norm.weight, *f.w13.tensors(), *f.w2.tensors()]
+        return [block.attention_norm.weight, *wqkv, q_norm, k_norm, *wo, block.ffn_norm.weight, *w13, *w2]
 
     def bind(self, cache: KVCache) -> None:
         keys, values = ([getattr(layer, name) for layer in cache.layers] for name in "kv")
@@ -69,11 +70,4 @@ class FusedBlocks(RegionBlocks):
         return torch.ops.gpt_faster.run_blocks(x, self.fused, handle, cache.cache_rows, pos, cos, sin, mask)
 
     def __deepcopy__(self, memo: dict) -> "FusedBlocks":
-        return FusedBlocks(Blocks(copy.deepcopy(block, memo) for block in self), self.args)
-
-
-def blocks_for(blocks: Blocks, args: ModelArgs, device: torch.device) -> Blocks:
-    """The fastest form of the blocks of a model, whose layers are packed."""
-    if device.type != "cpu":
-        return blocks
-    return FusedBlocks(blocks, args) if cpu.has_vnni() and FusedBlocks.fits(blocks, args) else RegionBlocks(blocks)
+        return FusedBlocks(Blocks(copy.deepcopy(block, memo) for block in self))

@@ -1,56 +1,70 @@
-"""Which form of each layer is the fastest where it runs."""
+"""The table of fast layers: which form of a layer is the fastest on which device."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from kernels import cpu
-from layers.blocks import blocks_for
-from layers.packed import (
-    AnyExperts,
-    CodesExperts,
-    CodesLinear,
-    FewRowsExperts,
-    FewRowsLinear,
-    OperatorAttend,
-    StepAttend,
-    TinygemmLinear,
-)
-from layers.quantized import Int4Experts, Int4Linear, Int8Experts, Int8Linear, replace_
-from model import Attend, Attention, ExpertLinear, Gate, Transformer
+from layers.blocks import FusedBlocks, RegionBlocks
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
+from layers.quantized import Int4Linear, Int8Linear, replace_
+from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs
 
 
-def fastest(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that does the work of `layer` faster on its device; None where the layer itself is the fastest."""
-    kind, weight = type(layer), getattr(layer, "weight", None)
-    if kind is ExpertLinear:
-        is_fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu.has_bf16()
-        return FewRowsExperts if is_fast else AnyExperts
-    if kind in (Int8Experts, Int4Experts):
-        return CodesExperts if weight.device.type == "cpu" and cpu.has_vnni() else AnyExperts
-    if kind in (nn.Linear, Gate) and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        return FewRowsLinear if cpu.has_bf16() else None
-    if kind in (Int8Linear, Int4Linear) and weight.device.type == "cpu":
-        return CodesLinear if cpu.has_vnni() else None
-    if kind is Int4Linear and weight.device.type == "cuda":
-        return TinygemmLinear if TinygemmLinear.inner_k_tiles(layer) else None
+class Row(NamedTuple):
+    """One row of the table. None: any."""
+
+    plain: tuple[type[nn.Module], ...]  # the plain classes; that of a quantised layer is its format
+    device: str | None
+    dtype: torch.dtype | None  # of the weight, or, of what has none, of the model
+    processor: tuple[str, ...]  # what the processor must have: functions has_* of `kernels/cpu.py`
+    fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
+    fast: type[nn.Module]  # made from the plain layer
+
+
+def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
+    return layer.weight.ndim == 3
+
+
+BF16 = torch.bfloat16
+FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
+TABLE = [  # the first row that fits is used; where none does, the plain form stays
+    #   plain                   device  dtype  processor         fits                 fast
+    Row(FLOAT,                  "cpu",  BF16,  ("bf16",),        None,                FewRowsLinear),
+    Row(CODES,                  "cpu",  None,  ("vnni",),        None,                CodesLinear),
+    Row((Int4Linear,),          "cuda", None,  (),               TinygemmLinear.fits, TinygemmLinear),
+    Row((ExpertLinear, *CODES), None,   None,  (),               is_experts,          AnyExperts),
+    Row((Attend,),              "cpu",  BF16,  ("vnni", "bf16"), ManyAttend.fits,     ManyAttend),
+    Row((Attend,),              "cpu",  None,  ("vnni",),        OperatorAttend.fits, OperatorAttend),
+    Row((Attend,),              None,   None,  (),               None,                StepAttend),
+    Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
+    Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
+]  # fmt: skip
+
+
+def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module] | None:
+    """The class of the first row that fits `layer`, a part of `model`; None: the layer itself is the fastest."""
+    where = getattr(layer, "weight", model)  # a tensor or a model: both have a device and a dtype
+    args = getattr(model, "args", None)
+    for row in TABLE:
+        if (
+            type(layer) in row.plain
+            and row.device in (None, where.device.type)
+            and row.dtype in (None, where.dtype)
+            and all(getattr(cpu, f"has_{each}")() for each in row.processor)
+            and (row.fits is None or row.fits(layer, args))
+        ):
+            return row.fast
     return None
 
 
 def pack_(model: nn.Module) -> None:
-    """Give every layer the fastest form its device has; once, after the weights are in place."""
-    for name, layer in list(model.named_modules()):
-        faster = fastest(layer)
-        if faster is not None:
-            replace_(model, name, faster(layer))
-    if isinstance(model, Transformer):
-        for block in model.layers:
-            block.attention.attend = attend_for(block.attention, model.device, model.dtype)
-        model.layers = blocks_for(model.layers, model.args, model.device)
-
-
-def attend_for(attention: Attention, device: torch.device, dtype: torch.dtype) -> Attend:
-    """The fastest form of attention."""
-    plain = attention.attend
-    if plain.cap is None and device.type == "cpu" and attention.head_dim in cpu.HEAD_DIMS and cpu.has_vnni():
-        return OperatorAttend(plain, dtype == torch.bfloat16 and cpu.has_bf16())
-    return StepAttend(plain.scale, plain.cap)
+    """Give every layer of a model its fastest form; once, after the weights are in place."""
+    # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of
+    for name in reversed([name for name, _ in model.named_modules() if name]):
+        layer = model.get_submodule(name)
+        fast = fastest(layer, model)
+        if fast is not None:
+            replace_(model, name, fast(layer))

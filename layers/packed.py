@@ -1,28 +1,32 @@
-"""The fastest form of each layer on each device."""
+"""Forms of layers that are faster on one device than the plain form; `layers/fastest.py` says where each is used."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.quantized import Int4Experts, Int4Linear, Int8Experts, layer_of
-from model import Attend, ExpertLinear, by_expert, softcap
+from kernels import cpu
+from layers.quantized import LAYERS, Int4Linear, QuantizedLinear
+from model import Attend, ExpertLinear, ModelArgs, by_expert, softcap
 
-FEW = 16  # queries a row, or tokens in all, up to which a device's own operators serve
+FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
 def surely_few(size: int) -> bool:
     """Whether a size is at most 16, in every call that a compiled form with this size serves."""
-    if torch.compiler.is_compiling():  # comparing the length of a prompt would compile short ones apart
+    if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
         return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
     return size <= FEW
 
 
 class StepAttend(Attend):
-    """Attention of one query a row in elementary operators, where the compiler can fuse them.
+    """Attention of one query a row in elementary operators, which the compiler fuses into the rest of the step.
 
     A call of scaled_dot_product_attention costs more than the work.
     """
+
+    def __init__(self, attend: Attend):
+        super().__init__(attend.scale, attend.cap)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         if q.shape[1] != 1 or not torch.compiler.is_compiling():
@@ -35,125 +39,119 @@ class StepAttend(Attend):
 
 
 class OperatorAttend(StepAttend):
-    """Attention by the operator of `kernels/cpu`: of few queries a row, in bfloat16 of any number."""
+    """Attention of few queries a row by an operator of `kernels/`."""
 
-    def __init__(self, attend: Attend, takes_many: bool):
-        super().__init__(attend.scale, attend.cap)
-        self.takes_many = takes_many
+    takes_many = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         if not (self.takes_many or surely_few(q.shape[1])) or not k.is_contiguous():  # keys of no cache are not
             return super().forward(q, k, v, cache_rows, mask)
         return torch.ops.gpt_faster.attend(q, k, v, cache_rows, mask, self.scale)
 
+    @staticmethod
+    def fits(attend: Attend, args: ModelArgs) -> bool:
+        return attend.cap is None and args.head_dim in cpu.HEAD_DIMS
+
+
+class ManyAttend(OperatorAttend):
+    """Attention of any number of queries by the same operator."""
+
+    takes_many = True
+
 
 class FewRowsLinear(nn.Module):
-    """A bfloat16 linear layer whose weight is read at memory speed for few rows (`kernels/cpu.cpp`)."""
+    """A bfloat16 linear layer, or one for each of E experts, that reads its weight at memory speed for few rows."""
 
-    def __init__(self, linear: nn.Linear):
+    scales = None
+
+    def __init__(self, layer: nn.Linear | ExpertLinear):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
-        return torch.ops.gpt_faster.linear_bf16(x, self.weight, self.bias)
-
-    def tensors(self) -> tuple[Tensor, None, Tensor | None]:
-        """Weight, scales and bias, as operators of several layers take them."""
-        return self.weight, None, self.bias
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; of experts as `ExpertLinear`, and only those chosen are read."""
+        if chosen is None:
+            return torch.ops.gpt_faster.linear_bf16(x, self.weight, self.bias)
+        return torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None)
 
 
 class CodesLinear(nn.Module):
-    """An int8 or int4 linear layer whose weight lies as the instructions of a CPU want it (`kernels/cpu.cpp`).
+    """An int8 or int4 linear layer, or one for each of E experts, in the order in which a CPU's instructions read it.
 
     Activations in half precision are rounded to int8 in groups of 32 inputs, float32 ones are not. weight uint8
-    [tiles, bytes], scales and zeros [tiles, groups, 1 or 2, 16] in the file's dtype, bias float32 [tiles * 16].
+    [tiles, bytes], scales and zeros [tiles, groups, 1 or 2, 16] in the file's dtype, bias float32 [tiles * 16]; those
+    of experts are [E, ...].
     """
 
     LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: QuantizedLinear):
         super().__init__()
-        self.out_features, in_features = layer.codes().shape
-        pad = (0, -in_features % self.GROUP, 0, -self.out_features % self.LANES)
-        offset = 8 if layer.bits == 4 else 128
-        unsigned = F.pad(layer.codes().view(torch.uint8) + offset, pad, value=offset)  # bytes wrap: -1 + 8 is 7
-        tiles = unsigned.unflatten(0, (-1, self.LANES))  # [tiles, 16, in]
+        self.out_features = layer.scales.shape[-2]
+        if layer.weight.ndim == 3:  # one by one, which bounds the temporaries
+            each = [self.packed(layer.expert(e)) for e in range(len(layer.weight))]
+            weight, scales = (torch.stack(tensors) for tensors in zip(*each, strict=True))
+        else:
+            weight, scales = self.packed(layer)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        pad = (0, -self.out_features % self.LANES)
+        self.register_buffer("bias", None if layer.bias is None else F.pad(layer.bias.float(), pad))
+
+    @classmethod
+    def packed(cls, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+        """weight and scales of one layer."""
+        codes, offset = layer.codes().view(torch.uint8), 1 << (layer.bits - 1)
+        pad = (0, -codes.shape[1] % cls.GROUP, 0, -codes.shape[0] % cls.LANES)
+        unsigned = F.pad(codes + offset, pad, value=offset)  # bytes wrap: -1 + 8 is 7
+        tiles = unsigned.unflatten(0, (-1, cls.LANES))  # [tiles, 16, in]
         fours = tiles.unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, in / 4, 16, 4]
         weight = fours[:, 0::2] | fours[:, 1::2] << 4 if layer.bits == 4 else fours
-        self.register_buffer("weight", weight.flatten(1).contiguous())
-        parts = [layer.scales, layer.zeros] if layer.bits == 4 else [layer.scales]
+        parts = [layer.scales] if layer.zeros is None else [layer.scales, layer.zeros]
         rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, 0, 0, pad[-1]))  # [out, groups, parts]
-        self.register_buffer("scales", rows.unflatten(0, (-1, self.LANES)).permute(0, 2, 3, 1).contiguous())
-        self.register_buffer("bias", None if layer.bias is None else F.pad(layer.bias.float(), (0, pad[-1])))
+        scales = rows.unflatten(0, (-1, cls.LANES)).permute(0, 2, 3, 1)
+        return weight.flatten(1).contiguous(), scales.contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
-        y = torch.ops.gpt_faster.linear_codes(x, self.weight, self.scales, self.bias)
-        return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight, scales and bias, as operators of several layers take them."""
-        return self.weight, self.scales, self.bias
-
-
-class FewRowsExperts(nn.Module):
-    """bfloat16 experts whose weights are read at memory speed, only those chosen (`kernels/cpu.cpp`)."""
-
-    def __init__(self, layer: ExpertLinear):
-        super().__init__()
-        self.weight = layer.weight
-
-    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        return torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None)
-
-
-class CodesExperts(nn.Module):
-    """A `CodesLinear` for each of E experts, whose tensors are [E, ...]; only those chosen are read."""
-
-    def __init__(self, layer: Int8Experts | Int4Experts):
-        super().__init__()
-        each = [CodesLinear(layer.expert(e)) for e in range(len(layer.weight))]
-        self.out_features = each[0].out_features
-        self.register_buffer("weight", torch.stack([one.weight for one in each]))
-        self.register_buffer("scales", torch.stack([one.scales for one in each]))
-
-    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; of experts as `ExpertLinear`, and only those chosen are read."""
+        if chosen is None:
+            y = torch.ops.gpt_faster.linear_codes(x, self.weight, self.scales, self.bias)
+        else:
+            y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
 
 
 class AnyExperts(nn.Module):
-    """Experts on any device, with what the compiler needs: it cannot follow which experts are chosen."""
+    """Experts on any device, compiled or not: the choice of experts hides in an operator, or rows get copies."""
 
-    def __init__(self, layer: ExpertLinear | Int8Experts | Int4Experts):
+    def __init__(self, layer: ExpertLinear | QuantizedLinear):
         super().__init__()
+        self.bits = getattr(layer, "bits", None)  # None: float
         for name, tensor in layer.state_dict().items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait to learn which experts are chosen
+        if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait for the choice of experts
             return self.by_copies(x, chosen)
-        tensors = dict(self.named_buffers())
-        return each_expert(x, chosen, tensors["weight"], tensors.get("scales"), tensors.get("zeros"))
+        return each_expert(x, chosen, list(self.buffers()), self.bits)
 
     def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
         """The same, each row with a copy of its weight, which the compiler may fuse away."""
-        copies = layer_of({name: tensor[chosen.flatten()] for name, tensor in self.named_buffers()})
-        weight = copies.weight if isinstance(copies, ExpertLinear) else copies.dequantize()  # [T * K, out, in]
+        copies = [tensor[chosen.flatten()] for tensor in self.buffers()]  # [T * K, out, ...]
+        weight = copies[0] if self.bits is None else LAYERS[self.bits](*copies).dequantize()
         rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
         return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
 
 
 @torch.library.custom_op("gpt_faster::each_expert", mutates_args=())
-def each_expert(x: Tensor, chosen: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
+def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | None) -> Tensor:
     """`by_expert` as an operator."""
-    tensors = {"weight": weight, "scales": scales, "zeros": zeros}
-    layer = layer_of({name: tensor for name, tensor in tensors.items() if tensor is not None})
-    return by_expert(layer, x, chosen)
+    return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
 
 
 @each_expert.register_fake
-def _(x, chosen, weight, scales, zeros):
-    return x.new_empty(*chosen.shape, weight.shape[1])
+def _(x, chosen, tensors, bits):
+    return x.new_empty(*chosen.shape, tensors[0].shape[1])
 
 
 class TinygemmLinear(Int4Linear):
@@ -162,28 +160,30 @@ class TinygemmLinear(Int4Linear):
     The kernel's tiles, int32 [out/8, in/(16 t), 32, t/2], stand beside the layer's own codes.
     """
 
-    FEW_ROWS = 16
-
     def __init__(self, layer: Int4Linear):
         super().__init__(layer.weight, layer.scales, layer.zeros, layer.bias)
-        swapped = layer.weight << 4 | layer.weight >> 4  # it wants the even input in the high nibble
+        swapped = layer.weight << 4 | layer.weight >> 4  # the kernel reads the even input in the high nibble
         tiles = torch.ops.aten._convert_weight_to_int4pack(swapped, self.inner_k_tiles(layer))
         scales_and_zeros = torch.stack((layer.scales, layer.zeros), dim=2).transpose(0, 1).bfloat16().contiguous()
-        # not saved, and weight_bytes counts the codes: a step reads the one or the other
+        # not saved, and not counted by weight_bytes: a step reads either the tiles or the codes
         self.register_buffer("tiles", tiles, persistent=False)
         self.register_buffer("scales_and_zeros", scales_and_zeros, persistent=False)  # [in/g, out, 2]
         self.groupsize = layer.in_features // layer.scales.shape[1]
 
     @staticmethod
     def inner_k_tiles(layer: Int4Linear) -> int | None:
-        """The largest tile that divides the layer; None if it does not fit the kernel at all."""
-        if layer.weight.shape[0] % 8:
+        """The largest tile that divides the layer; None if the kernel cannot take it."""
+        if layer.weight.ndim == 3 or layer.weight.shape[0] % 8:
             return None
         return next((tiles for tiles in (8, 4, 2) if layer.in_features % (16 * tiles) == 0), None)
 
-    def forward(self, x: Tensor) -> Tensor:  # x [..., in] -> [..., out]
+    @classmethod
+    def fits(cls, layer: Int4Linear, _: ModelArgs | None) -> bool:
+        return cls.inner_k_tiles(layer) is not None
+
+    def linear(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if len(rows) > self.FEW_ROWS or x.dtype != torch.bfloat16:
-            return super().forward(x)
+        if len(rows) > FEW or x.dtype != torch.bfloat16:
+            return super().linear(x)
         y = torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.groupsize, self.scales_and_zeros)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)

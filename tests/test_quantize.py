@@ -23,7 +23,7 @@ from compress.gptq import gptq_
 from engine.cache import setup_caches
 from engine.request import generate
 from engine.sampling import Sampling
-from layers.quantized import QuantSpec, layer_of, quantize_weight
+from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from measure.perplexity import perplexity
 from quantize import build_parser, main, relative_error
 from tests.tiny import HALF_GB, TASK, hf_names, make_tiny_checkpoint, needs_proc
@@ -89,7 +89,7 @@ def weights(path):
     layers = {}
     for name, spec in source.table.items():
         kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
-        layers[name] = layer_of({kind: source.tensors[f"{name}.{kind}"]() for kind in kinds}).dequantize()
+        layers[name] = LAYERS[spec.bits](*(source.tensors[f"{name}.{kind}"]() for kind in kinds)).dequantize()
     return layers
 
 

@@ -18,7 +18,7 @@ from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
-from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
+from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from model import Attend, Blocks, Context, ExpertLinear, ModelArgs, Transformer
 from weights.checkpoint import build
 from weights.layout import Layout
@@ -80,7 +80,7 @@ def test_experts_equal_float64(T, K, n_expert, n_in, n_out, bits):
     chosen = chosen_experts(T, K, n_expert)
     layer = ExpertLinear(random(n_expert, n_out, n_in, seed=1)).requires_grad_(False)
     if bits:
-        layer = layer_of(quantize_weight(layer.weight, QuantSpec(bits, 32 if bits == 4 else None)))
+        layer = LAYERS[bits](**quantize_weight(layer.weight, QuantSpec(bits, 32 if bits == 4 else None)))
     fast = fastest(layer)(layer)
     exact = layer.dequantize().double() if bits else layer.weight.double()
     for x in (random(T, 1, n_in, seed=2), random(T, K, n_in, seed=2), random(n_in, K, T, seed=2).permute(2, 1, 0)):
@@ -101,7 +101,7 @@ def test_experts_equal_float64(T, K, n_expert, n_in, n_out, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_experts_of_codes_are_exact_in_float32(bits):
     spec, chosen = QuantSpec(bits, 32), chosen_experts(20, 2, 4)
-    layer = layer_of(quantize_weight(random(4, 40, 64, seed=1), spec))
+    layer = LAYERS[bits](**quantize_weight(random(4, 40, 64, seed=1), spec))
     x = random(20, 2, 64, seed=2).float()
     torch.testing.assert_close(fastest(layer)(layer)(x, chosen), layer(x, chosen), rtol=1e-5, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_mistakes_with_experts_are_errors():
 def test_experts_compile(bits, fast):
     layer = ExpertLinear(random(4, 40, 64, seed=1))
     if bits:
-        layer = layer_of(quantize_weight(layer.weight, QuantSpec(bits, 32)))
+        layer = LAYERS[bits](**quantize_weight(layer.weight, QuantSpec(bits, 32)))
     packed = fastest(layer)(layer) if fast else AnyExperts(layer)
     for T in (1, 20):
         x, chosen = random(T, 1, 64, seed=2), chosen_experts(T, 2, 4)

@@ -1,5 +1,7 @@
 """Quantised layers against numbers by hand, GGUF's own rounding, and the dequantised float model."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -7,18 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from compress.gptq import gptq_
-from engine.cache import setup_caches
 from engine.compile import compile_step
 from engine.decode import decode_one_token, forward_chunk
-from engine.request import generate
-from engine.sampling import Sampling
 from kernels import cpu
-from layers.packed import CodesLinear
 from layers.quantized import (
     GROUPSIZES,
     LAYERS,
     Int4Linear,
-    Int8Linear,
     QuantSpec,
     linear_table,
     pack_nibbles,
@@ -30,17 +27,17 @@ from layers.quantized import (
     unpack_nibbles,
 )
 from model import ModelArgs
+from tests import tiny
+from tests.tiny import CPU
 from weights.checkpoint import build, load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.layout import Layout
 
-CPU = torch.device("cpu")
-GREEDY = Sampling(temperature=0)
 # every groupsize divides these inputs
 TINY = ModelArgs(
     dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=512, vocab_size=300, max_seq_length=512
 )
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
-needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks VNNI, or the operators are not built")
+FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -51,7 +48,7 @@ def random(*shape, seed=0):
 # ---------------------------------------------------------------- rounding
 
 
-def layer_of(weight, spec, bias=None):
+def rounded(weight, spec, bias=None):
     return LAYERS[spec.bits](**quantize_weight(weight, spec), bias=bias)
 
 
@@ -82,7 +79,7 @@ def test_nibbles_keep_the_even_input_low():
 def test_scales_are_bfloat16_before_codes_are_chosen():
     weight = random(64, 256)
     for spec in SPECS:
-        layer = layer_of(weight, spec)
+        layer = rounded(weight, spec)
         groups = layer.scales.shape[1]
         error = (layer.dequantize() - weight).unflatten(1, (groups, -1)).abs()
         # half a step; at the ends of the range the rounding of scale and zero is added
@@ -94,7 +91,7 @@ def test_rounding_is_as_good_as_ggufs(kind, spec):
     weight = random(64, 256)
     kind = gguf.GGMLQuantizationType[kind]
     theirs = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
-    ours = layer_of(weight, spec).dequantize()
+    ours = rounded(weight, spec).dequantize()
     assert (ours - weight).norm() <= 1.02 * (theirs - weight).norm()
 
 
@@ -109,7 +106,7 @@ def test_parts_of_a_large_weight_are_rounded_as_one(monkeypatch):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_plain_forward_is_the_dequantised_weight(spec):
     weight, x, bias = random(40, 512), random(3, 512, seed=1), random(40, seed=2)
-    layer = layer_of(weight, spec, bias)
+    layer = rounded(weight, spec, bias)
     expected = F.linear(x.double(), layer.dequantize().double(), bias.double())
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4)
     layer.bias = bias.bfloat16()
@@ -119,6 +116,23 @@ def test_plain_forward_is_the_dequantised_weight(spec):
     layer.bias = None
     large = 100 * x.half()  # sums of unscaled codes would be infinite in float16
     torch.testing.assert_close(layer(large).double(), 100 * (expected - bias.double()), rtol=0, atol=50)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_experts_are_as_many_layers(spec):
+    weight, x, chosen = (
+        random(4, 40, 64),
+        random(5, 1, 64, seed=1),
+        torch.tensor([[0, 3], [2, 0], [3, 2], [0, 2], [3, 0]]),
+    )
+    alone, experts = [rounded(each, spec) for each in weight], rounded(weight, spec)
+    for name, tensor in experts.state_dict().items():
+        assert torch.equal(tensor, torch.stack([layer.state_dict()[name] for layer in alone])), name
+    assert torch.equal(experts.dequantize(), torch.stack([layer.dequantize() for layer in alone]))
+    expected = torch.stack(
+        [torch.cat([alone[e](row) for e in own]) for row, own in zip(x, chosen.tolist(), strict=True)]
+    )
+    torch.testing.assert_close(experts(x, chosen), expected)
 
 
 # ---------------------------------------------------------------- specs and tables
@@ -169,99 +183,7 @@ def test_shells_have_the_shapes_and_types_of_real_layers(spec):
     for model in (real, empty):
         quantize_(model, {"0": spec})
     kinds = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (real, empty)]
-    assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is {8: Int8Linear, 4: Int4Linear}[spec.bits]
-
-
-# ---------------------------------------------------------------- the CPU operator
-
-
-def rounded_activations(x):  # [M, in] -> the same shape, float64
-    """x to int8 in groups of 32 and back, as the operator does."""
-    groups = F.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    most = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * torch.where(most > 0, torch.tensor(127.0) / most, 0)).round()  # 127 / most is not one division
-    return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
-
-
-def expected_of(layer, x):
-    """What the operator computes, in float64: half-precision x is rounded where it meets codes, not where zeros."""
-    scales, codes = layer.scales.double()[..., None], layer.codes().double()
-    product = (codes.unflatten(1, (layer.scales.shape[1], -1)) * scales).flatten(1)
-    y = (x.double() if x.dtype == torch.float32 else rounded_activations(x)) @ product.T
-    if layer.bits == 4:
-        y += x.double().unflatten(1, (layer.scales.shape[1], -1)).sum(-1) @ layer.zeros.double().T
-    return y if layer.bias is None else y + layer.bias.double()
-
-
-def assert_right(y, expected):
-    """Half a unit in the last place of y's type, and the error of a float32 sum, from the truth."""
-    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[y.dtype]
-    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6 * expected.abs().max().item())
-
-
-@needs_vnni
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 16, 17, 70])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_operator(M, spec, dtype):
-    for out in (7, 16, 160, 1000):
-        layer = layer_of(random(out, 512), spec, random(out, seed=2))
-        x = (random(M, 512, seed=1) * torch.logspace(-3, 3, 512)).to(dtype)
-        y = CodesLinear(layer)(x)
-        assert y.dtype == dtype and y.shape == (M, out)
-        assert_right(y, expected_of(layer, x))
-
-
-@needs_vnni
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("features", [1, 31, 33, 100, 2000])
-def test_operator_with_inputs_that_are_no_multiple(features, dtype):
-    layer = layer_of(random(20, features), QuantSpec(8))
-    for M in (1, 5, 40):
-        x = random(M, features, seed=1).to(dtype)
-        assert_right(CodesLinear(layer)(x), expected_of(layer, x))
-
-
-@needs_vnni
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
-    layer = CodesLinear(layer_of(random(200, 512), spec))
-    x = random(40, 512, seed=1).to(dtype)
-    together = layer(x)
-    for M in (1, 2, 3, 5, 16, 17):
-        assert torch.equal(layer(x[:M]), together[:M])
-
-
-@needs_vnni
-def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
-    layer = layer_of(random(32, 64), QuantSpec(4, 32))
-    packed = CodesLinear(layer)
-    assert packed(torch.zeros(2, 64)).tolist() == [[0.0] * 32] * 2
-    assert packed(torch.zeros(3, 0, 64)).shape == (3, 0, 32)
-    assert (
-        CodesLinear(layer_of(random(32, 64), QuantSpec(8)))(torch.full((1, 64), 1e-38).bfloat16()).abs().max() < 1e-30
-    )
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        for spec, dtype in ((s, d) for s in (QuantSpec(8), QuantSpec(4, 32)) for d in (torch.float32, torch.bfloat16)):
-            x = random(2, 64).to(dtype)
-            x[0, 40] = bad
-            y = CodesLinear(layer_of(random(32, 64), spec))(x)
-            assert not y[0].isfinite().any() and y[1].isfinite().all()
-    x = random(64, 6).T[::2]
-    assert not x.is_contiguous() and torch.equal(packed(x), packed(x.contiguous()))
-    with pytest.raises(RuntimeError, match="linear_codes"):
-        packed(random(2, 65))
-    with pytest.raises(RuntimeError, match="linear_codes"):
-        packed(random(2, 64).double())
-
-
-@needs_vnni
-def test_float32_scales_are_used_as_they_are():
-    layer = layer_of(random(32, 64), QuantSpec(4, 32))
-    layer.scales, layer.zeros = layer.scales.float() * 1.0001, layer.zeros.float() * 0.9999
-    x = random(3, 64, seed=1)
-    assert_right(CodesLinear(layer)(x), expected_of(layer, x))
+    assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is LAYERS[spec.bits]
 
 
 # ---------------------------------------------------------------- models
@@ -295,18 +217,14 @@ def dequantised(path):
     """The float32 model whose weights are what the file's codes stand for."""
     source = open_model(path)
     state = read_tensors(source, CPU, torch.float32, "")
-    for name, spec in source.table.items():
-        parts = {key: state.pop(f"{name}.{key}") for key in ("weight", "scales", "zeros") if f"{name}.{key}" in state}
-        state[f"{name}.weight"] = LAYERS[spec.bits](**parts).dequantize()
-    if "output.weight" in state:  # no longer that of the embedding
-        return build(ModelArgs(**{**vars(source.args), "tie_embeddings": False}), state)
-    return build(source.args, state)
+    if "output.weight" not in state:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    return tiny.dequantised(source.args, state, source.table)
 
 
+@torch.inference_mode()
 def logits(model, ids):
-    model.setup_caches(1, len(ids) + 1)
-    with torch.inference_mode():
-        return model(torch.tensor([ids]), torch.arange(len(ids))[None])[0].float()
+    return model(torch.tensor([ids]), torch.arange(len(ids))[None], model.new_cache(1, len(ids)).view())[0].float()
 
 
 def assert_close_logits(got, expected, tolerance):
@@ -315,46 +233,45 @@ def assert_close_logits(got, expected, tolerance):
     assert error < tolerance, f"{error:.1e}"
 
 
-MODES = [(spec, False) for spec in SPECS] + [(QuantSpec(4, size), True) for size in GROUPSIZES]
-MODE_IDS = [f"{spec}{' gptq' * gptq}" for spec, gptq in MODES]
 IDS = [[5, 6, 7, 8, 9], [11], list(range(100, 140)), [3] * 17]
+# pairwise: each spec, each head with and without an embedding of its own, rounded both ways
+HEADS = [("int8", False), ("int4", False), ("float", False), ("int8", True), ("int4", True), ("float", True)]
+MODELS = [(spec, *HEADS[i % 6], i in (4, 6, 8)) for i, spec in enumerate(SPECS)]
 
 
-@pytest.mark.parametrize("spec, gptq", MODES, ids=MODE_IDS)
-def test_model_agrees_with_the_dequantised_one(spec, gptq, tmp_path, monkeypatch):
-    path = tmp_path / "model.pth"
-    expected = logits(saved(path, TINY, spec, gptq=gptq), IDS[2])
+@pytest.mark.parametrize("spec, head, tied, gptq", MODELS, ids=lambda value: str(value))
+def test_model_agrees_with_the_dequantised_one(spec, head, tied, gptq, tmp_path, monkeypatch):
+    path, args = tmp_path / "model.pth", replace(TINY, tie_embeddings=tied, qkv_bias=tied)
+    expected = logits(saved(path, args, spec, head, gptq), IDS[2])
     assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
     # bfloat16 itself costs 2 %, activations rounded to int8 as much again in each of these random layers
     assert_close_logits(logits(load_model(path), IDS[2]), expected, 0.1)
     monkeypatch.setattr(cpu, "has_vnni", lambda: False)
-    assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
+    model = load_model(path, dtype=torch.float32)
+    kind = {"int8": LAYERS[8], "int4": LAYERS[spec.bits], "float": nn.Linear}[head]
+    assert type(model.output) is kind and isinstance(model.tok_embeddings, nn.Embedding)
+    assert model.tok_embeddings.weight.dtype == torch.float32
+    assert_close_logits(logits(model, IDS[2]), expected, 1e-5)
 
 
 def run(model, prompts, **functions):
-    setup_caches(model, len(prompts), max(map(len, prompts)) + 16)
-    rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, 16, GREEDY, **functions):
-        for row, ids in zip(rows, chunk, strict=True):
-            row += ids
-    return rows
+    return tiny.continuation(model, model.new_cache(len(prompts), 128), prompts, 16, **functions).tolist()
 
 
 def compiled():
     return {"step": compile_step(decode_one_token, CPU), "forward": compile_step(forward_chunk, CPU, any_length=True)}
 
 
-@pytest.mark.parametrize("spec, gptq", MODES, ids=MODE_IDS)
-def test_ragged_batch_equals_each_row_alone(spec, gptq, tmp_path):
-    saved(tmp_path / "model.pth", TINY, spec, gptq=gptq)
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_ragged_batch_equals_each_row_alone(spec, tmp_path):
+    saved(tmp_path / "model.pth", TINY, spec)
     model = load_model(tmp_path / "model.pth", dtype=torch.float32)
     assert run(model, IDS) == [run(model, [ids])[0] for ids in IDS]
 
 
 @pytest.mark.parametrize(
     "spec, plain",
-    [(QuantSpec(8), False), (QuantSpec(8, 64), False), (QuantSpec(4, 32), False), (QuantSpec(4, 32), True)],
-    ids=str,
+    [(QuantSpec(8), False), (QuantSpec(8, 64), True), (QuantSpec(4, 32), False), (QuantSpec(4, 32), True)],
 )
 def test_compiled_equals_eager(spec, plain, tmp_path, monkeypatch):
     if plain:
@@ -364,21 +281,6 @@ def test_compiled_equals_eager(spec, plain, tmp_path, monkeypatch):
     functions = compiled()
     for prompts in (IDS[:1], IDS):
         assert run(model, prompts, **functions) == run(model, prompts)
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("head, kind", [("int8", Int8Linear), ("int4", Int4Linear), ("float", nn.Linear)])
-def test_heads(head, kind, tied, tmp_path, monkeypatch):
-    args = ModelArgs(**{**vars(TINY), "tie_embeddings": tied, "qkv_bias": True})
-    path = tmp_path / "model.pth"
-    reference = saved(path, args, QuantSpec(4, 64), head)
-    expected = logits(reference, IDS[2])
-    assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
-    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
-    model = load_model(path, dtype=torch.float32)
-    assert type(model.output) is kind and isinstance(model.tok_embeddings, nn.Embedding)
-    assert model.tok_embeddings.weight.dtype == torch.float32
-    assert_close_logits(logits(model, IDS[2]), expected, 1e-5)
 
 
 def test_quantising_while_loading_equals_the_file(tmp_path):

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import tests.tp_cases as tp_cases
-from layers.quantized import QuantSpec, layer_of, quantize_weight
+from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from tests.tiny import SIZES, continuation, ran, random_prompts, save_tiny
 from weights.checkpoint import build, load_model, new_table, open_model
 from weights.families import Config, args_from_config
@@ -216,7 +216,7 @@ def test_family_in_int4(family, tmp_path):
 
 
 def dequantised(weight, spec):
-    return layer_of(quantize_weight(weight, spec)).dequantize()
+    return LAYERS[spec.bits](**quantize_weight(weight, spec)).dequantize()
 
 
 @pytest.fixture(scope="module")

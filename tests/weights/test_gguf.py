@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from layers.quantized import LAYERS, QuantSpec, layer_of
+from layers.quantized import LAYERS, QuantSpec
 from scripts.convert_hf_checkpoint import main as convert
 from weights.checkpoint import load_model, read_tensors, save_checkpoint
 from weights.gguf import open_gguf
@@ -291,7 +291,7 @@ def assert_same_weights(source, tensors, plain):
     for name, spec in source.table.items():
         own = {key: floats.pop(f"{name}.{key}") for key in KEYS[spec.bits]}
         assert all(tensor.dtype == torch.float32 for key, tensor in own.items() if key != "weight")
-        floats[f"{name}.weight"] = layer_of(own).dequantize()
+        floats[f"{name}.weight"] = LAYERS[spec.bits](**own).dequantize()
     plain.setdefault("output.weight", plain["tok_embeddings.weight"])  # a tied head may have codes of its own
     floats.setdefault("output.weight", plain["output.weight"])
     assert floats.keys() == plain.keys()

@@ -1,0 +1,137 @@
+"""The table of fast layers; and which models run as fused blocks, each against its plain form."""
+
+import copy
+from dataclasses import MISSING, fields, replace
+
+import pytest
+import torch
+import torch.nn as nn
+
+from kernels import cpu
+from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
+from layers.fastest import fastest, pack_
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, TinygemmLinear
+from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
+from mixers.rope_scaling import RopeScaling
+from model import Blocks, ExpertLinear, Gate, ModelArgs, Transformer
+
+TINY = ModelArgs(
+    dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
+)
+SIZES = {field.name for field in fields(ModelArgs) if field.default is MISSING}
+# a value other than the default for each field, with what it needs beside it; of models that fused blocks take ...
+TAKEN = {
+    "norm_eps": {"norm_eps": 0.1},
+    "rope_base": {"rope_base": 100.0},
+    "rope_scaling": {"rope_scaling": RopeScaling("linear", 3.0)},
+    "sliding_window": {"sliding_window": 5},
+    "window_rope_base": {"window_rope_base": 100.0, "sliding_window": 5},
+    "qkv_bias": {"qkv_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "attention_scale": {"attention_scale": 0.3},
+    "embedding_scale": {"embedding_scale": 3.0},
+    "logit_scale": {"logit_scale": 0.7},
+    "logit_softcap": {"logit_softcap": 2.0},
+    "tie_embeddings": {"tie_embeddings": True},
+}
+# ... and of models that they refuse
+EXPERTS = {"n_expert": 4, "n_expert_used": 2}
+REFUSED = {
+    "full_layers": {"full_layers": (1,), "sliding_window": 5},
+    "joint_qk_norm": {"joint_qk_norm": True},
+    "attention_softcap": {"attention_softcap": 2.0},
+    "activation": {"activation": "gelu_tanh"},
+    "norm_offset": {"norm_offset": True},
+    "pre_norm": {"pre_norm": False},
+    "post_norm": {"post_norm": True},
+    "residual_scale": {"residual_scale": 0.5},
+    "n_expert": EXPERTS,
+    "n_expert_used": EXPERTS,
+    "normalize_experts": {"normalize_experts": False},  # refused without experts too
+    "shared_size": {"shared_size": 32, **EXPERTS},
+}
+needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks VNNI, or the operators are not built")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def quantised(changes):
+    """A float32 model of random int8 and int4 layers, nothing packed."""
+    torch.manual_seed(0)
+    model = Transformer(replace(TINY, **changes)).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 4 + (parameter.ndim == 1))
+    quantize_(model, linear_table(model, QuantSpec(4, 32), QuantSpec(8)))
+    return model
+
+
+@torch.inference_mode()
+def logits(model):
+    """Of a prompt of many tokens, then of few, then of one, in two rows at positions of their own."""
+    tokens = torch.randint(130, (2, 30), generator=torch.Generator().manual_seed(1))
+    pos, cache = torch.arange(30) + torch.tensor([[0], [3]]), model.new_cache(2, 40).view(length=36)
+    parts = (slice(0, 20), slice(20, 24), slice(24, 25), slice(25, 30))
+    return torch.cat([model(tokens[:, part], pos[:, part], cache) for part in parts], 1)
+
+
+def assert_equals_plain(changes, kind):
+    plain, packed = quantised(changes), quantised(changes)
+    pack_(packed)
+    assert type(packed.layers) is kind
+    torch.testing.assert_close(logits(packed), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def any_processor(monkeypatch):
+    """Layers are chosen as on a processor that has everything; they cannot run."""
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
+    monkeypatch.setattr(FusedBlocks, "__init__", Blocks.__init__)
+
+
+def test_every_field_is_honoured_or_refused_by_fused_blocks():
+    assert SIZES | TAKEN.keys() == HONOURED
+    assert {field.name for field in fields(ModelArgs)} == HONOURED | REFUSED.keys()
+    for name, changes in {**TAKEN, **REFUSED}.items():
+        assert getattr(replace(TINY, **changes), name) != getattr(TINY, name)
+
+
+@pytest.mark.parametrize("name", [*TAKEN, *REFUSED])
+def test_fused_blocks_take_only_models_whose_fields_they_honour(name, any_processor):
+    model = quantised({**TAKEN, **REFUSED}[name])
+    pack_(model)
+    assert type(model.layers) is (FusedBlocks if name in TAKEN else RegionBlocks)
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", TAKEN)
+def test_fused_blocks_equal_plain_ones(name):
+    assert_equals_plain(TAKEN[name], FusedBlocks)
+
+
+@needs_vnni
+@pytest.mark.parametrize("head_dim, n_kv_head", [(64, 4), (96, 1), (128, 2), (256, 1)])
+def test_fused_blocks_of_other_sizes_equal_plain_ones(head_dim, n_kv_head):
+    changes = {"dim": 96, "n_layer": 3, "n_kv_head": n_kv_head, "head_dim": head_dim, "intermediate_size": 160}
+    assert_equals_plain(changes, FusedBlocks)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_fused_blocks_refuse_compute_right(name):
+    assert_equals_plain(REFUSED[name], RegionBlocks)
+
+
+def test_the_table_by_hand(monkeypatch, any_processor):
+    floats = [nn.Linear(64, 48), Gate(64, 48), ExpertLinear(torch.empty(3, 48, 64))]
+    codes = [LAYERS[bits](**quantize_weight(torch.ones(48, 64), QuantSpec(bits, 32))) for bits in (8, 4)]
+    experts = [LAYERS[bits](**quantize_weight(torch.ones(3, 48, 64), QuantSpec(bits, 32))) for bits in (8, 4)]
+    assert [fastest(layer) for layer in floats] == [None, None, AnyExperts]
+    assert [fastest(layer.bfloat16()) for layer in floats] == [FewRowsLinear] * 3
+    assert [fastest(layer) for layer in codes + experts] == [CodesLinear] * 4
+    elsewhere = [copy.deepcopy(layer).to("meta") for layer in floats + codes + experts]
+    assert [fastest(layer) for layer in elsewhere] == [None, None, AnyExperts, None, None, AnyExperts, AnyExperts]
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    assert [fastest(layer) for layer in floats] == [None, None, AnyExperts]
+    assert [fastest(layer) for layer in codes + experts] == [CodesLinear] * 4
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+    assert [fastest(layer) for layer in codes + experts] == [None, None, AnyExperts, AnyExperts]
+    assert TinygemmLinear.fits(codes[1], None) and not TinygemmLinear.fits(experts[1], None)
