@@ -1,4 +1,4 @@
-"""Plain files: JSON, text, what can be written, and writing whole or not at all."""
+"""Plain files: JSON, what can be written, and writing whole or not at all."""
 
 import json
 import os
@@ -103,17 +103,3 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
-
-
-def read_text(path: str) -> str:
-    """The text in a file. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"cannot read the text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"the text {path} is not UTF-8: byte {error.start} is {byte:#x}") from None
-    if not text:
-        raise ValueError(f"the text {path} is empty")
-    return text
