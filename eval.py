@@ -145,31 +145,34 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--compile", action="store_true", help="compile the model; pays from some hundred questions on (default: off)"
     )
-    what = parser.add_argument_group("evaluation")
-    what.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
-    what.add_argument("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
-    what.add_argument("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
-    what.add_argument("--include_path", metavar="DIR", help="a folder with task files of your own")
-    what.add_argument(
+    evaluation_flags(parser.add_argument_group("evaluation"))
+    return parser
+
+
+def evaluation_flags(group) -> None:
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
+    group.add_argument("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
+    group.add_argument("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    group.add_argument("--include_path", metavar="DIR", help="a folder with task files of your own")
+    group.add_argument(
         "--apply_chat_template", action="store_true", help="write each question as a chat message (default: plain text)"
     )
-    what.add_argument("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
-    what.add_argument("--perplexity", metavar="FILE", help="score this text (UTF-8)")
-    what.add_argument(
+    group.add_argument("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
+    group.add_argument("--perplexity", metavar="FILE", help="score this text (UTF-8)")
+    group.add_argument(
         "--max_seq_length",
         type=int,
         help=f"tokens in a window (default: {WINDOW} for a text, the model's context for tasks)",
     )
-    what.add_argument(
+    group.add_argument(
         "--stride", type=int, help="tokens from one window to the next; fewer give more context (default: the window)"
     )
-    what.add_argument(
+    group.add_argument(
         "--batch_size",
         type=int,
         help="rows at a time (default: 1 for a text; for tasks chosen by their lengths, shorter ones together)",
     )
-    what.add_argument("--output_json", metavar="PATH", help="write the result and the facts of the run")
-    return parser
+    group.add_argument("--output_json", metavar="PATH", help="write the result and the facts of the run")
 
 
 if __name__ == "__main__":

@@ -335,52 +335,63 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     place_flags(where)
-    what = parser.add_argument_group("prompt")
-    what.add_argument(
+    prompt_flags(parser.add_argument_group("prompt"))
+    generation_flags(parser.add_argument_group("generation"))
+    speed_flags(parser.add_argument_group("speed"))
+    text = "guess tokens ahead and check them in one go; the text is the same"
+    speculation_flags(parser.add_argument_group("speculation", text))
+    return parser
+
+
+def prompt_flags(group) -> None:
+    group.add_argument(
         "--prompt", type=number_or_text, help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})"
     )
-    what.add_argument(
+    group.add_argument(
         "--prompt_file", metavar="FILE", help="one prompt a line, or JSON Lines with a prompt field; - is stdin"
     )
-    what.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
-    what.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    what.add_argument("--system", help="system message, with --chat or --interactive")
-    how = parser.add_argument_group("generation")
-    how.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
-    how.add_argument("--max_new_tokens", type=int, default=200, help="tokens at most (default: %(default)s)")
-    how.add_argument("--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file all)")
-    how.add_argument(
+    group.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
+    group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group.add_argument("--system", help="system message, with --chat or --interactive")
+
+
+def generation_flags(group) -> None:
+    group.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
+    group.add_argument("--max_new_tokens", type=int, default=200, help="tokens at most (default: %(default)s)")
+    group.add_argument("--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file all)")
+    group.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
     )
-    how.add_argument(
+    group.add_argument(
         "--top_k", type=int, default=200, help="draw from the k likeliest; 0 is off (default: %(default)s)"
     )
-    how.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default: off)")
-    how.add_argument("--min_p", type=float, default=0.0, help="drop those below p times the likeliest (default: off)")
-    how.add_argument("--seed", type=int, default=1234, help="-1 draws one and prints it (default: %(default)s)")
-    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    how.add_argument("--ignore_eos", action="store_true", help="go on after end-of-text")
-    how.add_argument("--max_seq_length", type=int, help="context in tokens (default: the model's)")
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--compile", action="store_true", help="compile the decoding step")
-    speed.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
-    speed.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
-    speed.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
-    guess = parser.add_argument_group(
-        "speculation", "guess tokens ahead and check them in one go; the text is the same"
-    )
-    guess.add_argument("--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses; same tokenizer")
-    guess.add_argument("--draft_device", help="where it runs (default: where the model does)")
-    guess.add_argument(
+    group.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default: off)")
+    group.add_argument("--min_p", type=float, default=0.0, help="drop those below p times the likeliest (default: off)")
+    group.add_argument("--seed", type=int, default=1234, help="-1 draws one and prints it (default: %(default)s)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--ignore_eos", action="store_true", help="go on after end-of-text")
+    group.add_argument("--max_seq_length", type=int, help="context in tokens (default: the model's)")
+
+
+def speed_flags(group) -> None:
+    group.add_argument("--compile", action="store_true", help="compile the decoding step")
+    group.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
+    group.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
+    group.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
+
+
+def speculation_flags(group) -> None:
+    group.add_argument("--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses; same tokenizer")
+    group.add_argument("--draft_device", help="where it runs (default: where the model does)")
+    group.add_argument(
         "--speculate", choices=["ngram"], help="guess what followed the same words before; no draft model"
     )
-    guess.add_argument(
+    group.add_argument(
         "--speculate_k",
         type=number_or_text,
         metavar="K",
         help="tokens to guess at a time, or auto: 1 to 8, as long as it pays (default: auto)",
     )
-    return parser
 
 
 if __name__ == "__main__":

@@ -307,43 +307,49 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where = model_flags(parser, "a float .pth or .gguf file, or a folder")
     place_flags(where, dtype="of what stays float: ", threads=", 1 to round to nearest")
-    what = parser.add_argument_group("quantisation")
-    what.add_argument(
+    quantisation_flags(parser.add_argument_group("quantisation"))
+    calibration_flags(parser.add_argument_group(f"calibration, with --mode {GPTQ}"))
+    group = parser.add_argument_group("what it cost")
+    group.add_argument("--check", metavar="FILE", help="measure the perplexity of this text (UTF-8) before and after")
+    group.add_argument("--output_json", metavar="PATH", help="write the sizes, the error of each layer, the perplexity")
+    return parser
+
+
+def quantisation_flags(group) -> None:
+    group.add_argument(
         "--mode",
         choices=("int8", "int4", GPTQ),
         default="int8",
         help="round to nearest, or by GPTQ, which looks at how the layers are used in a text (default: %(default)s)",
     )
-    what.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
-    what.add_argument(
+    group.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
+    group.add_argument(
         "--head", choices=("int8", "int4", "float"), default="int8", help="the output layer (default: %(default)s)"
     )
-    what.add_argument("--label", help="goes into the file's name: model_LABEL_int8.pth")
-    text = parser.add_argument_group(f"calibration, with --mode {GPTQ}")
-    text.add_argument(
+    group.add_argument("--label", help="goes into the file's name: model_LABEL_int8.pth")
+
+
+def calibration_flags(group) -> None:
+    group.add_argument(
         "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval tasks whose text to use (default: wikitext)"
     )
-    text.add_argument("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
-    text.add_argument("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
-    text.add_argument("--calibration_limit", type=int, default=64, help="windows of text (default: %(default)s)")
-    text.add_argument(
+    group.add_argument("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
+    group.add_argument("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
+    group.add_argument("--calibration_limit", type=int, default=64, help="windows of text (default: %(default)s)")
+    group.add_argument(
         "--calibration_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)"
     )
-    text.add_argument(
+    group.add_argument(
         "--percdamp", type=float, default=0.01, help="damping, as a fraction of the mean (default: %(default)s)"
     )
-    text.add_argument("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
-    text.add_argument(
+    group.add_argument("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
+    group.add_argument(
         "--act_order",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="round the most used inputs first (default: on)",
     )
-    text.add_argument("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
-    after = parser.add_argument_group("what it cost")
-    after.add_argument("--check", metavar="FILE", help="measure the perplexity of this text (UTF-8) before and after")
-    after.add_argument("--output_json", metavar="PATH", help="write the sizes, the error of each layer, the perplexity")
-    return parser
+    group.add_argument("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""How many tokens to propose."""
+"""How many tokens to propose in a round: a fixed number, or the one that pays most.
+
+A round proposes k tokens and verifies them in one pass, which gives 1 to k + 1 new tokens a row; k = 0 is a plain step.
+"""
 
 import statistics
 from dataclasses import dataclass, replace
 
-LENGTHS = (1, 2, 4, 8)  # what k is chosen from where it follows the text
-
-
-LONGEST = 64  # k at most
+LENGTHS = (1, 2, 4, 8)  # the k that the adaptive length chooses from, beside 0
+LONGEST = 64  # the largest fixed k
 
 
 def check_length(k: int | str) -> None:
-    """Raise ValueError unless k is a number of tokens to propose, or "auto"."""
+    """Refuse all but a number of tokens to propose and "auto"."""
     if k != "auto" and not (isinstance(k, int) and 1 <= k <= LONGEST):
         raise ValueError(f"speculate_k is {k}; it must be from 1 to {LONGEST}, or auto")
 
 
 class Odds:
-    """How likely each proposed token is accepted, those before it being so. Recent rounds count most."""
+    """How likely the i-th proposed token is accepted if those before it were. Recent rounds count most."""
 
     FIRST_GUESS, DECAY = 0.7, 0.95
 
@@ -32,7 +33,7 @@ class Odds:
         """Tokens accepted of k, on average."""
         total, reached, chance = 0.0, 1.0, self.FIRST_GUESS
         for tried, taken in zip(self.tried[:k], self.taken[:k], strict=True):
-            chance = (taken + chance) / (tried + 1)  # where little was seen, as the token before
+            chance = (taken + chance) / (tried + 1)  # with few observations: as likely as the token before
             reached *= chance
             total += reached
         return total
@@ -52,29 +53,29 @@ class FixedLength:
 
 
 class AdaptiveLength:
-    """The k that promises most tokens a second, from what was accepted and what rounds cost.
+    """The k that promises most tokens a second, by what was accepted and what rounds cost.
 
-    A budget bounds the loss: what rounds take longer than plain steps would may not exceed what others gained, one and
-    a half steps at the start and a hundredth of the time. What is left of it tries speculation again. Costs, where they
-    drift, follow what rounds take, and a few plain steps now and then tell what those take by now.
+    A credit, in seconds, bounds the loss. Each round pays what it took and earns what its tokens would have taken in
+    plain steps. The credit begins at FREE_STEPS plain steps and grows by SHARE of the time; while it lasts, lengths
+    that do not pay are tried again, because the text may have changed. On a machine whose speed drifts, the costs are
+    the medians of the last rounds.
     """
 
     FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
-    MARGIN = 1.05  # what it must promise over plain steps: costs are not known better
-    HICCUP = 1.5  # what takes longer than so many times its cost, something else held up
-    CHECK_EVERY, TIMED = 32, 3  # after so many rounds so many plain ones, to know what they cost by now
+    MARGIN = 1.05  # the least gain over plain steps that is believed: costs are known to about 5 %
+    HICCUP = 1.5  # a round pays at most so many times its cost: what takes longer waited for other programs
+    CHECK_EVERY, TIMED = 32, 3  # after CHECK_EVERY rounds, TIMED plain steps measure what a plain step costs now
 
     def __init__(self, costs: "Costs"):
-        self.costs = replace(costs, rounds=dict(costs.rounds))  # which follow this text only
+        self.costs = replace(costs, rounds=dict(costs.rounds))  # a copy: it follows this text only
         self.credit = self.FREE_STEPS * costs.rounds[0]
         self.odds: dict[int, Odds] = {}
-        self.timed = {
-            k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()
-        }  # the last rounds of each length
+        self.timed = {k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()}  # the last rounds of each k
         self.caught_up = [costs.behind] * self.TIMED
-        self.alike, self.last, self.unchecked = 0, None, 0
+        self.alike, self.last, self.unchecked = 0, None, 0  # equal k in a row, the last k, rounds since a check
 
     def choose(self, grades: list[int], behind: int) -> int:
+        """The k of the next round. grades: of each row's proposal; behind: tokens that the drafter has not read."""
         plain = self.costs.rounds[0]
         costs = {k: self.costs.of(k, behind) for k in LENGTHS}
         affordable = [k for k in LENGTHS if costs[k] - plain <= self.credit]
@@ -90,13 +91,14 @@ class AdaptiveLength:
         return 1 + sum(self.odds.setdefault(grade, Odds()).expected(k) for grade in grades if grade) / len(grades)
 
     def learn(self, grades: list[int], k: int, behind: int, counts: list[int], seconds: float) -> None:
+        """Take in a round: its k, the new tokens of each row, and how long it took."""
         for grade, count in zip(grades, counts, strict=True):
-            if grade and count:  # none: the row has ended
+            if grade and count:  # a count of 0: the row has ended
                 self.odds.setdefault(grade, Odds()).learn(count - 1, k)
         running = [count for count in counts if count]
         worth = sum(running) / max(len(running), 1) * self.costs.rounds[0]
         cost = self.costs.of(k, behind)
-        if self.costs.drift and (k or self.last):  # the plain step that follows others is theirs to pay for too
+        if self.costs.drift and (k or self.last):  # a plain step after a round finds a cold cache: the round pays
             cost = min(seconds, self.HICCUP * cost)
         self.credit += (1 + self.SHARE) * worth - cost
         self.credit = min(self.credit, self.MOST_STEPS * self.costs.rounds[0])
@@ -104,13 +106,13 @@ class AdaptiveLength:
             self.follow(k, behind, seconds)
 
     def follow(self, k: int, behind: int, seconds: float) -> None:
-        """Take the median of what the last rounds took for what one costs."""
+        """Set costs to the medians of the last rounds."""
         self.alike = self.alike + 1 if k == self.last else 1
         self.last, self.unchecked = k, self.unchecked + 1
         if k and behind:
             self.caught_up = [*self.caught_up[1:], max(0.0, seconds - self.costs.rounds[k]) / Costs.growth(behind)]
             self.costs.behind = statistics.median(self.caught_up)
-        elif self.alike > 1:  # a change of k costs a tenth of a step
+        elif self.alike > 1:  # the first round after a change of k takes a tenth longer
             self.timed[k] = [*self.timed[k][1:], seconds]
             self.costs.rounds[k] = statistics.median(self.timed[k])
         if k == 0 and self.alike == self.TIMED:
@@ -119,9 +121,10 @@ class AdaptiveLength:
 
 @dataclass
 class Costs:
-    """Seconds of a round with k tokens proposed, and of a pass over a few tokens that the source is behind.
+    """What rounds cost, in seconds.
 
-    drift: as those of a machine do that is busy at times, so that they must follow what rounds take.
+    rounds: of a round with k proposals. behind: of reading a few tokens that the drafter has not read. drift: whether
+    the costs change while a text is made, as on a machine that is busy at times.
     """
 
     rounds: dict[int, float]
@@ -133,5 +136,5 @@ class Costs:
 
     @staticmethod
     def growth(behind: int) -> float:
-        """How a pass over so many tokens compares with one over a few: so, or it grows slower."""
+        """How much longer a pass over so many tokens takes than one over a few: at most so."""
         return 1 + behind / 32

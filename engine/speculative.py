@@ -1,7 +1,8 @@
 """Speculative decoding: a draft model, or the text itself, proposes tokens, and one pass of the model verifies them.
 
 The text is distributed exactly as without (Leviathan et al. 2023; Chen et al. 2023). Shapes: B rows, k tokens proposed
-a row, V vocabulary."""
+a row, V vocabulary.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -103,9 +104,15 @@ class Speculation:
         """Cache slots that a round may use beyond the text's last."""
         return max(self.lengths) + 1
 
-    def chooser(self, n_rows: int) -> AdaptiveLength | FixedLength:
-        """What chooses the number of proposals in each round of one text."""
-        return AdaptiveLength(self.costs[n_rows]) if self.adapts else FixedLength(self.k)
+    def chooser(
+        self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
+    ) -> AdaptiveLength | FixedLength:
+        """What chooses the number of proposals in each round of a text; the costs of rounds are measured first."""
+        if not self.adapts:
+            return FixedLength(self.k)
+        if len(text.pos) not in self.costs:
+            self.measure(model, cache, text, sampling)
+        return AdaptiveLength(self.costs[len(text.pos)])
 
     def round(
         self, model: Transformer, cache: KVCache, text: "Text", k: int, sampling: Sampling
@@ -169,9 +176,7 @@ def speculate(
     places = pos.flatten().tolist()
     ends = [place + n_new for place in places]
     text = Text(recent, pos, pos + n_new, max(places) + 1)
-    if speculation.adapts and len(places) not in speculation.costs:
-        speculation.measure(model, cache, text, sampling)
-    length = speculation.chooser(len(places))
+    length = speculation.chooser(model, cache, text, sampling)
     while places != ends:
         began = time.perf_counter()
         grades, behind = drafter.grades(), drafter.behind
@@ -180,9 +185,8 @@ def speculate(
             drafter.skip(text.recent)
         new, recent, pos = speculation.round(model, cache, text, k, sampling)
         new = new.cpu()
-        chunk = Chunk(new[:, :-1], new[:, -1])
         seconds = time.perf_counter() - began
-        yield chunk
+        yield (chunk := Chunk(new[:, :-1], new[:, -1]))
         counts = chunk.counts.tolist()
         length.learn(grades, k, behind, counts, seconds)
         drafter.extend([ids[:n] for ids, n in zip(chunk.tokens.tolist(), counts, strict=True)])

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.cache import copy_prefix
 from engine.decode import read_prompts
 from engine.engine import Engine
-from engine.scoring import logprobs_of, token_logprobs
+from measure.scoring import logprobs_of, token_logprobs
 from tp import full_logits
 
 
@@ -87,9 +87,7 @@ def score_later(engine: Engine, targets: Tensor, pos: Tensor, rows: Tensor, n_ro
     copy_prefix(cache, rows, copies, int(pos.max()))
     places = pos[rows] + torch.arange(targets.shape[1] - 1, device=pos.device)
     places = places.clamp(max=cache.n_slots - 2)  # of padding
-    return token_logprobs(
-        engine.model, cache, targets[:, :-1], places, targets[:, 1:], forward=engine.forward, cache_rows=copies
-    )
+    return token_logprobs(engine, targets[:, :-1], places, targets[:, 1:], cache_rows=copies)
 
 
 def evenly(items: list, most: int) -> Iterator[list]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.cache import context_length
 from engine.engine import Engine
-from engine.scoring import token_logprobs
+from measure.scoring import token_logprobs
 
 WINDOW = 512  # tokens of a text at once
 
@@ -55,7 +55,7 @@ def perplexity(
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
             pos = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
             skip = batch[0].first - batch[0].begin - 1
-            logprobs, _ = token_logprobs(model, engine.cache, tokens[:, :-1], pos, tokens[:, 1:], skip, engine.forward)
+            logprobs, _ = token_logprobs(engine, tokens[:, :-1], pos, tokens[:, 1:], skip)
             total -= logprobs.sum().item()
             progress.update(logprobs.numel())
     mean = total / n_tokens

@@ -17,11 +17,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-
 CONVERT = "scripts/convert_hf_checkpoint.py"
 
 
-def run(*args, input=None, timeout=300, env=None):
-    """`python ARGS` in the repository root, with `env` added to the environment; stdout and stderr are text."""
+def run(*args, input=None, timeout=300, env=None, cwd=ROOT):
+    """`python ARGS` in the repository root or cwd, with `env` added to the environment; stdout and stderr are text."""
     command = [sys.executable, *map(str, args)]
     env = os.environ | {key: str(value) for key, value in (env or {}).items()}
-    return subprocess.run(command, cwd=ROOT, input=input, timeout=timeout, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, input=input, timeout=timeout, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The shape of the project: imports point one way, and nothing large or private is committed."""
+"""The shape of the house: imports point one way, files and functions are short, nothing large is committed."""
 
 import ast
 import subprocess
@@ -8,27 +8,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file imports only files before it in this list (a folder stands for all its files).
-ORDER = [
-    "command_line",
-    "model",
-    "kernels",
-    "qlinear",
-    "tp",
-    "gguf_file",
-    "checkpoint",
-    "tokenizer",
-    "decoding",
-    "speculative",
-]
-ORDER += ["generate", "harness", "eval", "gptq", "quantize", "scripts", "tests"]
+# A file imports only from its own room and from those before it; measure and compress stand on one floor.
+ROOMS = ["cli", "mixers", "kernels", "model", "layers", "ranks", "tp", "weights", "text", "engine"]
+FLOORS = [*([room] for room in ROOMS), ["measure", "compress"], ["flags"], ["generate", "quantize", "eval"]]
+FLOORS += [["gpt_faster"], ["scripts"], ["tests"]]
+FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+COMMANDS = ("generate", "quantize", "eval")
+LONGEST_FILE, LONGEST_MODEL, LONGEST_FUNCTION, MOST_FILES = 420, 500, 40, 10
 
-SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "checkpoints" not in path.parts]
+SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "checkpoints", "build"} & set(path.parts)]
+PRODUCT = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "tests"]
+KERNELS = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".h", ".cpp")]
 
 
-def owner(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0]
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def room_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
 def imported(path):
@@ -39,18 +37,51 @@ def imported(path):
             yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_up_the_list(path):
-    rank = ORDER.index(owner(path))
-    for name in set(imported(path)) & set(ORDER):
-        assert ORDER.index(name) <= rank, f"{path.name} imports {name}"
-        assert name != owner(path) or owner(path) in ("scripts", "tests", "kernels")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    for name in set(imported(path)) & FLOOR_OF.keys() - {room}:
+        assert FLOOR_OF[name] <= FLOOR_OF[room], f"{name_of(path)} imports {name}, which stands above it"
+        assert name not in COMMANDS or room in ("scripts", "tests"), f"{name_of(path)} imports the command {name}"
 
 
-def test_every_module_is_in_the_readme():
+def test_no_room_imports_itself_in_a_circle():
+    """Every file can be imported alone, first: a circle would leave one of its names undefined."""
+    graph = {}
+    for path in PRODUCT:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+        graph[".".join(path.relative_to(ROOT).with_suffix("").parts)] = own
+    done = set()
+    while ready := {name for name, needs in graph.items() if not (needs & graph.keys()) - done} - done:
+        done |= ready
+    assert graph.keys() == done
+
+
+@pytest.mark.parametrize("path", [*PRODUCT, *KERNELS], ids=name_of)
+def test_files_are_short(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= (LONGEST_MODEL if path.name == "model.py" else LONGEST_FILE)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{name_of(path)}: {node.name} has {length} lines"
+
+
+def test_rooms_are_small():
+    rooms = {path.parent for path in PRODUCT if path.parent != ROOT}
+    assert not [name_of(room) for room in rooms if len(list(room.glob("*.py"))) > MOST_FILES]
+
+
+def test_every_room_is_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in readme, path.name
+    for path in PRODUCT:
+        room = f"{room_of(path)}/" if path.parent != ROOT else path.name
+        assert f"`{room}`" in readme, room
 
 
 def test_the_repository_stays_small():

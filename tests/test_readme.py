@@ -192,8 +192,16 @@ def test_benchmarks_parse(command, run_cli):
 
 
 def test_library_example(run_cli, default_model_dir, tmp_path):
+    """In a folder whose own modules have the names of our rooms."""
+    for name in ("model", "text"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
     (code,) = blocks("python")
-    code = re.sub(r'path = "[^"]+"', f"path = {str(default_model_dir / 'model.pth')!r}", code)
-    done = run_cli("-c", code.replace("max_new_tokens=100", "max_new_tokens=12"))
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 3
+    code = re.sub(r'load\("[^"]+"', f"load({str(default_model_dir / 'model.pth')!r}", code)
+    code = code.replace("max_new_tokens=100", "max_new_tokens=12")
+    found = f"import sys; sys.path.append({str(ROOT)!r}); import gpt_faster; sys.path.remove({str(ROOT)!r})"
+    checks = "import model, text; assert model.MINE and text.MINE and model is not gpt_faster.model"
+    for compile in ("False", "True"):
+        lines = [found, code.replace("compile=False", f"compile={compile}"), checks]
+        done = run_cli("-c", "\n".join(lines), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.split()) > 3

@@ -14,10 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import weights.families as families
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
+from engine.drafters import DraftModel, PromptLookup
+from engine.engine import Engine, generate
 from engine.sampling import Sampling
+from engine.speculative import Speculation
 from layers.quantized import LAYERS
 from model import ModelArgs, Transformer
-from weights.checkpoint import build, save_checkpoint
+from weights.checkpoint import build, load_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -198,3 +201,32 @@ def ran(n_rank, *args, **options):
     code, out, err = outcome(torchrun(n_rank, *args, **options), input)
     assert code == 0, err
     return out
+
+
+def ids_of(engine, prompts, budget, start=0):
+    """The new ids of each row; engine: or a model."""
+    engine = engine if isinstance(engine, Engine) else Engine(engine)
+    rows = [[] for _ in prompts]
+    for chunk in generate(engine, prompts, budget, GREEDY, start):
+        for row, ids in zip(rows, chunk, strict=True):
+            assert ids
+            row += ids
+    return rows
+
+
+SOURCES = ["ngram", "same", "near", "other"]  # the text itself; drafts that always, sometimes and never agree
+
+
+def make_drafts(path, folder):
+    """Draft models for the checkpoint in path, by the names in SOURCES."""
+    other = make_tiny_checkpoint(folder, seed=1)
+    paths = {"same": path, "near": path, "other": other}
+    drafts = {name: load_model(path, dtype=torch.float32) for name, path in paths.items()}
+    torch.manual_seed(0)
+    for parameter in drafts["near"].parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return drafts
+
+
+def speculation_of(drafts, source, k=5):
+    return Speculation(PromptLookup() if source == "ngram" else DraftModel(drafts[source]), k)

@@ -4,12 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.cache import setup_caches
-from engine.compile import compile_step
-from engine.decode import decode_one_token, forward_chunk
-from engine.request import generate
+from engine.drafters import DraftModel, PromptLookup
+from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
-from engine.speculative import DraftModel, PromptLookup, Speculation
+from engine.speculative import Speculation
 from layers.quantized import QuantSpec
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
@@ -87,9 +85,9 @@ def expected(reference_model, prompts):
     return answers
 
 
-def ours(model, prompts, **functions):
+def ours(engine, prompts):
     rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, NEW_TOKENS, Sampling(temperature=0), **functions):
+    for chunk in generate(engine, prompts, NEW_TOKENS, Sampling(temperature=0)):
         for row, ids in zip(rows, chunk, strict=True):
             row += ids
     return rows
@@ -106,17 +104,17 @@ def test_weights_equal_those_transformers_reads(model, reference_model):
 
 
 def test_each_prompt_alone(model, prompts, expected):
-    setup_caches(model, 1, max(map(len, prompts)) + NEW_TOKENS)
+    engine = Engine(model)
     for text, ids, answer in zip(PROMPTS, prompts, expected, strict=True):
-        assert ours(model, [ids]) == [answer], text
+        assert ours(engine, [ids]) == [answer], text
 
 
 def test_ragged_batches(model, prompts, expected):
-    setup_caches(model, 7, max(map(len, prompts)) + NEW_TOKENS)
+    engine = Engine(model)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     for begin in range(0, len(order), 7):
         some = order[begin : begin + 7]
-        assert ours(model, [prompts[i] for i in some]) == [expected[i] for i in some]
+        assert ours(engine, [prompts[i] for i in some]) == [expected[i] for i in some]
 
 
 @pytest.mark.parametrize("source", ["ngram", "draft"])
@@ -126,20 +124,16 @@ def test_speculation(model, prompts, expected, default_gguf, source):
         source = DraftModel(load_model(default_gguf, dtype=torch.float32, quantize=QuantSpec(4, 32)))
     else:
         source = PromptLookup()
-    speculation = Speculation(source, 4)
-    setup_caches(model, 8, max(map(len, prompts)) + NEW_TOKENS, speculation)
+    engine = Engine(model, speculation=Speculation(source, 4))
     for begin in range(0, len(prompts), 8):
         rows = slice(begin, begin + 8)
-        assert ours(model, prompts[rows], speculation=speculation) == expected[rows]
+        assert ours(engine, prompts[rows]) == expected[rows]
 
 
 @pytest.mark.parametrize("n_rows", [1, 6])
 def test_compiled(model, prompts, expected, n_rows):
-    functions = {
-        "step": compile_step(decode_one_token, model.device),
-        "forward": compile_step(forward_chunk, model.device, any_length=True),
-    }
-    setup_caches(model, n_rows, max(map(len, prompts)) + NEW_TOKENS)
+    engine = build_engine(model, compile=True, compile_prefill=True)
+    engine.reserve(n_rows, max(map(len, prompts)) + NEW_TOKENS)  # one cache for all, so one form
     for begin in range(0, len(prompts), n_rows):
         rows = slice(begin, begin + n_rows)
-        assert ours(model, prompts[rows], **functions) == expected[rows]
+        assert ours(engine, prompts[rows]) == expected[rows]

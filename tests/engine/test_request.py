@@ -1,7 +1,5 @@
-"""The library behind the command: streams of ids, rows that end, prompt files, conversations."""
+"""The library behind the command: streams of ids, and requests that end."""
 
-import argparse
-import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,16 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import generate as program
-from engine.cache import setup_caches
-from engine.decode import prefill
-from engine.guess_length import Costs
-from engine.request import Row, Timing, generate, run_batch
+import engine.engine
+from engine.cache import check_fit
+from engine.drafters import DraftModel, PromptLookup
+from engine.engine import Engine, generate, read_behind
+from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
-from engine.speculative import DraftModel, PromptLookup, Speculation
-from generate import Conversation
-from tests.tiny import make_tiny_checkpoint
-from text.prompts import read_prompt_file
+from engine.speculative import Speculation
+from measure.speed import acceptance, bytes_read, report_acceptance
+from tests.tiny import ROOT, SOURCES, ids_of, make_drafts, make_tiny_checkpoint, speculation_of
 from text.stream import TextStream
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
@@ -32,46 +29,18 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(path=path, model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
 
 
-@pytest.fixture(scope="module")
-def default(default_model_dir):
-    path = default_model_dir / "model.pth"
-    return SimpleNamespace(path=path, model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
-
-
-def ids_of(model, prompts, budget, **options):
-    """The new ids of each row."""
-    setup_caches(model, len(prompts), max(map(len, prompts)) + budget + options.get("start", 0))
-    rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, budget, GREEDY, **options):
-        for row, ids in zip(rows, chunk, strict=True):
-            assert ids
-            row += ids
-    return rows
-
-
 # ---------------------------------------------------------------- as a library
 
 
-def test_ten_lines_stream_text_from_the_default_model(default):
-    script = f"""
-        from weights.checkpoint import load_model
-        from engine.sampling import Sampling
-        from engine.request import generate
-        from text.stream import TextStream
-        from text.tokenizer import load_tokenizer
-        model, tokenizer = load_model({str(default.path)!r}), load_tokenizer({str(default.path)!r})
-        prompt = tokenizer.encode_chat([{{"role": "user", "content": "What is the capital of France?"}}])
-        model.setup_caches(1, len(prompt) + 100)
-        stream = TextStream(tokenizer)
-        for [ids] in generate(model, [prompt], 100, Sampling(temperature=0)):
-            print(stream.push(ids), end="", flush=True)
-            if tokenizer.eos_ids & set(ids):
-                break
-    """
-    lines = "\n".join(line.strip() if "    print" not in line and "  if " not in line else line[8:]
-                      for line in script.splitlines()).replace("\nbreak", "\n        break")  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout) == (0, "The capital of France is Paris."), result.stderr
+def test_the_example_of_generate_streams_text(default_model_dir):
+    """The lines in its docstring, run as they stand there, with the imports that they need."""
+    example = [line[8:] for line in engine.engine.generate.__doc__.splitlines() if line.startswith("        ")]
+    path = default_model_dir / "model.pth"
+    lines = ["from engine.engine import generate, load", "from engine.sampling import Sampling"]
+    lines += ["from text.stream import TextStream", *example]
+    script = "\n".join(lines).replace("load()", f"load({str(path)!r})")
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.startswith(" Paris"), result.stderr
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 17])
@@ -82,17 +51,16 @@ def test_budget_is_exact(tiny, budget):
 def test_prompt_and_budget_may_fill_the_cache_exactly(tiny):
     prompt = list(range(10, 50))
     (free,) = ids_of(tiny.model, [prompt], 60)
-    tiny.model.setup_caches(1, 100)
-    filled = [ids for (chunk,) in generate(tiny.model, [prompt], 60, GREEDY) for ids in chunk]
-    assert filled == free
+    engine = Engine(tiny.model, cache=tiny.model.new_cache(1, 100))
+    assert ids_of(engine, [prompt], 60) == [free] and engine.cache.n_slots == 100
 
 
 def test_one_token_more_than_the_context_is_an_error():
-    assert program.check_fit(12, 500, 512) == 512
+    assert check_fit(12, 500, 512) == 512
     with pytest.raises(ValueError, match=r"13 tokens and 500 new .* context of 512; use --max_new_tokens 499 or less"):
-        program.check_fit(13, 500, 512)
+        check_fit(13, 500, 512)
     with pytest.raises(ValueError, match="shorten the prompt below 512"):
-        program.check_fit(512, 1, 512)
+        check_fit(512, 1, 512)
 
 
 def test_rows_of_a_ragged_batch_equal_each_row_alone(tiny):
@@ -108,7 +76,7 @@ def test_reading_behind_keeps_order_and_loses_nothing(distance):
     launched = []
     source = (launched.append(i) or i for i in range(6))
     read = []
-    for chunk in program.read_behind(source, distance):
+    for chunk in read_behind(source, distance):
         read.append(chunk)
         assert len(launched) == min(len(read) + distance, 6)
     assert read == list(range(6))
@@ -118,7 +86,7 @@ def test_reading_behind_keeps_order_and_loses_nothing(distance):
 
 
 def row_of(tiny, budget=100, stop=(), ignore_eos=False):
-    return Row([1], tiny.tokenizer, budget, list(stop), ignore_eos)
+    return Request([1], tiny.tokenizer, budget, list(stop), ignore_eos)
 
 
 def test_row_ends_at_end_of_text_whose_id_is_counted(tiny):
@@ -182,15 +150,11 @@ def test_batch_goes_on_until_its_last_row_ends_and_the_others_stay_as_they_ended
     at = next(i for i in range(3, 30) if plain[0][i] not in plain[0][:i])  # row 0 is to end there
     stub = SimpleNamespace(eos_ids=frozenset([plain[0][at]]) - set(plain[1]))
     assert stub.eos_ids, "choose another seed"
-    rows = [Row(prompt, tiny.tokenizer, 30, [], True) for prompt in prompts]
+    rows = [Request(prompt, tiny.tokenizer, 30, [], True) for prompt in prompts]
     rows[0].eos_ids = stub.eos_ids
     timing, pieces = Timing(), {0: "", 1: ""}
-    setup_caches(tiny.model, 2, 33)
-
-    def show(row, text):
+    for row, text in run_batch(Engine(tiny.model), rows, GREEDY, timing):
         pieces[rows.index(row)] += text
-
-    run_batch(tiny.model, rows, GREEDY, timing, 0.0, show)
     assert rows[0].token_ids == plain[0][: at + 1] and rows[1].token_ids == plain[1]
     assert [row.finish_reason for row in rows] == ["eos", "length"]
     assert list(pieces.values()) == [row.stream.text for row in rows]
@@ -206,36 +170,21 @@ def test_streamed_text_of_random_ids_equals_the_decoded_whole(tiny):
 
 # ---------------------------------------------------------------- speculation
 
-SOURCES = ["ngram", "same", "near", "other"]  # the text itself; drafts that always, sometimes and never agree
 PROMPTS = [[50, 60, 70], [7, 8, 9, 7, 8, 9, 7, 8], [40]]
 
 
 @pytest.fixture(scope="module")
 def drafts(tiny, tmp_path_factory):
-    other = make_tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
-    paths = {"same": tiny.path, "near": tiny.path, "other": other}
-    drafts = {name: load_model(path, dtype=torch.float32) for name, path in paths.items()}
-    torch.manual_seed(0)
-    for parameter in drafts["near"].parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    return drafts
-
-
-def speculation_of(drafts, source, k=5):
-    return Speculation(PromptLookup() if source == "ngram" else DraftModel(drafts[source]), k)
+    return make_drafts(tiny.path, tmp_path_factory.mktemp("other"))
 
 
 def finished(it, prompts, speculation=None, budget=24, stop=(), eos_ids=frozenset()):
     """The rows of a batch, ended, of which the first knows eos_ids, and the timing."""
-    rows = [Row(prompt, it.tokenizer, budget, list(stop), True) for prompt in prompts]
+    rows = [Request(prompt, it.tokenizer, budget, list(stop), True) for prompt in prompts]
     rows[0].eos_ids = eos_ids
     shown, timing = [""] * len(rows), Timing()
-    setup_caches(it.model, len(prompts), max(map(len, prompts)) + budget, speculation)
-
-    def show(row, text):
+    for row, text in run_batch(Engine(it.model, speculation=speculation), rows, GREEDY, timing):
         shown[rows.index(row)] += text
-
-    run_batch(it.model, rows, GREEDY, timing, 0.0, show, speculation=speculation)
     assert shown == [row.stream.text for row in rows]
     return rows, timing
 
@@ -296,8 +245,7 @@ def test_drafts_agree_as_their_names_say(tiny, drafts):
 @pytest.mark.parametrize("source", SOURCES)
 def test_generate_yields_the_same_ids_with_speculation(tiny, drafts, source):
     speculation, rows = speculation_of(drafts, source, 4), [[] for _ in PROMPTS]
-    setup_caches(tiny.model, len(PROMPTS), 8 + 30, speculation)
-    for chunk in generate(tiny.model, PROMPTS, 30, GREEDY, speculation=speculation):
+    for chunk in generate(Engine(tiny.model, speculation=speculation), PROMPTS, 30, GREEDY):
         assert any(chunk) and max(map(len, chunk)) <= 5
         for row, ids in zip(rows, chunk, strict=True):
             row += ids
@@ -318,9 +266,10 @@ def test_speculation_at_the_ends_of_caches(tiny, drafts, source, k, length):
 def test_draft_with_a_shorter_context_is_refused(tiny, tmp_path):
     draft = load_model(make_tiny_checkpoint(tmp_path, context=64), dtype=torch.float32)
     speculation = Speculation(DraftModel(draft), 5)
-    setup_caches(tiny.model, 1, 64, speculation)
+    engine = Engine(tiny.model, speculation=speculation)
+    engine.reserve(1, 64)
     with pytest.raises(ValueError, match="the draft's context of 64 is shorter than the 65 positions asked for; use"):
-        setup_caches(tiny.model, 1, 65, speculation)
+        engine.reserve(1, 65)
 
 
 @pytest.mark.parametrize(
@@ -333,13 +282,13 @@ def test_draft_with_a_shorter_context_is_refused(tiny, tmp_path):
     ],
 )
 def test_acceptance(tiny, capsys, rounds, mean, rate, printed):
-    timing = Timing(rows=[row_of(tiny) for _ in rounds])
-    for row, pairs in zip(timing.rows, rounds, strict=True):
+    timing = Timing(requests=[row_of(tiny) for _ in rounds])
+    for row, pairs in zip(timing.requests, rounds, strict=True):
         row.rounds = pairs
         assert row.to_json()["accept_lengths"] == [accepted for _, accepted in pairs]
-    assert program.acceptance([timing, Timing()]) == {"mean_accepted": mean, "acceptance_rate": rate}
-    assert program.acceptance([timing, timing]) == program.acceptance([timing])
-    program.report_acceptance(timing)
+    assert acceptance([timing, Timing()]) == {"mean_accepted": mean, "acceptance_rate": rate}
+    assert acceptance([timing, timing]) == acceptance([timing])
+    report_acceptance(timing)
     assert printed in capsys.readouterr().err
 
 
@@ -349,273 +298,8 @@ def test_bytes_read(tiny):
     size = 2 * layer + 64 + tiny.tokenizer.vocab_size * 64
     draft = DraftModel(load_model(tiny.path, dtype=torch.bfloat16))
     timings = [Timing(steps=3, draft_steps=12), Timing(steps=1, draft_steps=5)]
-    assert program.bytes_read(timings, tiny.model, None) == 4 * (4 * size)
-    assert program.bytes_read(timings, tiny.model, Speculation(PromptLookup(), 4)) == 4 * (4 * size)
-    assert program.bytes_read(timings, tiny.model, Speculation(draft, 4)) == 4 * (4 * size) + 17 * (2 * size)
-
-
-# ---------------------------------------------------------------- prompt files
-
-
-@pytest.mark.parametrize(
-    "data, prompts",
-    [
-        (b"one\ntwo\n", ["one", "two"]),
-        (b"one\r\ntwo", ["one", "two"]),
-        (b"\xef\xbb\xbfone\n", ["one"]),
-        (b"\n\n  \none\n\t\n two \n\n", ["one", " two "]),
-        ("a\u2028b\x0bc\x85d\ne".encode(), ["a\u2028b\x0bc\x85d", "e"]),
-        (b"a\rb\n", ["a\rb"]),
-        (b"42\n", ["42"]),
-        ("Grüße 😀\n日本".encode(), ["Grüße 😀", "日本"]),
-        (b'{"prompt": "one"}\n\n{"id": 7, "prompt": "two\\nlines"}\n', ["one", "two\nlines"]),
-        ('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "\\ud83d\\ude00"}'.encode(), ["a\u2028b", "😀"]),
-        (b'say {"prompt": 1}\n{"prompt": "x"}', ['say {"prompt": 1}', '{"prompt": "x"}']),
-    ],
-)
-def test_prompt_file(tmp_path, data, prompts):
-    path = tmp_path / "prompts"
-    path.write_bytes(data)
-    assert read_prompt_file(str(path)) == prompts
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"good\nbad \xff\n", "is not UTF-8: byte 9 is 0xff"),
-        ("text".encode("utf-16"), "is not UTF-8: byte 0 is 0xff"),
-        (b"", "has no prompt in it"),
-        (b" \n\r\n", "has no prompt in it"),
-        (b'{"prompt": "a"}\nplain\n', "line 2 is not valid JSON"),
-        (b'{"prompt": "a"\n', "line 1 is not valid JSON"),
-        (b'{"text": "a"}\n', 'line 1 has no "prompt" field'),
-        (b'{"prompt": "a"}\n[1]\n', 'line 2 has no "prompt" field'),
-        (b'{"prompt": 5}\n', 'line 1: "prompt" must be a text'),
-        (b'{"prompt": ""}\n', 'line 1: "prompt" must be a text that is not empty'),
-        (b'{"prompt": ' + b"[" * 100_000, "line 1 is not valid JSON"),
-    ],
-)
-def test_prompt_file_that_cannot_be_read(tmp_path, data, message):
-    path = tmp_path / "prompts"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        read_prompt_file(str(path))
-
-
-def test_prompt_file_that_is_not_there(tmp_path):
-    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(ValueError, match=f"cannot read the prompt file {path}: {reason}"):
-            read_prompt_file(str(path))
-
-
-@pytest.mark.parametrize("prompt, message", [("", "the prompt is empty"), ("\udcff", "not valid UTF-8")])
-def test_prompt_that_cannot_be_encoded(tiny, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        program.encode_prompt(tiny.tokenizer, prompt, SimpleNamespace(chat=False))
-
-
-# ---------------------------------------------------------------- conversations
-
-PLAIN = {"step": program.decode_one_token, "forward": program.forward_chunk}
-
-
-def conversation_of(it, context, budget=16, system=None):
-    it.model.setup_caches(1, context)
-    options = argparse.Namespace(system=system, max_new_tokens=budget, stop=[], ignore_eos=False)
-    return Conversation(it.model, it.tokenizer, context, options)
-
-
-def assert_turns_equal_fresh_runs(it, turns, context, budget):
-    """Each answer, made on top of the kept cache, is what the whole conversation in an empty cache gives."""
-    conversation = conversation_of(it, context, budget, system="You are a helpful assistant.")
-    reused = 0
-    for text in turns:
-        ids = conversation.prompt_ids(text)
-        reused += program.shared_prefix(ids, conversation.cached)
-        conversation.turn(text, GREEDY, PLAIN)
-        answer = conversation.history[len(ids) :]
-        kept = [layer.attention.kv_cache for layer in it.model.layers]
-        fresh = Row(ids, it.tokenizer, budget, [], False)
-        setup_caches(it.model, 1, len(ids) + budget)
-        run_batch(it.model, [fresh], GREEDY, Timing(), 0.0, lambda *_: None)
-        assert answer == fresh.token_ids
-        assert conversation.messages[-1] == {"role": "assistant", "content": fresh.stream.text}
-        it.model.setup_caches(1, context)
-        for layer, cache in zip(it.model.layers, kept, strict=True):
-            layer.attention.kv_cache.k.copy_(cache.k)
-            layer.attention.kv_cache.v.copy_(cache.v)
-    assert len(conversation.messages) == 1 + 2 * len(turns)
-    assert reused > len(conversation.cached) // 2
-
-
-def test_conversation_on_the_kept_cache_equals_fresh_prefills(default, capsys):
-    turns = ["What is the capital of France?", "And of Spain?", "Count to five.", "Thanks 😀"]
-    assert_turns_equal_fresh_runs(default, turns, 1024, 24)
-    assert "Paris" in capsys.readouterr().out
-
-
-def test_conversation_whose_answers_are_bytes_in_pieces_equals_fresh_prefills(tiny):
-    assert_turns_equal_fresh_runs(tiny, ["hello", "the cat", "a", "sat on the mat"], 512, 12)
-
-
-def test_conversation_after_an_interrupted_answer_equals_a_fresh_prefill(tiny, monkeypatch, capsys):
-    conversation, whole = conversation_of(tiny, 512), program.write
-    pieces = []
-
-    def interrupt(text):
-        pieces.append(text)
-        if len(pieces) == 4:
-            raise KeyboardInterrupt
-        whole(text)
-
-    monkeypatch.setattr(program, "write", interrupt)
-    conversation.turn("the cat", GREEDY, PLAIN)
-    assert "[interrupted]" in capsys.readouterr().err
-    monkeypatch.setattr(program, "write", whole)
-    ids = conversation.prompt_ids("the dog")
-    conversation.turn("the dog", GREEDY, PLAIN)
-    assert conversation.history[len(ids) :] == ids_of(tiny.model, [ids], 16)[0]
-
-
-def test_turn_that_does_not_fit_changes_nothing(tiny):
-    conversation = conversation_of(tiny, 64, budget=200)
-    conversation.turn("hat", GREEDY, PLAIN)
-    before = (list(conversation.messages), list(conversation.cached), list(conversation.history))
-    with pytest.raises(ValueError, match=r"the context of 64 tokens is full \(this turn needs \d+\); /reset clears it"):
-        conversation.turn("the dog ate the hat " * 10, GREEDY, PLAIN)
-    assert before == (conversation.messages, conversation.cached, conversation.history)
-
-
-def test_answer_that_fills_the_context_says_so(tiny, capsys):
-    conversation = conversation_of(tiny, 40, budget=200)
-    conversation.turn("hat", GREEDY, PLAIN)
-    assert len(conversation.history) == 40
-    assert "the context is full, /reset clears it" in capsys.readouterr().err
-
-
-def test_without_a_template_a_conversation_continues_the_text(tmp_path):
-    path = make_tiny_checkpoint(tmp_path, template=None)
-    it = SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
-    conversation = conversation_of(it, 256, budget=8)
-    conversation.turn("the cat", GREEDY, PLAIN)
-    first = list(conversation.history)
-    conversation.turn(" sat", GREEDY, PLAIN)
-    prompt = first + it.tokenizer.encode(" sat")
-    assert conversation.history == prompt + ids_of(it.model, [prompt], 8)[0]
-
-
-def answers(it, turns, speculation, context=512, budget=16):
-    """The text after each turn, as ids, and what the cache is said to hold; "/reset" clears the conversation."""
-    conversation = conversation_of(it, context, budget)
-    setup_caches(it.model, 1, context, speculation)
-    texts = []
-    for text in turns:
-        if text == "/reset":
-            conversation.reset()
-        else:
-            conversation.turn(text, GREEDY, PLAIN | {"speculation": speculation})
-        texts.append((conversation.history, conversation.cached, list(conversation.messages)))
-    return texts
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_conversation_with_speculation_equals_one_without(tiny, drafts, source):
-    turns = ["the cat sat", "the dog", "a", "/reset", "hat", "the cat sat on the mat"]
-    for k in (3, "auto"):
-        assert answers(tiny, turns, speculation_of(drafts, source, k)) == answers(tiny, turns, None)
-
-
-@pytest.mark.parametrize("source", ["ngram", "near"])
-def test_conversation_with_speculation_fills_the_context(tiny, drafts, source, capsys):
-    plain = answers(tiny, ["hat"], None, context=40, budget=200)
-    assert answers(tiny, ["hat"], speculation_of(drafts, source), context=40, budget=200) == plain
-    assert len(plain[0][0]) == 40
-    assert capsys.readouterr().err.count("the context is full, /reset clears it") == 2
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_conversation_with_speculation_after_an_interrupted_answer(tiny, drafts, source, at, monkeypatch, capsys):
-    conversation, whole, pieces = conversation_of(tiny, 512, budget=40), program.write, []
-    speculation = speculation_of(drafts, source, 3)
-    setup_caches(tiny.model, 1, 512, speculation)
-
-    def interrupt(text):
-        pieces.append(text)
-        if len(pieces) == at:
-            raise KeyboardInterrupt
-        whole(text)
-
-    monkeypatch.setattr(program, "write", interrupt)
-    conversation.turn("the cat", GREEDY, PLAIN | {"speculation": speculation})
-    assert "[interrupted]" in capsys.readouterr().err and len(conversation.history) < 40
-    monkeypatch.setattr(program, "write", whole)
-    ids = conversation.prompt_ids("the dog")
-    assert program.shared_prefix(ids, conversation.cached) > 5
-    conversation.turn("the dog", GREEDY, PLAIN | {"speculation": speculation})
-    answer = conversation.history[len(ids) :]
-    assert answer == ids_of(tiny.model, [ids], 40)[0]
-
-
-@pytest.mark.parametrize("source", SOURCES[1:])
-@pytest.mark.parametrize("k", [3, "auto"])
-def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, source, k):
-    speculation, read = speculation_of(drafts, source, k), []
-    speculation.costs[1] = Costs({0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4, 8: 1.8}, 0.1)  # not measured: always the same rounds
-    draft = speculation.source
-
-    def forward(model, tokens, *others):
-        read.append(tokens.shape[1])
-        return program.forward_chunk(model, tokens, *others)
-
-    draft.forward = forward
-    tokenizer = copy.copy(tiny.tokenizer)
-    tokenizer.chat_template = None  # so that the text is never encoded anew
-    conversation = conversation_of(SimpleNamespace(model=tiny.model, tokenizer=tokenizer), 512)
-    setup_caches(tiny.model, 1, 512, speculation)
-    turns = [
-        ("the dog ate the hat", 11),
-        ("a cat", 12),
-        ("/reset", 0),
-        ("the hat", 1),
-        ("the cat sat", 20),
-        ("he ate", 9),
-    ]
-    for text, budget in turns:
-        if text == "/reset":
-            conversation.reset()
-            continue
-        ids, conversation.args.max_new_tokens = conversation.prompt_ids(text), budget
-        start = min(program.shared_prefix(ids, conversation.cached), len(ids) - 1, draft.filled)
-        read.clear()
-        conversation.turn(text, GREEDY, PLAIN | {"speculation": speculation})
-        assert read[0] == len(ids) - start
-        assert len(ids) <= draft.filled < len(conversation.history)
-        assert_holds(draft, conversation.history)
-
-
-def assert_holds(draft, text):
-    """The draft's cache is what its model, reading the text anew, puts there."""
-    fresh = copy.deepcopy(draft.model)
-    fresh(torch.tensor([text[: draft.filled]]), torch.arange(draft.filled)[None])
-    for ours, truth in zip(draft.model.layers, fresh.layers, strict=True):
-        ours, truth = (layer.attention.kv_cache.k[:, :, : draft.filled] for layer in (ours, truth))
-        torch.testing.assert_close(ours, truth)
-
-
-@torch.inference_mode()
-def test_measuring_rounds_leaves_the_text_in_the_cache_of_the_draft(tiny, drafts):
-    speculation, text = speculation_of(drafts, "same", "auto"), [5, 6, 7, 8, 9]
-    setup_caches(tiny.model, 1, 64, speculation)
-    token, pos = prefill(tiny.model, [text], GREEDY)
-    speculation.source.begin(tiny.model, [text])
-    speculation.source.extend(token.tolist())
-    text = [*text, token.item()]
-    speculation.measure(tiny.model, torch.tensor([text[-2:]]), pos, pos + 20, len(text), GREEDY)
-    assert speculation.source.filled == len(text)
-    assert_holds(speculation.source, text)
-
-
-@pytest.mark.parametrize("a, b, n", [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 3, 4], 1)])
-def test_shared_prefix(a, b, n):
-    assert program.shared_prefix(a, b) == n
+    assert bytes_read(timings, Engine(tiny.model)) == 4 * (4 * size)
+    assert bytes_read(timings, Engine(tiny.model, speculation=Speculation(PromptLookup(), 4))) == 4 * (4 * size)
+    assert bytes_read(timings, Engine(tiny.model, speculation=Speculation(draft, 4))) == 4 * (4 * size) + 17 * (
+        2 * size
+    )

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import tensor
 
-from engine.cache import setup_caches
-from engine.compile import compile_step, warm_up
-from engine.decode import decode_one_token, forward_chunk, prefill
-from engine.guess_length import LENGTHS, AdaptiveLength, Costs, Odds, check_length
-from engine.request import chunks
+from engine.compile import compile_step
+from engine.decode import decode, forward_chunk, prefill
+from engine.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.engine import Engine, chunks
+from engine.guess_length import LENGTHS, Costs
 from engine.sampling import Sampling, logits_to_probs
-from engine.speculative import DraftModel, PromptLookup, Speculation, accept, draft_one_token, speculate, verify
+from engine.speculative import Speculation, accept, speculate, verify
 from model import Transformer
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 
@@ -43,18 +43,29 @@ SOURCES = {
 
 def plainly(model, prompts, count):
     """[B][count] tokens without speculation."""
-    setup_caches(model, len(prompts), max(map(len, prompts)) + count)
-    return continuation(model, prompts, count).tolist()
+    cache = model.new_cache(len(prompts), max(512, max(map(len, prompts)) + count))
+    return continuation(model, cache, prompts, count).tolist()
 
 
-def speculated(model, prompts, count, speculation, start=0, sampling=GREEDY):
-    """[B][count] tokens, and of each round how many were proposed and the counts [B] of new tokens."""
+def speculated(engine, prompts, count, speculation=None, start=0, sampling=GREEDY):
+    """[B][count] tokens, and of each round how many were proposed and the counts [B] of new tokens.
+
+    engine: or a model, for one that is made for this text alone.
+    """
+    if speculation is not None:
+        engine = Engine(engine, speculation=speculation)
     rows, rounds = [[] for _ in prompts], []
-    for tokens, counts in chunks(model, prompts, count, sampling, start=start, speculation=speculation):
+    for tokens, counts in chunks(engine, prompts, count, sampling, start):
         rounds.append((len(tokens[0]) - 1, counts))
         for row, ids, n in zip(rows, tokens, counts, strict=True):
             row += ids[:n]
     return rows, rounds[1:]  # the first is the prefill's
+
+
+def engine_of(model, speculation, n_rows, length):
+    engine = Engine(model, speculation=speculation)
+    engine.reserve(n_rows, length)
+    return engine
 
 
 def assert_all_accepted(rounds, budget):
@@ -95,7 +106,6 @@ def test_a_model_accepts_all_of_its_own_proposals(k, lengths):
 
 def test_the_better_the_draft_the_fewer_the_rounds():
     model, prompts = tiny_model(), random_ids(12)
-    setup_caches(model, 1, 100)
     rounds = {
         name: len(speculated(model, prompts, 41, Speculation(source(model), 4))[1]) for name, source in SOURCES.items()
     }
@@ -129,9 +139,9 @@ def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
     assert [proposed for proposed, _ in rounds[:again]] == [0] * (again - 1) + [3]
 
 
-def second_row_slowly(model, tokens, pos, slots, limit, *others):
+def second_row_slowly(model, tokens, pos, cache, limit, *others):
     """Verify, but the second row goes on by one token a round."""
-    return verify(model, tokens, pos, slots, torch.minimum(limit, pos + tensor([[9], [1]])), *others)
+    return verify(model, tokens, pos, cache, torch.minimum(limit, pos + tensor([[9], [1]])), *others)
 
 
 def test_rows_that_have_their_budget_get_none_while_others_go_on():
@@ -148,7 +158,6 @@ def test_rows_that_have_their_budget_get_none_while_others_go_on():
 @pytest.mark.parametrize("source", ["lookup", "itself"])
 def test_the_budget_is_exact(source, budget, k):
     model, prompts = tiny_model(), random_ids(5, 9)
-    setup_caches(model, 2, 64)
     speculation = Speculation(SOURCES[source](model), k, costs={2: CHEAP})
     rows, rounds = speculated(model, prompts, budget + 1, speculation)
     assert [len(row) for row in rows] == [budget + 1] * 2
@@ -156,16 +165,20 @@ def test_the_budget_is_exact(source, budget, k):
     assert (rounds == []) == (budget == 0)
 
 
-def test_tokens_and_counts_are_lists_of_whole_numbers():
+def test_decode_and_speculate_yield_chunks_of_one_type():
     model, prompts = tiny_model(), random_ids(5, 9)
-    setup_caches(model, 2, 64)
-    token, pos = prefill(model, prompts, GREEDY)
-    source = PromptLookup()
-    source.begin(model, prompts)
-    speculation = Speculation(source, "auto", costs={2: CHEAP})
-    tokens, counts = next(speculate(model, prompts, token, pos, 20, GREEDY, speculation))
-    assert counts == [1, 1]  # none of these tokens came before
-    assert [[type(token) for token in row] for row in tokens] == [[int], [int]]
+    cache, drafter = model.new_cache(2, 64), PromptLookup()
+    token, pos = prefill(model, cache, prompts, GREEDY)
+    drafter.begin(model, prompts)
+    speculation, before = Speculation(drafter, "auto", costs={2: CHEAP}), [ids[-1] for ids in prompts]
+    streams = (
+        decode(model, cache, token, pos, 20, GREEDY),
+        speculate(model, cache, token, pos, 20, GREEDY, speculation, before),
+    )
+    for stream in streams:
+        tokens, counts = next(stream)
+        assert tokens.shape == (2, 1) and counts.tolist() == [1, 1]  # none of these tokens came before
+        assert len(list(stream)) >= 19 // 9
 
 
 # ---------------------------------------------------------------- the caches
@@ -178,9 +191,9 @@ def test_prompt_and_budget_may_fill_the_cache_exactly(lengths, k, source):
     model, prompts = tiny_model(max_seq_length=48), random_ids(*lengths)
     plain = plainly(model, prompts, 28)
     speculation = Speculation(SOURCES[source](model), k)  # where k is auto, measuring costs takes the most slots
-    setup_caches(model, len(prompts), 48, speculation)
-    assert len(model.slots) == 48 + speculation.look_ahead
-    assert speculated(model, prompts, 28, speculation)[0] == plain
+    engine = Engine(model, speculation=speculation)
+    assert speculated(engine, prompts, 28)[0] == plain
+    assert engine.cache.n_slots == 48 + speculation.look_ahead
 
 
 @pytest.mark.parametrize("lengths", [(243,), (3, 244)])
@@ -189,14 +202,14 @@ def test_rounds_across_the_end_of_a_prefix_of_the_cache(k, lengths):
     """256 slots are used until a round needs one more, be it for a proposal."""
     used = set()
 
-    def verify_within(model, tokens, pos, slots, *others):
-        assert len(slots) >= pos.max() + tokens.shape[1] - 1
-        used.add(len(slots))
-        return verify(model, tokens, pos, slots, *others)
+    def verify_within(model, tokens, pos, cache, *others):
+        assert len(cache.slots) >= pos.max() + tokens.shape[1] - 1
+        used.add(len(cache.slots))
+        return verify(model, tokens, pos, cache, *others)
 
-    def draft_within(model, tokens, pos, slots, *others):
-        assert len(slots) > pos.max()
-        return draft_one_token(model, tokens, pos, slots, *others)
+    def draft_within(model, tokens, pos, cache, *others):
+        assert len(cache.slots) > pos.max()
+        return draft_one_token(model, tokens, pos, cache, *others)
 
     model, prompts = tiny_model(), random_ids(*lengths)
     plain = plainly(model, prompts, 20)
@@ -224,10 +237,10 @@ def test_slots_that_a_round_looks_ahead():
 def test_a_second_turn_that_starts_from_the_cache_equals_one_from_scratch(k, source):
     model, (prompt, question) = tiny_model(), random_ids(30, 7)
     speculation = Speculation(SOURCES[source](model), k, costs={1: CHEAP})
-    setup_caches(model, 1, 128, speculation)
-    (answer,), _ = speculated(model, [prompt], 20, speculation)
+    engine = engine_of(model, speculation, 1, 128)
+    (answer,), _ = speculated(engine, [prompt], 20)
     second, start = prompt + answer + question, len(prompt + answer) - 1  # the last was drawn, not read
-    rows, rounds = speculated(model, [second], 20, speculation, start)
+    rows, rounds = speculated(engine, [second], 20, start=start)
     assert rows == plainly(model, [second], 20)
     if source == "itself":
         assert_all_accepted(rounds, 19)
@@ -242,19 +255,19 @@ def test_a_draft_reads_only_what_is_new_in_a_second_turn():
 
     model, (prompt, question) = tiny_model(), random_ids(30, 7)
     speculation = Speculation(DraftModel(deepcopy(model), forward=forward), 4)
-    setup_caches(model, 1, 128, speculation)
-    (answer,), _ = speculated(model, [prompt], 20, speculation)  # 19 in rounds of 5, 5, 5, 4
-    speculated(model, [prompt + answer + question], 2, speculation, 30 + 19)
+    engine = engine_of(model, speculation, 1, 128)
+    (answer,), _ = speculated(engine, [prompt], 20)  # 19 in rounds of 5, 5, 5, 4
+    speculated(engine, [prompt + answer + question], 2, start=30 + 19)
     assert read == [30, 57 - (30 + 1 + 15)]  # the last round began after 15: it read up to there, and proposals
 
 
 def test_a_turn_that_goes_back_to_an_earlier_place_equals_one_from_scratch():
     model, (prompt, other) = tiny_model(), random_ids(30, 12)
     speculation = Speculation(DraftModel(deepcopy(model)), 4)
-    setup_caches(model, 1, 128, speculation)
-    speculated(model, [prompt], 20, speculation)
+    engine = engine_of(model, speculation, 1, 128)
+    speculated(engine, [prompt], 20)
     second = prompt[:17] + other
-    rows, rounds = speculated(model, [second], 20, speculation, 17)
+    rows, rounds = speculated(engine, [second], 20, start=17)
     assert_all_accepted(rounds, 19)
     assert rows == plainly(model, [second], 20)
 
@@ -262,8 +275,7 @@ def test_a_turn_that_goes_back_to_an_earlier_place_equals_one_from_scratch():
 def test_a_draft_makes_its_own_caches_where_they_are_missing_or_small():
     model = tiny_model()
     draft = DraftModel(deepcopy(model))
-    for lengths, slots in [((5,), 40), ((5, 9), 40), ((5, 50), 80), ((4,), 30)]:
-        model.setup_caches(len(lengths), slots)
+    for lengths in [(5,), (5, 9), (5, 500), (4,)]:
         _, rounds = speculated(model, random_ids(*lengths), 15, Speculation(draft, 4))
         assert_all_accepted(rounds, 14)
 
@@ -271,11 +283,11 @@ def test_a_draft_makes_its_own_caches_where_they_are_missing_or_small():
 def test_a_draft_whose_caches_are_made_anew_reads_all_of_the_text():
     model, prompts = tiny_model(), random_ids(20)
     draft = DraftModel(deepcopy(model))
-    model.setup_caches(1, 40)
-    speculated(model, prompts, 15, Speculation(draft, 4))
-    model.setup_caches(1, 80)
-    prefill(model, prompts, GREEDY)  # without the draft
-    _, rounds = speculated(model, [prompts[0] + [5, 6, 7]], 15, Speculation(draft, 4), start=20)
+    speculation = Speculation(draft, 4)
+    speculated(model, prompts, 15, speculation)
+    engine = engine_of(model, speculation, 1, 1000)
+    prefill(model, engine.cache, prompts, GREEDY)  # without the draft
+    _, rounds = speculated(engine, [prompts[0] + [5, 6, 7]], 15, start=20)
     assert_all_accepted(rounds, 14)
 
 
@@ -288,7 +300,7 @@ class InTurn:
     def __init__(self, lengths):
         self.lengths, self.behind = cycle(lengths), []
 
-    def choose(self, kinds, behind):
+    def choose(self, grades, behind):
         self.behind.append(behind)
         return next(self.lengths)
 
@@ -316,8 +328,8 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
     caps = torch.randint(1, 6, (100, 3, 1), generator=torch.Generator().manual_seed(3))
     each = iter(caps)
 
-    def some(model, tokens, pos, slots, limit, *others):
-        return verify(model, tokens, pos, slots, torch.minimum(limit, pos + next(each)), *others)
+    def some(model, tokens, pos, cache, limit, *others):
+        return verify(model, tokens, pos, cache, torch.minimum(limit, pos + next(each)), *others)
 
     model, prompts = tiny_model(), random_ids(1, 17, 6)
     monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
@@ -335,10 +347,10 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
 def test_what_one_text_left_unread_is_no_matter_to_the_next(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
-    setup_caches(model, 1, 128)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={1: CHEAP})
+    engine = engine_of(model, speculation, 1, 128)
     for budget in (2, 7, 9):  # ends behind, after proposing, behind again
-        _, rounds = speculated(model, random_ids(9, seed=budget), budget + 1, speculation)
+        _, rounds = speculated(engine, random_ids(9, seed=budget), budget + 1)
         assert_all_accepted(rounds, budget)
 
 
@@ -349,10 +361,10 @@ def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, tu
     chosen = iter([InTurn(turns), InTurn([4])])
     monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
-    setup_caches(model, len(prompts), 64, speculation)
-    answers, _ = speculated(model, prompts, 10, speculation)
+    engine = engine_of(model, speculation, len(prompts), 64)
+    answers, _ = speculated(engine, prompts, 10)
     second = [prompt + answer + [5, 6, 7] for prompt, answer in zip(prompts, answers, strict=True)]
-    rows, rounds = speculated(model, second, 10, speculation, min(lengths) + 9)
+    rows, rounds = speculated(engine, second, 10, start=min(lengths) + 9)
     assert_all_accepted(rounds, 9)
     assert rows == plainly(model, second, 10)
 
@@ -362,12 +374,12 @@ def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkey
     chosen = iter([InTurn([4, 4, 0, 0, 0, 0, 4]), InTurn([4])])
     monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", second_row_slowly, {2: CHEAP})
-    setup_caches(model, 2, 64, speculation)
-    answers, rounds = speculated(model, prompts, 10, speculation)
+    engine = engine_of(model, speculation, 2, 64)
+    answers, rounds = speculated(engine, prompts, 10)
     assert [counts for _, counts in rounds] == [[5, 1], [4, 1]] + [[0, 1]] * 7
     speculation.verify = verify
     second = [prompt + answer + [5, 6, 7] for prompt, answer in zip(prompts, answers, strict=True)]
-    _, rounds = speculated(model, second, 10, speculation, 6 + 9)
+    _, rounds = speculated(engine, second, 10, start=6 + 9)
     assert_all_accepted(rounds, 9)
 
 
@@ -428,7 +440,6 @@ def test_sampled_with_another_vocabulary_size_every_token_is_one_of_the_model(si
         proposed.extend(tokens.flatten().tolist())
         return verify(model, tokens, *others)
 
-    setup_caches(model, 2, 128)
     torch.manual_seed(0)
     speculation = Speculation(DraftModel(with_vocabulary(model, size)), 4, noting)
     rows, _ = speculated(model, prompts, 60, speculation, sampling=Sampling(2.0, 0))
@@ -459,7 +470,6 @@ def law_of_three(model, sampling):
     """The chance of each text of three tokens after PROMPT, [V ** 3], by one forward of each."""
     texts = torch.cartesian_prod(*[torch.arange(model.args.vocab_size)] * 3)
     tokens = torch.cat((tensor(PROMPT).expand(len(texts), -1), texts[:, :2]), 1)
-    model.setup_caches(len(texts), tokens.shape[1])
     logits = model(tokens, torch.arange(tokens.shape[1]).expand(len(texts), -1))[:, -3:]
     return logits_to_probs(logits.double(), sampling).gather(2, texts[..., None]).double().prod(1)[:, 0]
 
@@ -467,14 +477,16 @@ def law_of_three(model, sampling):
 def three_drawn(model, sampling, speculation, rows):
     """How often each text of three tokens came, [V ** 3]."""
     prompts, size = [PROMPT[:-1]] * rows, model.args.vocab_size
-    model.setup_caches(rows, len(PROMPT) + 3 + speculation.look_ahead)
-    prefill(model, prompts, sampling)
-    speculation.source.begin(model, prompts)
+    n_slots = len(PROMPT) + 3 + speculation.look_ahead
+    cache = model.new_cache(rows, n_slots)
+    speculation.drafter.reserve(rows, n_slots)
+    prefill(model, cache, prompts, sampling)
+    speculation.drafter.begin(model, prompts)
     token, pos = torch.full((rows, 1), PROMPT[-1]), torch.full((rows, 1), len(PROMPT) - 1)
     drawn = [[] for _ in prompts]
     torch.manual_seed(0)
-    for tokens, counts in speculate(model, prompts, token, pos, 3, sampling, speculation):
-        for row, ids, n in zip(drawn, tokens, counts, strict=True):
+    for tokens, counts in speculate(model, cache, token, pos, 3, sampling, speculation, [PROMPT[-2]] * rows):
+        for row, ids, n in zip(drawn, tokens.tolist(), counts.tolist(), strict=True):
             row += ids[:n]
     return (tensor(drawn) * tensor([size**2, size, 1])).sum(1).bincount(minlength=size**3)
 
@@ -523,8 +535,8 @@ def test_a_draft_of_another_vocabulary_size_leaves_the_law_as_it_is(vocab_size):
 def test_wrong_rules_are_found_out(wrong, sampling):
     """Always accept; take the draft for more careful than it is."""
 
-    def verify_wrongly(model, tokens, pos, slots, limit, draft_probs, sampling):
-        return verify(model, tokens, pos, slots, limit, wrong(draft_probs), sampling)
+    def verify_wrongly(model, tokens, pos, cache, limit, draft_probs, sampling):
+        return verify(model, tokens, pos, cache, limit, wrong(draft_probs), sampling)
 
     model, sampling = toy_model(), SAMPLINGS[sampling]
     law = law_of_three(model, sampling)
@@ -536,7 +548,6 @@ def test_wrong_rules_are_found_out(wrong, sampling):
 def test_a_model_accepts_all_that_it_samples(sampling):
     model, prompts = toy_model(), [[1, 2, 3]] * 200
     speculation = Speculation(DraftModel(deepcopy(model)), 4)
-    model.setup_caches(200, 32)
     torch.manual_seed(0)
     _, rounds = speculated(model, prompts, 21, speculation, sampling=SAMPLINGS[sampling])
     assert statistics.mean(count == 5 for _, counts in rounds[:4] for count in counts) > 0.995
@@ -635,13 +646,13 @@ def test_compiled_rounds_equal_plain_and_nothing_compiles_once_text_flows():
     draft = DraftModel(nearly(model), step)
     for source, k, n_rows in [(draft, "auto", 1), (draft, 4, 1), (PromptLookup(), 1, 1), (draft, 1, 2)]:
         speculation = Speculation(source, k, round)
-        model.setup_caches(n_rows, 700)
-        warm_up(model, [[5] * n_rows, [600] * n_rows], 20, GREEDY, decode_one_token, forward_chunk, speculation)
+        engine = engine_of(model, speculation, n_rows, 700)
+        engine.warm_up([[5] * n_rows, [600] * n_rows], 20, GREEDY)
         with nothing_compiles():
             for length in (1, 5, 250, 500, 600):  # 250 and 500 cross a boundary of 256 slots
                 prompts = random_ids(*(length, 3)[:n_rows], seed=length)
-                plain = continuation(model, prompts, 20).tolist()
-                assert speculated(model, prompts, 20, speculation)[0] == plain, (k, n_rows, length)
+                plain = plainly(model, prompts, 20)
+                assert speculated(engine, prompts, 20)[0] == plain, (k, n_rows, length)
 
 
 def test_compiled_sampling_rounds_take_the_likeliest_of_one():
@@ -650,10 +661,10 @@ def test_compiled_sampling_rounds_take_the_likeliest_of_one():
     torch._dynamo.reset()
     draft = DraftModel(with_vocabulary(model, 140), compile_step(draft_one_token, CPU))
     speculation = Speculation(draft, 1, compile_step(verify, CPU))
-    setup_caches(model, 1, 29, speculation)
-    warm_up(model, [[9]], 20, sampling, decode_one_token, forward_chunk, speculation)
+    engine = engine_of(model, speculation, 1, 29)
+    engine.warm_up([[9]], 20, sampling)
     with nothing_compiles():
-        rows, rounds = speculated(model, prompts, 20, speculation, sampling=sampling)
+        rows, rounds = speculated(engine, prompts, 20, sampling=sampling)
     assert rows == plain
     assert_all_accepted(rounds, 19)
 
@@ -679,7 +690,7 @@ def test_lookup_by_hand(text, match, continuation):
     source = PromptLookup()
     source.begin(None, [text])
     draft, probs = source.propose(tensor([[0, 0]]), tensor([[0]]), 0, 4, GREEDY)
-    assert source.kinds() == [match]
+    assert source.grades() == [match]
     assert draft.tolist() == [continuation]
     assert probs is None
 
@@ -705,8 +716,8 @@ def test_lookup_equals_trying_every_place_as_the_texts_grow():
             source.extend(new)
             texts = [text + ids for text, ids in zip(texts, new, strict=True)]
             draft, _ = source.propose(torch.zeros(3, 2), torch.zeros(3, 1), 0, 7, GREEDY)
-            assert list(zip(source.kinds(), draft.tolist(), strict=True)) == [looked_up(text, 7) for text in texts]
-            matches.update(source.kinds())
+            assert list(zip(source.grades(), draft.tolist(), strict=True)) == [looked_up(text, 7) for text in texts]
+            matches.update(source.grades())
     assert matches == {0, 1, 2, 3}
 
 
@@ -715,230 +726,3 @@ def test_the_prompts_given_to_a_lookup_stay_as_they_are():
     source.begin(None, prompts)
     source.extend([[4]])
     assert prompts == [[1, 2, 3]]
-
-
-# ---------------------------------------------------------------- how many to propose
-
-
-def costs_of(draft_step, behind=0.0):
-    """In plain steps: a round with k tokens takes k steps of the draft, and a little for each token verified."""
-    return Costs({0: 1.0, **{k: 1 + (0.05 + draft_step) * k for k in LENGTHS}}, behind)
-
-
-def simulated(costs, accepted, tokens, truth=None):
-    """Seconds for so many tokens, and (tokens before, k) of each round; accepted(tokens before) of a long proposal.
-
-    truth(tokens before): what rounds cost by then, if not what was measured before.
-    """
-    length, seconds, done, behind, rounds = AdaptiveLength(costs), 0.0, 0, 0, []
-    while done < tokens:
-        k = length.choose([1], behind)
-        count = min(1 + min(k, accepted(done)), tokens - done)
-        took = (truth(done) if truth else costs).of(k, behind)
-        length.learn([1], k, behind, [count], took)
-        seconds += took
-        rounds.append((done, k))
-        done, behind = done + count, 0 if k else behind + 1
-    return seconds, rounds
-
-
-@pytest.mark.parametrize("tokens", [100, 1000])
-@pytest.mark.parametrize("behind", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.7, 2.0])
-def test_speculation_that_never_succeeds_costs_little(draft_step, behind, tokens):
-    seconds, rounds = simulated(costs_of(draft_step, behind), lambda done: 0, tokens)
-    assert seconds <= tokens / 0.95
-    assert seconds <= AdaptiveLength.FREE_STEPS + (1 + AdaptiveLength.SHARE) * tokens
-    assert any(k for _, k in rounds) or draft_step == 2.0  # it tried, where it could
-
-
-@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.7, 2.0])
-@pytest.mark.parametrize("odds", [0.1, 0.4, 0.6, 0.8, 0.95])
-def test_the_loss_is_bounded_whatever_is_accepted(odds, draft_step):
-    generator = torch.Generator().manual_seed(0)
-
-    def accepted(done):
-        return int((torch.rand(8, generator=generator) < odds).long().cumprod(0).sum())
-
-    seconds, rounds = simulated(costs_of(draft_step, 0.1), accepted, 1000)
-    assert seconds <= AdaptiveLength.FREE_STEPS + (1 + AdaptiveLength.SHARE) * 1000
-    if odds > 0.9 and draft_step < 0.5:
-        assert seconds < 500
-
-
-@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.3])
-def test_speculation_that_always_succeeds_settles_on_8(draft_step):
-    seconds, rounds = simulated(costs_of(draft_step), lambda done: 8, 500)
-    assert {k for done, k in rounds if done >= 50} == {8}
-    assert seconds < 500 * (1 + 8 * (0.05 + draft_step)) / 9 + 5
-
-
-def test_longer_proposals_that_cost_more_than_they_bring_are_not_made():
-    """One of two is always accepted: of lengths 1, 2, 4, 8 in rounds of 1.15, 1.3, 1.6, 2.2 steps, 1 is best."""
-    _, rounds = simulated(costs_of(0.1), lambda done: 1, 500)
-    assert {k for done, k in rounds if done >= 200} == {1}
-    _, rounds = simulated(costs_of(0.1), lambda done: 2, 500)
-    assert {k for done, k in rounds if done >= 200} == {2}
-
-
-@pytest.mark.parametrize("draft_step, behind", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.1), (0.3, 0.1)])
-def test_the_length_follows_the_text(draft_step, behind):
-    _, rounds = simulated(costs_of(draft_step, behind), lambda done: 8 if 300 <= done < 600 else 0, 900)
-    assert all(k <= 1 for done, k in rounds if 100 <= done < 300)
-    assert min(done for done, k in rounds if done >= 300 and k == 8) < 380
-    assert {k for done, k in rounds if 400 <= done < 600} == {8}
-    assert all(k <= 1 for done, k in rounds if done >= 650)
-
-
-def drifting(costs):
-    return replace(costs, drift=True)
-
-
-def test_costs_follow_rounds_that_take_longer_than_was_measured():
-    """A draft that was measured on a quiet machine, and from the 200th token on takes two steps for each token."""
-    measured, late = costs_of(0.1), costs_of(2.0)
-
-    def truth(done):
-        return measured if done < 200 else late
-
-    stale, _ = simulated(measured, lambda done: 2, 1000, truth)
-    seconds, rounds = simulated(drifting(measured), lambda done: 2, 1000, truth)
-    assert {k for done, k in rounds if 50 <= done < 90} == {2}
-    assert stale > 200 / 3 * 1.3 + 800 * 1.5
-    assert seconds < 200 / 3 * 1.3 + 800 / 0.95 + 60  # steps until it has seen what each length costs
-    assert measured.rounds == costs_of(0.1).rounds  # another text begins with what was measured
-
-
-def test_costs_follow_plain_steps_that_take_less_than_was_measured():
-    measured, late = costs_of(0.3), Costs({**costs_of(0.3).rounds, 0: 0.4})
-    stale, _ = simulated(measured, lambda done: 2, 1000, lambda done: late)
-    seconds, _ = simulated(drifting(measured), lambda done: 2, 1000, lambda done: late)
-    assert stale > 1000 * 0.4 / 0.8
-    assert seconds < 1000 * 0.4 / 0.9
-
-
-def test_plain_steps_are_timed_now_and_then():
-    seconds, rounds = simulated(drifting(costs_of(0.1)), lambda done: 2, 1000)
-    plain = [i for i, (_, k) in enumerate(rounds) if k == 0]
-    assert [b - a for a, b in zip(plain, plain[1:], strict=False)] == [1, 1, AdaptiveLength.CHECK_EVERY + 1] * 9 + [
-        1,
-        1,
-    ]
-    assert seconds < 1.05 * simulated(costs_of(0.1), lambda done: 2, 1000)[0]
-
-
-def test_costs_that_follow_by_hand():
-    length = AdaptiveLength(Costs({0: 1.0, **{k: 2.0 for k in LENGTHS}}, behind=0.5, drift=True))
-    for k, behind, seconds, cost in [
-        (2, 0, 1.0, 2.0),  # the first after another length
-        (2, 0, 1.0, 2.0),  # 2 2 1
-        (2, 0, 9.0, 2.0),  # 2 1 9: a hiccup
-        (2, 0, 1.5, 1.5),  # 1 9 1.5
-        (2, 32, 3.5, 1.5),  # of which 2 went into reading what was skipped
-        (0, 0, 3.0, 1.0),
-        (0, 1, 3.0, 1.0),  # 1 1 3
-        (0, 2, 4.0, 3.0),  # 1 3 4
-    ]:
-        length.learn([1], k, behind, [1], seconds)
-        assert length.costs.rounds[k] == cost
-    assert length.costs.behind == 0.5  # 0.5 0.5 1
-    length.learn([1], 2, 16, [1], 1.5 + 3.0)
-    assert length.costs.behind == 1.0  # 0.5 1 2
-    length.learn([1], 2, 16, [1], 1.0)  # no less than nothing
-    assert length.costs.behind == 1.0
-    still = AdaptiveLength(Costs({0: 1.0}))
-    for _ in range(5):
-        still.learn([1], 0, 0, [1], 2.0)
-    assert still.costs.rounds == {0: 1.0}
-
-
-def test_a_promise_of_less_than_a_twentieth_is_not_believed():
-    """At first 1.7 tokens are expected of k = 1, 2.19 of k = 2; where none pays, the cheapest is tried."""
-    assert AdaptiveLength(Costs({0: 1.0, 1: 1.68, 2: 2.12, 4: 9.0, 8: 9.0})).choose([1], 0) == 1  # 2.19 / 2.12 = 1.03
-    assert AdaptiveLength(Costs({0: 1.0, 1: 1.68, 2: 2.0, 4: 9.0, 8: 9.0})).choose([1], 0) == 2  # 2.19 / 2 = 1.095
-
-
-def test_nothing_is_proposed_where_no_row_has_anything():
-    length = AdaptiveLength(CHEAP)
-    assert length.choose([0, 0], 0) == 0
-    assert length.choose([0, 3], 0) == 8
-
-
-def test_each_kind_of_proposal_has_its_own_odds():
-    length = AdaptiveLength(costs_of(0.0))
-    for _ in range(30):
-        length.learn([3, 1], 8, 0, [9, 1], 1.0)  # three tokens that match tell much, one tells nothing
-    assert length.choose([3, 3], 0) == 8
-    assert length.tokens([3], 8) > 8 > 1.3 > length.tokens([1], 8) > length.tokens([0], 8) == 1
-    assert length.tokens([3, 0], 8) == (length.tokens([3], 8) + 1) / 2
-
-
-def test_rows_that_have_ended_or_proposed_nothing_teach_nothing():
-    length = AdaptiveLength(CHEAP)
-    length.learn([3, 0, 1], 2, 0, [2, 1, 0], 1.0)
-    assert set(length.odds) == {3}
-
-
-def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
-    length = AdaptiveLength(costs_of(0.1))  # a round with 4 takes 1.6 steps
-    before = length.credit
-    length.learn([1, 1, 1], 4, 0, [3, 1, 0], 1.6)
-    assert length.credit - before == pytest.approx(2 * (1 + AdaptiveLength.SHARE) - 1.6)
-
-
-def test_where_costs_drift_a_round_pays_for_what_it_took():
-    length = AdaptiveLength(drifting(costs_of(0.1)))
-    share = 1 + AdaptiveLength.SHARE
-    for k, seconds, change in [
-        (4, 1.7, 2 * share - 1.7),
-        (0, 1.2, 2 * share - 1.2),  # the weights it reads were pushed out of the cache
-        (0, 1.2, 2 * share - 1.0),
-        (4, 9.0, 2 * share - 1.5 * 1.6),  # a hiccup
-    ]:
-        before = length.credit = -5.0
-        length.learn([1], k, 0, [2], seconds)
-        assert length.credit - before == pytest.approx(change)
-
-
-def test_odds_by_hand():
-    odds = Odds()
-    assert odds.expected(1) == pytest.approx(0.7)
-    assert odds.expected(2) == pytest.approx(0.7 + 0.7**2)
-    odds.learn(accepted=1, k=2)  # tried 1 1, taken 1 0
-    first = (1 + 0.7) / 2
-    assert odds.expected(1) == pytest.approx(first)
-    assert odds.expected(2) == pytest.approx(first + first * first / 2)
-    assert odds.expected(4) == pytest.approx(first + first * first / 2 * (1 + first / 2 + (first / 2) ** 2))
-    odds.learn(accepted=0, k=4)  # tried 1.95 1, taken 0.95 0: the second was never reached
-    first = (0.95 + 0.7) / 2.95
-    assert odds.expected(1) == pytest.approx(first)
-    assert odds.expected(2) == pytest.approx(first + first * first / 2)
-    odds.learn(accepted=2, k=2)
-    assert odds.tried[:3] == pytest.approx([0.95 * 1.95 + 1, 1.95, 0])
-    assert odds.taken[:3] == pytest.approx([0.95 * 0.95 + 1, 1, 0])
-
-
-def test_odds_of_a_position_beyond_those_counted_are_not_asked():
-    odds = Odds()
-    odds.learn(accepted=8, k=8)
-    assert all(odds.expected(k) < odds.expected(j) for k, j in zip((1, 2, 4), (2, 4, 8), strict=True))
-    assert odds.expected(8) < 8
-
-
-def test_costs_by_hand():
-    costs = Costs({0: 1.0, 2: 1.5}, behind=0.25)
-    assert [costs.of(0, 16), costs.of(2, 0), costs.of(2, 16)] == [1.0, 1.5, 1.5 + 0.25 * 1.5]
-
-
-@pytest.mark.parametrize("k", [0, -1, 65, "many", 2.5])
-def test_lengths_out_of_range_are_refused(k):
-    with pytest.raises(ValueError, match=f"speculate_k is {k}; it must be from 1 to 64, or auto"):
-        check_length(k)
-    with pytest.raises(ValueError, match=f"speculate_k is {k};"):
-        Speculation(PromptLookup(), k)
-
-
-def test_lengths_in_range_are_taken():
-    for k in (1, 64, "auto"):
-        check_length(k)
-    assert [Speculation(PromptLookup(), k).k for k in (1, 64, "auto")] == [1, 64, "auto"]

@@ -152,7 +152,7 @@ def wide(pair):
 
 def test_chunks_reach_what_the_longest_row_has_read(pair, wide, monkeypatch):
     """A long context and a long continuation in one batch, which goes through the cache in several chunks."""
-    monkeypatch.setattr("engine.scoring.LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
+    monkeypatch.setattr("measure.scoring.LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
     text = "the cat sat on the mat and the dog ate the hat, he said, " * 3
     requests = asked("loglikelihood", (text * 3, " the mat, he said"), ("he", " " + text), ("he said", " the cat"))
     truth = wide.theirs.loglikelihood(requests, disable_tqdm=True)

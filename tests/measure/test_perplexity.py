@@ -17,9 +17,9 @@ from engine.compile import compile_step
 from engine.decode import forward_chunk
 from engine.request import generate
 from engine.sampling import Sampling
-from engine.scoring import token_logprobs
 from eval import build_parser, main
 from measure.perplexity import WINDOW, Window, batches, perplexity, split
+from measure.scoring import token_logprobs
 from model import ModelArgs, Transformer
 from tests.tiny import SIZES, make_tiny_checkpoint, random_prompts, save_tiny
 from text.tokenizer import load_tokenizer
@@ -109,7 +109,7 @@ def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, 
     whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     seen = []
     hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
-    monkeypatch.setattr("engine.scoring.LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
+    monkeypatch.setattr("measure.scoring.LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
     chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
     hook.remove()
     assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)

@@ -1,0 +1,236 @@
+"""How many tokens to propose: laws that hold whatever the text does, and numbers worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.drafters import PromptLookup
+from engine.guess_length import LENGTHS, AdaptiveLength, Costs, Odds, check_length
+from engine.speculative import Speculation
+
+CHEAP = Costs({k: 1 + 0.01 * k for k in (0, *LENGTHS)})  # proposing costs next to nothing
+
+
+def costs_of(draft_step, behind=0.0):
+    """In plain steps: a round with k tokens takes k steps of the draft, and a little for each token verified."""
+    return Costs({0: 1.0, **{k: 1 + (0.05 + draft_step) * k for k in LENGTHS}}, behind)
+
+
+def simulated(costs, accepted, tokens, truth=None):
+    """Seconds for so many tokens, and (tokens before, k) of each round; accepted(tokens before) of a long proposal.
+
+    truth(tokens before): what rounds cost by then, if not what was measured before.
+    """
+    length, seconds, done, behind, rounds = AdaptiveLength(costs), 0.0, 0, 0, []
+    while done < tokens:
+        k = length.choose([1], behind)
+        count = min(1 + min(k, accepted(done)), tokens - done)
+        took = (truth(done) if truth else costs).of(k, behind)
+        length.learn([1], k, behind, [count], took)
+        seconds += took
+        rounds.append((done, k))
+        done, behind = done + count, 0 if k else behind + 1
+    return seconds, rounds
+
+
+@pytest.mark.parametrize("tokens", [100, 1000])
+@pytest.mark.parametrize("behind", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.7, 2.0])
+def test_speculation_that_never_succeeds_costs_little(draft_step, behind, tokens):
+    seconds, rounds = simulated(costs_of(draft_step, behind), lambda done: 0, tokens)
+    assert seconds <= tokens / 0.95
+    assert seconds <= AdaptiveLength.FREE_STEPS + (1 + AdaptiveLength.SHARE) * tokens
+    assert any(k for _, k in rounds) or draft_step == 2.0  # it tried, where it could
+
+
+@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.7, 2.0])
+@pytest.mark.parametrize("odds", [0.1, 0.4, 0.6, 0.8, 0.95])
+def test_the_loss_is_bounded_whatever_is_accepted(odds, draft_step):
+    generator = torch.Generator().manual_seed(0)
+
+    def accepted(done):
+        return int((torch.rand(8, generator=generator) < odds).long().cumprod(0).sum())
+
+    seconds, rounds = simulated(costs_of(draft_step, 0.1), accepted, 1000)
+    assert seconds <= AdaptiveLength.FREE_STEPS + (1 + AdaptiveLength.SHARE) * 1000
+    if odds > 0.9 and draft_step < 0.5:
+        assert seconds < 500
+
+
+@pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.3])
+def test_speculation_that_always_succeeds_settles_on_8(draft_step):
+    seconds, rounds = simulated(costs_of(draft_step), lambda done: 8, 500)
+    assert {k for done, k in rounds if done >= 50} == {8}
+    assert seconds < 500 * (1 + 8 * (0.05 + draft_step)) / 9 + 5
+
+
+def test_longer_proposals_that_cost_more_than_they_bring_are_not_made():
+    """One of two is always accepted: of lengths 1, 2, 4, 8 in rounds of 1.15, 1.3, 1.6, 2.2 steps, 1 is best."""
+    _, rounds = simulated(costs_of(0.1), lambda done: 1, 500)
+    assert {k for done, k in rounds if done >= 200} == {1}
+    _, rounds = simulated(costs_of(0.1), lambda done: 2, 500)
+    assert {k for done, k in rounds if done >= 200} == {2}
+
+
+@pytest.mark.parametrize("draft_step, behind", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.1), (0.3, 0.1)])
+def test_the_length_follows_the_text(draft_step, behind):
+    _, rounds = simulated(costs_of(draft_step, behind), lambda done: 8 if 300 <= done < 600 else 0, 900)
+    assert all(k <= 1 for done, k in rounds if 100 <= done < 300)
+    assert min(done for done, k in rounds if done >= 300 and k == 8) < 380
+    assert {k for done, k in rounds if 400 <= done < 600} == {8}
+    assert all(k <= 1 for done, k in rounds if done >= 650)
+
+
+def drifting(costs):
+    return replace(costs, drift=True)
+
+
+def test_costs_follow_rounds_that_take_longer_than_was_measured():
+    """A draft that was measured on a quiet machine, and from the 200th token on takes two steps for each token."""
+    measured, late = costs_of(0.1), costs_of(2.0)
+
+    def truth(done):
+        return measured if done < 200 else late
+
+    stale, _ = simulated(measured, lambda done: 2, 1000, truth)
+    seconds, rounds = simulated(drifting(measured), lambda done: 2, 1000, truth)
+    assert {k for done, k in rounds if 50 <= done < 90} == {2}
+    assert stale > 200 / 3 * 1.3 + 800 * 1.5
+    assert seconds < 200 / 3 * 1.3 + 800 / 0.95 + 60  # steps until it has seen what each length costs
+    assert measured.rounds == costs_of(0.1).rounds  # another text begins with what was measured
+
+
+def test_costs_follow_plain_steps_that_take_less_than_was_measured():
+    measured, late = costs_of(0.3), Costs({**costs_of(0.3).rounds, 0: 0.4})
+    stale, _ = simulated(measured, lambda done: 2, 1000, lambda done: late)
+    seconds, _ = simulated(drifting(measured), lambda done: 2, 1000, lambda done: late)
+    assert stale > 1000 * 0.4 / 0.8
+    assert seconds < 1000 * 0.4 / 0.9
+
+
+def test_plain_steps_are_timed_now_and_then():
+    seconds, rounds = simulated(drifting(costs_of(0.1)), lambda done: 2, 1000)
+    plain = [i for i, (_, k) in enumerate(rounds) if k == 0]
+    assert [b - a for a, b in zip(plain, plain[1:], strict=False)] == [1, 1, AdaptiveLength.CHECK_EVERY + 1] * 9 + [
+        1,
+        1,
+    ]
+    assert seconds < 1.05 * simulated(costs_of(0.1), lambda done: 2, 1000)[0]
+
+
+def test_costs_that_follow_by_hand():
+    length = AdaptiveLength(Costs({0: 1.0, **{k: 2.0 for k in LENGTHS}}, behind=0.5, drift=True))
+    for k, behind, seconds, cost in [
+        (2, 0, 1.0, 2.0),  # the first after another length
+        (2, 0, 1.0, 2.0),  # 2 2 1
+        (2, 0, 9.0, 2.0),  # 2 1 9: a hiccup
+        (2, 0, 1.5, 1.5),  # 1 9 1.5
+        (2, 32, 3.5, 1.5),  # of which 2 went into reading what was skipped
+        (0, 0, 3.0, 1.0),
+        (0, 1, 3.0, 1.0),  # 1 1 3
+        (0, 2, 4.0, 3.0),  # 1 3 4
+    ]:
+        length.learn([1], k, behind, [1], seconds)
+        assert length.costs.rounds[k] == cost
+    assert length.costs.behind == 0.5  # 0.5 0.5 1
+    length.learn([1], 2, 16, [1], 1.5 + 3.0)
+    assert length.costs.behind == 1.0  # 0.5 1 2
+    length.learn([1], 2, 16, [1], 1.0)  # no less than nothing
+    assert length.costs.behind == 1.0
+    still = AdaptiveLength(Costs({0: 1.0}))
+    for _ in range(5):
+        still.learn([1], 0, 0, [1], 2.0)
+    assert still.costs.rounds == {0: 1.0}
+
+
+def test_a_promise_of_less_than_a_twentieth_is_not_believed():
+    """At first 1.7 tokens are expected of k = 1, 2.19 of k = 2; where none pays, the cheapest is tried."""
+    assert AdaptiveLength(Costs({0: 1.0, 1: 1.68, 2: 2.12, 4: 9.0, 8: 9.0})).choose([1], 0) == 1  # 2.19 / 2.12 = 1.03
+    assert AdaptiveLength(Costs({0: 1.0, 1: 1.68, 2: 2.0, 4: 9.0, 8: 9.0})).choose([1], 0) == 2  # 2.19 / 2 = 1.095
+
+
+def test_nothing_is_proposed_where_no_row_has_anything():
+    length = AdaptiveLength(CHEAP)
+    assert length.choose([0, 0], 0) == 0
+    assert length.choose([0, 3], 0) == 8
+
+
+def test_each_kind_of_proposal_has_its_own_odds():
+    length = AdaptiveLength(costs_of(0.0))
+    for _ in range(30):
+        length.learn([3, 1], 8, 0, [9, 1], 1.0)  # three tokens that match tell much, one tells nothing
+    assert length.choose([3, 3], 0) == 8
+    assert length.tokens([3], 8) > 8 > 1.3 > length.tokens([1], 8) > length.tokens([0], 8) == 1
+    assert length.tokens([3, 0], 8) == (length.tokens([3], 8) + 1) / 2
+
+
+def test_rows_that_have_ended_or_proposed_nothing_teach_nothing():
+    length = AdaptiveLength(CHEAP)
+    length.learn([3, 0, 1], 2, 0, [2, 1, 0], 1.0)
+    assert set(length.odds) == {3}
+
+
+def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
+    length = AdaptiveLength(costs_of(0.1))  # a round with 4 takes 1.6 steps
+    before = length.credit
+    length.learn([1, 1, 1], 4, 0, [3, 1, 0], 1.6)
+    assert length.credit - before == pytest.approx(2 * (1 + AdaptiveLength.SHARE) - 1.6)
+
+
+def test_where_costs_drift_a_round_pays_for_what_it_took():
+    length = AdaptiveLength(drifting(costs_of(0.1)))
+    share = 1 + AdaptiveLength.SHARE
+    for k, seconds, change in [
+        (4, 1.7, 2 * share - 1.7),
+        (0, 1.2, 2 * share - 1.2),  # the weights it reads were pushed out of the cache
+        (0, 1.2, 2 * share - 1.0),
+        (4, 9.0, 2 * share - 1.5 * 1.6),  # a hiccup
+    ]:
+        before = length.credit = -5.0
+        length.learn([1], k, 0, [2], seconds)
+        assert length.credit - before == pytest.approx(change)
+
+
+def test_odds_by_hand():
+    odds = Odds()
+    assert odds.expected(1) == pytest.approx(0.7)
+    assert odds.expected(2) == pytest.approx(0.7 + 0.7**2)
+    odds.learn(accepted=1, k=2)  # tried 1 1, taken 1 0
+    first = (1 + 0.7) / 2
+    assert odds.expected(1) == pytest.approx(first)
+    assert odds.expected(2) == pytest.approx(first + first * first / 2)
+    assert odds.expected(4) == pytest.approx(first + first * first / 2 * (1 + first / 2 + (first / 2) ** 2))
+    odds.learn(accepted=0, k=4)  # tried 1.95 1, taken 0.95 0: the second was never reached
+    first = (0.95 + 0.7) / 2.95
+    assert odds.expected(1) == pytest.approx(first)
+    assert odds.expected(2) == pytest.approx(first + first * first / 2)
+    odds.learn(accepted=2, k=2)
+    assert odds.tried[:3] == pytest.approx([0.95 * 1.95 + 1, 1.95, 0])
+    assert odds.taken[:3] == pytest.approx([0.95 * 0.95 + 1, 1, 0])
+
+
+def test_odds_of_a_position_beyond_those_counted_are_not_asked():
+    odds = Odds()
+    odds.learn(accepted=8, k=8)
+    assert all(odds.expected(k) < odds.expected(j) for k, j in zip((1, 2, 4), (2, 4, 8), strict=True))
+    assert odds.expected(8) < 8
+
+
+def test_costs_by_hand():
+    costs = Costs({0: 1.0, 2: 1.5}, behind=0.25)
+    assert [costs.of(0, 16), costs.of(2, 0), costs.of(2, 16)] == [1.0, 1.5, 1.5 + 0.25 * 1.5]
+
+
+@pytest.mark.parametrize("k", [0, -1, 65, "many", 2.5])
+def test_lengths_out_of_range_are_refused(k):
+    with pytest.raises(ValueError, match=f"speculate_k is {k}; it must be from 1 to 64, or auto"):
+        check_length(k)
+    with pytest.raises(ValueError, match=f"speculate_k is {k};"):
+        Speculation(PromptLookup(), k)
+
+
+def test_lengths_in_range_are_taken():
+    for k in (1, 64, "auto"):
+        check_length(k)
+    assert [Speculation(PromptLookup(), k).k for k in (1, 64, "auto")] == [1, 64, "auto"]
