@@ -1,4 +1,8 @@
-"""Builds and registers the operators of `cpu.cpp`; a machine that cannot build them does without."""
+"""Builds and registers the operators in `cpu/`; a machine that has no level, or cannot build them, does without.
+
+A level is a set of instructions: one library is built for each, with the flags that stand here and no others, so that
+what runs is what is named. The algorithms are the same; what differs is the file of primitives that `cpu/simd.h` takes.
+"""
 
 import functools
 import hashlib
@@ -8,45 +12,88 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
-HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_blocks` take
+FOLDER = Path(__file__).with_name("cpu")
+HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
 
 
-def library_path() -> Path:
-    """Where the built operators are kept: one folder for each source text, torch version and platform."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    text = SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()
-    return cache / "gpt-faster" / "kernels" / hashlib.sha256(text).hexdigest()[:16] / "cpu.so"
+@dataclass(frozen=True)
+class Level:
+    """needs: what `torch.cpu.get_capabilities` must say of the processor. flags: of the compiler."""
+
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+    has_bf16: bool  # whether there are operators for bfloat16 weights
 
 
-def build(library: Path) -> None:
-    """Compile `cpu.cpp` into `library`, about 10 s. Raises what `available` catches if it cannot be."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+LEVELS = {  # the first one that the processor has is used
+    "avx512": Level((*_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16"), has_bf16=True),
+    "avx512vnni": Level(_AVX512, _AVX512_FLAGS, has_bf16=False),
+}
+
+
+@functools.cache
+def level() -> str | None:
+    """The name of the level that this processor has, if any."""
+    has = torch.cpu.get_capabilities()
+    return next((name for name, each in LEVELS.items() if all(has.get(need) for need in each.needs)), None)
+
+
+@functools.cache
+def compiler_version() -> str:
+    """The first line that the C++ compiler says of itself. Raises RuntimeError if there is none."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
         raise RuntimeError("no C++ compiler")
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{compiler} {said.splitlines()[:1]}"
+
+
+def build_flags(name: str) -> list[str]:
+    return ["-O3", "-fopenmp", *LEVELS[name].flags]
+
+
+def library_path(name: str) -> Path:
+    """Where the operators for a level are kept: a folder for each text of the sources, torch, platform and build."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
+    key = repr((texts, torch.__version__, sys.platform, name, compiler_version(), build_flags(name)))
+    return cache / "gpt-faster" / "kernels" / hashlib.sha256(key.encode()).hexdigest()[:16] / "cpu.so"
+
+
+def build(name: str, library: Path) -> None:
+    """Compile the operators for a level into `library`. Raises what `available` catches if they cannot be."""
     from torch.utils import cpp_extension
 
-    print("Building the CPU operators, once, about 10 seconds ...", file=sys.stderr, flush=True)
+    print("Building the CPU operators, once, half a minute ...", file=sys.stderr, flush=True)
     # ninja is installed beside this Python, whose folder is on the path only in an activated environment
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        # without -fopenmp at::parallel_for compiles to a plain loop
-        flags = ["-O3", "-fopenmp"]
-        cpp_extension.load("cpu", [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False)
+        source, flags = str(FOLDER / "ops.cpp"), build_flags(name)
+        cpp_extension.load("cpu", [source], extra_cflags=flags, build_directory=folder, is_python_module=False)
         os.replace(Path(folder) / "cpu.so", library)  # several processes may build; the last one wins
 
 
 @functools.cache
 def available() -> bool:
-    """Load the operators, building them first if need be. False, with one line on standard error, if that fails."""
-    library = library_path()
+    """Load the operators, building them first if need be. False, with one line on standard error, if that fails.
+
+    A processor that has no level is not told so: it takes PyTorch's operators.
+    """
+    name = level()
+    if name is None:
+        return False
     try:
+        library = library_path(name)
         if not library.exists():
-            build(library)
+            build(name, library)
         torch.ops.load_library(str(library))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -55,21 +102,19 @@ def available() -> bool:
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
     torch.library.register_fake("gpt_faster::linear_experts")(_linear_experts_shape)
-    for name in ("attend", "run_blocks"):
-        torch.library.register_fake(f"gpt_faster::{name}")(lambda x, *_: torch.empty_like(x))
+    for operator in ("attend", "run_blocks"):
+        torch.library.register_fake(f"gpt_faster::{operator}")(lambda x, *_: torch.empty_like(x))
     return True
 
 
-@functools.cache
 def has_bf16() -> bool:
-    """Whether this processor has the instructions that `linear_bf16` is written for, and the operator is there."""
-    return available() and torch.ops.gpt_faster.has_bf16()
+    """Whether there are operators for bfloat16 weights, and for attention of more than 16 queries a row."""
+    return available() and LEVELS[level()].has_bf16
 
 
-@functools.cache
 def has_vnni() -> bool:
-    """Whether this processor has the instructions that the other operators are written for, and they are there."""
-    return available() and torch.ops.gpt_faster.has_vnni()
+    """Whether there are the other operators."""
+    return available()
 
 
 def _linear_bf16_shape(x, weight, bias):

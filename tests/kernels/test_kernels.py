@@ -1,9 +1,11 @@
 """The CPU operators against float64, against the plain path, and on machines that cannot have them."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +118,7 @@ def test_mistakes_with_experts_are_errors():
         (x.float(), chosen, weight),
         (x[:, 0], chosen, weight),
     ):
-        with pytest.raises(RuntimeError, match="linear_experts|no bfloat16 matrix with"):
+        with pytest.raises(RuntimeError, match="linear_experts"):
             run(*wrong, None)
 
 
@@ -171,13 +173,13 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
                 last = row * used // B + query
                 mask[row, query, last + 1 :] = float("-inf")
                 mask[row, query, : max(0, last - 20)] = float("-inf")
-        y = torch.ops.gpt_faster.attend(q, k, v, mask, scale)
+        y = torch.ops.gpt_faster.attend(q, k, v, None, mask, scale)
         wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
         expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
-        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, mask[:, i : i + 1], scale) for i in range(S)]
+        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, None, mask[:, i : i + 1], scale) for i in range(S)]
         assert torch.equal(torch.cat(alone, dim=1), y)
 
 
@@ -198,14 +200,53 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
             seen &= torch.arange(slots) > last - window
         v[:, :, slots:] = torch.nan  # what no query may touch
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        y = torch.ops.gpt_faster.attend(q, k, v, mask.bfloat16(), scale)
+        y = torch.ops.gpt_faster.attend(q, k, v, None, mask.bfloat16(), scale)
         wide = [tensor[:B, :, :slots].double() for tensor in (k, v)]
         expected = attend(q.double(), *wide, mask.double().repeat(1, H // n_kv_head, 1), scale)
         assert y.dtype == torch.bfloat16
         # weights below 1 and the result are rounded to 8 bits
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9 * expected.abs().max().item())
-        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], mask[:1].bfloat16(), scale)
+        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], None, mask[:1].bfloat16(), scale)
         assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
+
+
+@needs_vnni
+@pytest.mark.parametrize("S", [1, 5, 40])
+def test_attention_to_chosen_rows_equals_attention_to_copies_of_them(S):
+    dtype = torch.bfloat16 if cpu.has_bf16() or S > FEW else torch.float32
+    if S > FEW and not cpu.has_bf16():
+        pytest.skip("many queries need AVX512 BF16")
+    k, v = (random(5, 2, 70, 64, seed=i).to(dtype) for i in (1, 2))
+    q, mask = random(4, S, 6, 64, seed=0).to(dtype), torch.zeros(4, S, 60, dtype=dtype)
+    mask[:, :, 50:] = float("-inf")
+    for rows in (torch.tensor([3, 0, 4, 1]), torch.tensor([2, 2, 0, 2])):
+        found = torch.ops.gpt_faster.attend(q, k, v, rows, mask, 0.1)
+        assert torch.equal(found, torch.ops.gpt_faster.attend(q, k[rows], v[rows], None, mask, 0.1))
+
+
+@needs_vnni
+def test_mistakes_with_attention_are_errors():
+    q, k, mask, rows = torch.ones(2, 1, 4, 64), torch.ones(3, 2, 9, 64), torch.zeros(2, 1, 9), torch.tensor([2, 0])
+    run = torch.ops.gpt_faster.attend
+    assert run(q, k, k, rows, mask, 1.0).shape == q.shape
+    for wrong in (
+        (q, k, k, rows + 1, mask),
+        (q, k, k, rows - 1, mask),
+        (q, k, k, rows[:1], mask),
+        (q, k, k, rows.int(), mask),
+        (q, k[:1], k[:1], None, mask),
+        (q, k, k[:, :1], None, mask),
+        (q, k.mT.contiguous().mT, k, None, mask),
+        (q, k, k.bfloat16(), None, mask),
+        (q, k, k, None, mask.bfloat16()),
+        (q, k, k, None, mask[:1]),
+        (q, k, k, None, torch.zeros(2, 1, 10)),
+        (q[:, :, :3], k, k, None, mask),
+        (q[..., :32], k[..., :32].contiguous(), k[..., :32].contiguous(), None, mask),
+        (q.expand(2, 17, 4, 64), k, k, None, mask.expand(2, 17, 9)),
+    ):
+        with pytest.raises(RuntimeError, match="attend"):
+            run(*wrong, 1.0)
 
 
 BLOCKS = ModelArgs(
@@ -297,26 +338,84 @@ def test_joined_blocks_compile(dtype, any_length):
 
 
 @needs_vnni
+@pytest.mark.parametrize("S", [1, 3, 20])
+@torch.inference_mode()
+def test_blocks_use_the_rows_of_the_cache_that_are_chosen(S):
+    dtype = torch.bfloat16 if cpu.has_bf16() else torch.float32
+    if S > FEW and not cpu.has_bf16():
+        pytest.skip("many queries need AVX512 BF16")
+    model, B = model_of(dtype, 8), 3
+    run, blocks = torch.ops.gpt_faster.run_blocks, model.joined_blocks.joined
+    x, pos = random(B, S, 192, seed=5).to(dtype), 9 + torch.arange(S).repeat(B, 1)
+    mask = torch.zeros(B, S, 40, dtype=dtype).masked_fill(torch.arange(40) > pos[..., None], float("-inf"))
+    angles = random(B, S, 1, 32, seed=6).float()
+    keys, values = random(2, 3, 4, 2, 40, 64, seed=7).to(dtype)  # of 3 layers, 4 rows
+    rows = torch.tensor([3, 0, 2])
+    copies = [keys[:, rows].clone(), values[:, rows].clone()]
+    untouched = keys[:, 1].clone()
+    found, expected = (
+        run(x, blocks, torch.ops.gpt_faster.join_cache(list(k), list(v)), chosen, pos, angles.cos(), angles.sin(), mask)
+        for k, v, chosen in ((keys, values, rows), (*copies, None))
+    )
+    assert torch.equal(found, expected)
+    assert torch.equal(keys[:, rows], copies[0]) and torch.equal(values[:, rows], copies[1])
+    assert torch.equal(keys[:, 1], untouched)
+
+
+@needs_vnni
 @torch.inference_mode()
 def test_joined_blocks_refuse_what_would_leave_their_memory():
     model = model_of(torch.float32, 8)
     one, cos = torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1, 1, 32)
     x, mask = torch.ones(1, 1, 192), torch.zeros(1, 1, 40)
-    joined = model.joined_blocks.joined
+    joined, cache, row = model.joined_blocks.joined, model.joined_blocks.cache, torch.tensor([3])
     run = torch.ops.gpt_faster.run_blocks
-    assert run(x, joined, one, cos, cos, mask).shape == x.shape
+
+    def other_cache(*shape, layers=3, dtype=torch.float32):
+        return torch.ops.gpt_faster.join_cache(*2 * [[torch.zeros(shape, dtype=dtype)] * layers])
+
+    assert run(x, joined, cache, None, one, cos, cos, mask).shape == x.shape
+    assert run(x, joined, cache, row, one, cos, cos, mask).shape == x.shape
+    assert run(x, joined, other_cache(1, 2, 40, 64), None, one, cos, cos, mask).shape == x.shape
+    many = x.expand(1, 17, 192), one.expand(1, 17), *2 * [cos.expand(1, 17, 1, 32)], mask.expand(1, 17, 40)
+    five = x.expand(5, 1, 192), one.expand(5, 1), *2 * [cos.expand(5, 1, 1, 32)], mask.expand(5, 1, 40)
     for wrong in (
-        (x, joined, 40 * one, cos, cos, mask),
-        (x, joined, -one, cos, cos, mask),
-        (x, joined.clone(), one, cos, cos, mask),
-        (x, joined, one, cos, cos[..., :16], mask),
-        (x, joined, one, cos, cos, torch.zeros(1, 1, 41)),
-        (x.expand(5, 1, 192), joined, one.expand(5, 1), cos.expand(5, 1, 1, 32), cos, mask.expand(5, 1, 40)),
-        (x.expand(1, 17, 192), joined, one.expand(1, 17), *2 * [cos.expand(1, 17, 1, 32)], mask.expand(1, 17, 40)),
-        (x.bfloat16(), joined, one, cos, cos, mask),
+        (x, joined, cache, None, 40 * one, cos, cos, mask),
+        (x, joined, cache, None, -one, cos, cos, mask),
+        (x, joined, cache, row + 1, one, cos, cos, mask),
+        (x, joined, cache, row - 4, one, cos, cos, mask),
+        (x, joined, cache, row.repeat(2), one, cos, cos, mask),
+        (x, joined.clone(), cache, None, one, cos, cos, mask),
+        (x, joined, cache.clone(), None, one, cos, cos, mask),
+        (x, cache, joined, None, one, cos, cos, mask),
+        (x, joined, other_cache(4, 2, 40, 64, layers=2), None, one, cos, cos, mask),
+        (x, joined, other_cache(4, 1, 40, 64), None, one, cos, cos, mask),
+        (x, joined, other_cache(4, 2, 40, 128), None, one, cos, cos, mask),
+        (x, joined, other_cache(4, 2, 40, 64, dtype=torch.bfloat16), None, one, cos, cos, mask),
+        (x, joined, other_cache(4, 2, 39, 64), None, one, cos, cos, mask),
+        (x, joined, cache, None, one, cos, cos[..., :16], mask),
+        (x, joined, cache, None, one, cos, cos, torch.zeros(1, 1, 41)),
+        (five[0], joined, cache, None, *five[1:]),
+        (many[0], joined, cache, None, *many[1:]),
+        (x.bfloat16(), joined, cache, None, one, cos, cos, mask),
     ):
         with pytest.raises(RuntimeError, match="run_blocks"):
             run(*wrong)
+
+
+@needs_vnni
+def test_caches_that_do_not_fit_each_other_are_refused():
+    k, join = torch.zeros(2, 1, 8, 64), torch.ops.gpt_faster.join_cache
+    assert join([k, k], [k, k]).dtype == torch.uint8
+    others = (k[:1], k.double(), k.mT.contiguous().mT, torch.zeros(2, 1, 8, 32), k[0])
+    for keys, values in (
+        ([], []),
+        ([k], [k, k]),
+        *(([k, k], [k, other]) for other in others),
+        ([others[3]], [others[3]]),
+    ):
+        with pytest.raises(RuntimeError, match="join_cache"):
+            join(keys, values)
 
 
 @needs_vnni
@@ -399,11 +498,82 @@ def test_model_works_without_the_operators(monkeypatch):
     torch.testing.assert_close(logits, expected, atol=0.02 * expected.abs().max().item(), rtol=0)
 
 
+def run_python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@needs_vnni
+def test_operators_for_bfloat16_raise_where_its_instructions_are_missing():
+    code = """
+        import torch
+        from kernels import cpu
+        cpu.level = lambda: "avx512vnni"
+        assert cpu.available() and cpu.has_vnni() and not cpu.has_bf16()
+        run, x = torch.ops.gpt_faster, torch.ones(1, 64, dtype=torch.bfloat16)
+        weight, scales = torch.zeros(2, 1024, dtype=torch.uint8), torch.ones(2, 1, 1, 16)
+        assert (run.linear_codes(x, weight, scales, None) == -128 * 64).all()
+        cache, zero = torch.ones(1, 1, 17, 64, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.long)
+        for raises in (
+            lambda: run.linear_bf16(x, x, None),
+            lambda: run.linear_experts(x[None], zero, x[None], None),
+            lambda: run.attend(cache.view(1, 17, 1, 64), cache, cache, None, x.new_zeros(1, 17, 17), 1.0),
+        ):
+            try:
+                raises()
+            except RuntimeError as error:
+                assert "AVX512 BF16" in str(error), error
+            else:
+                raise AssertionError("no error")
+    """
+    result = run_python(textwrap.dedent(code), **os.environ)
+    assert result.returncode == 0, result.stderr
+
+
+def test_processors_without_a_level_build_nothing_and_have_no_operators(tmp_path):
+    code = """
+        import torch
+        from kernels import cpu
+        cpu.level = lambda: None
+        print(cpu.available(), cpu.has_bf16(), cpu.has_vnni(), hasattr(torch.ops.gpt_faster, "linear_codes"))
+    """
+    result = run_python(textwrap.dedent(code), XDG_CACHE_HOME=str(tmp_path), PATH=os.environ["PATH"])
+    assert result.stdout.split() == ["False"] * 4 and not result.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
+    avx512 = {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx2"}
+    for has, expected in (
+        (avx512 | {"avx512_bf16"}, "avx512"),
+        (avx512, "avx512vnni"),
+        (avx512 - {"avx512_vnni"}, None),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
+        assert cpu.level.__wrapped__() == expected
+
+
+def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
+    """One for each level, flag, compiler, torch and text of the sources; the flags never depend on the processor."""
+    monkeypatch.setattr(cpu, "compiler_version", lambda: "c++ 1")
+    paths = {cpu.library_path(name) for name in cpu.LEVELS}
+    assert len(paths) == len(cpu.LEVELS) and cpu.library_path("avx512") in paths
+    assert not any("native" in flag for level in cpu.LEVELS.values() for flag in level.flags)
+    folder = shutil.copytree(cpu.FOLDER, tmp_path / "cpu")
+    (folder / "simd.h").write_text("changed")
+    for owner, name, value in (
+        (cpu, "compiler_version", lambda: "c++ 2"),
+        (cpu, "LEVELS", {"avx512": replace(cpu.LEVELS["avx512"], flags=("-mavx512f",))}),
+        (cpu, "FOLDER", folder),
+        (torch, "__version__", "0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert cpu.library_path("avx512") not in paths, name
+
+
 @pytest.mark.parametrize("compiler, reason", [("/bin/false", ""), ("/no/such/compiler", "no C++ compiler")])
 def test_a_failing_build_says_so_in_one_line_and_goes_on(compiler, reason, tmp_path):
-    code = "from kernels import cpu; print(cpu.available(), cpu.has_bf16())"
-    env = {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    code = "from kernels import cpu; cpu.level = lambda: 'avx512'; print(cpu.available(), cpu.has_bf16())"
+    result = run_python(code, CXX=compiler, XDG_CACHE_HOME=str(tmp_path), PATH="/usr/bin:/bin")
     assert result.stdout.split() == ["False", "False"], result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "CPU operators cannot be built" in line]
     assert line.startswith("PyTorch's own linear layers are used") and reason in line
@@ -417,8 +587,7 @@ def test_the_build_needs_only_a_compiler_on_the_path(tmp_path):
     tools.mkdir()
     for tool in ("c++", "as", "ld"):  # no ninja: this Python's own is not on the path unless the venv is activated
         (tools / tool).symlink_to(shutil.which(tool))
-    env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tools)}
     code = "from kernels import cpu; print(cpu.available())"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    result = run_python(code, XDG_CACHE_HOME=str(tmp_path), PATH=str(tools))
     assert result.stdout.strip() == "True", result.stderr
     assert [path.name for path in tmp_path.rglob("kernels/*/*")] == ["cpu.so"]

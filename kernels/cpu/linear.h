@@ -1,0 +1,82 @@
+// A linear layer of either kind, and scratch memory, for what is made of several layers: blocks and experts.
+#pragma once
+
+#include <memory>
+
+#include "linear_codes.h"
+
+namespace gpt_faster {
+
+// A product of a bfloat16 weight and many rows of x, into y. It is handed in: oneDNN's is the fastest.
+using ManyRowsProduct = void (*)(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M);
+
+struct Linear {
+  bool has_codes;
+  CodesWeight codes;  // if it has
+  Bf16Weight bf16;    // if not
+  int64_t in, out;
+
+  // Quantises some inputs of row m of x [M, in] into `scratch`, whole groups of them. A bfloat16 layer takes x as it is.
+  template <class Element>
+  void quantise_inputs(const Element* x, int64_t M, void* scratch, int64_t m, Range inputs) const {
+    if (!has_codes) return;
+    const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
+    quantise(x, codes, Activations(scratch, M, in, dtype_of<Element>), m, groups);
+  }
+
+  // Some outputs of few rows, whole tiles of them, by one thread. `scratch` has the quantised inputs.
+  template <class Element>
+  void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
+    if (has_codes) {
+      const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
+      return multiply_few(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, tiles);
+    }
+    if constexpr (std::is_same_v<Element, BFloat16>) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply(outputs);
+  }
+
+  // All outputs of more than kFewRows rows, by all threads.
+  template <class Element>
+  void multiply_many_rows(const Element* x, Element* y, int64_t M, void* scratch, const Threads& threads,
+                          ManyRowsProduct product) const {
+    if (has_codes) {
+      return multiply_many(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, threads);
+    }
+    if constexpr (std::is_same_v<Element, BFloat16>) product(bf16, x, y, M);
+  }
+};
+
+// Buffers for one call: the nth of a call is the nth of the last one, if they are to be kept for the next call of this
+// thread. Those for few tokens are, and so stay in the processor's cache.
+class Scratch {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  struct Buffer {
+    std::unique_ptr<Line[]> memory;
+    int64_t lines = 0;
+  };
+  std::vector<Buffer> own;
+  const bool keep;
+  size_t taken = 0;
+
+ public:
+  explicit Scratch(bool keep) : keep(keep) {}
+
+  template <class Element>
+  Element* take(int64_t n) {
+    return reinterpret_cast<Element*>(take_bytes(n * sizeof(Element)));
+  }
+
+ private:
+  char* take_bytes(int64_t bytes) {
+    thread_local std::vector<Buffer> kept;
+    std::vector<Buffer>& all = keep ? kept : own;
+    if (taken == all.size()) all.emplace_back();
+    Buffer& buffer = all[taken++];
+    const int64_t lines = bytes / sizeof(Line) + 1;
+    if (buffer.lines < lines) buffer = {std::unique_ptr<Line[]>(new Line[lines]), lines};
+    return buffer.memory[0].bytes;
+  }
+};
+
+}  // namespace gpt_faster

@@ -1,0 +1,313 @@
+// Linear layers of int8 and int4 codes, for any number of rows.
+//
+// The weight lies in tiles of 16 output rows. A tile has, for each four inputs, the 16 x 4 codes that dot_bytes multiplies
+// at once: 64 products of an unsigned and a signed byte, summed by fours into 16 int32. Codes are stored unsigned: int8
+// ones plus 128; int4 ones plus 8, two a byte, the inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
+//
+// Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products are then exact integers.
+// float32 ones are multiplied as they are, three times slower where the arithmetic counts: whoever asks for float32 wants
+// every digit. The order of sums is the same for any number of rows: no row's result depends on the rows beside it.
+#pragma once
+
+#include <vector>
+
+#include "linear_bf16.h"
+
+namespace gpt_faster {
+
+constexpr int64_t kLanes = 16, kGroup = 32;  // outputs of a tile; inputs that are quantised together
+
+struct CodesWeight {
+  const uint8_t* codes;  // [tiles, K * 16], or half as many bytes of int4; K is `in` rounded up to whole groups of 32
+  const void* scales;    // [tiles, groups, 16], or of int4, scales and zeros: [tiles, groups, 2, 16]
+  Dtype scale_dtype;
+  const float* bias;  // [tiles * 16] or null
+  int64_t in, tiles, groups;
+  bool is_int4;
+
+  int64_t K() const { return round_up(in, kGroup); }
+  int64_t bytes_a_tile() const { return K() * kLanes / (is_int4 ? 2 : 1); }
+};
+
+// ---------------------------------------------------------------- activations
+
+// M rows of activations as the products want them: quantised, or float32 copies padded with zeros.
+struct Activations {
+  int64_t M, K;
+  void* values;      // int8 or float32 [M, K]
+  float* scales;     // [M, K / 32]
+  float* sums;       // [M, K / 32] of the activations themselves, which the zeros of int4 weights multiply
+  int32_t* offsets;  // [M, K / 32]: what the numbers added to the codes add to a sum of products, negated
+
+  static int64_t bytes(int64_t M, int64_t in, Dtype dtype) {
+    const int64_t K = round_up(in, kGroup);
+    return M * K * (dtype == Dtype::float32 ? 4 : 1) + 12 * M * K / kGroup;
+  }
+
+  // Lays the arrays out in `scratch`, which has as many bytes as that.
+  Activations(void* scratch, int64_t M, int64_t in, Dtype dtype) : M(M), K(round_up(in, kGroup)), values(scratch) {
+    const int64_t groups = M * K / kGroup;
+    scales = reinterpret_cast<float*>(static_cast<char*>(scratch) + M * K * (dtype == Dtype::float32 ? 4 : 1));
+    sums = scales + groups;
+    offsets = reinterpret_cast<int32_t*>(sums + groups);
+  }
+};
+
+// Quantises some groups of row m of x [M, in] for a weight.
+template <class Element>
+void quantise(const Element* x, const CodesWeight& weight, const Activations& to, int64_t m, Range groups) {
+  for (int64_t g = groups.begin; g < groups.end; g++) {
+    const int64_t left = weight.in - g * kGroup, at = m * to.K + g * kGroup, group = m * to.K / kGroup + g;
+    const Element* from = x + m * weight.in + g * kGroup;
+    const Floats low = load(from, std::min<int64_t>(left, 16)), high = load(from + 16, std::max<int64_t>(left - 16, 0));
+    if (weight.is_int4) to.sums[group] = reduce_add(low + high);
+    if constexpr (std::is_same_v<Element, float>) {
+      store(static_cast<float*>(to.values) + at, low);
+      store(static_cast<float*>(to.values) + at + 16, high);
+    } else {
+      // the bits of positive numbers, read as integers, are in the same order, and NaN is the largest of all
+      const Ints low_bits = (Ints)abs(low), high_bits = (Ints)abs(high);
+      const int32_t largest_bits = reduce_max(max(low_bits, high_bits));
+      float largest;
+      std::memcpy(&largest, &largest_bits, 4);
+      const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;  // of smaller ones it would be infinite
+      const Ints low_codes = round_to_int(low * inverse), high_codes = round_to_int(high * inverse);
+      store(static_cast<int8_t*>(to.values) + at, low_codes);
+      store(static_cast<int8_t*>(to.values) + at + 16, high_codes);
+      to.scales[group] = largest / 127.0f;  // NaN if any of them is
+      to.offsets[group] = -(weight.is_int4 ? 8 : 128) * reduce_add(low_codes + high_codes);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- formats
+
+struct Int8 {  // a scale for each output row
+  static constexpr int kOffset = 128;
+  static constexpr bool kPacked = false, kHasGroups = false, kHasZeros = false;
+};
+
+struct Int8Groups : Int8 {  // a scale for each group of inputs of each output row
+  static constexpr bool kHasGroups = true;
+};
+
+struct Int4 {  // two codes a byte; a scale and a zero for each group
+  static constexpr int kOffset = 8;
+  static constexpr bool kPacked = true, kHasGroups = true, kHasZeros = true;
+};
+
+struct UnpackedInt4 : Int4 {  // a code a byte
+  static constexpr bool kPacked = false;
+};
+
+inline void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const Bytes both = load_bytes(from + i);
+    store(to + 2 * i, low_nibbles(both));
+    store(to + 2 * i + 64, high_nibbles(both));
+  }
+}
+
+// ---------------------------------------------------------------- products
+
+// The codes of T tiles, `stride` bytes apart.
+template <class Format, int T>
+struct Codes {
+  const uint8_t* from;
+  int64_t stride;
+  static constexpr int kFours = Format::kPacked ? 2 : 1;  // fours of inputs in one load
+
+  INLINE void load_all(Bytes (&loaded)[T], int k) const {  // from input k on
+    UNROLL for (int j = 0; j < T; j++) loaded[j] = load_bytes(from + j * stride + k / kFours * kLanes);
+  }
+
+  // Four number f of what was loaded.
+  static INLINE Bytes four(Bytes loaded, int f) {
+    if constexpr (!Format::kPacked) return loaded;
+    return f ? high_nibbles(loaded) : low_nibbles(loaded);
+  }
+};
+
+// Sums of the products of the 32 inputs of group g, of rows r .. r + R - 1 and T tiles: quantised activations, ...
+template <class Format, int R, int T>
+INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t g,
+                           const Codes<Format, T>& codes) {
+  const int8_t* values = static_cast<const int8_t*>(x.values) + r * x.K + g * kGroup;
+  constexpr int kFours = Codes<Format, T>::kFours;
+  Ints sum[R][T];
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
+    sum[i][j] = every(x.offsets[(r + i) * (x.K / kGroup) + g]);
+  }
+  UNROLL for (int k = 0; k < kGroup; k += 4 * kFours) {
+    Bytes loaded[T], four[T];
+    codes.load_all(loaded, k);
+    UNROLL for (int f = 0; f < kFours; f++) {
+      UNROLL for (int j = 0; j < T; j++) four[j] = codes.four(loaded[j], f);
+      UNROLL for (int i = 0; i < R; i++) {
+        const Ints row = every_int(values + i * x.K + k + 4 * f);
+        UNROLL for (int j = 0; j < T; j++) sum[i][j] = dot_bytes(sum[i][j], four[j], row);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = to_floats(sum[i][j]);
+}
+
+// ... and float32 ones.
+template <class Format, int R, int T>
+INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t g,
+                                   const Codes<Format, T>& codes) {
+  const float* values = static_cast<const float*>(x.values) + r * x.K + g * kGroup;
+  constexpr int kFours = Codes<Format, T>::kFours;
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = every(0.0f);
+  for (int k = 0; k < kGroup; k += 4 * kFours) {
+    Bytes loaded[T];
+    codes.load_all(loaded, k);
+    UNROLL for (int f = 0; f < kFours; f++) UNROLL for (int c = 0; c < 4; c++) {  // code c of each four
+      Floats weights[T];
+      UNROLL for (int j = 0; j < T; j++) {
+        weights[j] = to_floats((((Ints)codes.four(loaded[j], f) >> 8 * c) & 255) - Format::kOffset);
+      }
+      UNROLL for (int i = 0; i < R; i++) {
+        const Floats row = every(values[i * x.K + k + 4 * f + c]);
+        UNROLL for (int j = 0; j < T; j++) product[i][j] = multiply_add(weights[j], row, product[i][j]);
+      }
+    }
+  }
+}
+
+// Products of activations and a weight, into y [M, tiles * 16]. EXACT: the activations are float32.
+template <class Format, bool EXACT, class Scale>
+struct CodesProduct {
+  const CodesWeight& weight;
+  const Activations& x;
+  void* y;
+  Dtype y_dtype;
+
+  // Scales of T tiles in group g, and their zeros.
+  template <int T>
+  INLINE void load_scales(Floats (&scale)[T], Floats (&zero)[T], int64_t n, int64_t stride, int64_t g) const {
+    UNROLL for (int j = 0; j < T; j++) {
+      const int64_t at = ((n + j * stride) * weight.groups + g) * (Format::kHasZeros ? 2 : 1) * kLanes;
+      scale[j] = load(static_cast<const Scale*>(weight.scales) + at);
+      if constexpr (Format::kHasZeros) zero[j] = load(static_cast<const Scale*>(weight.scales) + at + kLanes);
+    }
+  }
+
+  // Rows r .. r + R - 1 of x and T tiles, n, n + stride, ...
+  template <int R, int T>
+  void tile(int64_t r, int64_t n, int64_t stride, Codes<Format, T> codes) const {
+    const int64_t blocks = x.K / kGroup, blocks_a_group = blocks / weight.groups;
+    constexpr int64_t kBytes = kGroup * kLanes / Codes<Format, T>::kFours;
+    Floats sum[R][T], scale[T], zero[T];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) sum[i][j] = every(0.0f);
+    for (int64_t g = 0, b = 0; g < weight.groups; g++) {
+      if constexpr (Format::kHasGroups) load_scales<T>(scale, zero, n, stride, g);
+      for (; b < (g + 1) * blocks_a_group; b++, codes.from += kBytes) {
+        Floats product[R][T];
+        if constexpr (EXACT) multiply_group_exactly<Format, R, T>(product, x, r, b, codes);
+        else multiply_group<Format, R, T>(product, x, r, b, codes);
+        UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
+          const int64_t at = (r + i) * blocks + b;
+          Floats factor = EXACT ? every(1.0f) : every(x.scales[at]);
+          if constexpr (Format::kHasGroups) factor = EXACT ? scale[j] : scale[j] * factor;
+          sum[i][j] = multiply_add(product[i][j], factor, sum[i][j]);
+          if constexpr (Format::kHasZeros) sum[i][j] = multiply_add(zero[j], every(x.sums[at]), sum[i][j]);
+        }
+      }
+    }
+    if constexpr (EXACT) finish<float, R, T>(sum, r, n, stride);
+    else if (y_dtype == Dtype::float16) finish<Half, R, T>(sum, r, n, stride);
+    else finish<BFloat16, R, T>(sum, r, n, stride);
+  }
+
+  template <class Element, int R, int T>
+  INLINE void finish(Floats (&sum)[R][T], int64_t r, int64_t n, int64_t stride) const {
+    UNROLL for (int j = 0; j < T; j++) {
+      const int64_t column = (n + j * stride) * kLanes;
+      UNROLL for (int i = 0; i < R; i++) {
+        Floats value = sum[i][j];
+        if constexpr (!Format::kHasGroups) value = value * load(static_cast<const Scale*>(weight.scales) + column);
+        if (weight.bias) value = value + load(weight.bias + column);
+        store(static_cast<Element*>(y) + (r + i) * weight.tiles * kLanes + column, value);
+      }
+    }
+  }
+
+  template <int T>
+  void all_rows(int64_t n, int64_t stride, Codes<Format, T> codes) const {
+    int64_t r = 0;
+    for (; r + 4 <= x.M; r += 4) tile<4, T>(r, n, stride, codes);
+    if constexpr (T > 1) {  // a thread has one single tile at most, not worth the time to compile these
+      if (x.M - r == 3) return tile<3, T>(r, n, stride, codes);
+      if (x.M - r == 2) return tile<2, T>(r, n, stride, codes);
+    }
+    for (; r < x.M; r++) tile<1, T>(r, n, stride, codes);
+  }
+
+  // Few rows: a thread reads its tiles once, as streams far apart.
+  void few_rows(Range tiles) const {
+    const int64_t bytes = weight.bytes_a_tile();
+    int64_t n = tiles.begin;
+    if (x.M == 1) {
+      constexpr int kTiles = Format::kHasZeros ? kStreams / 2 : kStreams;  // scales and zeros are streams too
+      const int64_t stride = (tiles.end - n) / kTiles, end = n + stride;
+      for (; n < end; n++) tile<1, kTiles>(0, n, stride, {weight.codes + n * bytes, stride * bytes});
+      n += (kTiles - 1) * stride;
+    }
+    const int64_t stride = (tiles.end - n) / 2, end = n + stride;
+    for (; n < end; n++) all_rows<2>(n, stride, {weight.codes + n * bytes, stride * bytes});
+    n += stride;
+    if (n < tiles.end) all_rows<1>(n, 0, {weight.codes + n * bytes, 0});
+  }
+
+  // Many rows: two tiles at a time stay in the cache, a code a byte, while all rows pass.
+  void many_rows(Range pairs) const {
+    std::vector<uint8_t> unpacked(weight.is_int4 ? 2 * x.K * kLanes : 0);
+    for (int64_t n = 2 * pairs.begin; n < std::min(2 * pairs.end, weight.tiles); n += 2) {
+      const int64_t tiles = std::min<int64_t>(2, weight.tiles - n), bytes = weight.bytes_a_tile();
+      const uint8_t* codes = weight.codes + n * bytes;
+      if (weight.is_int4) {
+        unpack(codes, unpacked.data(), tiles * bytes);
+        codes = unpacked.data();
+      }
+      if (tiles == 2) all_rows<2>(n, 1, {codes, x.K * kLanes});
+      else all_rows<1>(n, 0, {codes, 0});
+    }
+  }
+};
+
+// Calls work with the product whose types are those of the weight and of the activations, chosen once for all tiles.
+template <class Int4Format, class Work>
+void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Work& work) {
+  const auto with_format = [&](auto format) {
+    with_type_of(weight.scale_dtype, [&](auto scale) {
+      using Format = decltype(format);
+      using Scale = decltype(scale);
+      if (dtype == Dtype::float32) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
+      else work(CodesProduct<Format, false, Scale>{weight, x, y, dtype});
+    });
+  };
+  if (weight.is_int4) with_format(Int4Format{});
+  else if (weight.groups > 1) with_format(Int8Groups{});
+  else with_format(Int8{});
+}
+
+// Some tiles of outputs of few rows, by one thread.
+inline void multiply_few(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, Range tiles) {
+  with_product<Int4>(weight, x, y, dtype, [&](const auto& product) { product.few_rows(tiles); });
+}
+
+inline void multiply_many(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Threads& threads) {
+  with_product<UnpackedInt4>(weight, x, y, dtype, [&](const auto& product) {
+    threads.for_shares(divide_up(weight.tiles, 2), 1, [&](Range pairs) { product.many_rows(pairs); });
+  });
+}
+
+// All outputs of any number of rows.
+inline void multiply(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Threads& threads) {
+  if (x.M > kFewRows) return multiply_many(weight, x, y, dtype, threads);
+  const int64_t grain = std::max<int64_t>(1, 65536 / weight.bytes_a_tile());
+  threads.for_shares(weight.tiles, grain, [&](Range tiles) { multiply_few(weight, x, y, dtype, tiles); });
+}
+
+}  // namespace gpt_faster

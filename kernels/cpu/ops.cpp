@@ -1,0 +1,397 @@
+// The operators as PyTorch sees them: schemas, and every check of what comes in. The algorithms in the headers beside this
+// file check nothing, and know nothing of PyTorch.
+//
+// Only what is included here is needed: torch/extension.h would treble the time to build.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include "attention.h"
+#include "blocks.h"
+#include "experts.h"
+#include "linear.h"
+
+namespace {
+
+using namespace gpt_faster;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Threads all_threads() { return {at::get_num_threads()}; }
+
+// ---------------------------------------------------------------- checks and conversions
+
+Dtype dtype_from(at::ScalarType type, const char* op) {
+  TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op, ": dtype ", type,
+              " is not float32, float16 or bfloat16");
+  return type == at::kFloat ? Dtype::float32 : type == at::kHalf ? Dtype::float16 : Dtype::bfloat16;
+}
+
+void check_has_bf16(const char* op) {
+  TORCH_CHECK(kHasBf16, op, " needs the instructions AVX512 BF16, for which these operators are not built");
+}
+
+template <class Element>
+const Element* data(const Tensor& tensor) {
+  return static_cast<const Element*>(tensor.const_data_ptr());
+}
+
+template <class Element>
+const Element* data(const OptionalTensor& tensor) {
+  return tensor ? data<Element>(*tensor) : nullptr;
+}
+
+// The row of the cache that each row of the batch uses, or null: row b uses row b.
+const int64_t* checked_rows(const OptionalTensor& rows, int64_t B, int64_t R, const char* op) {
+  if (!rows) {
+    TORCH_CHECK(B <= R, op, ": ", B, " rows for a cache of ", R);
+    return nullptr;
+  }
+  TORCH_CHECK(rows->scalar_type() == at::kLong && rows->dim() == 1 && rows->size(0) == B && rows->is_contiguous(), op,
+              ": cache_rows is not int64 [", B, "] and contiguous");
+  const int64_t* each = data<int64_t>(*rows);
+  for (int64_t b = 0; b < B; b++) {
+    TORCH_CHECK(0 <= each[b] && each[b] < R, op, ": row ", each[b], " is not in a cache of ", R);
+  }
+  return each;
+}
+
+void check_head_dim(int64_t D, const char* op) {
+  TORCH_CHECK(has_head_dim(D), op, ": head_dim ", D, " is not 64, 96, 128 or 256");
+}
+
+void check_queries(int64_t S, Dtype dtype, const char* op) {
+  TORCH_CHECK(can_attend(S, dtype), op, ": more than ", kFewRows,
+              " queries a row are for bfloat16 and processors with AVX512 BF16");
+}
+
+// A layer of codes if there are scales, of bfloat16 if not. The tensors must be kept as long as the layer.
+Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias, int64_t in, Dtype dtype,
+                const char* op) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && (!bias || bias->is_contiguous()), op,
+              ": a weight is not contiguous [out, in] or [tiles, bytes], or a bias is not contiguous");
+  if (!scales) {
+    check_has_bf16(op);
+    const bool all_bf16 = dtype == Dtype::bfloat16 && weight.scalar_type() == at::kBFloat16 &&
+                          (!bias || bias->scalar_type() == at::kBFloat16);
+    TORCH_CHECK(all_bf16, op, ": wrong dtype; a layer without scales is all bfloat16");
+    TORCH_CHECK(weight.size(1) == in && (!bias || bias->numel() == weight.size(0)), op, ": x has ", in,
+                " features, weight takes ", weight.size(1), ", or the bias is not as long as the output");
+    const int64_t out = weight.size(0);
+    const Bf16Weight bf16{.weight = data<BFloat16>(weight), .bias = data<BFloat16>(bias), .N = out, .K = in};
+    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out};
+  }
+  const Tensor& s = *scales;
+  const int64_t tiles = weight.size(0);
+  TORCH_CHECK(s.dim() == 4 && s.size(0) == tiles && s.size(3) == kLanes && s.is_contiguous(), op,
+              ": scales are not contiguous [tiles, groups, 1 or 2, 16]");
+  const CodesWeight codes{.codes = data<uint8_t>(weight), .scales = s.const_data_ptr(),
+                          .scale_dtype = dtype_from(s.scalar_type(), op), .bias = data<float>(bias), .in = in,
+                          .tiles = tiles, .groups = s.size(1), .is_int4 = s.size(2) == 2};
+  TORCH_CHECK(weight.scalar_type() == at::kByte && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
+  TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
+  TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kGroup % codes.groups == 0 &&
+              (!bias || bias->numel() == tiles * kLanes), op,
+              ": scales or bias do not fit the weight");
+  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes};
+}
+
+// oneDNN's product.
+void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M) {
+  const auto tensor = [](const BFloat16* from, at::IntArrayRef sizes) {
+    return at::from_blob(const_cast<BFloat16*>(from), sizes, at::kBFloat16);
+  };
+  Tensor out = tensor(y, {M, layer.N});
+  const OptionalTensor bias = layer.bias ? OptionalTensor(tensor(layer.bias, {layer.N})) : std::nullopt;
+  at::linear_out(out, tensor(x, {M, layer.K}), tensor(layer.weight, {layer.N, layer.K}), bias);
+}
+
+Tensor contiguous(const Tensor& tensor) { return tensor.contiguous(); }
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// ---------------------------------------------------------------- linear layers
+
+// F.linear for bfloat16: x [..., K], weight [N, K], bias [N] or none -> [..., N]; sums in float32.
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear_bf16: wrong dtype");
+  TORCH_CHECK(x.size(-1) > 0, "linear_bf16: x has no features");
+  const Tensor xc = contiguous(x), wc = contiguous(weight);
+  const OptionalTensor bc = contiguous(bias);
+  const Linear layer = layer_of(wc, std::nullopt, bc, x.size(-1), Dtype::bfloat16, "linear_bf16");
+  const int64_t M = x.numel() / layer.in;
+  if (M > kFewRows) return at::linear(x, weight, bias);
+  auto shape = x.sizes().vec();
+  shape.back() = layer.out;
+  Tensor y = at::empty(shape, x.options());
+  Bf16Product{.layer = layer.bf16, .x = data<BFloat16>(xc), .y = static_cast<BFloat16*>(y.mutable_data_ptr()), .M = M}
+      .multiply_all(all_threads());
+  return y;
+}
+
+// A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
+// bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
+Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
+  const Dtype dtype = dtype_from(x.scalar_type(), "linear_codes");
+  const int64_t in = x.size(-1);
+  TORCH_CHECK(in > 0, "linear_codes: x has no features");
+  const Linear layer = layer_of(weight, scales, bias, in, dtype, "linear_codes");
+  const int64_t M = x.numel() / in;
+  auto shape = x.sizes().vec();
+  shape.back() = layer.out;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor xc = contiguous(x), scratch = at::empty({Activations::bytes(M, in, dtype)}, at::kByte);
+  const Activations quantised(scratch.mutable_data_ptr(), M, in, dtype);
+  const Threads threads = all_threads();
+  with_type_of(dtype, [&](auto element) {
+    const auto* rows = data<decltype(element)>(xc);
+    threads.for_shares(M, std::max<int64_t>(1, 65536 / quantised.K), [&](Range share) {
+      for (int64_t m = share.begin; m < share.end; m++) {
+        quantise(rows, layer.codes, quantised, m, {0, quantised.K / kGroup});
+      }
+    });
+  });
+  multiply(layer.codes, quantised, y.mutable_data_ptr(), dtype, threads);
+  return y;
+}
+
+// Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
+// are as linear_codes takes them, or as linear_bf16 if there are no scales -> [T, K, out].
+Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weight, const OptionalTensor& scales) {
+  TORCH_CHECK(chosen.dim() == 2 && chosen.scalar_type() == at::kLong, "linear_experts: chosen is not int64 [T, K]");
+  const int64_t T = chosen.size(0), K = chosen.size(1), n_expert = weight.size(0);
+  TORCH_CHECK(x.dim() == 3 && x.size(0) == T && (x.size(1) == 1 || x.size(1) == K) && x.size(2) > 0 && weight.dim() == 3 &&
+              n_expert > 0 && (!scales || scales->size(0) == n_expert), "linear_experts: wrong shape");
+  const Dtype dtype = dtype_from(x.scalar_type(), "linear_experts");
+  const Tensor xc = contiguous(x), cc = contiguous(chosen), wc = weight[0].is_contiguous() ? weight : contiguous(weight);
+  const OptionalTensor sc = contiguous(scales), first_scales = sc ? OptionalTensor((*sc)[0]) : std::nullopt;
+  const Linear first = layer_of(wc[0], first_scales, std::nullopt, x.size(2), dtype, "linear_experts");
+  for (int64_t i = 0; i < T * K; i++) {
+    const int64_t e = data<int64_t>(cc)[i];
+    TORCH_CHECK(0 <= e && e < n_expert, "linear_experts: there is no expert ", e);
+  }
+  Tensor y = at::empty({T, K, first.out}, x.options());
+  with_type_of(dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto stride = [](const Tensor& tensor) { return tensor.stride(0) * tensor.element_size(); };
+    Experts<Element>{.first = first, .weight_stride = stride(wc), .scales_stride = sc ? stride(*sc) : 0,
+                     .x = data<Element>(xc), .chosen = data<int64_t>(cc), .y = static_cast<Element*>(y.mutable_data_ptr()),
+                     .n_expert = n_expert, .T = T, .K = K, .x_rows = x.size(1), .threads = all_threads(),
+                     .many_rows_product = product_of_many_rows}
+        .run();
+  });
+  return y;
+}
+
+// ---------------------------------------------------------------- attention
+
+// Queries and the filled part of the cache: q [B, S, H, D], k and v [R, Hkv, C', D], of which row b uses row cache_rows[b],
+// or b if there are no cache_rows; mask [B, S, C] of zeros and -inf over the first C slots; scale of q k -> [B, S, H, D].
+// D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cache_rows, const Tensor& mask,
+              double scale) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && mask.dim() == 3, "attend: q, k, v and mask have 4, 4, 4 and 3 dimensions");
+  const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), n_kv_head = k.size(1), slots = mask.size(2);
+  const Dtype dtype = dtype_from(q.scalar_type(), "attend");
+  check_head_dim(D, "attend");
+  check_queries(S, dtype, "attend");
+  TORCH_CHECK(k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous(), "attend: k and v are no contiguous caches");
+  TORCH_CHECK(k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 && mask.size(0) == B && mask.size(1) == S &&
+              0 < slots && slots <= k.size(2), "attend: sizes of q, k and mask do not fit");
+  for (const Tensor& like : {k, v, mask}) TORCH_CHECK(like.scalar_type() == q.scalar_type(), "attend: several dtypes");
+  const int64_t* rows = checked_rows(cache_rows, B, k.size(0), "attend");
+  Tensor y = at::empty(q.sizes(), q.options());
+  const Tensor qc = contiguous(q), mc = mask.stride(2) == 1 ? mask : contiguous(mask);
+  with_type_of(dtype, [&](auto element) {
+    using Element = decltype(element);
+    attend_queries(Attention<Element>{.q = data<Element>(qc), .k = data<Element>(k), .v = data<Element>(v), .cache_rows = rows,
+                              .mask = data<Element>(mc), .y = static_cast<Element*>(y.mutable_data_ptr()), .B = B, .S = S,
+                              .H = H, .D = D, .group = H / n_kv_head, .cache_slots = k.size(2), .slots = slots,
+                              .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale)},
+           all_threads());
+  });
+  return y;
+}
+
+// ---------------------------------------------------------------- fused blocks
+
+// An object that Python holds as a tensor of its bytes. A copy of the bytes is refused: it would outlive the object.
+template <class Object>
+struct Handle {
+  const Handle* self = this;  // which a copy does not have
+  const char* made_by = Object::kMadeBy;
+  Object object;
+};
+
+template <class Object>
+Tensor handle_of(Object object) {
+  auto* handle = new Handle<Object>{.object = std::move(object)};
+  return at::from_blob(handle, {sizeof(*handle)}, [handle](void*) { delete handle; }, at::kByte);
+}
+
+template <class Object>
+const Object& object_of(const Tensor& tensor, const char* op) {
+  const auto* handle = data<Handle<Object>>(tensor);
+  TORCH_CHECK(tensor.scalar_type() == at::kByte && tensor.numel() == sizeof(*handle) && handle->self == handle &&
+              handle->made_by == Object::kMadeBy, op, ": a handle is not made by ", Object::kMadeBy, ", or is a copy");
+  return handle->object;
+}
+
+struct JoinedBlocks {
+  static constexpr char kMadeBy[] = "join_blocks";
+  std::vector<Block> blocks;
+  std::vector<OptionalTensor> tensors;  // kept alive
+  Dtype dtype;
+  double eps, scale;
+  int64_t head_norm;  // size of q_norm and k_norm; 0 if there are none
+};
+
+struct JoinedCache {
+  static constexpr char kMadeBy[] = "join_cache";
+  std::vector<LayerCache> layers;
+  std::vector<Tensor> tensors;  // kept alive
+};
+
+constexpr int64_t kTensors = 16;  // of a block
+
+// A layer from three tensors: weight, scales and bias. in: inputs, or 0: as many as the weight has, which then has no
+// padding.
+Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype) {
+  TORCH_CHECK(tensors[0] && tensors[0]->dim() == 2, "join_blocks: a weight is missing");
+  for (int i = 0; i < 3; i++) tensors[i] = contiguous(tensors[i]);
+  const OptionalTensor& scales = tensors[1];
+  const int64_t size = tensors[0]->size(1), in_weight = !scales ? size : size * (scales->size(2) == 2 ? 2 : 1) / kLanes;
+  return layer_of(*tensors[0], scales, tensors[2], in ? in : in_weight, dtype, "join_blocks");
+}
+
+const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
+  if (!norm) return nullptr;
+  TORCH_CHECK(dtype_from(norm->scalar_type(), "join_blocks") == dtype, "join_blocks: several dtypes");
+  TORCH_CHECK(norm->numel() == size, "join_blocks: a norm of ", norm->numel(), " values where ", size, " belong");
+  norm = contiguous(norm);
+  return norm->const_data_ptr();
+}
+
+Block joined_block(OptionalTensor* t, int64_t dim, int64_t head_norm, Dtype dtype) {
+  Block block{.wqkv = joined_layer(t + 1, dim, dtype), .wo = joined_layer(t + 6, 0, dtype),
+              .w13 = joined_layer(t + 10, dim, dtype), .w2 = {}};
+  block.w2 = joined_layer(t + 13, block.w13.out / 2, dtype);
+  TORCH_CHECK(t[0] && t[9], "join_blocks: a norm is missing");
+  block.attention_norm = joined_norm(t[0], dim, dtype), block.ffn_norm = joined_norm(t[9], dim, dtype);
+  block.q_norm = joined_norm(t[4], head_norm, dtype), block.k_norm = joined_norm(t[5], head_norm, dtype);
+  TORCH_CHECK(block.wo.out == dim && block.w2.out == dim && dim % kLanes == 0 && block.wqkv.out % kLanes == 0 &&
+              block.w13.out % (2 * kGroup) == 0 && block.wqkv.out > block.wo.in, "join_blocks: wrong size");
+  return block;
+}
+
+// The blocks of a model as one handle for run_blocks, which keeps the tensors it is made of. Of each block, in this order:
+// attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2. A linear layer is its weight, scales and bias,
+// as linear_codes takes them, or linear_bf16 if there are no scales. eps: of the norms; scale: of q k.
+Tensor join_blocks(const c10::List<OptionalTensor>& tensors, double eps, double scale) {
+  TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0, "join_blocks: ", tensors.size(), " tensors");
+  JoinedBlocks joined{.tensors = tensors.vec(), .eps = eps, .scale = scale};
+  OptionalTensor* all = joined.tensors.data();
+  TORCH_CHECK(all[0], "join_blocks: a norm is missing");
+  joined.dtype = dtype_from(all[0]->scalar_type(), "join_blocks");
+  const int64_t dim = all[0]->numel();
+  for (int i : {4, 5}) if (all[i]) joined.head_norm = all[i]->numel();
+  for (size_t t = 0; t < tensors.size(); t += kTensors) {
+    joined.blocks.push_back(joined_block(all + t, dim, joined.head_norm, joined.dtype));
+    const Block &first = joined.blocks[0], &block = joined.blocks.back();
+    TORCH_CHECK(first.wqkv.out == block.wqkv.out && first.wo.in == block.wo.in && first.w13.out == block.w13.out,
+                "join_blocks: unlike blocks");
+  }
+  return handle_of(std::move(joined));
+}
+
+// The caches of all layers as one handle for run_blocks, which keeps them: of each layer keys and values
+// [R, n_kv_head, C', D].
+Tensor join_cache(at::TensorList keys, at::TensorList values) {
+  TORCH_CHECK(!keys.empty() && keys.size() == values.size(), "join_cache: ", keys.size(), " keys, ", values.size(), " values");
+  TORCH_CHECK(keys[0].dim() == 4, "join_cache: keys are not [R, n_kv_head, C', D]");
+  check_head_dim(keys[0].size(3), "join_cache");
+  dtype_from(keys[0].scalar_type(), "join_cache");
+  JoinedCache joined;
+  for (size_t i = 0; i < keys.size(); i++) {
+    for (const Tensor& tensor : {keys[i], values[i]}) {
+      TORCH_CHECK(tensor.sizes() == keys[0].sizes() && tensor.scalar_type() == keys[0].scalar_type() &&
+                  tensor.is_contiguous() && tensor.is_cpu(), "join_cache: layer ", i, " is unlike layer 0 or not contiguous");
+      joined.tensors.push_back(tensor);
+    }
+    joined.layers.push_back({.k = keys[i].mutable_data_ptr(), .v = values[i].mutable_data_ptr()});
+  }
+  return handle_of(std::move(joined));
+}
+
+// x [B, S, dim] through blocks from join_blocks. Keys and values are written first, to the cache from join_cache, at pos
+// [B, S] of rows cache_rows [B], or rows 0 .. B - 1 if there are none; rows that are named twice must differ in pos. cos and
+// sin [B, S, 1, D / 2] float32; mask [B, S, C] of zeros and -inf over the first C slots, in x's dtype, which is bfloat16 if
+// there are more than 16 tokens a row.
+Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, const OptionalTensor& cache_rows,
+                  const Tensor& pos, const Tensor& cos, const Tensor& sin, const Tensor& mask) {
+  const auto& joined = object_of<JoinedBlocks>(blocks, "run_blocks");
+  const auto& caches = object_of<JoinedCache>(cache, "run_blocks");
+  const Block& first = joined.blocks[0];
+  const Tensor& keys = caches.tensors[0];
+  const int64_t D = keys.size(3), n_kv_head = keys.size(1), n_head = first.wo.in / D, cache_slots = keys.size(2);
+  TORCH_CHECK(joined.blocks.size() == caches.layers.size() && keys.scalar_type() == x.scalar_type() &&
+              first.wo.in == n_head * D && first.wqkv.out == (n_head + 2 * n_kv_head) * D && n_head % n_kv_head == 0 &&
+              (joined.head_norm == 0 || joined.head_norm == D), "run_blocks: the cache does not fit the blocks");
+
+  TORCH_CHECK(x.dim() == 3 && mask.dim() == 3, "run_blocks: x and mask have 3 dimensions");
+  const int64_t B = x.size(0), S = x.size(1), M = B * S, dim = x.size(2), slots = mask.size(2);
+  TORCH_CHECK(dtype_from(x.scalar_type(), "run_blocks") == joined.dtype && mask.scalar_type() == x.scalar_type() &&
+              pos.scalar_type() == at::kLong && cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat,
+              "run_blocks: wrong dtype");
+  if (M > kFewRows) check_queries(S, joined.dtype, "run_blocks");
+  TORCH_CHECK(dim == first.wqkv.in && 0 < slots && slots <= cache_slots && cos.numel() == M * D / 2 &&
+              sin.numel() == M * D / 2 && pos.numel() == M && mask.numel() == M * slots, "run_blocks: wrong size");
+  const int64_t* rows = checked_rows(cache_rows, B, keys.size(0), "run_blocks");
+  const Tensor pc = contiguous(pos), cc = contiguous(cos), sc = contiguous(sin), mc = contiguous(mask);
+  for (int64_t m = 0; m < M; m++) {
+    const int64_t at = data<int64_t>(pc)[m];
+    TORCH_CHECK(0 <= at && at < cache_slots, "run_blocks: position ", at, " is not in a cache of ", cache_slots);
+  }
+  Tensor y = x.clone(at::MemoryFormat::Contiguous);
+  const Threads threads = all_threads();
+  with_type_of(joined.dtype, [&](auto element) {
+    using Element = decltype(element);
+    Blocks<Element>{.blocks = joined.blocks, .caches = caches.layers, .threads = threads,
+                    .many_rows_product = product_of_many_rows, .B = B, .S = S, .M = M, .dim = dim,
+                    .width = first.w13.out / 2, .n_head = n_head, .n_kv_head = n_kv_head, .D = D,
+                    .cache_slots = cache_slots, .slots = slots, .eps = static_cast<float>(joined.eps),
+                    .scale = static_cast<float>(joined.scale), .cache_rows = rows, .pos = data<int64_t>(pc),
+                    .cos = data<float>(cc), .sin = data<float>(sc), .mask = data<Element>(mc),
+                    .x = static_cast<Element*>(y.mutable_data_ptr())}
+        .run();
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(gpt_faster, m) {
+  m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
+  m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? cache_rows, Tensor mask, float scale) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, float eps, float scale) -> Tensor");
+  m.def("join_cache(Tensor[] keys, Tensor[] values) -> Tensor");
+  // It writes to the caches that its argument `cache` stands for. The schema does not say so, because the compiler would
+  // then copy the handle: nothing else reads the caches in the same graph, and every use of the result comes after.
+  m.def("run_blocks(Tensor x, Tensor blocks, Tensor cache, Tensor? cache_rows, Tensor pos, Tensor cos, Tensor sin, "
+        "Tensor mask) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
+  m.impl("linear_bf16", &linear_bf16);
+  m.impl("linear_codes", &linear_codes);
+  m.impl("linear_experts", &linear_experts);
+  m.impl("attend", &attend);
+  m.impl("join_blocks", &join_blocks);
+  m.impl("join_cache", &join_cache);
+  m.impl("run_blocks", &run_blocks);
+}

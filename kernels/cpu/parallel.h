@@ -1,0 +1,66 @@
+// Threads, handed to the algorithms, which know no other way to use several.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <omp.h>
+
+namespace gpt_faster {
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
+
+// Share number `thread` of 0 .. n - 1 in `threads` shares, whose lengths are multiples of `unit`.
+inline Range share_of(int64_t n, int64_t unit, int thread, int threads) {
+  const int64_t each = round_up(divide_up(n, threads), unit);
+  return {std::min(n, thread * each), std::min(n, (thread + 1) * each)};
+}
+
+struct Threads {
+  int count;
+
+  // Every thread calls work(thread, threads). Inside a region there is but the thread that is there.
+  template <class Work>
+  void region(const Work& work) const {
+#pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())
+    work(omp_get_thread_num(), omp_get_num_threads());
+  }
+
+  // Calls work(share) for shares of 0 .. n - 1, one a thread; with fewer than `grain` things a thread does not pay.
+  template <class Work>
+  void for_shares(int64_t n, int64_t grain, const Work& work) const {
+    const int used = std::min<int64_t>(count, divide_up(n, grain));
+    if (used <= 1 || omp_in_parallel()) {
+      if (n > 0) work(Range{0, n});
+      return;
+    }
+    region([&](int thread, int threads) {
+      const Range share = share_of(n, 1, thread, std::min(used, threads));
+      if (share.begin < share.end) work(share);
+    });
+  }
+
+  // Calls work(own, i) for i = 0 .. n - 1: a thread that is free takes the next i. `own` is what prepare() returns, once a
+  // thread.
+  template <class Prepare, class Work>
+  void for_each(int64_t n, const Prepare& prepare, const Work& work) const {
+#pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())
+    {
+      auto own = prepare();
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < n; i++) work(own, i);
+    }
+  }
+};
+
+// Waits until every thread of the region has come here.
+inline void wait_for_all() {
+#pragma omp barrier
+}
+
+}  // namespace gpt_faster

@@ -1,0 +1,89 @@
+// Vectors of 16 lanes and what the algorithms do with them. The primitives are each processor's own; everything else is
+// written with them and with the operators that the compiler has for vectors: + - * / & >> < and ?:, lane by lane.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// The loops over small arrays of vectors keep them in registers only if the compiler is told to unroll them early.
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE __attribute__((always_inline)) inline
+
+namespace gpt_faster {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+}  // namespace gpt_faster
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "avx512.h"
+#else
+#error "The flags of the compiler choose none of the levels of instructions that have a file of primitives."
+#endif
+
+namespace gpt_faster {
+
+enum class Dtype { float32, float16, bfloat16 };
+
+// Calls work with a value of the C++ type of `dtype`. It stands outside of every loop.
+template <class Work>
+void with_type_of(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::float32) work(float{});
+  else if (dtype == Dtype::float16) work(Half{});
+  else work(BFloat16{});
+}
+
+template <class Element>
+constexpr Dtype dtype_of = std::is_same_v<Element, float> ? Dtype::float32
+                           : std::is_same_v<Element, Half> ? Dtype::float16 : Dtype::bfloat16;
+
+INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The 4 bytes at `from` in every lane.
+INLINE Ints every_int(const void* from) {
+  int32_t value;
+  std::memcpy(&value, from, 4);
+  return every(value);
+}
+
+INLINE Pairs every_pair(const void* from) { return (Pairs)every_int(from); }
+
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
+INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+// The codes of the first and of the second four inputs that share bytes, one code in each nibble.
+INLINE Bytes low_nibbles(Bytes both) { return both & 15; }
+INLINE Bytes high_nibbles(Bytes both) { return both >> 4; }
+
+// The indices of 16 lanes.
+INLINE Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+// e^x for x <= 0, to one unit in the last place or two: 2^n times a polynomial in what is left of x / ln 2.
+INLINE Floats exp_of(Floats x) {
+  const Floats n = round(x * 1.44269504f);
+  Floats rest = multiply_add(n, every(-0.693145752f), x);  // ln 2 in two parts
+  rest = multiply_add(n, every(-1.42860677e-6f), rest);
+  Floats power = every(1.0f / 720);
+  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    power = multiply_add(power, rest, every(term));
+  }
+  return times_power_of_two(power, n);
+}
+
+}  // namespace gpt_faster
