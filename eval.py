@@ -99,7 +99,8 @@ def evaluate(
 ) -> dict | None:
     """The report; of tasks in the first process of a machine only. facts: what it says of the run."""
     if isinstance(asked, str):
-        sizes = {"window": args.max_seq_length or WINDOW, "stride": args.stride, "batch_size": args.batch_size or 1}
+        window = args.max_seq_length or min(WINDOW, engine.model.args.max_seq_length)
+        sizes = {"window": window, "stride": args.stride, "batch_size": args.batch_size or 1}
         return facts | measure_text(engine, tokenizer, asked, **sizes)
     from measure.harness import Adapter
 
