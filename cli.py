@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def quit_on_interrupt() -> None:
@@ -16,7 +16,7 @@ def quit_on_interrupt() -> None:
 
 
 def send_again(ignored) -> None:
-    """A `sys.unraisablehook`: Python drops what is raised in `__del__` and such callbacks, and with it a Ctrl-C."""
+    """A `sys.unraisablehook`: Python drops every exception raised in a `__del__`, a Ctrl-C too."""
     if ignored.exc_type is KeyboardInterrupt:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
@@ -26,10 +26,10 @@ def send_again(ignored) -> None:
 def run(main: Callable, parser: argparse.ArgumentParser) -> None:
     """Call main with the parsed arguments and turn what goes wrong into an exit code: 2 with one line, or 130."""
     if is_other_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, to the end
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
     arguments = parse(parser)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is not None:  # it was closed
+        if stream is not None:  # None: closed
             stream.reconfigure(encoding="utf-8", errors="replace")  # LANG=C would refuse an emoji
     sys.unraisablehook = send_again
     try:
@@ -38,7 +38,7 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
         print(end="", flush=True)
         quit_on_interrupt()  # while the interpreter shuts down
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush goes there
     except Exception as error:
         message = in_words(error)
         if message is None:
@@ -58,12 +58,12 @@ def parse(parser: argparse.ArgumentParser) -> dict:
         return vars(parser.parse_args())
     except SystemExit as end:
         if is_other_rank() and end.code:
-            time.sleep(30)  # torchrun stops all when one ends, and rank 0 must have said why
+            time.sleep(30)  # rank 0 says why; torchrun stops all ranks when the first ends
         raise
 
 
 def in_words(error: Exception) -> str | None:
-    """What to tell the person of an error that is theirs to mend; None: it is a defect of the program."""
+    """The message for an error that the person can mend; None: the program is wrong."""
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
@@ -73,8 +73,14 @@ def in_words(error: Exception) -> str | None:
     return None
 
 
+def listed(values: Sequence) -> str:
+    """1, 2 or 3"""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def quit_with(code: int, message: str) -> None:
-    """End now: background threads and compile workers must not hold the process, nor print after us."""
+    """End now, without waiting for background threads and compile workers, which could print after the message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -25,7 +25,7 @@ from ranks import Ranks, init_tp, shared, speaks
 from text.files import read_text
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer
-from weights.checkpoint import load_model, open_source
+from weights.checkpoint import load_model, open_model
 from weights.device import parse_dtype, pick_device
 from weights.files import require_writable, write_json
 
@@ -112,7 +112,7 @@ def evaluate(
     if report is None:
         return None
     facts["seconds"] = time.perf_counter() - began
-    specs = {str(spec) for spec in open_source(args.checkpoint_path, args.model_name).table.values()}
+    specs = {str(spec) for spec in open_model(args.checkpoint_path, args.model_name).table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(specs), "lm_eval": version("lm_eval")}
     print_tables(report)
     say(f"Time for tasks: {facts['seconds']:.1f} seconds")

@@ -35,7 +35,7 @@ from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source, random_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
@@ -78,7 +78,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, 
     if args.compile or args.compile_prefill:
         require_compiler(device)
     if args.draft_checkpoint_path is not None:
-        open_source(args.draft_checkpoint_path)
+        open_model(args.draft_checkpoint_path)
     return sampling, device
 
 

@@ -6,14 +6,9 @@ if __name__ == "__main__":
     cli.quit_on_interrupt()  # before the slow imports
 
 import argparse
-import ctypes
 import math
-import mmap
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +27,10 @@ from ranks import init_tp
 from text.files import read_text
 from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, save_tokenizer
-from weights.checkpoint import load_model, new_table, open_source, read_tensors, save_checkpoint
+from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
-from weights.files import GB, require_space, require_writable, write_json
-from weights.layout import Source, expected_tensors, model_bytes
+from weights.files import GB, dropping_page_cache, require_space, require_writable, write_json
+from weights.layout import Layout, ModelFile
 
 GPTQ = "int4-gptq"
 GPTQ_FLAGS = ("calibration_tasks", "calibration_file", "calibration_limit", "calibration_seq_length", "include_path")
@@ -85,12 +80,12 @@ def main(**flags) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A model's file, which of its layers are rounded, and the file that this makes."""
+    """A model's file, and the quantised file that is made from it."""
 
     path: Path
     model_name: str | None
-    source: Source
-    table: dict[str, QuantSpec]
+    source: ModelFile
+    layout: Layout  # of the target
     target: Path
     device: torch.device
     dtype: torch.dtype
@@ -123,11 +118,12 @@ def check_request(args: argparse.Namespace) -> None:
 def open_job(args: argparse.Namespace) -> Job:
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     spec = quant_spec(args.mode, args.groupsize)
-    source = frugal(open_source(path, args.model_name), path)
-    table = new_table(source, spec, path, args.head)
+    source = open_model(path, args.model_name)
+    source = replace(source, tensors=dropping_page_cache(source.tensors, path))
+    layout = source.layout.quantized(new_table(source, spec, path, args.head))
     target = target_path(path, args.mode, spec.groupsize, args.label)
-    sizes = model_bytes(source.args, dtype), model_bytes(source.args, dtype, table)
-    return Job(path, args.model_name, source, table, target, device, dtype, *sizes)
+    sizes = source.layout.bytes(dtype), layout.bytes(dtype)
+    return Job(path, args.model_name, source, layout, target, device, dtype, *sizes)
 
 
 def target_path(path: Path, mode: str, groupsize: int | None, label: str | None) -> Path:
@@ -190,57 +186,30 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
 # ---------------------------------------------------------------- what is made
 
 
-def frugal(source: Source, path: Path) -> Source:
-    """The same source, but before it reads a tensor it gives back the memory of those before."""
-    weights = (".pth", ".bin", ".safetensors", ".gguf")
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in weights]
-    names = {os.path.realpath(file) for file in files}
-
-    def after_release(read):
-        release(names)
-        return read()
-
-    return replace(source, tensors={name: partial(after_release, read) for name, read in source.tensors.items()})
-
-
-def release(names: set[str]) -> None:
-    """Give back what Linux counts as our memory though nothing needs it: freed blocks, and pages of mapped files.
-
-    names: files that are only read, so that a page needed again is read again.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, name = line.split(maxsplit=5)
-        if name in names:
-            begin, end = (int(address, 16) for address in span.split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
 def rounded_tensors(job: Job) -> dict[str, Tensor]:
     """Every tensor of the quantised file, each layer in the table rounded to nearest."""
-    return read_tensors(job.source, job.device, job.dtype, "Quantising", job.table)
+    return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
 
 
 def gptq_tensors(job: Job, windows: Tensor, percdamp: float, blocksize: int, act_order: bool) -> dict[str, Tensor]:
     """Every tensor of the quantised file: the layers in the table rounded by GPTQ, its tensors else as they are."""
     model = load_model(job.path, job.device, job.dtype, job.model_name)
-    rounded = gptq_(model, windows, job.table, percdamp=percdamp, blocksize=blocksize, act_order=act_order)
+    rounded = gptq_(model, windows, job.layout.table, percdamp=percdamp, blocksize=blocksize, act_order=act_order)
     state = model.state_dict() | rounded
-    return {name: state[name] for name in expected_tensors(job.source.args, job.table)}
+    return {name: state[name] for name in job.layout.tensors}
 
 
 def write(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
     """Write the quantised file; the facts of its layers, whose tensors are taken out of `tensors`."""
-    save_checkpoint(job.target, job.source.args, {name: tensor.cpu() for name, tensor in tensors.items()}, job.table)
+    save_checkpoint(
+        job.target, job.source.args, {name: tensor.cpu() for name, tensor in tensors.items()}, job.layout.table
+    )
     say(f"Wrote {job.target}: {job.target.stat().st_size / GB:.2f} GB")
     write_tokenizer(job.source, job.target.parent)
-    return layer_facts(job.source, tensors, job.table)
+    return layer_facts(job.source, tensors, job.layout.table)
 
 
-def write_tokenizer(source: Source, folder: Path) -> None:
+def write_tokenizer(source: ModelFile, folder: Path) -> None:
     """Put the tokenizer of a GGUF file beside what is made from it, unless there is one."""
     if source.gguf is not None and not any((folder / f"tokenizer.{suffix}").exists() for suffix in ("json", "model")):
         save_tokenizer(source.gguf, folder)
@@ -249,7 +218,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 # ---------------------------------------------------------------- what it cost
 
 
-def layer_facts(source: Source, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
+def layer_facts(source: ModelFile, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
     """Name, bits, groupsize and relative error of each quantised layer, whose tensors are taken out of `tensors`.
 
     The original weights are read once more, one at a time.
@@ -258,7 +227,7 @@ def layer_facts(source: Source, tensors: dict[str, Tensor], table: dict[str, Qua
     for name, spec in table.items():
         leaves = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
         rounded = [tensors.pop(f"{name}.{leaf}") for leaf in leaves]
-        read = source.tensors.get(f"{name}.weight") or source.tensors["tok_embeddings.weight"]  # a tied head
+        read = source.tensors[f"{source.layout.weight_source(name)}.weight"]
         error = relative_error(read().to(rounded[0].device), rounded, spec.bits)
         facts.append({"name": name, **asdict(spec), "relative_error": error})
     return facts

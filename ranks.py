@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: how they meet, talk, and notice that one of them is gone."""
+"""The processes that torchrun starts: how they meet, exchange values, and notice that one of them is gone."""
 
 import contextlib
 import math
@@ -19,21 +19,15 @@ from torch import Tensor
 
 import cli
 
-MEET_S = 60  # in which all ranks must have reached each other
-
-
-SILENT_S = 15  # without a sign of life: the rank is dead
-
-
-GRACE_S = 3  # for other ranks to say what is wrong, or to hear it
-
-
-TICK_S = 0.2
+MEET_S = 60  # within which all ranks must reach each other
+SILENT_S = 15  # after which a rank without a sign of life is dead
+GRACE_S = 3  # for the ranks to agree on what is wrong before they end
+TICK_S = 0.2  # between two signs of life
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """This process and those that share its model; every rank must call the methods in the same order."""
+    """This process and the others that hold parts of its model; all must call the methods in the same order."""
 
     rank: int
     size: int
@@ -46,24 +40,24 @@ class Ranks:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, the only one to call it."""
+        """What `make` returns on rank 0, which alone calls it."""
         value = [make() if self.is_first else None]
         dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
         return value[0]
 
     def sum(self, x: Tensor) -> Tensor:
-        return _ready(collectives.all_reduce(x, "sum", dist.group.WORLD))
+        return ready(collectives.all_reduce(x, "sum", dist.group.WORLD))
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's values."""
-        return _ready(collectives.broadcast(x, 0, dist.group.WORLD))
+        return ready(collectives.broadcast(x, 0, dist.group.WORLD))
 
     def gather(self, x: Tensor) -> Tensor:  # [...] -> [ranks, ...]
         parts = collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD)
-        return _ready(parts).view(self.size, *x.shape)
+        return ready(parts).view(self.size, *x.shape)
 
     def place(self, kind: str) -> torch.device:
-        """The device of this rank, connected to those of the others. Raises ValueError if there is none."""
+        """The device of this rank, connected to those of the others."""
         if kind == "cuda":
             if self.local_size > torch.cuda.device_count():
                 raise ValueError(
@@ -80,13 +74,13 @@ class Ranks:
         return device
 
 
-def _ready(x: Tensor) -> Tensor:
-    """Outside a graph a collective returns at once; its result must be waited for."""
+def ready(x: Tensor) -> Tensor:
+    """The result of a collective, which outside a compiled graph returns before it is done."""
     return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
 
 
 def shared(ranks: Ranks | None, make: Callable[[], Any]) -> Any:
-    """What `make` returns, on rank 0 if there are several."""
+    """What `make` returns; with several ranks, what it returns on rank 0."""
     return make() if ranks is None else ranks.share(make)
 
 
@@ -96,16 +90,16 @@ def speaks(ranks: Ranks | None) -> bool:
 
 
 def from_first(ranks: Ranks | None, x: Tensor) -> Tensor:
-    """Rank 0's values, if there are several."""
+    """x; with several ranks, rank 0's x."""
     return x if ranks is None else ranks.broadcast(x)
 
 
 @contextlib.contextmanager
 def init_tp() -> Iterator[Ranks | None]:
-    """The ranks that torchrun started, for the length of a `with` block; None if it started one, or was not used.
+    """The ranks that torchrun started, for the length of a `with` block; None where this process is alone.
 
-    An error in the block ends every rank, with one message from rank 0: what is the person's to mend with exit code 2
-    on all, anything else with 1. A rank that dies is noticed by the others.
+    An error in the block ends every rank, with one message, from rank 0: a person's mistake with exit code 2, another
+    error with 1. A rank that dies ends the others too.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -117,14 +111,14 @@ def init_tp() -> Iterator[Ranks | None]:
         store = watch.meet()
         with watch.deadline("GLOO_SOCKET_IFNAME can name the network interface"):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            # no timeout: a person may take hours to type the next line, and dead ranks are noticed by the watch
+            # no timeout: a person may take hours to type the next line, and the watch notices dead ranks
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=365))
         local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
         yield Ranks(rank, size, *local, watch)
         dist.barrier()
     except Exception as error:
         if "Connection closed by peer" in str(error) or isinstance(error, dist.DistNetworkError):
-            watch.join(SILENT_S + GRACE_S)  # it will find who is gone
+            watch.join(SILENT_S + GRACE_S)  # the watch finds which rank is gone, and ends this process
         words = cli.in_words(error)
         if words is None:
             traceback.print_exc(file=sys.__stderr__)
@@ -134,11 +128,11 @@ def init_tp() -> Iterator[Ranks | None]:
 
 
 class Watch(threading.Thread):
-    """Each rank's eye on the others, through the store that they share.
+    """A thread of each rank that notices when another rank fails, dies or hangs, and then ends the process.
 
-    Every rank writes there a sign of life every TICK_S, or what made it fail. A thread of its own reads them, so it
-    sees a death also while the main thread waits for the dead, and ends the process: destroying the process group
-    would wait too.
+    Every rank writes its state to the store every TICK_S: "alive" with the time, "failed" with exit code and message,
+    "ended" once it has seen a failure, "done" at a normal end. It is a thread because the main thread may be waiting
+    in a collective for the dead rank, and it ends the process because destroying the process group would wait too.
     """
 
     def __init__(self, rank: int, size: int):
@@ -161,82 +155,81 @@ class Watch(threading.Thread):
             raise ValueError(f"rank {self.rank} cannot reach rank 0's machine, {host}, at port {port}") from None
 
     def meet(self) -> dist.Store:
-        """The store, once every rank has come there, and the watch begins. Raises ValueError if one has not come."""
-        self.store, store = self.connect(), self.connect()  # waiting on one would hold up the other
+        """The store for the process group, once every rank has come there; the watch has begun."""
+        self.store, store = self.connect(), self.connect()  # a wait on one connection would block the watch
         self.store.set(self.keys[self.rank], "alive")
         until = time.monotonic() + MEET_S
         while missing := [rank for rank, key in enumerate(self.keys) if not self.store.check([key])]:
             if time.monotonic() > until:
-                raise ValueError(f"of {self.size} ranks, {_listed(missing)} did not come within {MEET_S} seconds")
+                raise ValueError(f"of {self.size} ranks, {cli.listed(missing)} did not come within {MEET_S} seconds")
             time.sleep(TICK_S)
         self.start()
         return dist.PrefixStore("gpt-faster/group", store)
 
     @contextlib.contextmanager
     def deadline(self, advice: str) -> Iterator[None]:
-        """The block must be through in MEET_S."""
+        """End all ranks, with this advice, unless the block is through in MEET_S."""
         self.until, self.advice = time.monotonic() + MEET_S, advice
         yield
         self.until = math.inf
 
     def fail(self, message: str, code: int) -> None:
-        """End all ranks with this message, unless rank 0 has one of its own. Does not return."""
+        """End all ranks with this message, or with rank 0's own. Does not return."""
         if self.is_alive():
             self.state = f"failed {code} {message}"
             self.join()
         self.leave(code, message)
 
     def finish(self) -> None:
-        """A normal end, all ranks being at theirs."""
+        """Stop watching, when every rank is at its normal end."""
         self.finished.set()
         self.join()
         with contextlib.suppress(RuntimeError):
             self.store.set(self.keys[self.rank], "done")
-            if self.rank == 0:  # which may be the one that serves the store
+            if self.rank == 0:  # it may serve the store that the others still read
                 self.wait_for_all("done")
 
     def run(self) -> None:
-        states, heard, noticed = self.keys, [0.0] * self.size, math.inf
-        tick = 0
+        states, changed, noticed = self.keys, [0.0] * self.size, math.inf
         try:
             while not self.finished.wait(TICK_S):
-                tick, now = tick + 1, time.monotonic()
+                now = time.monotonic()
                 if now > self.until:
-                    self.state = (
-                        f"failed 2 the ranks cannot connect to each other within {MEET_S} seconds; {self.advice}"
-                    )
-                self.store.set(self.keys[self.rank], f"{self.state} {tick}" if self.state == "alive" else self.state)
+                    late = f"the ranks cannot connect to each other within {MEET_S} seconds"
+                    self.state = f"failed 2 {late}; {self.advice}"
+                self.store.set(self.keys[self.rank], f"alive {now}" if self.state == "alive" else self.state)
                 before, states = states, self.states()
-                heard = [t if a == b else now for t, a, b in zip(heard, before, states, strict=True)]
-                silent = [r for r in range(self.size) if states[r].startswith("alive") and now - heard[r] > SILENT_S]
+                changed = [at if a == b else now for at, a, b in zip(changed, before, states, strict=True)]
+                silent = [r for r in range(self.size) if states[r].startswith("alive") and now - changed[r] > SILENT_S]
                 failed = [r for r in range(self.size) if states[r].startswith(("failed", "ended"))]
                 if silent or failed:
                     noticed = min(noticed, now)
                     everyone = len(silent) + len(failed) == self.size
-                    if 0 in failed or everyone or now - noticed > GRACE_S:  # rank 0 may be about to say the same
+                    if 0 in failed or everyone or now - noticed > GRACE_S:  # rank 0 may be about to fail with a message
                         self.end(states, failed, silent)
-        except RuntimeError:  # no rank reaches it: each machine's first must say so
+        except RuntimeError:  # nobody reaches the store, so the first rank of each machine speaks
             if not self.finished.is_set():
-                self.leave(
-                    1, f"rank {self.rank} has lost the store of the ranks: rank 0's machine, or its launcher, is gone"
-                )
+                gone = "has lost the store of the ranks: rank 0's machine, or its launcher, is gone"
+                self.leave(1, f"rank {self.rank} {gone}")
 
     def states(self) -> list[str]:
         return [state.decode() for state in self.store.multi_get(self.keys)]
 
     def end(self, states: list[str], failed: list[int], silent: list[int]) -> None:
-        """Say what is wrong, on one rank, and leave when all know: torchrun stops the others when the first leaves."""
+        """Say on one rank what is wrong. Leave when all ranks know it: torchrun stops the others when one leaves."""
         if failed:
             state, code, message = states[failed[0]].split(" ", 2)
-            if state == "failed" and failed[0] != 0:  # where it has ended, it has named the one that failed
+            if state == "failed" and failed[0] != 0:  # the message of one that has "ended" names a rank already
                 message = f"rank {failed[0]}: {message}"
         else:
-            code, message = "1", f"rank {_listed(silent)} gave no sign of life for {SILENT_S} seconds"
+            code, message = "1", f"rank {cli.listed(silent)} gave no sign of life for {SILENT_S} seconds"
         speaker = min(set(range(self.size)) - set(silent))
         if self.rank == speaker:
             self.say(message)
-        self.store.set(self.keys[self.rank], f"ended {code} {message}")
-        self.wait_for_all("ended", silent)
+        with contextlib.suppress(RuntimeError):  # rank 0 may serve the store, and have left
+            self.store.set(self.keys[self.rank], f"ended {code} {message}")
+            self.wait_for_all("ended", silent)
+            time.sleep(TICK_S if self.rank == 0 else 0)  # for the others to read that all have ended
         self.leave(int(code))
 
     def wait_for_all(self, state: str, but: list[int] = ()) -> None:
@@ -255,7 +248,3 @@ class Watch(threading.Thread):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
-
-
-def _listed(values: list[int]) -> str:
-    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))

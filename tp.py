@@ -1,7 +1,7 @@
-"""Tensor parallelism: the ranks that torchrun started, how weights are split over them, and how the ranks talk.
+"""Tensor parallelism: how the weights of a model are dealt out to ranks.
 
-Each block is split as in Megatron-LM (Shoeybi et al. 2019): heads and the inner width of the FFN are dealt out, so a
-block needs two all-reduces. The embedding and the output head are split over the vocabulary.
+Each block is split as in Megatron-LM (Shoeybi et al. 2019), by heads and by the width of the FFN, so a block needs two
+all-reduces. The embedding and the output head are split by the vocabulary.
 """
 
 import math
@@ -14,17 +14,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import listed
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
 from model import HeadsNorm, MixtureOfExperts, ModelArgs, Transformer
-from ranks import Ranks, _listed
+from ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a layer's weight [out, in] is dealt out: which dimension, and the sizes of a model that divide it.
+    """How a layer's weight [out, in] is dealt out: along which dimension, and in units of which sizes of the model.
 
-    dim -2, column-wise: each rank computes a share of the outputs. dim -1, row-wise: each takes a share of the inputs,
-    and the results are summed. Several sizes: the weight is that many blocks of rows, in proportion, each dealt apart.
+    dim -2, column-wise: each rank computes some of the outputs. dim -1, row-wise: each rank takes some of the inputs,
+    and the results are summed. Several sizes: so many blocks of rows, as large in proportion, each dealt out by itself.
     """
 
     dim: int
@@ -41,9 +42,7 @@ PLAN = {
     "layers.#.feed_forward.shared.w2": Split(-1, ("shared_size",)),
     "output": Split(-2, ("vocab_size",)),
 }
-
-
-JOINT_NORMS = {  # of models whose norms of q and k are of all heads
+JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
     "layers.#.attention.q_norm": Split(-1, ("n_head",)),
     "layers.#.attention.k_norm": Split(-1, ("n_kv_head",)),
 }
@@ -55,10 +54,10 @@ def split_of(module: str, args: ModelArgs) -> Split | None:
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
-def share_of(args: ModelArgs, n_rank: int) -> ModelArgs:
-    """The sizes of one rank's part: its heads, FFN width and rows of the vocabulary, the last rank's padded.
+def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
+    """The sizes of one rank's part of a model; the vocabulary is rounded up, and the last ranks' parts are padded.
 
-    Where there are fewer key heads than ranks, neighbouring ranks have the same one.
+    With fewer key heads than ranks, neighbouring ranks have the same one.
     """
     return replace(
         args,
@@ -73,8 +72,8 @@ def share_of(args: ModelArgs, n_rank: int) -> ModelArgs:
 def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) -> Tensor:
     """One rank's part of a tensor of the whole model, whose sizes are `args`; a view where that is possible.
 
-    One rule for floats, codes, scales and zeros, because all are [..., out, in] up to a factor, or 1 where they say the
-    same of a whole row.
+    One rule serves floats, codes, scales and zeros: each is [..., out, in], with `in` divided by a constant, or 1 for
+    one scale a row.
     """
     module, _, leaf = name.rpartition(".")
     split = split_of(module, args)
@@ -104,15 +103,15 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
 
 
 def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> None:
-    """Raise ValueError, with what would work, if `n_rank` ranks cannot share such a model.
+    """Refuse a number of ranks that does not divide the model, with the numbers that do.
 
-    table: its quantised layers, of which a row-wise split must not cut a group.
+    table: its quantised layers; a row-wise split must not cut their groups.
     """
     if not divides(args, n_rank):
         fits = [n for n in range(1, args.n_head + 1) if divides(args, n)]
         raise ValueError(
             f"{n_rank} ranks cannot share this model's {args.n_head} heads ({args.n_kv_head} key heads) and FFN of "
-            f"{args.intermediate_size}{f' and {args.shared_size}' if args.shared_size else ''}; use {_listed(fits)}"
+            f"{args.intermediate_size}{f' and {args.shared_size}' if args.shared_size else ''}; use {listed(fits)}"
         )
     widths = {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
     widths["shared.w2"] = args.shared_size
@@ -120,7 +119,7 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
         width = next((width for name, width in widths.items() if module.endswith(name)), None)
         if width is not None and spec.groupsize and width // n_rank % spec.groupsize:
             fits = [size for size in GROUPSIZES if width // n_rank % size == 0]
-            advice = f"quantise with --groupsize {_listed(fits)}" if fits else "use int8 without groups, or fewer ranks"
+            advice = f"quantise with --groupsize {listed(fits)}" if fits else "use int8 without groups, or fewer ranks"
             raise ValueError(
                 f"{n_rank} ranks split the {width} inputs of {module} into parts of {width // n_rank}, which would cut "
                 f"groups of {spec.groupsize}; {advice}"
@@ -128,15 +127,15 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
 
 
 def divides(args: ModelArgs, n_rank: int) -> bool:
-    shared = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
-    widths = (args.n_head, args.intermediate_size, args.shared_size or n_rank)
-    return shared and all(width % n_rank == 0 for width in widths)
+    key_heads = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
+    sizes = (args.n_head, args.intermediate_size, args.shared_size or 0)
+    return key_heads and all(size % n_rank == 0 for size in sizes)
 
 
 def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> Tensor:
-    """Logits of the whole vocabulary [..., V] from those that `model` returned, on each rank its part [..., V'].
+    """Logits of the whole vocabulary [..., V], on every rank, from the part [..., V'] that `model` returned there.
 
-    best: only so many of the largest are needed, others may be -inf; no more of each rank's are sent. None: all.
+    best: how many of the largest are needed; only these are sent, and the others may be -inf. None: all.
     """
     ranks, vocab_size = model.ranks, model.args.vocab_size
     if ranks is None:
@@ -147,7 +146,9 @@ def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> 
         logits = logits.masked_fill(ids >= vocab_size, float("-inf"))
     if best is None or 2 * best >= n_row:
         return ranks.gather(logits).movedim(0, -2).flatten(-2)[..., :vocab_size]
-    values, ids = logits.max(-1, keepdim=True) if best == 1 else logits.topk(best)  # topk: any of equal ones
+    values, ids = (
+        logits.max(-1, keepdim=True) if best == 1 else logits.topk(best)
+    )  # max: the first of equal ones, as argmax
     ids = ids + ranks.rank * n_row
     pairs = ranks.gather(torch.stack((values.float(), ids.float())))  # exact: no vocabulary has more than 2^24
     values, ids = (part.movedim(0, -2).flatten(-2) for part in pairs.unbind(1))  # [..., ranks * best]
@@ -156,7 +157,7 @@ def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> 
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding of which this rank has some rows, weight [V', dim]."""
+    """This rank's rows of an embedding, weight [V', dim]."""
 
     def __init__(self, embedding: nn.Embedding, ranks: Ranks):
         super().__init__()
@@ -170,7 +171,7 @@ class SplitEmbedding(nn.Module):
 
 
 class Summed(nn.Module):
-    """A layer whose results on all ranks add up: a row-wise split linear one, or a mixture of experts."""
+    """A layer whose outputs are summed over the ranks: a linear layer split row-wise, or a mixture of experts."""
 
     def __init__(self, layer: nn.Module, ranks: Ranks):
         super().__init__()
@@ -181,7 +182,7 @@ class Summed(nn.Module):
 
 
 class SplitNorm(HeadsNorm):
-    """The norm of all heads as one vector, of which each rank has some."""
+    """This rank's part of a norm that spans all heads."""
 
     def __init__(self, norm: HeadsNorm, ranks: Ranks):
         nn.Module.__init__(self)
@@ -192,17 +193,19 @@ class SplitNorm(HeadsNorm):
 
 
 def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
-    """Join a model built around one rank's share of the weights with the others. args: of the whole model.
+    """Connect a model that holds one rank's part of the weights to the other ranks; before or after `pack_`.
 
-    Afterwards `model.args` has the heads and FFN width of this rank, and the vocabulary of the whole; the logits that
-    the model returns are this rank's, see `full_logits`.
+    args: of the whole model. Afterwards `model.args` has the heads and the FFN width of this rank and the vocabulary of
+    the whole; the logits that the model returns are this rank's part, see `full_logits`.
     """
-    model.args = replace(share_of(args, ranks.size), vocab_size=args.vocab_size)
+    model.args = replace(rank_args(args, ranks.size), vocab_size=args.vocab_size)
     model.ranks = ranks
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)
     for name, layer in list(model.named_modules()):
         split = split_of(name, args)
-        of_experts = args.n_expert and ".feed_forward." in name  # which are summed together, once they are weighted
-        if isinstance(layer, MixtureOfExperts) or (split is not None and split.dim == -1 and not of_experts):
-            joined = SplitNorm if isinstance(layer, HeadsNorm) else Summed
-            replace_(model, name, joined(layer, ranks))
+        is_row_wise = split is not None and split.dim == -1
+        of_experts = args.n_expert and ".feed_forward." in name  # summed once, in their mixture
+        if isinstance(layer, HeadsNorm):
+            replace_(model, name, SplitNorm(layer, ranks))
+        elif isinstance(layer, MixtureOfExperts) or (is_row_wise and not of_experts):
+            replace_(model, name, Summed(layer, ranks))

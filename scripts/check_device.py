@@ -34,7 +34,7 @@ from scripts.reporting import markdown
 from weights.checkpoint import build, random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import GB
-from weights.layout import expected_tensors, weight_bytes
+from weights.layout import Layout, weight_bytes
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
@@ -176,7 +176,7 @@ def speed(
     share = f"{tok_s * weight_bytes(model) / GB / bandwidth:.0%}" if bandwidth else "-"
     how = "compiled" if compiled else "eager"
     prefill = long / sorted(seconds)[1]
-    weights = expected_tensors(model.args)
+    weights = Layout(model.args).tensors
     operations = 2 * sum(weight.numel() for key, weight in weights.items() if key.startswith("layers."))  # a token
     of_matrix = f"{prefill * operations / matrix_rate:.0%}"
     cells = [name, precision, how, f"{tok_s:.1f}", share, f"{together:.0f}", f"{prefill:.0f}", of_matrix]

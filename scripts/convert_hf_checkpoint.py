@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from text.tokenizer import save_tokenizer
-from weights.checkpoint import read_tensors, require_weights_fit, save_checkpoint, source_from_folder
+from weights.checkpoint import open_folder, read_tensors, require_weights_fit, save_checkpoint
 from weights.device import DTYPES, parse_dtype
 from weights.files import GB, require_writable
 
@@ -29,17 +29,17 @@ def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
         raise ValueError(f"there is no folder {folder}; fetch a model with scripts/download.py")
     target = folder / ("model_quantized.pth" if keep_quantized else "model.pth")
     require_writable(target)
-    source = source_from_folder(folder, converted=False, keep_quantized=keep_quantized)
+    opened = open_folder(folder, converted=False, keep_quantized=keep_quantized)
     device = torch.device("cpu")
-    require_weights_fit(source.args, parse_dtype(dtype), source.table, device, folder)
-    tensors = read_tensors(source, device, parse_dtype(dtype), "Converting")
-    if source.gguf is not None:
-        save_tokenizer(source.gguf, folder)
-    save_checkpoint(target, source.args, tensors, source.table)
+    require_weights_fit(opened.layout, parse_dtype(dtype), device, folder)
+    tensors = read_tensors(opened, device, parse_dtype(dtype), "Converting")
+    if opened.gguf is not None:
+        save_tokenizer(opened.gguf, folder)
+    save_checkpoint(target, opened.args, tensors, opened.table)
     size, seconds = target.stat().st_size / GB, time.perf_counter() - began
     if keep_quantized:
-        counts = Counter(map(str, source.table.values())).most_common()
-        print(f"{len(source.table)} layers kept: {', '.join(f'{n} {kind}' for kind, n in counts)}", file=sys.stderr)
+        counts = Counter(map(str, opened.table.values())).most_common()
+        print(f"{len(opened.table)} layers kept: {', '.join(f'{n} {spec}' for spec, n in counts)}", file=sys.stderr)
     print(f"Wrote {target}: {size:.2f} GB in {dtype}, {seconds:.1f} seconds", file=sys.stderr)
 
 

@@ -35,7 +35,7 @@ from model import ModelArgs, Transformer
 from ranks import Ranks, init_tp
 from scripts.reporting import ROOT, machine, markdown, medians, update_readme
 from tp import require_split
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_source, random_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
 from weights.files import require_writable, write_json
 from weights.registry import REGISTRY, args_from_name
 
@@ -108,7 +108,7 @@ def launch(n_rank: int) -> list[str]:
 
 
 def sizes(model: str) -> ModelArgs:
-    return args_from_name(model) if model in REGISTRY else open_source(model).args
+    return args_from_name(model) if model in REGISTRY else open_model(model).args
 
 
 def table(result: dict) -> str:

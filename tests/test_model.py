@@ -16,7 +16,7 @@ from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
 from tests.tiny import continuation
 from weights.checkpoint import build
-from weights.layout import expected_tensors
+from weights.layout import Layout
 from weights.registry import REGISTRY, args_from_name
 
 TINY = ModelArgs(
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def random_tiny(args, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_tensors(args)
+    shapes = Layout(args).tensors
     return build(
         args, {n: (0.3 * torch.randn(meta.shape, generator=generator)).to(dtype) for n, meta in shapes.items()}
     )
@@ -164,7 +164,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_registry_sizes_add_up_to_the_published_count(name):
-    assert sum(meta.numel() for meta in expected_tensors(args_from_name(name)).values()) == PUBLISHED[name]
+    assert sum(meta.numel() for meta in Layout(args_from_name(name)).tensors.values()) == PUBLISHED[name]
 
 
 def test_from_name_is_exact():
@@ -198,7 +198,7 @@ def test_no_field_takes_what_is_no_size(field):
             kept = getattr(args, field)
             assert type(kept) in (bool, int, float, type(None), tuple) and kept not in (-1, math.inf), (field, value)
             assert type(kept) is not tuple or (field, kept) == ("full_layers", (1,))
-            expected_tensors(args)
+            Layout(args)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(RopeScaling)])

@@ -25,12 +25,13 @@ from engine.request import generate
 from engine.sampling import Sampling
 from layers.quantized import QuantSpec, layer_of, quantize_weight
 from measure.perplexity import perplexity
-from quantize import build_parser, frugal, main, relative_error
+from quantize import build_parser, main, relative_error
 from tests.tiny import HALF_GB, TASK, hf_names, make_tiny_checkpoint, needs_proc
 from text.tokenizer import load_tokenizer
-from weights.checkpoint import load_model, open_source, save_checkpoint
-from weights.families import args_from_hf
-from weights.layout import expected_tensors, model_bytes
+from weights.checkpoint import load_model, open_model, save_checkpoint
+from weights.families import Config, args_from_config
+from weights.files import dropping_page_cache
+from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def sources(tmp_path_factory):
     """The tiny model with a head of its own ("untied"), without ("tied"), with experts; tests write into copies."""
     tied = make_tiny_checkpoint(tmp_path_factory.mktemp("tied")).parent
     untied = shutil.copytree(tied, tmp_path_factory.mktemp("untied"), dirs_exist_ok=True)
-    source = open_source(tied)
+    source = open_model(tied)
     args = replace(source.args, tie_embeddings=False)
     tensors = {name: read() for name, read in source.tensors.items()}
     save_checkpoint(untied / "model.pth", args, tensors | {"output.weight": torch.randn(args.vocab_size, args.dim)})
@@ -84,7 +85,7 @@ def names(folder):
 
 def weights(path):
     """The linear layers of a file, dequantised where need be, in float32."""
-    source = open_source(path)
+    source = open_model(path)
     layers = {}
     for name, spec in source.table.items():
         kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
@@ -94,7 +95,7 @@ def weights(path):
 
 def dequantised(path, target):
     """The float model in `path` with the layers of the quantised `target` put back as floats."""
-    source, layers = open_source(path), weights(target)
+    source, layers = open_model(path), weights(target)
     args = replace(source.args, tie_embeddings=source.args.tie_embeddings and "output" not in layers)
     tensors = {name: read() for name, read in source.tensors.items()}
     tensors |= {f"{name}.weight": weight for name, weight in layers.items()}
@@ -143,7 +144,7 @@ def test_text_is_that_of_the_dequantised_model(kind, mode, flags, name, sources,
     assert facts["target"] == str(target) and names(folder) == sorted({*names(sources[kind]), name})
     assert path.read_bytes() == before
 
-    table = open_source(target).table
+    table = open_model(target).table
     linears = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
     body = QuantSpec(8, 32 if "--groupsize" in flags else None) if mode == "int8" else QuantSpec(4, 32)
     head = {"int4": QuantSpec(4, 32), "float": None}.get(flags[1] if "--head" in flags else "", QuantSpec(8))
@@ -159,9 +160,9 @@ def test_text_is_that_of_the_dequantised_model(kind, mode, flags, name, sources,
 
 def test_codes_are_those_of_the_original_weights_and_gptq_those_of_gptq(folder, text):
     path = folder / "model.pth"
-    original = {name: read().clone() for name, read in open_source(path).tensors.items()}
+    original = {name: read().clone() for name, read in open_model(path).tensors.items()}
     for mode, spec in (("int8", QuantSpec(8)), ("int4", QuantSpec(4, 32))):
-        source = open_source(quantise(path, "--mode", mode)["target"])
+        source = open_model(quantise(path, "--mode", mode)["target"])
         for layer in source.table:
             rounding = QuantSpec(8) if layer == "output" else spec
             weight = original["tok_embeddings.weight" if layer == "output" else f"{layer}.weight"]
@@ -170,7 +171,7 @@ def test_codes_are_those_of_the_original_weights_and_gptq_those_of_gptq(folder, 
         assert torch.equal(source.tensors["norm.weight"](), original["norm.weight"].bfloat16())
 
     flags = ["--percdamp", 0.1, "--blocksize", 16, "--act_order", "--calibration_limit", 4]
-    source = open_source(quantise(path, "--mode", "int4-gptq", *calibrated("int4-gptq", text), *flags)["target"])
+    source = open_model(quantise(path, "--mode", "int4-gptq", *calibrated("int4-gptq", text), *flags)["target"])
     windows = calibration_windows(load_tokenizer(path).encode(TEXT), limit=4, seq_length=32, needed=96, seed=7)
     expected = gptq_(load_model(path), windows, source.table, percdamp=0.1, blocksize=16, act_order=True)
     assert expected.keys() <= source.tensors.keys()
@@ -210,8 +211,8 @@ def test_label_and_folder(folder):
 
 def test_hugging_face_folder(tmp_path):
     config = LlamaConfig(**HALF_GB | {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 64, "head_dim": 8})
-    args = args_from_hf(config.to_dict())
-    tensors = {name: torch.randn(meta.shape) for name, meta in expected_tensors(args).items()}
+    args = args_from_config(Config(config.to_dict()))
+    tensors = {name: torch.randn(meta.shape) for name, meta in Layout(args).tensors.items()}
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps(config.to_dict()))
     save_file(hf_names(tensors, args), tmp_path / "hf/model.safetensors")
@@ -235,7 +236,7 @@ def test_gguf_brings_its_tokenizer(default_gguf, tmp_path):
 
 
 def test_a_tokenizer_that_is_there_is_kept(default_gguf, tmp_path):
-    source = open_source(default_gguf)
+    source = open_model(default_gguf)
     (tmp_path / "tokenizer.model").write_text("mine")
     program.write_tokenizer(source, tmp_path)
     assert names(tmp_path) == ["tokenizer.model"]
@@ -246,7 +247,7 @@ def test_an_existing_file_is_replaced(folder):
     target.write_bytes(b"old")
     with target.open("rb") as old:  # who has it open keeps it
         quantise(folder / "model.pth")
-        assert old.read() == b"old" and open_source(target).table
+        assert old.read() == b"old" and open_model(target).table
 
 
 # ---------------------------------------------------------------- what is reported
@@ -257,11 +258,11 @@ def test_facts_and_report(folder, text, capsys):
     capsys.readouterr()
     facts = quantise(path, "--mode", "int4", "--check", text)
     out, err = capsys.readouterr()
-    source, target = open_source(path), Path(facts["target"])
+    source, target = open_model(path), Path(facts["target"])
     assert facts["args"]["mode"] == "int4" and facts["args"]["checkpoint_path"] == str(path)
     assert facts["bytes_before"] == sum(2 * read().numel() for read in source.tensors.values())
-    assert facts["bytes_after"] == sum(read().nbytes for read in open_source(target).tensors.values())
-    assert facts["bytes_after"] == model_bytes(source.args, torch.bfloat16, open_source(target).table)
+    assert facts["bytes_after"] == sum(read().nbytes for read in open_model(target).tensors.values())
+    assert facts["bytes_after"] == open_model(target).layout.bytes(torch.bfloat16)
     assert facts["seconds"] > 0 and 0.1 < facts["peak_memory_gb"] < 8
 
     rounded = weights(target)
@@ -338,9 +339,9 @@ def test_memory_and_time(mode, form, default_model_dir, tmp_path):
         os.symlink(default_model_dir / "model.pth", path)
     else:
         config, path = LlamaConfig(**HALF_GB).to_dict(), tmp_path
-        args = args_from_hf(config)
+        args = args_from_config(Config(config))
         (path / "config.json").write_text(json.dumps(config))
-        zeros = {name: torch.zeros(meta.shape, dtype=torch.bfloat16) for name, meta in expected_tensors(args).items()}
+        zeros = {name: torch.zeros(meta.shape, dtype=torch.bfloat16) for name, meta in Layout(args).tensors.items()}
         save_file(hf_names(zeros, args), path / "model.safetensors")
         del zeros
     flags = ["--checkpoint_path", path, "--mode", mode, "--output_json", tmp_path / "facts.json"]
@@ -352,17 +353,18 @@ def test_memory_and_time(mode, form, default_model_dir, tmp_path):
 
 
 @needs_proc
-def test_frugal_gives_pages_back_and_reads_the_same(default_model_dir):
+def test_dropping_the_page_cache_reads_the_same_in_less_memory(default_model_dir):
     def resident():
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
         return int(line.split()[1]) * 1024
 
     path = default_model_dir / "model.pth"
-    plain, careful = open_source(path), frugal(open_source(path), path)
+    plain = open_model(path).tensors
+    careful = dropping_page_cache(plain, path)
     before = resident()
-    sums = [read().float().sum() for read in careful.tensors.values()]
+    sums = [read().float().sum() for read in careful.values()]
     assert resident() - before < 80e6  # of 269 MB: the last one read
-    assert sums == [read().float().sum() for read in plain.tensors.values()]
+    assert sums == [read().float().sum() for read in plain.values()]
 
 
 # ---------------------------------------------------------------- calibration text from lm-eval
@@ -427,7 +429,7 @@ def test_calibration_with_a_task(tasks, offline, run_cli, folder):
     flags += ("--calibration_tasks", "mine_rolling", "--include_path", tasks)
     done = run_cli("quantize.py", *flags, env=offline)
     assert done.returncode == 0, done.stderr
-    assert {*open_source(folder / "model_int4-gptq.g32.pth").table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
+    assert {*open_model(folder / "model_int4-gptq.g32.pth").table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
 
 
 def test_without_lm_eval_the_install_line_is_given(monkeypatch):
@@ -519,7 +521,7 @@ def test_sources_that_cannot_be_quantised(folder, text):
     )
     refused(folder / "t.pth", "int4 tiles", "quantise again from the float file")
 
-    source = open_source(path)
+    source = open_model(path)
     tensors = {name: read().clone() for name, read in source.tensors.items()}
     tensors["layers.1.feed_forward.w2.weight"][3, 5] = math.nan
     save_checkpoint(folder / "nan.pth", source.args, tensors)
@@ -586,7 +588,7 @@ def test_interrupt_at_any_moment(mode, said, delay, default_model_dir, text, tmp
     assert first.startswith(b"Using device") or not said
     if "Wrote" in errors:
         assert process.returncode in (0, 130) and names(folder) == sorted([*there, target.name])
-        assert open_source(target).table
+        assert open_model(target).table
     else:
         assert process.returncode == 130 and names(folder) == there
 

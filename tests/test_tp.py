@@ -1,7 +1,6 @@
 """Several ranks against one process, and what happens when one of them fails. All by gloo, on this machine."""
 
 import functools
-import json
 import os
 import re
 import signal
@@ -18,14 +17,14 @@ from torch import tensor
 
 import tp
 from compress.gptq import gptq_
-from layers.quantized import QuantSpec, linear_table, quantize_weight
-from measure.perplexity import perplexity
-from model import ModelArgs
+from layers.fastest import pack_
+from layers.quantized import QuantSpec, linear_table, quantize_, quantize_weight
+from model import ModelArgs, Transformer
 from scripts.tensor_parallel import predicted
 from tests.tiny import ENV, outcome, ran, torchrun
-from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
+from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, commands_on, printed, run, score
 from weights.checkpoint import load_model, save_checkpoint
-from weights.layout import expected_tensors
+from weights.layout import Layout
 from weights.registry import args_from_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def random_tensors(args, seed):
     generator = torch.Generator().manual_seed(seed)
-    expected = expected_tensors(args).items()
+    expected = Layout(args).tensors.items()
     weights = {name: torch.randn(like.shape, generator=generator) for name, like in expected}
     return {name: 0.15 * weight if weight.dim() > 1 else weight for name, weight in weights.items()}
 
@@ -46,7 +45,7 @@ def random_tensors(args, seed):
 def rounded(args, tensors, spec):
     """Tensors and table of the model rounded to nearest; the head as int8."""
     with torch.device("meta"):
-        table = linear_table(tp.Transformer(args), spec, QuantSpec(8))
+        table = linear_table(Transformer(args), spec, QuantSpec(8))
     state = {name: value for name, value in tensors.items() if name.removesuffix(".weight") not in table}
     for name, each in table.items():
         weight = tensors[f"{name}.weight" if f"{name}.weight" in tensors else "tok_embeddings.weight"]
@@ -91,8 +90,8 @@ def found(folder):
 
     @functools.cache
     def found(n_rank):
-        ran(n_rank, "tests/tp_cases.py", folder)
-        return torch.load(folder / f"ranks{n_rank}.pt")
+        ran(n_rank, "tests/tp_cases.py", "cases", folder)
+        return torch.load(folder / f"cases{n_rank}.pt")
 
     return found
 
@@ -114,19 +113,12 @@ def test_ranks_find_what_one_process_finds(found, folder, n_rank, case):
         assert error < 1.5 * usual
 
 
-@pytest.mark.parametrize("n_rank", [2, 4])
-def test_ranks_find_the_perplexity_of_one_process(found, folder, n_rank):
-    model = load_model(folder / "float.pth", dtype=torch.float32)
-    truth = perplexity(model, list(range(200)), window=40, stride=30, batch_size=3).perplexity
-    assert found(n_rank)["perplexity"] == pytest.approx(truth, rel=1e-4)
-
-
-@pytest.mark.parametrize("n_rank", [2, 4])
-def test_bytes_sent_for_a_token(found, n_rank):
-    """Two sums a block and that of the embedding, bfloat16; then each rank's best, or all its logits; and the token."""
-    sums = (2 * ARGS.n_layer + 1) * ARGS.dim * 2
-    part = -(-ARGS.vocab_size // n_rank)
-    pair = 4 + 4  # a logit and its number
+@pytest.mark.parametrize("n_rank, part", [(2, 102), (4, 51)])  # part: of the vocabulary of 203
+def test_perplexity_and_bytes_sent(found, folder, n_rank, part):
+    """A token costs two sums a block and the embedding's, of bfloat16; each rank's best, or all its logits; its id."""
+    assert found(n_rank)["perplexity"] == pytest.approx(score(folder), rel=1e-4)
+    sums = (2 * 2 + 1) * 128 * 2
+    pair = 4 + 4  # a logit and its id
     assert sums + pair == predicted(ARGS, n_rank, itemsize=2)
     assert found(n_rank)["bytes"] == {
         "greedy": {"sum": sums, "gather": pair},
@@ -135,22 +127,47 @@ def test_bytes_sent_for_a_token(found, n_rank):
     }
 
 
-def test_shares_put_together_are_the_whole():
-    args = replace(ARGS, n_kv_head=4, vocab_size=203, joint_qk_norm=True)
-    for name, whole in random_tensors(args, 4).items():
-        for n_rank in (2, 4):
-            parts = [tp.shard(name, whole, args, rank, n_rank) for rank in range(n_rank)]
-            split = tp.split_of(name.rpartition(".")[0], args)
-            if split is None:
-                assert all(part is whole for part in parts)
-                continue
-            dim = -1 if name.endswith("bias") else split.dim
-            counts = [getattr(args, size) for size in split.sizes]
-            sizes = [whole.shape[dim] * count // sum(counts) for count in counts]
-            blocks = [part.split([-(-size // n_rank) for size in sizes], dim) for part in parts]
-            joined = torch.cat([torch.cat(same, dim) for same in zip(*blocks, strict=True)], dim)
-            assert torch.equal(joined.narrow(dim, 0, whole.shape[dim]), whole)
-            assert not joined.narrow(dim, whole.shape[dim], joined.shape[dim] - whole.shape[dim]).any()
+class OneRank:
+    """All ranks, where they are one."""
+
+    rank, size, is_first = 0, 1, True
+
+    def sum(self, x):
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [None, QuantSpec(8), QuantSpec(4, 32)])
+@pytest.mark.parametrize("name", ["float", "joint", "experts"])
+def test_ranks_join_before_packing_or_after(name, spec, dtype):
+    args, found = MODELS[name], []
+    x = torch.randn(5, args.dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    steps = [pack_, lambda model: tp.apply_tp(model, args, OneRank())]
+    for order in (steps, steps[::-1]):
+        model = Transformer(args).requires_grad_(False)
+        model.load_state_dict(random_tensors(args, 1))
+        quantize_(model, linear_table(model, spec, None) if spec else {})
+        model.to(dtype)
+        for step in order:
+            step(model)
+        block = model.layers[0]
+        found.append((str(model), block.feed_forward(x[None]), block.attention.wo(x.repeat(1, 2)), model.output(x)))
+    for one, other in zip(*found, strict=True):
+        assert one == other if isinstance(one, str) else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("n_rank", [2, 4])
+def test_every_weight_is_on_one_rank_and_every_norm_on_all(n_rank):
+    args = replace(ARGS, n_kv_head=4, joint_qk_norm=True, n_expert=2, n_expert_used=1, shared_size=64)
+    for name, like in Layout(args).tensors.items():
+        whole = torch.arange(1, like.numel() + 1).view(like.shape)
+        parts = [tp.shard(name, whole, args, rank, n_rank) for rank in range(n_rank)]
+        assert len({part.shape for part in parts}) == 1
+        if name.endswith("norm.weight") and ".q_" not in name and ".k_" not in name or "gate.weight" in name:
+            assert all(torch.equal(part, whole) for part in parts)
+        else:
+            kept = torch.cat([part.flatten() for part in parts])
+            assert torch.equal(kept[kept > 0].sort().values, whole.flatten())  # 0: the padded vocabulary
 
 
 def test_shards_by_hand():
@@ -196,7 +213,7 @@ def test_shards_by_hand():
 def test_what_can_be_split(args, bits, n_rank, message):
     args = args_from_name(args)
     with torch.device("meta"):
-        table = linear_table(tp.Transformer(args), bits, None) if bits else {}
+        table = linear_table(Transformer(args), bits, None) if bits else {}
     if message is None:
         tp.require_split(args, table, n_rank)
     else:
@@ -208,77 +225,58 @@ def test_what_can_be_split(args, bits, n_rank, message):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("The capital of France is\nOne, two, three, four, one, two, three,\n")
-    return path
+def on_three(default_model_dir, folder):
+    """What three ranks find on the default model."""
+    ran(3, "tests/tp_cases.py", "commands", folder, default_model_dir)
+    return torch.load(folder / "commands3.pt")
 
 
-def answers_of(result):
-    return [(row["token_ids"], row["text"]) for row in json.loads(result)["samples"][0]["sequences"]]
+def test_commands_over_three_ranks_print_the_same(on_three, default_model_dir, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # to be restored
+    answers, talk, perplexity = on_three["printed"]
+    generating, _, evaluating = (
+        functools.partial(printed, None, *each) for each in commands_on(default_model_dir, folder)
+    )
+    assert answers == generating() and answers.count("[row ") == 2
+    assert talk.count("Paris") == talk.count("Rome") == 1
+    found, truth = (float(line.split()[1]) for line in (perplexity, evaluating()))
+    assert found == pytest.approx(truth, rel=1e-3) and perplexity.count("perplexity") == 1
 
 
-GENERATE = [
-    "generate.py",
-    "--dtype",
-    "float32",
-    "--temperature",
-    0,
-    "--max_new_tokens",
-    12,
-    "--output_json",
-    "/dev/stdout",
-]
+def test_memory_of_a_rank_is_a_third(on_three):
+    tensors = Layout(args_from_name("SmolLM2-135M")).tensors.values()
+    assert max(on_three["memory"]) < 1.25 * 4 * sum(tensor.numel() for tensor in tensors) / 3  # float32
 
 
-def test_default_model_over_three_ranks(default_model_dir, questions, run_cli):
-    flags = [*GENERATE, "--checkpoint_path", default_model_dir, "--prompt_file", questions]
-    truth = run_cli(*flags)
-    text, _, result = ran(3, *flags, "--speculate", "ngram", "--speculate_k", 2).partition("{")
-    assert text == truth.stdout.partition("{")[0]
-    assert answers_of("{" + result) == answers_of("{" + truth.stdout.partition("{")[2])
-    assert json.loads("{" + result)["ranks"] == 3
+def test_every_rank_refuses_what_one_would(on_three):
+    for messages, expected in zip(
+        on_three["refused"],
+        ["3 ranks cannot share this model's 32 heads", "500 new ones are more than the context of 256"],
+        strict=True,
+    ):
+        assert expected in messages[0] and len(set(messages)) == 1
 
 
-def test_conversation_over_three_ranks(default_model_dir):
-    flags = ["--interactive", "--checkpoint_path", default_model_dir, "--temperature", 0, "--max_new_tokens", 20]
-    out = ran(3, "generate.py", *flags, input="What is the capital of France?\nAnd of Italy?\n")
-    assert out.count("Paris") == 1
-    assert out.count("Rome") == 1
-
-
-def test_eval_over_three_ranks(default_model_dir, run_cli):
-    flags = ["eval.py", "--checkpoint_path", default_model_dir, "--perplexity", "LICENSE", "--dtype", "float32"]
-    truth, found = run_cli(*flags).stdout, ran(3, *flags)
-    assert [float(line.split()[1]) for line in (truth, found)] == pytest.approx([float(truth.split()[1])] * 2, rel=1e-3)
-    assert found.count("perplexity") == 1
-
-
-def test_memory_of_a_rank_is_its_share(default_model_dir, folder):
-    path = default_model_dir / "model.pth"
-    ran(3, "tests/tp_cases.py", folder, path)
-    args = args_from_name("SmolLM2-135M")
-    whole = 4 * sum(tensor.numel() for tensor in expected_tensors(args).values())  # float32
-    assert max(torch.load(folder / "ranks3.pt")["memory"]) < 1.25 * whole / 3
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def two_machines(*args):
     """Two launchers, each with one rank, that meet over the loopback device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ["--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test"]
+    where = ["--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "x"]
     return [torchrun(1, *args, how=[*where, "--node_rank", rank]) for rank in range(2)]
 
 
 STORIES = ["--random_weights", "stories15M", "--prompt", 5, "--temperature", 0, "--dtype", "float32", "--ignore_eos"]
 
 
-def test_two_machines(run_cli):
-    flags = ["generate.py", *STORIES, "--num_samples", 1, "--max_new_tokens", 10]
-    outcomes = [outcome(process) for process in two_machines(*flags)]
+def test_two_machines():
+    flags = [*STORIES, "--num_samples", 1, "--max_new_tokens", 10]
+    outcomes = [outcome(process) for process in two_machines("generate.py", *flags)]
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
-    assert sorted(out for _, out, _ in outcomes) == ["", run_cli(*flags).stdout]
+    assert sorted(out for _, out, _ in outcomes) == ["", printed(None, "generate", flags)]
 
 
 # ---------------------------------------------------------------- failure
@@ -355,75 +353,64 @@ def test_a_rank_killed_on_another_machine_ends_all(victim):
     assert any(re.search(rf"rank\s*:? {victim}\b", err) for _, _, err in outcomes), outcomes
 
 
-def failing(tmp_path, body):
-    """(code, standard error) of two ranks that run `body` within init_tp."""
-    script = tmp_path / "failing.py"
-    lines = ["import os, sys, time", f"sys.path.insert(0, {str(ROOT)!r})", "import tp", "with tp.init_tp() as ranks:"]
-    script.write_text("\n".join([*lines, *("    " + line for line in ['ranks.place("cpu")', *body.splitlines()])]))
+def ranks_alone(code, *numbers, size=2):
+    """(exit code, standard error) of ranks that run `code`, each started by hand, without torchrun."""
+    where = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code]
     began = time.monotonic()
-    code, _, err = outcome(torchrun(2, script))
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=ENV | where | {"RANK": str(number)}, **pipes) for number in numbers
+    ]
+    outcomes = [outcome(process, timeout=60) for process in started]
     assert time.monotonic() - began < 45
-    return code, err
+    return [code for code, _, _ in outcomes], "".join(err for _, _, err in outcomes)
 
 
-def test_a_rank_that_raises_ends_all_and_is_named(tmp_path):
-    code, err = failing(tmp_path, "if ranks.rank == 1:\n    1 / 0\nranks.share(lambda: time.sleep(100))")
-    assert code == 1
+def failing(body):
+    lines = ["import time", "import ranks", "with ranks.init_tp() as ranks:", "    ranks.place('cpu')"]
+    return ranks_alone("\n".join([*lines, *(f"    {line}" for line in body.splitlines())]), 0, 1)
+
+
+def test_a_rank_that_raises_ends_all_and_is_named():
+    codes, err = failing("if ranks.rank == 1:\n    1 / 0\nranks.share(lambda: time.sleep(100))")
+    assert codes == [1, 1]
     assert err.count("error: rank 1: ZeroDivisionError: division by zero") == 1
-    assert "1 / 0" in err  # the traceback
+    assert "Traceback" in err
 
 
-def test_a_user_error_of_another_rank_is_told_by_rank_0(tmp_path):
-    code, err = failing(tmp_path, "if ranks.rank == 1:\n    raise ValueError('no such file here')\ntime.sleep(100)")
-    assert code == 1
-    assert err.count("error: rank 1: no such file here") == 1
-    assert "ValueError" not in err
+def test_a_user_error_of_another_rank_is_told_by_rank_0():
+    codes, err = failing("if ranks.rank == 1:\n    raise ValueError('no such file here')\ntime.sleep(100)")
+    assert codes == [2, 2]
+    assert err.count("error: rank 1: no such file here\n") == err.count("error: ") == 1
 
 
-def test_a_user_error_of_all_is_told_once(tmp_path):
-    code, err = failing(tmp_path, "time.sleep(1 - ranks.rank)\nraise ValueError('the file is missing')")
-    assert code == 1
-    assert err.count("error: the file is missing") == 1
-    assert "error: rank" not in err
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("--random_weights SmolLM2-135M", "2 ranks cannot share this model's 9 heads"),
-        ("--random_weights stories15M --prompt_file nowhere.txt", "cannot read the prompt file nowhere.txt"),
-        ("--random_weights stories15M --max_new_tokens 500", "more than the context of 256"),
-    ],
-)
-def test_user_errors_are_told_once(flags, message):
-    began = time.monotonic()
-    code, out, err = outcome(torchrun(2, "generate.py", *flags.split()))
-    assert time.monotonic() - began < 45
-    assert code == 1
-    assert out == ""
-    assert err.count(message) == 1, err
-    assert err.count("error: ") == 1, err
-    assert 'generate.py", line' not in err
-
-
-def test_quantising_is_for_one_process(default_model_dir):
-    code, _, err = outcome(torchrun(2, "quantize.py", "--checkpoint_path", default_model_dir / "model.pth"))
-    assert code == 1
-    assert err.count("error: quantise without torchrun") == err.count("error: ") == 1
+def test_a_user_error_of_all_is_told_once():
+    codes, err = failing("time.sleep(1 - ranks.rank)\nraise ValueError('the file is missing')")
+    assert codes == [2, 2]
+    assert err.count("error: the file is missing\n") == err.count("error: ") == 1
 
 
 def test_ranks_that_do_not_come_are_named():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = ENV | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    code = "import tp; tp.MEET_S = 3\nwith tp.init_tp(): pass"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert result.stderr.strip() == "error: of 3 ranks, 1 or 2 did not come within 3 seconds"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env | {"RANK": "1"}, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 2
-    assert f"rank 1 cannot reach rank 0's machine, 127.0.0.1, at port {port}" in result.stderr
+    code = "import ranks; ranks.MEET_S = 3\nwith ranks.init_tp(): pass"
+    error = "error: of 3 ranks, 1 or 2 did not come within 3 seconds\n"
+    assert ranks_alone(code, 0, size=3) == ([2], error)
+    codes, err = ranks_alone(code, 1, size=3)
+    assert codes == [2] and "rank 1 cannot reach rank 0's machine, 127.0.0.1, at port " in err
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate.py --no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("generate.py --random_weights stories15M --prompt_file none.txt", "cannot read the prompt file none.txt"),
+        ("quantize.py --checkpoint_path none.pth", "quantise without torchrun"),
+    ],
+)
+def test_user_errors_are_told_once(command, message):
+    began = time.monotonic()
+    code, out, err = outcome(torchrun(2, *command.split()))
+    assert time.monotonic() - began < 45
+    assert (code, out) == (1, "")
+    assert err.count(message) == err.count("error: ") == 1, err
+    assert '.py", line' not in err.partition("error: ")[0]

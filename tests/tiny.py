@@ -12,7 +12,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import weights.families as families
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate
@@ -21,6 +20,7 @@ from engine.speculative import Speculation
 from layers.quantized import LAYERS
 from model import ModelArgs, Transformer
 from weights.checkpoint import build, load_model, save_checkpoint
+from weights.huggingface import HF_MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def hf_names(weights, args):
     for name, value in weights.items():
         module, _, leaf = name.rpartition(".")
         layer = module.split(".")[1] if module.startswith("layers.") else ""
-        theirs = families.HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
+        theirs = HF_MODULES[module.replace(f"layers.{layer}.", "layers.#.") if layer else module]
         kv = args.n_kv_head * args.head_dim
         sizes = {1: [len(value)], 2: [len(value) // 2] * 2, 3: [len(value) - 2 * kv, kv, kv]}[len(theirs)]
         for part, rows in zip(theirs, value.split(sizes), strict=True):

@@ -1,10 +1,13 @@
 """What test_tp.py compares: the same work, in one process and, run by torchrun, on several ranks.
 
-    torchrun --standalone --nproc_per_node 2 tests/tp_cases.py FOLDER
+    torchrun --standalone --nproc_per_node 2 tests/tp_cases.py WORK FOLDER [MODEL]
 
-Rank 0 saves what it found in FOLDER/ranks<N>.pt, for each case by name.
+WORK names a function in WORKS. What it returns on rank 0 is saved in FOLDER/WORK<N>.pt.
 """
 
+import contextlib
+import importlib
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +19,18 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-import tp
-from engine.cache import setup_caches
 from engine.compile import compile_step
-from engine.decode import decode_one_token, forward_chunk, used_slots
+from engine.decode import forward_chunk
+from engine.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.engine import Engine, build_engine, generate
 from engine.guess_length import Costs
-from engine.request import generate
 from engine.sampling import Sampling
-from engine.speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
+from engine.speculative import Speculation, verify
 from measure.perplexity import perplexity
 from model import ModelArgs
+from ranks import init_tp
 from scripts.tensor_parallel import CountingRanks, bytes_of_a_step
+from tp import full_logits
 from weights.checkpoint import load_model
 
 CPU = torch.device("cpu")
@@ -80,7 +84,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("float", "float32", 1),
-    Case("float", "float32", 3, compile=True),
+    Case("float", "float32", 3),
     Case("float", "float32", 3, speculate="draft"),
     Case("float", "float32", 1, speculate="ngram", k="auto"),
     Case("float", "bfloat16", 3),
@@ -97,7 +101,7 @@ CASES = [
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
-    Case("int4.g32", "float32", 3, compile=True, speculate="ngram"),
+    Case("int4.g32", "float32", 3, compile=True),
     Case("int4.g32", "bfloat16", 3),
     Case("int4.g64", "float32", 3, speculate="draft", k="auto"),
     Case("int4.g64", "bfloat16", 1),
@@ -107,8 +111,18 @@ CASES = [
 
 
 def cases(n_rank: int) -> list[Case]:
-    """What so many ranks run: four of them compile for minutes on a small machine."""
+    """What so many ranks run; only two compile, because four would for minutes on a small machine."""
     return [case for case in CASES if n_rank == 2 or not case.compile]
+
+
+# ---------------------------------------------------------------- everything that knows the engine
+
+
+def ready(path, dtype, n_row=1, ranks=None, speculation=None, compile=False):
+    """The engine of the model in a file, with a cache for so many rows."""
+    engine = build_engine(load_model(path, dtype=dtype, ranks=ranks), compile, speculation=speculation)
+    engine.reserve(n_row, 64)
+    return engine
 
 
 def speculation_of(case: Case, folder: Path) -> Speculation | None:
@@ -122,39 +136,81 @@ def speculation_of(case: Case, folder: Path) -> Speculation | None:
     return Speculation(source, case.k, check, {case.rows: costs} if costs else {})  # else they are measured
 
 
-def tokens_of(model, prompts, sampling, count=NEW_TOKENS, **options):
+def tokens_of(engine, prompts, sampling):
     rows = [[] for _ in prompts]
-    for chunk in generate(model, prompts, count, sampling, **options):
+    for chunk in generate(engine, prompts, NEW_TOKENS, sampling):
         for row, ids in zip(rows, chunk, strict=True):
             row += ids
     return rows
 
 
 @torch.inference_mode()
-def logits_of(model, prompts):
+def logits_of(engine, prompts):
     """[B, V]: after each prompt."""
     length = max(map(len, prompts))
     tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in prompts])
     rows = torch.tensor([[len(ids) - 1] for ids in prompts])
     pos = torch.arange(length).repeat(len(prompts), 1)
-    logits = forward_chunk(model, tokens, pos, used_slots(model, length), rows)
-    return tp.full_logits(model, logits).float()
+    logits = forward_chunk(engine.model, tokens, pos, engine.cache.view(length=length), rows)
+    return full_logits(engine.model, logits).float()[:, 0]
+
+
+def prompts_for(model, n_row=3):
+    return [[token % model.args.vocab_size for token in prompt] for prompt in PROMPTS[:n_row]]
 
 
 def run(case: Case, folder: Path, ranks=None) -> dict:
     """Logits, greedy tokens and drawn ones."""
-    model = load_model(folder / f"{case.file}.pth", dtype=getattr(torch, case.dtype), ranks=ranks)
-    vocabulary = model.args.vocab_size
-    prompts = [[token % vocabulary for token in prompt] for prompt in PROMPTS[: case.rows]]
     speculation = speculation_of(case, folder)
-    setup_caches(model, case.rows, 64, speculation)
-    step = compile_step(decode_one_token, CPU) if case.compile else decode_one_token
-    options = {"step": step, "speculation": speculation}
-    found = {"logits": logits_of(model, prompts), "greedy": tokens_of(model, prompts, Sampling(0), **options)}
+    path, dtype = folder / f"{case.file}.pth", getattr(torch, case.dtype)
+    engine = ready(path, dtype, case.rows, ranks, speculation, case.compile)
+    prompts = prompts_for(engine.model, case.rows)
+    found = {"logits": logits_of(engine, prompts)}
+    found["greedy"] = tokens_of(engine, prompts, Sampling(0))
     torch.manual_seed(ranks.rank if ranks else 0)  # each rank another seed
-    samplings = [Sampling(1.0, 5), Sampling(1.0, 0), Sampling(1.5, 150, 0.95, 0.01)]
-    found["drawn"] = [tokens_of(model, prompts, each, **options) for each in samplings[: 1 if case.compile else None]]
+    samplings = [Sampling(1.0, 5), Sampling(1.0, 0), Sampling(1.5, 150, 0.95, 0.01)][: 1 if case.compile else None]
+    found["drawn"] = [tokens_of(engine, prompts, each) for each in samplings]
     return found
+
+
+def score(folder: Path, ranks=None) -> float:
+    model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
+    return perplexity(Engine(model), list(range(200)), window=40, stride=30, batch_size=3).perplexity
+
+
+def bytes_sent(folder: Path, ranks) -> dict:
+    samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
+    engine = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
+    return {name: bytes_of_a_step(engine, sampling) for name, sampling in samplings.items()}
+
+
+# ---------------------------------------------------------------- what ranks work on
+
+
+def all_cases(folder: Path, ranks) -> dict:
+    found = {str(case): on_all(run(case, folder, ranks)) for case in cases(ranks.size)}
+    return found | {"bytes": bytes_sent(folder, ranks), "perplexity": score(folder, ranks)}
+
+
+def families(folder: Path, ranks) -> dict:
+    """Logits after each prompt, of models of transformers that have folders in `folder`."""
+    engines = {path.name: ready(path, torch.float32, len(PROMPTS), ranks) for path in sorted(folder.iterdir())}
+    return {name: logits_of(engine, prompts_for(engine.model)) for name, engine in engines.items()}
+
+
+def commands(folder: Path, ranks, model: Path) -> dict:
+    """What loading a large model takes, and what commands print on rank 0 or refuse on each."""
+    memory = on_all(memory_of_loading(model / "model.pth", ranks))
+    outputs = [printed(ranks, *command) for command in commands_on(model, folder)]
+    return {"memory": memory, "printed": outputs, "refused": [on_all(refusal(ranks, flags)) for flags in REFUSED]}
+
+
+def memory_of_loading(path: Path, ranks) -> int:
+    before = anonymous_bytes()
+    model = load_model(path, dtype=torch.float32, ranks=ranks)
+    grown = anonymous_bytes() - before
+    del model
+    return grown
 
 
 def anonymous_bytes() -> int:
@@ -162,12 +218,42 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def memory_of_loading(path: Path, ranks=None) -> int:
-    before = anonymous_bytes()
-    model = load_model(path, dtype=torch.float32, ranks=ranks)
-    grown = anonymous_bytes() - before
-    del model
-    return grown
+def commands_on(model: Path, folder: Path) -> list[tuple]:
+    """(program, flags, standard input): a file of prompts, a conversation, perplexity."""
+    prompts = ["The capital of France is", "One, two, three, four, one, two, three,"]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    where = ["--checkpoint_path", model]
+    greedy = [*where, "--temperature", 0, "--dtype", "float32"]
+    files = ["--prompt_file", folder / "prompts.txt", "--max_new_tokens", 12, "--output_json", "/dev/null"]
+    talk = ["--interactive", "--max_new_tokens", 20]
+    return [
+        ("generate", [*greedy, *files, "--speculate", "ngram", "--speculate_k", 2], ""),
+        ("generate", [*greedy, *talk], "What is the capital of France?\nAnd of Italy?\n"),
+        ("eval", [*where, "--perplexity", "LICENSE", "--dtype", "float32"], ""),
+    ]
+
+
+REFUSED = [
+    ["--random_weights", "Llama-2-7B"],  # its 32 heads do not divide over 3 ranks
+    ["--random_weights", "stories15M", "--max_new_tokens", 500],
+]
+
+
+def printed(ranks, program: str, flags: list, input: str = "") -> str:
+    """What a command prints on standard output."""
+    command = importlib.import_module(program)
+    command.init_tp = lambda: contextlib.nullcontext(ranks)  # these processes have met already
+    sys.stdin = io.StringIO(input)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        command.main(**vars(command.build_parser().parse_args(list(map(str, flags)))))
+    return out.getvalue()
+
+
+def refusal(ranks, flags: list) -> str:
+    try:
+        return printed(ranks, "generate", flags)
+    except ValueError as error:
+        return str(error)
 
 
 def on_all(value) -> list:
@@ -177,37 +263,17 @@ def on_all(value) -> list:
     return values
 
 
-def family_logits(path: Path, ranks) -> torch.Tensor:
-    """[B, V]: after each prompt, of the model of transformers in `path`."""
-    model = load_model(path, dtype=torch.float32, ranks=ranks)
-    setup_caches(model, len(PROMPTS), 64)
-    return logits_of(model, [[token % model.args.vocab_size for token in prompt] for prompt in PROMPTS])[:, 0]
+WORKS = {"cases": all_cases, "families": families, "commands": commands}
 
 
-def main(folder: Path, big: Path | None = None) -> None:
-    """big: a large file, of which only the memory of loading is measured; `families`: `folder` holds models of
-    transformers, each in a folder of its own."""
-    with tp.init_tp() as ranks:
+def main(work: str, folder: str, *others: str) -> None:
+    with init_tp() as ranks:
         ranks.place("cpu")
         torch.set_num_threads(1)
-        found = {}
-        if big == Path("families"):
-            with torch.inference_mode():
-                found = {path.name: family_logits(path, ranks) for path in sorted(folder.iterdir())}
-        elif big is None:
-            for case in cases(ranks.size):
-                found[str(case)] = on_all(run(case, folder, ranks))
-            samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
-            model = load_model(folder / "float.pth", dtype=torch.bfloat16, ranks=CountingRanks.of(ranks))
-            setup_caches(model, 1, 64)
-            found["bytes"] = {name: bytes_of_a_step(model, sampling) for name, sampling in samplings.items()}
-            model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
-            found["perplexity"] = perplexity(model, list(range(200)), window=40, stride=30, batch_size=3).perplexity
-        else:
-            found["memory"] = on_all(memory_of_loading(big, ranks))
+        found = WORKS[work](Path(folder), ranks, *map(Path, others))
         if ranks.is_first:
-            torch.save(found, folder / f"ranks{ranks.size}.pt")
+            torch.save(found, Path(folder) / f"{work}{ranks.size}.pt")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

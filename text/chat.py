@@ -1,4 +1,4 @@
-"""Chat templates, which are programs of strangers."""
+"""Chat templates: programs that come with a model, so they run in a sandbox and within limits of time and size."""
 
 import ctypes
 import json
@@ -6,28 +6,26 @@ import threading
 from datetime import datetime
 
 TEMPLATE_SECONDS = 2.0
-
-
 TEMPLATE_SIZE = 1_000_000  # characters, items or bits of one value a template may compute
 
 
 def render(template: str, variables: dict) -> str:
-    """Run a template in a sandbox and within a time limit. Raises ValueError, in one line, on whatever goes wrong."""
+    """What a template writes. Raises ValueError, in one line, on whatever goes wrong."""
     outcome = {}
 
     def work():
         try:
-            outcome["text"] = _environment().from_string(template).render(variables)
-        except SystemExit:  # from below
+            outcome["text"] = template_sandbox().from_string(template).render(variables)
+        except SystemExit:  # raised below, at the time limit
             pass
-        except Exception as error:  # a stranger's program can fail in every way there is
+        except Exception as error:  # a template can raise anything
             outcome["error"] = " ".join((str(error) or type(error).__name__).split())
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(TEMPLATE_SECONDS)
     if thread.is_alive():
-        # the sandbox limits a range, not loops within loops; SystemExit is no Exception, so no handler stops it
+        # the sandbox limits one loop, not loops within loops; jinja's handlers catch Exception, never SystemExit
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
         thread.join(0.5)
     if "text" not in outcome:
@@ -35,7 +33,7 @@ def render(template: str, variables: dict) -> str:
     return outcome["text"]
 
 
-def _environment():
+def template_sandbox():
     """Jinja as chat templates expect it: the settings and additions of transformers."""
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
@@ -55,7 +53,7 @@ def _environment():
         intercepted_binops = frozenset(("+", "*", "**"))
 
         def call_binop(self, context, operator, left, right):
-            if _result_size(operator, left, right) > TEMPLATE_SIZE:
+            if result_size(operator, left, right) > TEMPLATE_SIZE:
                 raise SecurityError(f"the result of {operator} is too large")
             return super().call_binop(context, operator, left, right)
 
@@ -71,7 +69,7 @@ def _environment():
     return sandbox
 
 
-def _result_size(operator: str, left, right) -> int:
+def result_size(operator: str, left, right) -> int:
     """A bound on the result before it is computed: sequences count their items, numbers their bits."""
     sizes = [len(x) if hasattr(x, "__len__") else x.bit_length() if isinstance(x, int) else 1 for x in (left, right)]
     if operator == "**" and isinstance(right, int):

@@ -1,4 +1,4 @@
-"""The text of a growing list of ids, as it comes."""
+"""Text from tokens as they are drawn, each character once and whole, up to a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not UTF-8 (yet)
 
 
 class TextStream:
-    """Text of a growing list of ids, given out once no later id can change it. Raises ValueError on an empty stop.
+    """Text of a growing list of ids. A piece is returned once no later id can change it.
 
     The pieces join to `tokenizer.decode` of all ids, or to what lies before the first stop string.
     """

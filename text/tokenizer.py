@@ -5,35 +5,25 @@ from pathlib import Path
 
 from text.chat import render
 from text.gguf_vocabulary import read_gguf_vocabulary
-from text.vocabulary import (
-    id_list,
-    read_sentencepiece,
-    read_tokenizer_json,
-)
+from text.vocabulary import id_list, read_sentencepiece, read_tokenizer_json
 from weights.files import atomic_path, read_json
 from weights.gguf_file import is_gguf
 
-END_MARKERS = [
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eot|>",
-    "<|end|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "</s>",
-]
+# tokens that end a text, whether or not the model's files say so
+END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
+END_MARKERS += ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
 class Tokenizer:
-    """One vocabulary behind one of two libraries; `config` and `ids` hold what the model's files say beside it.
+    """A vocabulary with the model's special tokens and chat template.
 
-    `config` is laid out as tokenizer_config.json, `ids` is {"bos_token_id": int | None, "eos_token_id": [int, ...]}.
+    backend: the vocabulary. config: laid out as tokenizer_config.json. ids: {"bos_token_id": int | None,
+    "eos_token_id": [int, ...]}.
     """
 
     def __init__(self, backend, config: dict, ids: dict):
-        texts = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
-        self._backend = backend
+        texts = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
+        self.backend = backend
         self._names = {**backend.names, **{key: text for key, text in texts.items() if text is not None}}
         self.vocab_size: int = backend.vocab_size
         bos_id = backend.token_id(self._names.get("bos_token", ""))
@@ -43,7 +33,7 @@ class Tokenizer:
         markers = [backend.marker_id(marker) for marker in END_MARKERS]
         self.declared_eos_ids: frozenset[int] = frozenset({*ids["eos_token_id"], end} - {None})
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
-        self.chat_template: str | None = _default_template(config.get("chat_template"))
+        self.chat_template: str | None = default_template(config.get("chat_template"))
         adds_bos = backend.encode("", True)[:1] == [self.bos_id]
         wants_bos = config.get("add_bos_token")
         self._prepend_bos = wants_bos is True and not adds_bos and self.bos_id is not None
@@ -51,46 +41,46 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in the text become their ids. BOS only if the model wants it."""
-        ids = self._backend.encode(text, add_special_tokens)
+        ids = self.backend.encode(text, add_special_tokens)
         if add_special_tokens and self._prepend_bos:
             return [self.bos_id, *ids]
         return ids[1:] if add_special_tokens and self._strip_bos else ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens skipped."""
-        return self._backend.decode(ids)
+        return self.backend.decode(ids)
 
     def skips(self, token: int) -> bool:
         """Whether `decode` drops the token before it looks at its neighbours."""
-        return self._backend.skips(token)
+        return self.backend.skips(token)
 
     def byte(self, token: int) -> int | None:
         """The value of a byte-fallback token, None for every other."""
-        return self._backend.bytes.get(token)
+        return self.backend.bytes.get(token)
 
     def vocabulary(self) -> dict[int, str]:
         """Every token as the vocabulary spells it."""
-        return self._backend.vocabulary()
+        return self.backend.vocabulary()
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it. Raises ValueError: no template, or it failed."""
+        """The conversation as the model's template writes it."""
         if self.chat_template is None:
             raise ValueError("the model has no chat template; leave out --chat and write the prompt as plain text")
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         return render(self.chat_template, {**self._names, **variables, "messages": messages})
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Ids of the rendered conversation; templates write BOS themselves. Raises ValueError as `render_chat` does."""
+        """Ids of the rendered conversation; templates write BOS themselves."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
 
-def _token_text(value) -> str | None:
+def token_text(value) -> str | None:
     """tokenizer_config.json writes a token as a string or as {"content": string}."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
-def _default_template(value) -> str | None:
+def default_template(value) -> str | None:
     """tokenizer_config.json writes one template, or a list of named ones."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
@@ -99,7 +89,7 @@ def _default_template(value) -> str | None:
 
 
 def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
-    """Raise ValueError that shows the first token in which the two differ."""
+    """Refuse a draft's tokenizer that differs from the model's, with the first token in which the two differ."""
     ours, theirs = tokenizer.vocabulary(), draft.vocabulary()
     for token in sorted(ours.keys() | theirs.keys()):
         if ours.get(token) != theirs.get(token):
@@ -111,26 +101,22 @@ def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model.
-
-    Raises ValueError if none is there or it cannot be read.
-    """
-    tokenizer = _find_tokenizer(Path(path))
-    if vocab_size is not None:  # some name tokens that were never trained; a text that has one is refused
+    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model."""
+    tokenizer = find_tokenizer(Path(path))
+    if vocab_size is not None:  # some tokenizers have more tokens than the model has rows
         tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
     return tokenizer
 
 
-def _find_tokenizer(path: Path) -> Tokenizer:
+def find_tokenizer(path: Path) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a checkpoint file or folder")
     if path.is_file() and is_gguf(path):
         return Tokenizer(*read_gguf_vocabulary(path))
     folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").exists():
-        return Tokenizer(read_tokenizer_json(folder / "tokenizer.json"), *_read_settings(folder))
-    if (folder / "tokenizer.model").exists():
-        return Tokenizer(read_sentencepiece(folder / "tokenizer.model"), *_read_settings(folder))
+    for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_sentencepiece)):
+        if (folder / name).exists():
+            return Tokenizer(read(folder / name), *read_settings(folder))
     ggufs = [file for file in sorted(folder.glob("*.gguf")) if is_gguf(file)]
     if len(ggufs) == 1:
         return Tokenizer(*read_gguf_vocabulary(ggufs[0]))
@@ -141,7 +127,7 @@ def _find_tokenizer(path: Path) -> Tokenizer:
 
 
 def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
-    """Write a GGUF file's tokenizer as Hugging Face files. Raises ValueError if it cannot be read or written."""
+    """Write a GGUF file's tokenizer as Hugging Face files."""
     backend, config, ids = read_gguf_vocabulary(Path(gguf_path))
     others = Tokenizer(backend, config, ids).eos_ids.difference(ids["eos_token_id"][:1])
     ids = {**ids, "eos_token_id": [*ids["eos_token_id"][:1], *sorted(others)]}  # the main one stays first
@@ -155,7 +141,7 @@ def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _read_settings(folder: Path) -> tuple[dict, dict]:
+def read_settings(folder: Path) -> tuple[dict, dict]:
     """What the JSON files beside a vocabulary say about special tokens and the chat template."""
     names = ("tokenizer_config.json", "generation_config.json", "config.json")
     config, generation, model = (read_json(folder / name) if (folder / name).exists() else {} for name in names)

@@ -1,4 +1,4 @@
-"""One vocabulary behind one of two libraries, `tokenizers` and `sentencepiece`."""
+"""A vocabulary of either library, `tokenizers` or `sentencepiece`, with the same methods."""
 
 import re
 from pathlib import Path

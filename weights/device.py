@@ -12,23 +12,23 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
-    """The device called `name`, or the first there is of cuda, mps and cpu. Raises ValueError if it is not there.
+    """The device called `name`, or the first there is of cuda, mps and cpu.
 
     ranks: those of a model that is shared; each takes the GPU of its number.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
-        name = next(kind for kind, is_there in there.items() if is_there and not (ranks and kind == "mps"))
-    kind, _, index = name.partition(":")
-    if kind not in there or (index and not (index.isdecimal() and kind == "cuda")):
+        name = next(each for each, is_there in there.items() if is_there and not (ranks and each == "mps"))
+    device_type, _, index = name.partition(":")
+    if device_type not in there or (index and not (index.isdecimal() and device_type == "cuda")):
         raise ValueError(f"device {name!r} is unknown; use one of {', '.join(there)}, or cuda:N")
-    if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
+    if not there[device_type] or (index and int(index) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not on this machine; use {pick_device(None).type}")
     return torch.device(name) if ranks is None else ranks.place(name)
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype called `name`. Raises ValueError that lists the names."""
+    """The torch dtype called `name`."""
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -53,7 +53,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def require_memory(size: int, device: torch.device, what: str, advice: str) -> None:
-    """Raise ValueError, before anything is allocated, if `size` bytes for `what` do not fit on `device`."""
+    """Refuse, before anything is allocated, `size` bytes for `what` that do not fit on `device`."""
     free = free_memory(device)
     if free is not None and size > free:
         raise ValueError(f"{what} need {size / GB:.1f} GB, but {device} has {free / GB:.1f} GB free; {advice}")

@@ -1,23 +1,28 @@
-"""Plain files: JSON, what can be written, and writing whole or not at all."""
+"""Plain files: JSON, what can be written, writing whole or not at all, and the page cache."""
 
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 GB = 1e9
+WEIGHTS = (".pth", ".bin", ".safetensors", ".gguf")  # suffixes
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file. Raises ValueError if it is missing, broken or no object."""
+    """The object in a JSON file."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +36,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raise ValueError, before the work, if a file at `path` could not be written after it, or is one of the inputs.
+    """Refuse, before the work, a file at `path` that could not be written after it, or is one of the inputs.
 
     An input may be a model's folder, or None.
     """
@@ -51,25 +56,21 @@ def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ())
 
 
 def require_space(path: Path, size: int) -> None:
-    """Raise ValueError if the disk has no room for a file of `size` bytes at `path`."""
+    """Refuse a file of `size` bytes at `path` for which the disk has no room."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
 
 
 def write_json(path: str | Path, value: dict, default: Callable | None = None) -> None:
-    """Write a report, whole or not at all; default makes values that JSON lacks into others. Raises ValueError as
-    `atomic_path` does."""
+    """Write a report, whole or not at all; default makes values that JSON lacks into others."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=default) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not.
-
-    Raises ValueError if the file cannot be written (no folder, no right, disk full).
-    """
+    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not."""
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout is written to, not replaced
         yield Path(path)
         return
@@ -91,7 +92,7 @@ def read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+        with warnings.catch_warnings(action="ignore"):  # the errors below say what is wrong
             return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:  # whose text advises to load without weights_only
         if re.search("GLOBAL|unsupported (global|class)", str(error), re.IGNORECASE):
@@ -103,3 +104,31 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
+
+
+def drop_page_cache(paths: set[str]) -> None:
+    """Give back what Linux counts as our memory though nothing needs it: freed blocks, and pages of mapped files.
+
+    paths: files that are only read, so that a page needed again is read again.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name in paths:
+            begin, end = (int(address, 16) for address in span.split("-"))
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def dropping_page_cache(readers: dict[str, Callable], path: Path) -> dict[str, Callable]:
+    """The functions that read the tensors of a model's file or folder; each drops the pages read before it."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in WEIGHTS]
+    paths = {os.path.realpath(file) for file in files}
+
+    def read_after_drop(read: Callable):
+        drop_page_cache(paths)
+        return read()
+
+    return {name: partial(read_after_drop, read) for name, read in readers.items()}

@@ -1,8 +1,6 @@
-"""Models in GGUF files."""
+"""Models in GGUF files: their metadata as a config in Hugging Face's words, and their tensors by our names."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +9,11 @@ from torch import Tensor
 from layers.quantized import QuantSpec, can_be_rounded
 from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
-from weights.families import OLMO, _number, _rope_scaling
+from weights.families import Config, args_from_config
 from weights.gguf_file import KEPT, GGUFFile
-from weights.layout import Source, rename, shell, source_modules
+from weights.layout import Layout, ModelFile, Readers, rename, source_modules
 
-GGUF_MODULES = {
+GGUF_MODULES = {  # our module -> the file's, see `source_modules`
     "tok_embeddings": ("token_embd",),
     "layers.#.attention.wqkv": tuple(f"blk.#.attn_{x}" for x in "qkv"),
     "layers.#.attention.wo": ("blk.#.attn_output",),
@@ -30,9 +28,7 @@ GGUF_MODULES = {
     "norm": ("output_norm",),
     "output": ("output",),
 }
-
-
-GGUF_EXPERTS = {
+EXPERTS = {
     "layers.#.feed_forward.gate": ("blk.#.ffn_gate_inp",),
     "layers.#.feed_forward.w13": ("blk.#.ffn_gate_exps", "blk.#.ffn_up_exps"),
     "layers.#.feed_forward.w2": ("blk.#.ffn_down_exps",),
@@ -40,182 +36,150 @@ GGUF_EXPERTS = {
     "layers.#.feed_forward.shared.w2": ("blk.#.ffn_down_shexp",),
     "layers.#.feed_forward.shared_gate": ("blk.#.ffn_gate_inp_shexp",),
 }
+FUSED = {"layers.#.attention.wqkv": ("blk.#.attn_qkv",), "layers.#.feed_forward.w13": ("blk.#.ffn_up",)}
 
-
-GGUF_FUSED = {"layers.#.attention.wqkv": ("blk.#.attn_qkv",), "layers.#.feed_forward.w13": ("blk.#.ffn_up",)}
+KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "rotary_dim": "rope.dimension_count",
+}
+REQUIRED = ("max_position_embeddings", "rms_norm_eps")  # though Hugging Face has defaults for them
 
 
 @dataclass(frozen=True)
-class GGUFFamily:
-    """What an architecture adds to the plain row; `number(key, kind, default)` reads the file's metadata."""
+class Architecture:
+    """Which of our families an architecture of GGUF is, and what its files have of their own."""
 
+    model_type: str
+    with_experts: str | None = None  # the model_type of files with experts
+    with_window: str | None = None  # the model_type of files with a window
     interleaved: bool = False  # rope turns neighbouring pairs
-    fields: dict = field(default_factory=dict)
-    fields_from: Callable[[Callable], dict] = lambda number: {}
-    modules: dict = field(default_factory=dict)  # names other than those in GGUF_MODULES
-    normalize_experts: bool = True
-    full_layers_every: int | None = None  # the period of layers without a window
-    window_rope_base: float | None = None  # of layers with one, whose rope is not scaled; 0: the base of the others
+    modules: dict = field(default_factory=dict)  # where GGUF_MODULES does not hold
+    config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
+    required: tuple[str, ...] = ()  # as REQUIRED
+    layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
 
 
-def _gguf_granite(number: Callable) -> dict:
-    return {
-        "attention_scale": number("attention.scale", float),
-        "embedding_scale": number("embedding_scale", float, 1.0),
-        "residual_scale": number("residual_scale", float, 1.0),
-        "logit_scale": 1 / number("logit_scale", float, 1.0),
-    }
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
-
-def _gguf_gemma(number: Callable) -> dict:
-    return {"embedding_scale": math.sqrt(number("embedding_length"))}
-
-
-def _gguf_gemma_3(number: Callable, n_layer_by_dim: int = 62) -> dict:
-    """n_layer_by_dim: layers of the one size whose scale is that of dim / n_head, which files do not say."""
-    by_dim = number("block_count") == n_layer_by_dim
-    width = number("embedding_length") / number("attention.head_count") if by_dim else number("attention.key_length")
-    return _gguf_gemma(number) | {"attention_scale": width**-0.5}
-
-
-def _gguf_gemma_2(number: Callable) -> dict:
-    return _gguf_gemma_3(number, n_layer_by_dim=46) | {
-        "attention_softcap": number("attn_logit_softcapping", float),
-        "logit_softcap": number("final_logit_softcapping", float),
-    }
-
-
-GGUF_GEMMA = {"norm_offset": True, "activation": "gelu_tanh"}
-
-
-GGUF_FAMILIES = {
-    "llama": GGUFFamily(interleaved=True),
-    "qwen2": GGUFFamily(fields={"qkv_bias": True}),
-    "qwen3": GGUFFamily(fields={"qk_norm": True}),
-    "qwen2moe": GGUFFamily(fields={"qkv_bias": True}, normalize_experts=False),
-    "qwen3moe": GGUFFamily(fields={"qk_norm": True}),
-    "phi3": GGUFFamily(modules=GGUF_FUSED),
-    "granite": GGUFFamily(interleaved=True, fields_from=_gguf_granite),
-    "olmo2": GGUFFamily(fields=OLMO, full_layers_every=4, window_rope_base=0),
-    "gemma": GGUFFamily(fields=GGUF_GEMMA, fields_from=_gguf_gemma),
-    "gemma2": GGUFFamily(fields=GGUF_GEMMA | {"post_norm": True}, fields_from=_gguf_gemma_2, full_layers_every=2),
-    "gemma3": GGUFFamily(
-        fields=GGUF_GEMMA | {"post_norm": True, "qk_norm": True},
-        fields_from=_gguf_gemma_3,
-        full_layers_every=6,
-        window_rope_base=1e4,
-    ),
+ARCHITECTURES = {
+    "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen2moe": Architecture("qwen2_moe"),
+    "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
+    "phi3": Architecture("phi3", modules=FUSED),
+    "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
+    "olmo2": Architecture("olmo2", with_window="olmo3"),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
+    "gemma3": Architecture("gemma3_text", layers_scaled_by_dim=62),
 }
 
 
-def gguf_number(file: GGUFFile, key: str, kind: type = int, default=None):
-    """A positive number of the file's architecture. Raises ValueError if it is missing, unless there is a default."""
-    try:
-        return _number(file.metadata, f"{file.metadata['general.architecture']}.{key}", kind, default)
-    except ValueError as error:
-        raise ValueError(str(error).replace("config.json", str(file.path))) from None
-
-
-def args_from_gguf(file: GGUFFile) -> ModelArgs:
-    """ModelArgs from the metadata and tensor shapes. Raises ValueError on what is missing or not supported."""
+def architecture_of(file: GGUFFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in GGUF_FAMILIES:
-        known = ", ".join(GGUF_FAMILIES)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{file.path}: architecture {name!r} is not supported; supported in GGUF: {known}")
-    family, number = GGUF_FAMILIES[name], partial(gguf_number, file)
-    dim, n_layer, n_head = number("embedding_length"), number("block_count"), number("attention.head_count")
-    head_dim = number("attention.key_length", default=dim // n_head)
-    if number("rope.dimension_count", default=head_dim) != head_dim:
-        raise ValueError(f"{file.path}: partial rope is not supported")
+    return ARCHITECTURES[name]
+
+
+def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
+    """The config that Hugging Face would have written for the model."""
+    name, keys = file.metadata["general.architecture"], dict(KEYS)
+    if file.metadata.get(f"{name}.expert_count") and f"{name}.expert_feed_forward_length" in file.metadata:
+        keys["intermediate_size"] = "expert_feed_forward_length"
+    keys["moe_intermediate_size"] = keys["intermediate_size"]
+    names = {key: f"{name}.{of_file}" for key, of_file in keys.items()}
+    values = architecture.config | {key: file.metadata.get(of_file) for key, of_file in names.items()}
+    model_type = architecture.model_type
+    if values["num_experts"]:
+        model_type = architecture.with_experts or model_type
+    if values["sliding_window"]:
+        model_type = architecture.with_window or model_type
+    values |= {
+        "model_type": model_type,
+        "vocab_size": file.tensors["token_embd.weight"][1][0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "sliding_window": values["sliding_window"] or None,
+        "rope_theta": 10000.0 if values["rope_theta"] is None else values["rope_theta"],
+        "rope_scaling": rope_scaling_from_gguf(file, values, name),
+    }
+    return Config(values, file.path, names)
+
+
+def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | None:
+    rope_type = file.metadata.get(f"{name}.rope.scaling.type", "none")
+    if rope_type not in ("none", "linear", "yarn") or any(key.startswith("rope_factors") for key in file.tensors):
+        rope_type = "longrope" if rope_type in ("none", "linear", "yarn") else rope_type
+        raise ValueError(f"{file.path}: rope type {rope_type!r} is not supported; supported: none, linear, yarn")
+    if rope_type == "none" or "rope_freqs.weight" in file.tensors:
+        return None
+    keys = ("factor", "original_max_position_embeddings")
+    return {"rope_type": rope_type} | {key: values[key] for key in keys}
+
+
+def args_from_gguf(file: GGUFFile, architecture: Architecture) -> ModelArgs:
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
-    rope_base, window = number("rope.freq_base", float, 10000.0), file.metadata.get(f"{name}.attention.sliding_window")
-    full_layers, window_rope_base = (), None
-    if window and family.full_layers_every:
-        full_layers = tuple(range(family.full_layers_every - 1, n_layer, family.full_layers_every))
-    if window and family.window_rope_base is not None:
-        window_rope_base = family.window_rope_base or rope_base
-    fields = {
-        "dim": dim,
-        "n_layer": n_layer,
-        "n_head": n_head,
-        "n_kv_head": number("attention.head_count_kv", default=n_head),
-        "head_dim": head_dim,
-        "intermediate_size": number("feed_forward_length"),
-        "vocab_size": file.tensors["token_embd.weight"][1][0],
-        "max_seq_length": number("context_length"),
-        "norm_eps": number("attention.layer_norm_rms_epsilon", float),
-        "rope_base": rope_base,
-        "rope_scaling": gguf_rope_scaling(file, name),
-        "sliding_window": window or None,
-        "full_layers": full_layers,
-        "window_rope_base": window_rope_base,
-        "tie_embeddings": "output.weight" not in file.tensors,
-    }
-    return ModelArgs(**fields | family.fields | family.fields_from(number) | gguf_experts(file, name))
-
-
-def gguf_experts(file: GGUFFile, name: str) -> dict:
-    """The fields of a mixture of experts, none if the file has no experts; `name` is its architecture."""
-    if not file.metadata.get(f"{name}.expert_count"):
-        return {}
-    number = partial(gguf_number, file)
-    fields = {
-        "n_expert": number("expert_count"),
-        "n_expert_used": number("expert_used_count"),
-        "normalize_experts": GGUF_FAMILIES[name].normalize_experts,
-    }
-    for key, of_file in (
-        ("intermediate_size", "expert_feed_forward_length"),
-        ("shared_size", "expert_shared_feed_forward_length"),
-    ):
-        if f"{name}.{of_file}" in file.metadata:
-            fields[key] = number(of_file)
-    return fields
-
-
-def gguf_rope_scaling(file: GGUFFile, name: str) -> RopeScaling | None:
-    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    if kind not in ("none", "linear", "yarn") or any(key.startswith("rope_factors") for key in file.tensors):
-        kind = "longrope" if kind in ("none", "linear", "yarn") else kind
-        raise ValueError(f"{file.path}: rope type {kind!r} is not supported; supported: none, linear, yarn")
+    config = config_from_gguf(file, architecture)
+    for key in (*REQUIRED, *architecture.required):
+        config.number(key)
+    if architecture.layers_scaled_by_dim is not None:
+        scaled_by_dim = config.whole("num_hidden_layers") == architecture.layers_scaled_by_dim
+        width = config.whole("hidden_size") / config.whole("num_attention_heads")
+        config.values["query_pre_attn_scalar"] = width if scaled_by_dim else config.whole("head_dim")
+    args = args_from_config(config)
+    if config.whole("rotary_dim", args.head_dim) != args.head_dim:
+        raise ValueError(f"{file.path}: partial rope is not supported")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, already worked out
-        return RopeScaling("factors", factors=tuple(file.read("rope_freqs.weight").tolist()))
-    if kind == "none":
-        return None
-    factor = gguf_number(file, "rope.scaling.factor", float)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    context = gguf_number(file, "rope.scaling.original_context_length")
-    return _rope_scaling("yarn", {"factor": factor, "original_max_position_embeddings": context})
+        factors = tuple(file.read("rope_freqs.weight").tolist())
+        return replace(args, rope_scaling=RopeScaling("factors", factors=factors))
+    return args
 
 
-def gguf_tensor(part: str, args: ModelArgs) -> str:
-    """The tensor with the weight of `part`, a name of GGUF_MODULES; a tied head has the embedding's."""
-    return "token_embd.weight" if part == "output" and args.tie_embeddings else f"{part}.weight"
+def weight_names(module: str, layout: Layout, modules: dict) -> list[str]:
+    """The tensors of the file that hold the weight of our `module`."""
+    return [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules)[0]]
 
 
-def kept_layers(file: GGUFFile, args: ModelArgs, modules: dict) -> dict[str, QuantSpec]:
-    """The linear layers that can be kept: their parts are all of types in KEPT, and of the same bits.
-
-    Raises ValueError if there are none.
-    """
+def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> dict[str, QuantSpec]:
+    """The linear layers that can be kept: their parts are all of types in KEPT, and of the same bits."""
     table = {}
-    for module, layer in shell(args, {}).named_modules():
-        (parts,) = source_modules(module, modules)
-        names = [gguf_tensor(part, args) for part in parts]
+    for module, layer in layout.model.named_modules():
+        names = weight_names(module, layout, modules)
         if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
-        kinds, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
-        specs = {KEPT.get(kind.name) for kind in kinds}
+        types, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
+        specs = {KEPT.get(each.name) for each in types}
         *experts, rows, columns = layer.weight.shape
-        # sizes that are a lie are refused on reading; a quantised shell of such sizes would first be built for minutes
+        # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
         fits = sum(shape[-2] for shape in shapes) == rows
         fits = fits and all(shape == (*experts, shape[-2], columns) for shape in shapes)
         if fits and len(specs) == 1 and None not in specs:
             table[module] = specs.pop()
     if not table:
-        there = ", ".join(sorted({kind.name for kind, _, _ in file.tensors.values()}))
+        there = ", ".join(sorted({each.name for each, _, _ in file.tensors.values()}))
         raise ValueError(
             f"{file.path} has no whole layer in {' or '.join(KEPT)} to keep; "
             f"its types are {there}: convert it without --keep_quantized"
@@ -223,27 +187,33 @@ def kept_layers(file: GGUFFile, args: ModelArgs, modules: dict) -> dict[str, Qua
     return table
 
 
-def source_from_gguf(path: Path, keep_quantized: bool = False) -> Source:
-    """A GGUF file; keep_quantized: layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again.
+def code_readers(file: GGUFFile, layout: Layout, modules: dict, table: dict[str, QuantSpec]) -> Readers:
+    """The tensors of the layers in `table`, by the file's names of their parts."""
+    codes = {}
+    for module, spec in table.items():
+        keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
+        names = weight_names(module, layout, modules)
+        for part, name in zip(source_modules(module, modules)[0], names, strict=True):
+            codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
+    return codes
 
-    Raises ValueError if there is nothing to keep.
-    """
+
+def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
+    """A GGUF file; keep_quantized: layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again."""
     file = GGUFFile(path)
-    args = args_from_gguf(file)
-    family = GGUF_FAMILIES[file.metadata["general.architecture"]]
-    modules = GGUF_MODULES | family.modules | (GGUF_EXPERTS if args.n_expert else {})
+    architecture = architecture_of(file)
+    layout = Layout(args_from_gguf(file, architecture))
+    modules = GGUF_MODULES | architecture.modules | (EXPERTS if layout.args.n_expert else {})
 
     def read(name: str) -> Tensor:
         tensor = file.read(name)
-        if args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
+        if layout.args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
             return tensor - 1
         return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
 
     raw = {name: partial(read, name) for name in file.tensors}
-    table = kept_layers(file, args, modules) if keep_quantized else {}
-    for module, spec in table.items():
-        keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
-        for part in source_modules(module, modules)[0]:
-            name = gguf_tensor(part, args)
-            raw |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
-    return Source(args, rename(args, raw, modules, family.interleaved, path, table), table, gguf=path)
+    if keep_quantized:
+        table = kept_layers(file, layout, modules)
+        raw |= code_readers(file, layout, modules, table)
+        layout = layout.quantized(table)
+    return ModelFile(layout, rename(layout, raw, modules, path, architecture.interleaved), gguf=path)

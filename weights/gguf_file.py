@@ -10,11 +10,7 @@ from torch import Tensor
 from layers.quantized import QuantSpec, pack_nibbles
 
 GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
-
-
 GGUF_STRING, GGUF_ARRAY = 8, 9
-
-
 KEPT = {"Q4_0": QuantSpec(4, 32), "Q4_1": QuantSpec(4, 32), "Q8_0": QuantSpec(8, 32)}  # types `read_codes` reads
 
 
@@ -22,7 +18,6 @@ class GGUFFile:
     """Header and tensors of a GGUF file, every count and length checked against the file's size before it is used.
 
     metadata: plain values. tensors: name -> (type, shape, offset in bytes). Format: ggml's gguf.md, versions 2 and 3.
-    Raises ValueError on anything that does not fit.
     """
 
     def __init__(self, path: Path):
@@ -57,21 +52,21 @@ class GGUFFile:
     def _string(self) -> str:
         return self._take(self._count(1)).decode("utf-8", errors="replace")
 
-    def _value(self, kind: int):
-        if kind == GGUF_STRING:
+    def _value(self, value_type: int):
+        if value_type == GGUF_STRING:
             return self._string()
-        if kind == GGUF_ARRAY:
+        if value_type == GGUF_ARRAY:
             return self._array(self._scalar("<I"))
-        if GGUF_SCALARS.get(kind) is None:
-            raise ValueError(f"unknown metadata type {kind}")
-        return self._scalar(GGUF_SCALARS[kind])
+        if GGUF_SCALARS.get(value_type) is None:
+            raise ValueError(f"unknown metadata type {value_type}")
+        return self._scalar(GGUF_SCALARS[value_type])
 
-    def _array(self, kind: int) -> list:
-        if kind == GGUF_STRING:
+    def _array(self, value_type: int) -> list:
+        if value_type == GGUF_STRING:
             return [self._string() for _ in range(self._count(8))]
-        form = GGUF_SCALARS.get(kind)
+        form = GGUF_SCALARS.get(value_type)
         if form is None:
-            raise ValueError(f"unknown type {kind} in an array")
+            raise ValueError(f"unknown type {value_type} in an array")
         count = self._count(struct.calcsize(form))
         return list(struct.unpack(f"<{count}{form[1]}", self._take(count * struct.calcsize(form))))
 
@@ -94,16 +89,16 @@ class GGUFFile:
             shape = tuple(self._scalar("<Q") for _ in range(n_dim))[::-1]
             if 0 in shape:
                 raise ValueError(f"{name} has a dimension of 0")
-            kind, offset = self._scalar("<I"), self._scalar("<Q")
-            if kind not in GGMLQuantizationType._value2member_map_:
-                raise ValueError(f"{name} is of the unknown type {kind}")
-            self.tensors[name] = (GGMLQuantizationType(kind), shape, offset)
+            tensor_type, offset = self._scalar("<I"), self._scalar("<Q")
+            if tensor_type not in GGMLQuantizationType._value2member_map_:
+                raise ValueError(f"{name} is of the unknown type {tensor_type}")
+            self.tensors[name] = (GGMLQuantizationType(tensor_type), shape, offset)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
             raise ValueError(f"an alignment of {alignment!r}")
         self.start = -(-self.position // alignment) * alignment
-        for name, (kind, shape, offset) in self.tensors.items():
-            block, size = GGML_QUANT_SIZES[kind]
+        for name, (tensor_type, shape, offset) in self.tensors.items():
+            block, size = GGML_QUANT_SIZES[tensor_type]
             if shape[-1] % block or self.start + offset + math.prod(shape) // block * size > len(self.data):
                 raise ValueError(f"{name} {list(shape)} does not fit into the file")
 
@@ -111,8 +106,8 @@ class GGUFFile:
         """The bytes of a tensor as they are in the file: a numpy view [rows, bytes of a row]."""
         from gguf import GGML_QUANT_SIZES
 
-        kind, shape, offset = self.tensors[name]
-        block, size = GGML_QUANT_SIZES[kind]
+        tensor_type, shape, offset = self.tensors[name]
+        block, size = GGML_QUANT_SIZES[tensor_type]
         row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
         begin = self.start + offset
         return self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
@@ -121,30 +116,32 @@ class GGUFFile:
         """The tensor as float32, dequantised a part at a time. Shape [rows, columns] or [n]."""
         from gguf.quants import dequantize
 
-        kind, shape, _ = self.tensors[name]
+        tensor_type, shape, _ = self.tensors[name]
         rows = self._rows(name)
         step = max(1, (1 << 19) // shape[-1])  # 2 MiB of float32 at a time
         out = torch.empty(len(rows), shape[-1], dtype=torch.float32)
         for row in range(0, len(rows), step):
             try:
-                part = dequantize(rows[row : row + step], kind)
+                part = dequantize(rows[row : row + step], tensor_type)
             except NotImplementedError:
-                raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
+                raise ValueError(
+                    f"{self.path}: {name} is of type {tensor_type.name}, which cannot be dequantised"
+                ) from None
             out[row : row + step] = torch.tensor(part)
         return out.view(shape)
 
     def read_codes(self, name: str, part: str) -> Tensor:
-        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as `qlinear` stores a layer.
+        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as our layers have them.
 
         Nothing is rounded anew. Format: a block of ggml-common.h is float16 d (and m in Q4_1), then 32 codes q, int8 or
         16 bytes whose low nibbles come first. A weight is q d in Q8_0, (q - 8) d in Q4_0, q d + m in Q4_1.
         """
-        kind, shape, _ = self.tensors[name]
+        tensor_type, shape, _ = self.tensors[name]
         blocks = self._rows(name).reshape(*shape[:-1], shape[-1] // 32, -1)  # [..., rows, groups, bytes]
-        n_byte = 4 if kind.name == "Q4_1" else 2
+        n_byte = 4 if tensor_type.name == "Q4_1" else 2
         if part == "weight":
             q = torch.tensor(blocks[..., n_byte:])
-            if kind.name == "Q8_0":
+            if tensor_type.name == "Q8_0":
                 return q.view(torch.int8).flatten(-2)
             codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [..., rows, groups, 32], -8..7
             return pack_nibbles(codes.flatten(-2))
@@ -161,5 +158,5 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def read_gguf_metadata(path: str | Path) -> dict:
-    """The file's metadata as plain values. Raises ValueError as GGUFFile does."""
+    """The file's metadata as plain values."""
     return GGUFFile(Path(path)).metadata

@@ -1,8 +1,8 @@
-"""Every tensor that a file of a model holds: names, shapes, dtypes."""
+"""Every tensor of a model's file: name, shape, dtype; and how the tensors of other formats become these."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,86 @@ from torch import Tensor
 from layers.quantized import QuantSpec, quantize_
 from model import ModelArgs, Transformer
 
+Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
+
 EXPERT_TENSOR = re.compile(r"feed_forward\.(layer\.)?w(13|2)\.")  # layer: where ranks share it
-
-
 TIED_HEADS = {"lm_head.weight", "output.weight"}
-
-
-# Left in files by older versions of their writers: rope tables, and the head of a model that has none of its own.
+# left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
     r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
 )
 
 
+class Layout:
+    """What the file of a model holds: its tensors, as meta tensors by name, and the table of its quantised layers.
+
+    model: the meta model, which `fill` gives its tensors. head_source: the module whose weight the output head has.
+    """
+
+    def __init__(
+        self, args: ModelArgs, table: dict[str, QuantSpec] | None = None, model: Transformer | None = None
+    ) -> None:
+        if model is None:
+            with torch.device("meta"):
+                model = Transformer(args)
+        self.args, self.table, self.model = args, table or {}, model
+        quantize_(model, self.table)
+        self.tensors = model.state_dict()
+        self.head_source = "output"
+        if args.tie_embeddings and "output" not in self.table:  # a quantised head has codes of its own
+            self.head_source = "tok_embeddings"
+            del self.tensors["output.weight"]
+
+    def quantized(self, table: dict[str, QuantSpec]) -> "Layout":
+        """The layout once the float layers in `table` are quantised. It takes over the meta model."""
+        return Layout(self.args, table, self.model) if table else self
+
+    def weight_source(self, module: str) -> str:
+        """The module whose weight `module` has: the embedding for a tied head, else itself."""
+        return self.head_source if module == "output" else module
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor is part of a quantised layer: codes, scales and zeros are not converted on loading."""
+        module, _, leaf = name.rpartition(".")
+        return module in self.table and leaf != "bias"
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the tensors if the floats are `dtype`."""
+        sizes = {name: t.itemsize if self.keeps_dtype(name) else dtype.itemsize for name, t in self.tensors.items()}
+        return sum(self.tensors[name].numel() * size for name, size in sizes.items())
+
+
 @dataclass
-class Source:
-    """A model file before it is read."""
+class ModelFile:
+    """A model's file, or folder, that is open but not read."""
 
-    args: ModelArgs
-    tensors: dict[str, Callable[[], Tensor]]  # by our names
-    table: dict[str, QuantSpec] = field(default_factory=dict)  # the layers that are stored quantised
-    gguf: Path | None = None  # the file, whose metadata holds the tokenizer too
+    layout: Layout
+    tensors: Readers  # by our names
+    gguf: Path | None = None  # a GGUF file, whose metadata holds the tokenizer too
+
+    @property
+    def args(self) -> ModelArgs:
+        return self.layout.args
+
+    @property
+    def table(self) -> dict[str, QuantSpec]:
+        return self.layout.table
 
 
-def shell(args: ModelArgs, table: dict[str, QuantSpec]) -> Transformer:
-    """A model on the meta device whose layers in `table` are quantised: every name, shape and dtype, no memory."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    quantize_(model, table)
-    return model
-
-
-def expected_tensors(args: ModelArgs, table: dict[str, QuantSpec] | None = None) -> dict[str, Tensor]:
-    """Every tensor that a file of such a model holds, as meta tensors; the table names its quantised layers."""
-    table = table or {}
-    tensors = shell(args, table).state_dict()
-    if args.tie_embeddings and "output" not in table:
-        del tensors["output.weight"]
-    return tensors
+def readers(state: Any, path: Path) -> Readers:
+    """The tensors of a dictionary that holds nothing else."""
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} is not a checkpoint: beside tensors it holds {name!r}, a {type(value).__name__}")
+    return {name: lambda value=value: value for name, value in state.items()}
 
 
 def source_modules(module: str, modules: dict, n_expert: int | None = None) -> list[list[str]]:
-    """The source's modules whose rows `module` holds, in order; `modules` is one of the tables above.
+    """The file's modules whose rows our `module` holds, in order: a list for each expert if the file has them apart.
 
-    A list of them for each expert if the source has them apart, else one list.
+    modules: our module -> the file's modules, where names differ; # is the layer's number, and @ that of an expert.
     """
     layer = re.search(r"(?<=layers\.)\d+", module)
     number = layer[0] if layer else ""
@@ -64,54 +101,38 @@ def source_modules(module: str, modules: dict, n_expert: int | None = None) -> l
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 
 
-def rename(
-    args: ModelArgs,
-    raw: dict[str, Callable[[], Tensor]],
-    modules: dict,
-    interleaved: bool,
-    where: Path,
-    table: dict[str, QuantSpec] | None = None,
-) -> dict[str, Callable[[], Tensor]]:
-    """Tensors by our names out of those of another format. Raises ValueError if one is missing or left over.
+def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved: bool = False) -> Readers:
+    """Every tensor of the layout from those of a file: none may be missing or left over.
 
-    interleaved: the source turns neighbouring pairs in its rope, so q and k rows are brought into our order.
+    modules: see `source_modules`. interleaved: the file's rope turns neighbouring pairs of q and k rows.
     """
     tensors, used = {}, set()
-    for name in expected_tensors(args, table):
+    for name in layout.tensors:
         module, _, leaf = name.rpartition(".")
-        lists = [[f"{part}.{leaf}" for part in parts] for parts in source_modules(module, modules, args.n_expert)]
-        absent = [part for parts in lists for part in parts if part not in raw]
+        parts = source_modules(module, modules, layout.args.n_expert)
+        names = [[f"{part}.{leaf}" for part in of_expert] for of_expert in parts]
+        absent = [part for of_expert in names for part in of_expert if part not in raw]
         if absent:
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
-        used.update(*lists)
-        tensors[name] = joined([[raw[part] for part in parts] for parts in lists])
+        used.update(*names)
+        tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
         if interleaved and module.endswith("wqkv"):
-            tensors[name] = halves_from_pairs(tensors[name], args)
-    dropped = TIED_HEADS if args.tie_embeddings else set()
+            tensors[name] = halves_from_pairs(tensors[name], layout.args)
+    dropped = TIED_HEADS if layout.args.tie_embeddings else set()
     extra = [name for name in raw if name not in used | dropped and not IGNORED.fullmatch(name)]
     if extra:
         raise ValueError(f"{where} has {len(extra)} tensors this model has no place for, the first is {extra[0]}")
     return tensors
 
 
-def readers(state: Any, path: Path) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a dictionary, each as a function that fetches it. Raises ValueError if it is anything else."""
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path} is not a checkpoint: beside tensors it holds {name!r}, a {type(value).__name__}")
-    return {name: lambda value=value: value for name, value in state.items()}
+def concatenated(parts: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor]:
+    """The parts of each list as rows of one tensor; of several lists, one for each expert, their stack."""
 
+    def rows(of_expert: list[Callable[[], Tensor]]) -> Tensor:
+        tensors = [read() for read in of_expert]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2 if tensors[0].ndim > 1 else 0)
 
-def joined(lists: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor]:
-    """The parts of each list as rows of one tensor, and those of several lists as a stack."""
-
-    def rows(parts: list[Callable[[], Tensor]]) -> Tensor:
-        read = [part() for part in parts]
-        return read[0] if len(read) == 1 else torch.cat(read, dim=-2 if read[0].ndim > 1 else 0)
-
-    return lambda: rows(lists[0]) if len(lists) == 1 else torch.stack([rows(parts) for parts in lists])
+    return lambda: rows(parts[0]) if len(parts) == 1 else torch.stack([rows(of_expert) for of_expert in parts])
 
 
 def halves_from_pairs(read: Callable[[], Tensor], args: ModelArgs) -> Callable[[], Tensor]:
@@ -123,23 +144,13 @@ def halves_from_pairs(read: Callable[[], Tensor], args: ModelArgs) -> Callable[[
 
     def converted() -> Tensor:
         sizes = [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
-        q, k, v = checked_shape(read(), sum(sizes), "wqkv").split(sizes)
+        wqkv = read()
+        if wqkv.shape[0] != sum(sizes):
+            raise ValueError(f"wqkv has {wqkv.shape[0]} rows; the model's sizes need {sum(sizes)}")
+        q, k, v = wqkv.split(sizes)
         return torch.cat((reorder(q), reorder(k), v))
 
     return converted
-
-
-def checked_shape(tensor: Tensor, rows: int, name: str) -> Tensor:
-    if tensor.shape[0] != rows:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows; the model's sizes need {rows}")
-    return tensor
-
-
-def model_bytes(args: ModelArgs, dtype: torch.dtype, table: dict[str, QuantSpec] | None = None) -> int:
-    """Bytes of the tensors of a model whose floats are `dtype` and whose layers in `table` are quantised."""
-    tensors = expected_tensors(args, table)
-    stored = {name for name in tensors if name.rpartition(".")[0] in (table or {})}
-    return sum(t.numel() * (t.itemsize if name in stored else dtype.itemsize) for name, t in tensors.items())
 
 
 def weight_bytes(model: Transformer, tokens: float = 1) -> int:

@@ -10,18 +10,10 @@ def _llama(dim, n_layer, n_head, n_kv_head, intermediate_size, vocab_size, max_s
 
 
 _LLAMA_31 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-
-
 _LLAMA_32 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-
-
 _LLAMA_3 = {"rope_base": 500000.0}
-
-
 _QWEN_3 = {"norm_eps": 1e-6, "rope_base": 1e6, "qk_norm": True}
 
-
-# For benchmarks and tests only: a checkpoint brings its own sizes.
 REGISTRY = {
     "Llama-2-7B": _llama(4096, 32, 32, 32, 11008, 32000, 4096),
     "Llama-2-13B": _llama(5120, 40, 40, 40, 13824, 32000, 4096),
@@ -54,7 +46,7 @@ REGISTRY = {
 
 
 def args_from_name(name: str) -> ModelArgs:
-    """A registry entry by its exact name. Raises ValueError that lists the names."""
+    """A registry entry by its exact name."""
     if name not in REGISTRY:
         raise ValueError(f"no model is named {name!r}; known: {', '.join(REGISTRY)}")
     return REGISTRY[name]

@@ -87,8 +87,7 @@ struct Blocks {
   void *quantised, *other_quantised;
   float* scores;  // [threads, slots + 16]
 
-  // For few tokens the scratch is kept.
-  void take(Scratch& scratch) {
+  void take_scratch(Scratch& scratch) {
     const int64_t widest = std::max({dim, width, n_head * D});
     normed = scratch.take<Element>(M * dim), made = scratch.take<Element>(M * dim);
     qkv = scratch.take<Element>(M * (n_head + 2 * n_kv_head) * D), gate_up = scratch.take<Element>(M * 2 * width);
@@ -209,7 +208,7 @@ struct Blocks {
   void run() {
     const bool few = M <= kFewRows;
     Scratch scratch(few);
-    take(scratch);
+    take_scratch(scratch);
     if (few) {
       threads.region([&](int thread, int threads) {
         for (size_t i = 0; i < blocks.size(); i++) run_few(blocks[i], caches[i], thread, threads);

@@ -45,8 +45,8 @@ struct Linear {
   }
 };
 
-// Buffers for one call: the nth of a call is the nth of the last one, if they are to be kept for the next call of this
-// thread. Those for few tokens are, and so stay in the processor's cache.
+// Buffers for one call. If `keep`, the next call of this thread gets the same buffers in the same order: those for few
+// tokens then stay in the processor's cache.
 class Scratch {
   struct alignas(64) Line {
     char bytes[64];

@@ -37,7 +37,7 @@ struct Activations {
   void* values;      // int8 or float32 [M, K]
   float* scales;     // [M, K / 32]
   float* sums;       // [M, K / 32] of the activations themselves, which the zeros of int4 weights multiply
-  int32_t* offsets;  // [M, K / 32]: what the numbers added to the codes add to a sum of products, negated
+  int32_t* offsets;  // [M, K / 32], where sums of products start: they undo the numbers added to the codes
 
   static int64_t bytes(int64_t M, int64_t in, Dtype dtype) {
     const int64_t K = round_up(in, kGroup);
@@ -115,13 +115,13 @@ template <class Format, int T>
 struct Codes {
   const uint8_t* from;
   int64_t stride;
-  static constexpr int kFours = Format::kPacked ? 2 : 1;  // fours of inputs in one load
+  static constexpr int kFours = Format::kPacked ? 2 : 1;  // one load has 4 inputs, or 8 if packed
 
   INLINE void load_all(Bytes (&loaded)[T], int k) const {  // from input k on
     UNROLL for (int j = 0; j < T; j++) loaded[j] = load_bytes(from + j * stride + k / kFours * kLanes);
   }
 
-  // Four number f of what was loaded.
+  // The codes of the first four inputs of a load, or of the second four if f is 1.
   static INLINE Bytes four(Bytes loaded, int f) {
     if constexpr (!Format::kPacked) return loaded;
     return f ? high_nibbles(loaded) : low_nibbles(loaded);
@@ -237,7 +237,7 @@ struct CodesProduct {
   void all_rows(int64_t n, int64_t stride, Codes<Format, T> codes) const {
     int64_t r = 0;
     for (; r + 4 <= x.M; r += 4) tile<4, T>(r, n, stride, codes);
-    if constexpr (T > 1) {  // a thread has one single tile at most, not worth the time to compile these
+    if constexpr (T > 1) {  // for the one odd tile of a thread these would only lengthen the build
       if (x.M - r == 3) return tile<3, T>(r, n, stride, codes);
       if (x.M - r == 2) return tile<2, T>(r, n, stride, codes);
     }

@@ -24,14 +24,14 @@ inline Range share_of(int64_t n, int64_t unit, int thread, int threads) {
 struct Threads {
   int count;
 
-  // Every thread calls work(thread, threads). Inside a region there is but the thread that is there.
+  // Every thread calls work(thread, threads). Inside another region that is one thread, the caller.
   template <class Work>
   void region(const Work& work) const {
 #pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())
     work(omp_get_thread_num(), omp_get_num_threads());
   }
 
-  // Calls work(share) for shares of 0 .. n - 1, one a thread; with fewer than `grain` things a thread does not pay.
+  // Calls work(share) for shares of 0 .. n - 1, one a thread. It uses fewer threads if shares would be below `grain`.
   template <class Work>
   void for_shares(int64_t n, int64_t grain, const Work& work) const {
     const int used = std::min<int64_t>(count, divide_up(n, grain));
@@ -45,8 +45,8 @@ struct Threads {
     });
   }
 
-  // Calls work(own, i) for i = 0 .. n - 1: a thread that is free takes the next i. `own` is what prepare() returns, once a
-  // thread.
+  // Calls work(own, i) for i = 0 .. n - 1: a thread that is free takes the next i. Each thread has its own result of
+  // prepare().
   template <class Prepare, class Work>
   void for_each(int64_t n, const Prepare& prepare, const Work& work) const {
 #pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())

@@ -13,7 +13,7 @@ from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight, s
 from model import Blocks, ModelArgs
 from tests.tiny import dequantised
 from weights.checkpoint import build, load_model, save_checkpoint
-from weights.layout import expected_tensors, shell
+from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [  # specs, and act_order
@@ -139,7 +139,7 @@ def test_a_groupsize_that_does_not_fit_is_refused_by_name():
 
 def random_state(args, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_tensors(args)
+    shapes = Layout(args).tensors
     return {name: (0.2 * torch.randn(meta.shape, generator=generator)).to(dtype) for name, meta in shapes.items()}
 
 
@@ -149,7 +149,7 @@ def calibration(n=5):
 
 def tiny_table(args):
     """All layers but one, one of them in other bits, and the head."""
-    table = linear_table(shell(args, {}), QuantSpec(4, 32), QuantSpec(8)) | {"layers.1.attention.wo": QuantSpec(8)}
+    table = linear_table(Layout(args).model, QuantSpec(4, 32), QuantSpec(8)) | {"layers.1.attention.wo": QuantSpec(8)}
     del table["layers.0.feed_forward.w2"]
     return table
 
@@ -172,12 +172,12 @@ def test_the_tensors_are_those_of_a_file_and_the_weights_left_behind_are_theirs(
     args = VARIANTS[variant]
     table = tiny_table(args)
     model, tensors = run_gptq(args, table)
-    expected = {n: meta for n, meta in expected_tensors(args, table).items() if n.rpartition(".")[0] in table}
+    expected = {n: meta for n, meta in Layout(args, table).tensors.items() if n.rpartition(".")[0] in table}
     expected = {n: meta for n, meta in expected.items() if not n.endswith(".bias")}
     assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
 
     floats = random_state(args)
-    state = {name: tensors.get(name, floats.get(name)) for name in expected_tensors(args, table)}
+    state = {name: tensors.get(name, floats.get(name)) for name in Layout(args, table).tensors}
     save_checkpoint(tmp_path / "model.pth", args, state, table)
     loaded = load_model(tmp_path / "model.pth", dtype=torch.float32)
     model.output = dequantised(args, state, table).output  # the head keeps its float weight
@@ -228,7 +228,7 @@ def test_a_bfloat16_model_keeps_bfloat16_weights():
 
 def test_a_model_whose_blocks_are_one_operator_is_rounded_as_any():
     args = replace(TINY, head_dim=64, dim=96)
-    table = linear_table(shell(args, {}), QuantSpec(4, 32), None)
+    table = linear_table(Layout(args).model, QuantSpec(4, 32), None)
     fused, plain = (build(args, random_state(args, torch.bfloat16)) for _ in range(2))
     assert isinstance(fused.layers, FusedBlocks) or not cpu.has_bf16()
     plain.layers = Blocks(plain.layers)

@@ -20,7 +20,7 @@ from layers.packed import AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import QuantSpec, layer_of, linear_table, quantize_, quantize_weight
 from model import FEW, ExpertLinear, ModelArgs, Transformer, attend
 from weights.checkpoint import build
-from weights.layout import expected_tensors
+from weights.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelArgs(
@@ -477,7 +477,7 @@ def test_gates_of_any_size_neither_overflow_nor_vanish():
 
 
 def logits_of_tiny():
-    shapes = expected_tensors(TINY)
+    shapes = Layout(TINY).tensors
     state = {name: 0.1 * random(*meta.shape, seed=i) for i, (name, meta) in enumerate(shapes.items())}
     state = {name: value + 1 if value.ndim == 1 else value for name, value in state.items()}
     model = build(TINY, state)

@@ -30,8 +30,8 @@ from layers.quantized import (
     unpack_nibbles,
 )
 from model import ModelArgs
-from weights.checkpoint import build, load_model, new_table, open_source, read_tensors, save_checkpoint
-from weights.layout import expected_tensors, shell
+from weights.checkpoint import build, load_model, new_table, open_model, read_tensors, save_checkpoint
+from weights.layout import Layout
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
@@ -158,7 +158,7 @@ def test_tables_survive_json_and_damaged_ones_are_refused():
             table_from_json(wrong)
     for name in ("layers.9.attention.wo", "norm", "layers.0", ""):
         with pytest.raises(ValueError, match="no linear layer"):
-            quantize_(shell(TINY, {}), {name: QuantSpec(8)})
+            quantize_(Layout(TINY).model, {name: QuantSpec(8)})
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -268,13 +268,13 @@ def test_float32_scales_are_used_as_they_are():
 
 
 def random_weights(args):
-    shapes = {name: meta.shape for name, meta in expected_tensors(args).items()}
+    shapes = {name: meta.shape for name, meta in Layout(args).tensors.items()}
     return {n: 0.15 * random(*s, seed=i) + (len(s) == 1) for i, (n, s) in enumerate(shapes.items())}
 
 
 def save_quantised(source, target, spec, head="int8", gptq=False):
     """What quantize.py does."""
-    source = open_source(source)
+    source = open_model(source)
     table = new_table(source, spec, target, head)
     tensors = read_tensors(source, CPU, torch.float32, "", table)
     if gptq:
@@ -293,7 +293,7 @@ def saved(path, args, spec, head="int8", gptq=False):
 
 def dequantised(path):
     """The float32 model whose weights are what the file's codes stand for."""
-    source = open_source(path)
+    source = open_model(path)
     state = read_tensors(source, CPU, torch.float32, "")
     for name, spec in source.table.items():
         parts = {key: state.pop(f"{name}.{key}") for key in ("weight", "scales", "zeros") if f"{name}.{key}" in state}

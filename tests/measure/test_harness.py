@@ -29,8 +29,8 @@ from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E
 from measure.continuations import evenly, questions_of  # noqa: E402
 from measure.harness import Adapter  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
-from weights.checkpoint import load_model, open_source, save_checkpoint  # noqa: E402
-from weights.layout import shell  # noqa: E402
+from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
+from weights.layout import Layout  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 48
@@ -381,8 +381,8 @@ def evaluate(tasks, checkpoint, monkeypatch, tmp_path):
 
 def test_the_report_of_a_quantised_model(evaluate, checkpoint, tmp_path, capsys):
     """Its metrics are those of a float model that holds the dequantised weights."""
-    source = open_source(checkpoint)
-    table = linear_table(shell(source.args, {}), QuantSpec(4, 32), QuantSpec(4, 32))
+    source = open_model(checkpoint)
+    table = linear_table(Layout(source.args).model, QuantSpec(4, 32), QuantSpec(4, 32))
     state = {name: read() for name, read in source.tensors.items()}
     for name in table:
         weight = state.pop(f"{name}.weight", state["tok_embeddings.weight"])  # of a tied head

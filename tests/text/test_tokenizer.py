@@ -13,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from tests.tiny import CHATML
 from text.stream import TextStream
 from text.tokenizer import load_tokenizer, require_same_vocabulary, save_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
     "Paris is the capital of France; Rome is the capital of Italy.",
@@ -27,46 +24,24 @@ CORPUS = [
     "You say stop, and I say go, go, go. Stop the stops!",
 ] * 5
 TEXTS = [
-    "The capital of France is",
-    "def f(x):\n    return x ** 2  # square\n",
-    "\tif (a != b) { return &c[0]; }",
-    "for i in range(10): print(i)",
-    "1234567890",
-    "3.14159 and 2,718",
-    "你好，世界",
-    "日本語のテキスト",
-    "héllo wörld, naïve café",
-    "👍🏽 family: 👨‍👩‍👧‍👦",
-    "  leading and trailing  ",
-    "many\n\n\nnewlines",
-    "tabs\t\tand  spaces",
-    "I'm, you're, they'll, WE'VE",
-    "<|im_start|>user\nHi<|im_end|>",
-    "a<|endoftext|>b",
-    "ﬁ ligature, ™",
-    "e\u0301 combining",
-    "",
-    " ",
-    "Ελληνικά и русский",
-    "http://example.com/?q=a&b=%20",
+    *("The capital of France is", "def f(x):\n    return x ** 2  # square\n", "\tif (a != b) { return &c[0]; }"),
+    *("for i in range(10): print(i)", "1234567890", "3.14159 and 2,718", "http://example.com/?q=a&b=%20"),
+    *("你好，世界", "日本語のテキスト", "héllo wörld, naïve café", "e\u0301 combining", "Ελληνικά и русский"),
+    *("👍🏽 family: 👨‍👩‍👧‍👦", "ﬁ ligature, ™", "I'm, you're, they'll, WE'VE"),
+    *("", " ", "  leading and trailing  ", "many\n\n\nnewlines", "tabs\t\tand  spaces"),
+    *("<|im_start|>user\nHi<|im_end|>", "a<|endoftext|>b"),
 ]
-CHAT = [
-    {"role": "user", "content": "Hi <there>"},
-    {"role": "assistant", "content": "é"},
-    {"role": "user", "content": ""},
-]
+TURNS = [("user", "Hi <there>"), ("assistant", "é"), ("user", "")]
+CHAT = [{"role": role, "content": content} for role, content in TURNS]
 
 
 def train_byte_level() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, **options))
     return tokenizer
 
 
@@ -105,9 +80,8 @@ def write_gguf(path, kind, tokens, types, **fields):
 def write_sentencepiece_gguf(path, model, **fields):
     """The pieces of a sentencepiece model as the format's own converter writes them."""
     size = model.get_piece_size()
-    types = [
-        2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in range(size)
-    ]
+    kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_byte, 6))
+    types = [next((number for is_kind, number in kinds if is_kind(i)), 1) for i in range(size)]
     tokens = [model.id_to_piece(i) for i in range(size)]
     types[tokens.index("<end_of_turn>")] = 4
     defaults = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "unk_token_id": model.unk_id()}
@@ -177,7 +151,7 @@ def test_default_model_equals_transformers(default_gguf, tmp_path):
 def test_default_model_splits_digits_first(default_gguf):
     """The model's own tokenizer.json: Digits(individual_digits), then ByteLevel."""
     ours = load_tokenizer(default_gguf)
-    truth = tokenizers.Tokenizer.from_str(ours._backend.tokenizer.to_str())
+    truth = tokenizers.Tokenizer.from_str(ours.backend.tokenizer.to_str())
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     truth.pre_tokenizer = pre_tokenizers.Sequence(steps)
     for text in [*TEXTS, "x  12  ³④Ⅷ it's2", "a   1", " ½"]:
@@ -188,11 +162,8 @@ def test_default_model_saved_as_hugging_face_files(default_gguf, tmp_path):
     from transformers import AutoTokenizer
 
     save_tokenizer(default_gguf, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    names = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 0]}
     ours, saved = load_tokenizer(default_gguf), load_tokenizer(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -207,15 +178,13 @@ def test_default_model_saved_as_hugging_face_files(default_gguf, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_survives(backends, kind, text):
-    tokenizer = backends[kind]
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if kind == "unigram":  # strips and joins spaces, by its own normaliser
-        text = " ".join(text.split(" ")).strip(" ")
-        assert tokenizer.decode(ids).split() == text.split()
-    elif "<|" not in text:
-        assert tokenizer.decode(ids) == text
+def test_texts_survive(backends, kind):
+    for text in TEXTS:
+        found = backends[kind].decode(backends[kind].encode(text, add_special_tokens=False))
+        if kind == "unigram":  # strips and joins spaces, by its own normaliser
+            assert found.split() == text.split()
+        elif "<|" not in text:
+            assert found == text
 
 
 def test_sentencepiece_equals_the_library(backends, tmp_path):
@@ -266,12 +235,6 @@ def test_gguf_sentencepiece_saved(tmp_path, backends):
     assert saved.render_chat(CHAT) == ours.render_chat(CHAT)
 
 
-def test_merges_come_from_scores(backends):
-    """Worked by hand: `▁the` is one piece of the corpus, `zq` is none."""
-    tokens = backends["gguf"].encode("the", add_special_tokens=False)
-    assert [backends["gguf"]._backend.tokenizer.id_to_token(i) for i in tokens] == ["▁the"]
-
-
 # ---------------------------------------------------------------- one vocabulary or two
 
 
@@ -285,14 +248,12 @@ def test_a_vocabulary_is_the_same_in_every_format(default_gguf, backends, tmp_pa
 
 
 def test_other_vocabularies_are_told_apart_by_their_first_token_that_differs(backends, tmp_path):
-    ours, changed, longer = backends["byte_level"], train_byte_level().to_str(), train_byte_level()
-    changed = tokenizers.Tokenizer.from_str(changed.replace("<|im_end|>", "<|end|>"))
-    changed.add_tokens(["<|last|>"])
-    longer.add_tokens(["<|last|>"])
-    changed, longer = (
-        load_tokenizer(write_folder(tmp_path / name, tokenizer))
-        for name, tokenizer in (("changed", changed), ("longer", longer))
-    )
+    text, others = train_byte_level().to_str(), []
+    for name, end in (("changed", "<|end|>"), ("longer", "<|im_end|>")):
+        other = tokenizers.Tokenizer.from_str(text.replace("<|im_end|>", end))
+        other.add_tokens(["<|last|>"])
+        others.append(load_tokenizer(write_folder(tmp_path / name, other)))
+    ours, (changed, longer) = backends["byte_level"], others
     last = ours.vocab_size
     for one, other, message in (
         (ours, changed, r"its token 2 is '<\|end\|>', the model's is '<\|im_end\|>'; use a draft of the model's own"),
@@ -508,18 +469,11 @@ def stream_text(tokenizer, ids, stop=(), size=1):
 
 BYTES = st.integers(3, 260)  # the byte tokens and the ordinary ones near them, in each tiny vocabulary
 IDS = st.lists(st.one_of(BYTES, st.integers(0, 339), st.sampled_from([0, 1, 2, 3, 198, 233, 244])), max_size=60)
-STOPS = st.lists(st.text("aeost nlgé. ", min_size=1, max_size=3), max_size=3)
+STOPS = st.lists(st.text("aeost nlgé. ", min_size=1, max_size=3), max_size=3)  # with none, the library's decode
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(ids=IDS, size=st.integers(1, 7))
-def test_stream_joins_to_the_library_decode(backends, kind, ids, size):
-    assert stream_text(backends[kind], ids, size=size) == (backends[kind].decode(ids), False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(ids=IDS, stop=STOPS, size=st.integers(1, 7))
 def test_stream_stops_where_the_slow_way_does(backends, kind, ids, stop, size):
     assert stream_text(backends[kind], ids, stop, size) == first_stop(backends[kind], ids, stop)
@@ -574,8 +528,7 @@ def test_stream_refuses_an_empty_stop(backends):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["the dog ", "👍"])
-@pytest.mark.parametrize("stop", [(), ("zzzz",)])
+@pytest.mark.parametrize("text, stop", [("the dog ", ()), ("👍", ("zzzz",))])
 def test_stream_work_does_not_grow(backends, kind, text, stop, monkeypatch):
     """Counts the ids decoded: a constant number for each id pushed, however long the text is."""
     tokenizer, decoded = backends[kind], []
