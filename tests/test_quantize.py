@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +20,13 @@ from transformers import LlamaConfig
 
 import generate
 import quantize as program
-from compress.calibration import calibration_windows, task_texts
+from compress.calibration import calibration_windows
 from compress.gptq import gptq_
 from engine.engine import Engine
 from layers.quantized import QuantSpec, layer_of, quantize_weight
 from measure.perplexity import perplexity
 from quantize import build_parser, main, relative_error
-from tests.tiny import HALF_GB, ROOT, TASK, hf_names, ids_of, make_tiny_checkpoint, needs_proc
+from tests.tiny import HALF_GB, ROOT, hf_names, ids_of, make_tiny_checkpoint, needs_proc
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, save_checkpoint
 from weights.families import Config, args_from_config
@@ -369,78 +368,6 @@ def test_dropping_the_page_cache_reads_the_same_in_less_memory(default_model_dir
     assert sums == [read().float().sum() for read in plain.values()]
 
 
-# ---------------------------------------------------------------- calibration text from lm-eval
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """A folder of lm-eval tasks over one data file, as a user writes them."""
-    folder = tmp_path_factory.mktemp("tasks")
-    lines = [{"q": f"Number {i} and", "a": [f" {i + 1}", " none"], "text": f"{i}. {TEXT[:300]}"} for i in range(12)]
-    (folder / "data.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kinds = {
-        "mine_rolling": ("loglikelihood_rolling", "", "{{text}}", "metric_list: [{metric: word_perplexity}]"),
-        "mine_choice": ("multiple_choice", "{{q}}", "0", 'target_delimiter: ""\ndoc_to_choice: "{{a}}"'),
-        "mine_open": ("generate_until", "{{q}}", "{{a}}", 'generation_kwargs: {until: ["."]}'),
-        "mine_lost": ("generate_until", "{{q}}", "{{a}}", 'generation_kwargs: {until: ["."]}'),
-    }
-    for name, (kind, question, answer, more) in kinds.items():
-        data = folder / ("nowhere.json" if "lost" in name else "data.json")
-        yaml = TASK.format(name=name, data=data, kind=kind, question=question, answer=answer, more=more)
-        (folder / f"{name}.yaml").write_text(yaml)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    return {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1, "HF_HOME": tmp_path_factory.mktemp("hf")}
-
-
-# Prints, as JSON, the texts or the error of each list of tasks in argv[2]; argv[1] is their folder.
-ASK = """
-import functools, json, sys
-import lm_eval.tasks
-from compress.calibration import task_texts
-lm_eval.tasks.TaskManager = functools.cache(lm_eval.tasks.TaskManager)  # it takes seconds
-for tasks in json.loads(sys.argv[2]):
-    try:
-        print(json.dumps(task_texts(tasks, sys.argv[1])))
-    except ValueError as error:
-        print(json.dumps(str(error)))
-"""
-
-
-def test_texts_of_tasks(tasks, offline, run_cli):
-    asked = [["mine_rolling", "mine_choice", "mine_open"], ["wikitext"], ["mine_open", "mine_lost"], ["mine_opne"]]
-    done = run_cli("-c", ASK, tasks, json.dumps(asked), env=offline)
-    assert done.returncode == 0, done.stderr
-    texts, far, lost, unknown = map(json.loads, done.stdout.splitlines())
-    assert texts == [
-        *[f"{i}. {TEXT[:300]}" for i in range(12)],
-        *[f"Number {i} and {i + 1}" for i in range(12)],
-        *[f"Number {i} and" for i in range(12)],
-    ]
-    advice = "give a task of your own with --include_path, or a text with --calibration_file"
-    assert far.startswith("the task wikitext or its data cannot be had (Couldn't reach") and far.endswith(advice)
-    assert lost.startswith("the task mine_lost or its data cannot be had") and "nowhere.json" in lost
-    assert unknown.startswith("lm-eval has no task 'mine_opne', but mine_open")
-
-
-def test_calibration_with_a_task(tasks, offline, monkeypatch, folder):
-    lm_eval = pytest.importorskip("lm_eval.tasks")
-    monkeypatch.setattr(lm_eval, "TaskManager", partial(lm_eval.TaskManager, include_defaults=False))
-    flags = ["--calibration_tasks", "mine_rolling", "--include_path", tasks, "--calibration_seq_length", 32]
-    target = quantise(folder / "model.pth", "--mode", "int4-gptq", *flags)["target"]
-    assert {*open_model(target).table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
-
-
-def test_without_lm_eval_the_install_line_is_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ValueError, match="pip install -r requirements-eval.txt"):
-        task_texts(["wikitext"], None)
-    assert "lm-eval==0.4.13" in (ROOT / "requirements-eval.txt").read_text()
-
-
 # ---------------------------------------------------------------- bad input
 
 GPTQ = ["--mode", "int4-gptq"]
@@ -541,6 +468,11 @@ def test_too_little_memory_is_said_before_the_work(folder, monkeypatch):
     refused(folder / "model.pth", "need 0.0 GB, but cpu has 0.0 GB free; use a smaller model")
 
 
+def test_too_little_space_is_said_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    refused(folder / "model.pth", "0.00 GB are free")
+
+
 def test_a_full_disk_leaves_nothing_and_spares_what_was_there(folder):
     target = folder / "model_int8.pth"
     for before in (None, b"old"):
@@ -619,24 +551,11 @@ def test_prepare_downloads_converts_and_quantises(tmp_path):
     ]
 
 
-def test_inputs_are_not_overwritten_by_the_report(tmp_path):
-    path, text = make_tiny_checkpoint(tmp_path), tmp_path / "text.txt"
-    text.write_text(TEXT, encoding="utf-8")
+def test_inputs_are_not_overwritten_by_the_report(folder):
     for kept, flags in (
-        (text, ["--checkpoint_path", path, "--check", text]),
-        (path, ["--checkpoint_path", path]),
-        (tmp_path / "tokenizer.json", ["--checkpoint_path", tmp_path]),
+        ("text.txt", ["--checkpoint_path", folder / "model.pth", "--check", folder / "text.txt"]),
+        ("tokenizer.json", ["--checkpoint_path", folder]),
     ):
-        before = kept.read_bytes()
-        args = build_parser().parse_args([*map(str, flags), "--output_json", str(kept)])
+        (folder / "text.txt").write_text(TEXT)
         with pytest.raises(ValueError, match="this run reads it"):
-            main(**vars(args))
-        assert kept.read_bytes() == before and not (tmp_path / "model_int8.pth").exists()
-
-
-def test_too_little_space_is_found_before_the_work(tmp_path, monkeypatch):
-    path = make_tiny_checkpoint(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    monkeypatch.setattr(program, "read_tensors", None)
-    with pytest.raises(ValueError, match="0.00 GB are free"):
-        main(**vars(build_parser().parse_args(["--checkpoint_path", str(path)])))
+            main(**vars(build_parser().parse_args([*map(str, flags), "--output_json", str(folder / kept)])))

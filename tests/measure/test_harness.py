@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import processors
 
-from tests.tiny import TASK, dequantised, make_tiny_checkpoint, save_tiny
+from tests.tiny import ROOT, dequantised, make_tiny_checkpoint, save_tiny
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
@@ -22,6 +22,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as program  # noqa: E402
+import quantize  # noqa: E402
+from compress.calibration import task_texts  # noqa: E402
 from engine.cache import allocate  # noqa: E402
 from engine.engine import Engine, build_engine  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
@@ -299,6 +301,19 @@ def test_batches_are_few_and_even(n_items, most):
 # ---------------------------------------------------------------- tasks
 
 
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: {kind}
+training_split: null
+validation_split: validation
+doc_to_text: "{question}"
+doc_to_target: "{answer}"
+{more}
+"""
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder of task files over one data file, as a user writes them."""
@@ -330,6 +345,12 @@ def tasks(tmp_path_factory):
         yaml = TASK.format(name=name, data=folder / "data.json", kind=kind, question=question, answer=answer, more=more)
         (folder / f"{name}.yaml").write_text(yaml)
     return folder
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Reading the index of all tasks takes seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"apply_chat_template": True}], ids=str)
@@ -367,10 +388,9 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(tasks, checkpoint, monkeypatch, tmp_path):
-    """eval.py in this process, with the folder's tasks only: reading the index of all takes seconds."""
+def evaluate(tasks, checkpoint, own_tasks_only, monkeypatch, tmp_path):
+    """eval.py in this process."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
     def run(*names, flags=(), path=checkpoint, folder=tasks):
         command = ["--checkpoint_path", path, "--include_path", folder, "--dtype", "float32", "--tasks", *names, *flags]
@@ -430,6 +450,33 @@ def test_the_same_on_two_ranks(tasks, checkpoint, run_cli, evaluate, tmp_path):
         for name, value in metrics.items():
             near = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             assert shared["results"][task][name] == near
+
+
+# ---------------------------------------------------------------- text to calibrate with
+
+
+def test_texts_of_tasks(tasks, own_tasks_only, tmp_path):
+    lines = [json.loads(line) for line in (tasks / "data.json").read_text().splitlines()]
+    assert task_texts(["mine_rolling", "mine_choice", "mine_open"], str(tasks)) == [
+        *[line["text"] for line in lines],
+        *[line["q"] + line["a"][0] for line in lines],
+        *[line["q"] for line in lines],
+    ]
+    with pytest.raises(ValueError, match="lm-eval has no task 'mine_opne', but mine_open"):
+        task_texts(["mine_opne"], str(tasks))
+    good, end = (tasks / "mine_open.yaml").read_text(), ", or a text with --calibration_file$"
+    for old, new, message in (("data.json", "lost.json", "lost.json"), ("path: json", "path: no/data", "no/data")):
+        (tmp_path / "mine_open.yaml").write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=f"the task mine_open or its data cannot be had .*{message}.*{end}"):
+            task_texts(["mine_open"], str(tmp_path))
+
+
+def test_gptq_calibrates_with_a_task(tasks, own_tasks_only, tmp_path):
+    path = make_tiny_checkpoint(tmp_path)
+    flags = ["--calibration_tasks", "mine_rolling", "--include_path", tasks, "--calibration_seq_length", 32]
+    flags += ["--mode", "int4-gptq", "--checkpoint_path", path]
+    quantize.main(**vars(quantize.build_parser().parse_args([str(flag) for flag in flags])))
+    assert {*open_model(tmp_path / "model_int4-gptq.g32.pth").table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
 
 
 # ---------------------------------------------------------------- bad input
@@ -510,11 +557,14 @@ def test_mistakes_found_later(evaluate, tmp_path, tasks, capsys):
     assert_refused(evaluate, "no chat template", capsys, "mine_choice", flags=chat, path=plain)
 
 
-def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path, capsys):
+def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    message = r"--tasks needs lm-eval: pip install -r requirements-eval.txt; or measure a --perplexity FILE"
-    with pytest.raises(ValueError, match=message):
+    install = r" needs lm-eval: pip install -r requirements-eval.txt; or "
+    with pytest.raises(ValueError, match=f"--tasks{install}measure a --perplexity FILE"):
         program.main(**vars(program.build_parser().parse_args(["--tasks", "x", "--checkpoint_path", str(tmp_path)])))
+    with pytest.raises(ValueError, match=f"--calibration_tasks{install}give --calibration_file"):
+        task_texts(["wikitext"], None)
+    assert "lm-eval==" in (ROOT / "requirements-eval.txt").read_text()
 
 
 def test_fewer_rows_where_memory_is_short(pair, monkeypatch):
