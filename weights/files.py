@@ -62,10 +62,10 @@ def require_space(path: Path, size: int) -> None:
         raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
 
 
-def write_json(path: str | Path, value: dict, default: Callable | None = None) -> None:
-    """Write a report, whole or not at all; default makes values that JSON lacks into others."""
+def write_json(path: str | Path, value: dict) -> None:
+    """Write a report, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=default) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
