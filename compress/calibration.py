@@ -2,20 +2,19 @@
 
 import contextlib
 import io
-import json
 
 import torch
 from torch import Tensor
 
-from measure.tasks import require_harness
-from weights.files import read_text
+from measure.tasks import data_of, load_tasks, require_harness
+from text.files import is_json_object, numbered_lines, read_text, text_fields
 
 
 def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: int, seed: int) -> Tensor:
     """Up to `limit` windows [n, seq_length] of a text, drawn at random, in its order, none overlapping.
 
-    needed: the tokens they must hold together, the inputs of the widest layer: H of fewer is singular. Raises
-    ValueError if they hold less.
+    needed: the tokens that they must hold together, at least as many as the widest layer has inputs: the Hessian of
+    fewer is singular.
     """
     fewest = -(-max(needed, 1) // seq_length)  # windows
     if len(ids) < fewest * seq_length:
@@ -34,52 +33,25 @@ def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: 
 
 
 def calibration_text(path: str) -> str:
-    """The text in a file: plain, or JSONL, whose lines' texts are joined with a blank line between. UTF-8.
+    """The text in a file: plain, or JSON Lines, whose texts are joined with a blank line between.
 
-    JSONL is what is called .jsonl or begins with a line that is a JSON object. Raises ValueError if the file cannot be
-    read, has no text, or a line is no object with a `text`.
+    JSON Lines is what is called .jsonl or begins with a line that is a JSON object.
     """
     text = read_text(path)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines and (str(path).endswith(".jsonl") or isinstance(from_json(lines[0][1]), dict)):
-        text = "\n\n".join(text_field(line, f"line {number} of {path}") for number, line in lines)
+    lines = numbered_lines(text)
+    if lines and (path.endswith(".jsonl") or is_json_object(next(iter(lines.values())))):
+        text = "\n\n".join(text_fields(lines, path, "text", allow_empty=True))
     if not text.strip():
         raise ValueError(f"the text {path} is empty")
     return text
 
 
-def text_field(line: str, where: str) -> str:
-    """The `text` of one line of JSONL. Raises ValueError if it has none."""
-    value = from_json(line)
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where} is no JSON object with a text; each line must be like {{"text": "some words"}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where} is no text: half of a surrogate pair stands alone") from None
-    return text
-
-
-def from_json(line: str):
-    """The value that a line holds, None if it is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
 def task_texts(tasks: list[str], include_path: str | None) -> list[str]:
-    """The first request of each document of some lm-eval tasks, with the answer it asks about.
-
-    Raises ValueError if lm-eval is missing, a task is unknown, or its data cannot be had.
-    """
+    """The first request of each document of some lm-eval tasks, with the answer it asks about."""
     require_harness("--calibration_tasks", "give --calibration_file")
-    from harness import data_of, load_tasks
-
     advice, texts = ", or a text with --calibration_file", []
     for task in load_tasks(tasks, include_path, advice).leaves():
-        with data_of(task.task_name, advice), contextlib.redirect_stderr(io.StringIO()):  # a progress bar each
+        with data_of(task.task_name, advice), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each
             task.build_all_requests()
         first = {request.doc_id: request for request in reversed(task.instances)}
         texts += ["".join(part for part in first[i].args if isinstance(part, str)) for i in sorted(first)]

@@ -1,10 +1,10 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a weight so that its layer's outputs on real text change least.
 
-A layer's columns are rounded one by one, and the error of each is made up for by the columns still to come, as far as
-the inputs seen in calibration allow: their second moments are the Hessian H of the squared output error."""
+A layer's columns are rounded one by one. Each column's error is compensated by the columns still to come, as far as the
+inputs seen in calibration allow: the second moments of these inputs are the Hessian H of the squared output error.
+"""
 
 import sys
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ def damped(H: Tensor, percdamp: float) -> Tensor:
 
 
 def inverse_root(H: Tensor, name: str) -> Tensor:
-    """The upper triangular U with U^T U = H^-1. Raises ValueError, naming the layer, if H is singular."""
+    """The upper triangular U with U^T U = H^-1; a singular H is refused by the layer's name."""
     L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
     if failed:
         raise ValueError(f"the inputs of {name} vary too little; raise --percdamp or give more calibration text")
@@ -33,7 +33,7 @@ def inverse_root(H: Tensor, name: str) -> Tensor:
 
 
 def round_columns(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round the columns of W [out, n] in turn, each after it has made up for the errors of those before it.
+    """Round the columns of W [out, n] in turn, each after it has compensated the errors of those before it.
 
     U [n, n] is their part of `inverse_root`; scales, zeros [out, n]. Returns codes, and errors / diag(U): [out, n].
     """
@@ -50,9 +50,9 @@ def gptq_weight(
 ) -> dict[str, Tensor]:
     """Round weight [out, in] of layer `name`, given H [in, in]: the same tensors as `quantize_weight` makes.
 
-    percdamp: damping of H, as a share of its mean diagonal. blocksize: columns after which all later ones are updated;
-    it changes the speed, not the result. act_order: round the inputs of most energy first; every group's scale is then
-    chosen before any column is rounded, else when the group is reached. Raises ValueError if H cannot be inverted.
+    percdamp: damping of H, as a fraction of its mean diagonal. blocksize: after so many columns all later ones are
+    updated; it changes the speed, not the result. act_order: round the inputs of most energy first; every group's scale
+    is then chosen before any column is rounded, else when the group is reached.
     """
     n_group = spec.groups(weight.shape[1], name)
     groupsize = weight.shape[1] // n_group
@@ -77,22 +77,20 @@ def gptq_weight(
 
 
 class Reached(Exception):
-    """Carries the arguments of a module out of a forward that need not go on."""
+    """Ends a forward at a module, and carries the module's arguments."""
 
 
-def arguments_of(module: nn.Module, function: Callable, *arguments: Tensor) -> tuple[Tensor, ...]:
-    """What `function(*arguments)` calls `module` with; neither it nor what comes after it is computed."""
+def arguments_of(module: nn.Module, block: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What `block(*batch)` calls `module` with; neither the module nor what comes after it is computed."""
 
     def stop(_, arguments):
         raise Reached(*arguments)
 
-    hook = module.register_forward_pre_hook(stop)
-    try:
-        function(*arguments)
-    except Reached as reached:
-        return reached.args
-    finally:
-        hook.remove()
+    with module.register_forward_pre_hook(stop):
+        try:
+            block(*batch)
+        except Reached as reached:
+            return reached.args
     raise AssertionError(f"{module} was not called")
 
 
@@ -101,7 +99,7 @@ def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]
     H = torch.zeros(2 * [layer.weight.shape[1]], device=layer.weight.device)
     n_tokens = sum(x.shape[0] * x.shape[1] for x, *_ in batches)
     for batch in batches:
-        (x,) = arguments_of(layer, block, *batch)
+        (x,) = arguments_of(layer, block, batch)
         x = x.flatten(0, -2).float()  # [tokens, in]
         H.addmm_(x.T, x, alpha=2 / n_tokens)
     require_finite(H, name)
@@ -118,7 +116,7 @@ def gptq_experts(
 ) -> dict[str, Tensor]:
     """`gptq_weight` of each expert, for the inputs that are sent to it: tensors [E, ...].
 
-    One that gets none is rounded to nearest, and named on standard error.
+    An expert that gets no input is rounded to nearest, and named on standard error.
     """
     n_expert, _, n_in = layer.weight.shape
     rounded, unreached = [], []
@@ -142,7 +140,7 @@ def expert_hessians(
     n_in = layer.weight.shape[2]
     H, n_row = torch.zeros(len(experts), n_in, n_in, device=layer.weight.device), [0] * len(experts)
     for batch in batches:
-        x, chosen = arguments_of(layer, block, *batch)  # [T, K or 1, in], [T, K]
+        x, chosen = arguments_of(layer, block, batch)  # [T, K or 1, in], [T, K]
         x = x.expand(-1, chosen.shape[1], -1)
         for i, e in enumerate(experts.tolist()):
             rows = x[chosen == e].float()
@@ -156,7 +154,7 @@ def expert_hessians(
 @torch.no_grad()
 def gptq_(
     model: Transformer,
-    sequences: Tensor,
+    windows: Tensor,
     table: dict[str, QuantSpec],
     *,
     percdamp: float,
@@ -166,27 +164,27 @@ def gptq_(
 ) -> dict[str, Tensor]:
     """Round the layers in `table`, those in blocks by GPTQ, others to nearest: their tensors by name, as in our files.
 
-    sequences: int64 [n, S], the calibration windows. percdamp, blocksize, act_order: as in `gptq_weight`. Each layer of
-    a block is rounded for the inputs that it gets once all before it are rounded; so its weight in `model` is
-    overwritten with what it was rounded to; other layers keep theirs.
+    windows: the calibration text, int64 [n, S]. percdamp, blocksize, act_order: as in `gptq_weight`. Each layer of a
+    block is rounded for the inputs that it gets once all layers before it are rounded; so its weight in `model` is
+    overwritten with the rounded one; layers outside of blocks keep theirs.
     """
-    rounded = {}
-    pos = torch.arange(sequences.shape[1], device=model.device).repeat(batch_size, 1)
-    hidden = [model.embed(tokens) for tokens in sequences.to(model.device).split(batch_size)]
-    contexts = [(pos, *context) for context in model.contexts(pos, None)]
+    how, rounded = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order}, {}
+    pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
+    hidden = [model.embed(tokens) for tokens in windows.to(model.device).split(batch_size)]  # updated block by block
+    contexts = model.contexts(pos, None)
     for i, block in enumerate(tqdm(model.layers, desc="Quantising", unit="block", disable=None, leave=False)):
-        batches = [(x, *(each[: len(x)] for each in contexts[i])) for x in hidden]
+        batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:
-                how = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order, "name": name}
                 if layer.weight.ndim == 3:
-                    rounded[name] = gptq_experts(layer, block, batches, table[name], **how)
+                    rounded[name] = gptq_experts(layer, block, batches, table[name], name=name, **how)
                 else:
-                    rounded[name] = gptq_weight(layer.weight, hessian(layer, block, batches, name), table[name], **how)
+                    rounded[name] = gptq_weight(
+                        layer.weight, hessian(layer, block, batches, name), table[name], name=name, **how
+                    )
                 layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))
-    for name, spec in table.items():
-        if name not in rounded:
-            rounded[name] = quantize_weight(model.get_submodule(name).weight, spec, name)
-    return {f"{name}.{key}": tensor for name, tensors in rounded.items() for key, tensor in tensors.items()}
+    for name in table.keys() - rounded:
+        rounded[name] = quantize_weight(model.get_submodule(name).weight, table[name], name)
+    return {f"{name}.{key}": tensor for name in table for key, tensor in rounded[name].items()}

@@ -18,7 +18,7 @@ WINDOW = 512  # tokens of a text at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text scored. perplexity is exp(nll)."""
+    """The result for a text: perplexity is exp(nll)."""
 
     perplexity: float
     nll: float  # mean negative log-likelihood of the scored tokens, in nats
@@ -35,16 +35,11 @@ class Window(NamedTuple):
 
 
 def perplexity(
-    engine: Engine,
-    ids: list[int],
-    *,
-    window: int,
-    stride: int | None = None,
-    batch_size: int = 1,
+    engine: Engine, ids: list[int], *, window: int, stride: int | None = None, batch_size: int = 1
 ) -> Perplexity:
     """Perplexity per token of a text, read in windows of `window` tokens that begin `stride` (None: window) apart.
 
-    Each token is scored at most once, in the first window that holds context for it.
+    Each token is scored at most once, in the first window that holds a token before it.
     """
     check_sizes(window, stride, batch_size)
     model = engine.model
@@ -58,11 +53,9 @@ def perplexity(
     with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
         for batch in batches(windows, batch_size):
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
-            places = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
+            pos = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
             skip = batch[0].first - batch[0].begin - 1
-            logprobs, _ = token_logprobs(
-                model, engine.cache, tokens[:, :-1], places, tokens[:, 1:], skip, engine.forward
-            )
+            logprobs, _ = token_logprobs(engine, tokens[:, :-1], pos, tokens[:, 1:], skip)
             total -= logprobs.sum().item()
             progress.update(logprobs.numel())
     mean = total / n_tokens
@@ -91,7 +84,7 @@ def batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
 
 
 def check_sizes(window: int, stride: int | None, batch_size: int) -> None:
-    """Raise ValueError on numbers that cannot work with any model."""
+    """Refuse numbers that cannot work with any model."""
     if window < 2:
         raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
     if stride is not None and not 1 <= stride <= window:

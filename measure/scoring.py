@@ -1,46 +1,36 @@
 """How likely a model finds given tokens."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from engine.decode import PREFILL_CHUNK, forward_chunk
-from model import KVCache, Transformer
+from engine.decode import PREFILL_CHUNK
+from engine.engine import Engine
 from tp import full_logits
 
 LOGIT_BYTES = 200_000_000  # at most, for the logits of one forward that scores
-
-
 SCORED_BYTES = {"cpu": 4_000_000, "cuda": 200_000_000}  # of logits in float32 at once; more leave the CPU's caches
 
 
 @torch.inference_mode()
 def token_logprobs(
-    model: Transformer,
-    cache: KVCache,
-    tokens: Tensor,
-    pos: Tensor,
-    targets: Tensor,
-    skip: int = 0,
-    forward: Callable = forward_chunk,
-    cache_rows: Tensor | None = None,
+    engine: Engine, tokens: Tensor, pos: Tensor, targets: Tensor, skip: int = 0, cache_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Read tokens [B, S] at pos [B, S]; of the targets [B, S] that follow them, from column `skip` on, log p in nats
     [B, S - skip] (float32) and whether each is the likeliest.
 
-    The rows go through the cache in chunks, as a prompt does, which bounds logits, mask and activations.
+    The rows go through the engine's cache in chunks, as a prompt does, which bounds logits, mask and activations.
+    cache_rows: see `KVCache.view`.
     """
-    n_rows, length = tokens.shape
+    model, (n_rows, length) = engine.model, tokens.shape
     size = max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (model.dtype.itemsize * n_rows * model.args.vocab_size)))
     logprobs, likeliest = [], []
     for begin in range(0, length, size):
         end = min(begin + size, length)
         first = min(max(skip - begin, 0), end - begin)  # columns before are only context
         columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
-        view = cache.view(cache_rows, int(pos[:, begin:end].max()) + 1)
+        view = engine.cache.view(cache_rows, int(pos[:, begin:end].max()) + 1)
         some = (each[:, begin:end].clone(memory_format=torch.contiguous_format) for each in (tokens, pos))
-        logits = forward(model, *some, view, columns)  # copies, because the compiled form depends on strides
+        logits = engine.forward(model, *some, view, columns)  # copies, because the compiled form depends on strides
         wanted = targets[:, begin:end][:, first:]
         found = logprobs_of(full_logits(model, logits.flatten(0, 1)), wanted.flatten())
         logprobs.append(found[0].view(wanted.shape))

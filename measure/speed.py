@@ -12,8 +12,9 @@ from weights.layout import weight_bytes
 
 
 def _median(values) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else None
+    """Of the values that are not None."""
+    values = [value for value in values if value is not None]
+    return statistics.median(values) if values else None
 
 
 def rate(tok_s: float | None) -> str:
@@ -25,17 +26,13 @@ def by_each(model: Transformer) -> str:
 
 
 def report_acceptance(timing: Timing) -> None:
-    """How many of the proposed tokens were accepted, as gpt-fast prints it, and what share of all."""
+    """How many of the proposed tokens were accepted: the fraction of rounds for each number, as gpt-fast prints it."""
     lengths = [accepted for request in timing.requests for _, accepted in request.rounds]
     if lengths:
-        shares = [lengths.count(n) / len(lengths) for n in range(max(lengths) + 1)]
-        say(f"Acceptance probs: [{', '.join(f'{share:.3f}' for share in shares)}]")
-        facts = acceptance([timing])
-        rate = facts["acceptance_rate"]
-        say(
-            f"Mean Accepted: {facts['mean_accepted']:.2f}"
-            + (f", {rate:.0%} of those proposed" if rate is not None else "")
-        )
+        fractions = [lengths.count(n) / len(lengths) for n in range(max(lengths) + 1)]
+        say(f"Acceptance probs: [{', '.join(f'{fraction:.3f}' for fraction in fractions)}]")
+        mean, accepted = acceptance([timing]).values()
+        say(f"Mean Accepted: {mean:.2f}" + (f", {accepted:.0%} of those proposed" if accepted is not None else ""))
 
 
 def acceptance(timings: list[Timing]) -> dict[str, float | None]:
@@ -77,15 +74,16 @@ def summarise(timings: list[Timing], engine: Engine) -> dict:
 
 def report(index: int, timing: Timing, engine: Engine) -> None:
     """The lines after one sample, on standard error."""
-    model, speculation = engine.model, engine.speculation
     total = timing.prefill_s + timing.decode_s
     say(
         f"Time for inference {index}: {total:.2f} sec total, {rate(timing.decode_tok_s)} decoding, "
         f"{timing.prefill_tok_s:.1f} tokens/sec prefill, first token after {timing.time_to_first_token_s:.3f} sec"
     )
     if timing.steps:
-        read = bytes_read([timing], engine)
-        a_step = f"{read / timing.steps / GB:.3f} GB a {'round' if speculation else 'step'}"
-        say(f"Bandwidth achieved{by_each(model)}: {read / timing.decode_s / GB:.1f} GB/s (weights only, {a_step})")
-    if speculation is not None:
+        read, step = bytes_read([timing], engine) / GB, "round" if engine.speculation else "step"
+        say(
+            f"Bandwidth achieved{by_each(engine.model)}: {read / timing.decode_s:.1f} GB/s "
+            f"(weights only, {read / timing.steps:.3f} GB a {step})"
+        )
+    if engine.speculation is not None:
         report_acceptance(timing)

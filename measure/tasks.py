@@ -1,11 +1,99 @@
-"""What is needed of lm-evaluation-harness before it is imported."""
+"""Tasks of EleutherAI's lm-evaluation-harness, found and run. Only here and in `harness.py` is lm-eval imported."""
 
+import contextlib
+import difflib
+import json
+import logging
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 def require_harness(flag: str, instead: str) -> None:
-    """Raise ValueError, with what installs it or does without, if lm-eval is missing."""
+    """Refuse a flag that needs lm-eval where it is missing, with what installs it or does without."""
     try:
         import_module("lm_eval.tasks")
     except ImportError:
         raise ValueError(f"{flag} needs lm-eval: pip install -r requirements-eval.txt; or {instead}") from None
+
+
+class Tasks(NamedTuple):
+    """Tasks and groups as the harness's own objects, and its TaskManager that loaded them."""
+
+    manager: Any
+    loaded: list
+
+    def leaves(self) -> list:
+        """The tasks, those in groups too."""
+        return list(self.manager.load(self.loaded)["tasks"].values())
+
+
+def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> Tasks:
+    """Tasks and groups of the harness, or of a folder, with their data; `advice` ends the error if it cannot be had."""
+    manager = task_manager(names, include_path)
+    loaded = []
+    for name in dict.fromkeys(names):
+        with data_of(name, advice):
+            some = manager.load([name])
+        loaded += [some["groups"][name]] if name in some["groups"] else some["tasks"].values()
+    tasks = Tasks(manager, loaded)
+    try:
+        tasks.leaves()
+    except ValueError as error:  # a group and its member
+        raise ValueError(_line(error)) from None
+    return tasks
+
+
+def task_manager(names: list[str], include_path: str | None):
+    """The harness's TaskManager, which must know all `names`; include_path: a folder with more tasks."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"--include_path {include_path} is no folder")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        manager = TaskManager(include_path=include_path)
+    except Exception as error:  # a mistake in one of the folder's files
+        raise ValueError(f"the tasks in {include_path} cannot be read: {_line(error)}") from None
+    for name in names:
+        if name not in manager.task_index:
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
+            known = f"lm-eval has no task {name!r}" + (f", but {near}" if near else "")
+            raise ValueError(f"{known}; --include_path adds tasks of your own")
+    return manager
+
+
+@contextlib.contextmanager
+def data_of(task: str, advice: str = "") -> Iterator[None]:
+    """Turn what goes wrong in the block, where a task is loaded, into a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
+        own = f"give a task of your own with --include_path{advice}"
+        raise ValueError(f"the task {task} or its data cannot be had ({_line(error)}); {own}") from None
+
+
+def run_tasks(adapter, tasks: Tasks, seed: int, **options) -> dict | None:
+    """The harness's report as JSON has it, in the first process of a machine only.
+
+    adapter: see `harness.Adapter`. options: of `lm_eval.simple_evaluate`.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    options |= {"tasks": tasks.loaded, "task_manager": tasks.manager, "bootstrap_iters": 1000, "log_samples": False}
+    try:
+        report = simple_evaluate(adapter, **seeds, **options)
+    except Exception as error:
+        if adapter.was_asked:
+            raise
+        raise ValueError(f"the tasks cannot be run: {_line(error)}") from None  # a mistake in a task
+    return json.loads(json.dumps(report, default=handle_non_serializable))
+
+
+def _line(error: Exception) -> str:
+    words = (str(error).strip() or "no reason given").splitlines()[0]
+    # the text of these is only the name that was looked up
+    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError | TypeError | AttributeError) else words

@@ -126,19 +126,6 @@ def hf_names(weights, args):
     return out
 
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-output_type: {kind}
-training_split: null
-validation_split: validation
-doc_to_text: "{question}"
-doc_to_target: "{answer}"
-{more}
-"""
-
-
 def dequantised(args, state, table):
     """A float model with the weights that `state` stores."""
     state = dict(state)

@@ -1,11 +1,8 @@
 """Prompts: from files, flags and messages to token ids."""
 
-import json
-import sys
-from pathlib import Path
-
 import torch
 
+from text.files import numbered_lines, read_utf8, text_fields
 from text.tokenizer import Tokenizer
 
 
@@ -35,31 +32,12 @@ class IdTokenizer:
 
 def read_prompt_file(path: str) -> list[str]:
     """The prompts in a file, `-` for standard input: JSON Lines if it begins with {, else one prompt a line."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {path} is not UTF-8: byte {error.start} is {data[error.start]:#x}") from None
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = numbered_lines(read_utf8(path, "the prompt file", stdin=True))
     if not lines:
         raise ValueError(f"the prompt file {path} has no prompt in it")
-    if not lines[0][1].startswith("{"):
-        return [line for _, line in lines]
-    return [_prompt_field(line, f"{path}, line {number}") for number, line in lines]
-
-
-def _prompt_field(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
-    except (KeyError, TypeError):
-        raise ValueError(f'{where} has no "prompt" field') from None
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f'{where}: "prompt" must be a text that is not empty')
-    return prompt
+    if next(iter(lines.values())).startswith("{"):
+        return text_fields(lines, path, "prompt")
+    return list(lines.values())
 
 
 def chat_messages(prompt: str, system: str | None) -> list[dict]:
@@ -82,7 +60,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
 
 
 def checked_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The same ids. Raises ValueError if there are none, or one that the model does not have."""
+    """The same ids, of which there must be one at least, and none that the model does not have."""
     if not ids:
         raise ValueError("the prompt encodes to no tokens; give a longer text")
     if max(ids) >= tokenizer.vocab_size:

@@ -1,4 +1,4 @@
-"""Plain files: JSON, text, what can be written, writing whole or not at all, and the page cache."""
+"""Plain files: JSON, what can be written, writing whole or not at all, and the page cache."""
 
 import ctypes
 import json
@@ -62,10 +62,10 @@ def require_space(path: Path, size: int) -> None:
         raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
 
 
-def write_json(path: str | Path, value: dict, default: Callable | None = None) -> None:
-    """Write a report, whole or not at all; default makes values that JSON lacks into others."""
+def write_json(path: str | Path, value: dict) -> None:
+    """Write a report, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=default) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -104,20 +104,6 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
-
-
-def read_text(path: str) -> str:
-    """The text in a file. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"cannot read the text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"the text {path} is not UTF-8: byte {error.start} is {byte:#x}") from None
-    if not text:
-        raise ValueError(f"the text {path} is empty")
-    return text
 
 
 def drop_page_cache(paths: set[str]) -> None:

@@ -1,6 +1,5 @@
 """GPTQ against round-to-nearest, against its definition in float64, and against one forward of the finished model."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,14 +8,22 @@ import torch
 from compress.calibration import calibration_text, calibration_windows
 from compress.gptq import gptq_, gptq_weight
 from kernels import cpu
+from layers.blocks import FusedBlocks
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
-from model import ModelArgs
+from model import Blocks, ModelArgs
 from tests.tiny import dequantised
 from weights.checkpoint import build, load_model, save_checkpoint
 from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SPECS = [QuantSpec(4, 32), QuantSpec(4, 64), QuantSpec(4, 128), QuantSpec(8), QuantSpec(8, 64)]
+CASES = [  # specs, and act_order
+    *[(QuantSpec(4, 32), order) for order in (False, True)],
+    (QuantSpec(4, 64), True),
+    (QuantSpec(4, 128), False),
+    (QuantSpec(8), True),
+    *[(QuantSpec(8, 64), order) for order in (False, True)],
+]
+cases = pytest.mark.parametrize("spec, act_order", CASES, ids=lambda value: str(value))
 OPTIONS = {"percdamp": 0.01, "blocksize": 128, "act_order": False}
 TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96, vocab_size=128, max_seq_length=64
@@ -51,28 +58,19 @@ def output_error(tensors, spec, weight, x):
     return (x @ (LAYERS[spec.bits](**tensors).dequantize() - weight).T).square().mean()
 
 
-def share_equal(a, b, spec):
-    """The share of codes in which two roundings of a layer agree."""
+def agreement(a, b, spec):
+    """The fraction of codes that two roundings of a layer have in common."""
     return (LAYERS[spec.bits](**a).codes() == LAYERS[spec.bits](**b).codes()).float().mean()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_outputs_change_far_less_than_by_rounding_to_nearest(spec, act_order):
+@cases
+def test_outputs_change_far_less_than_by_rounding_to_nearest_whatever_the_blocksize(spec, act_order):
     weight, x = correlated(256)
     nearest = output_error(quantize_weight(weight, spec), spec, weight, x)
-    for blocksize in (1, 48, 128, 1000):
-        tensors = gptq(weight, second_moments(x), spec, blocksize=blocksize, act_order=act_order)
+    results = [gptq(weight, second_moments(x), spec, blocksize=size, act_order=act_order) for size in (1, 48, 999)]
+    for tensors in results:
         assert output_error(tensors, spec, weight, x) < 0.5 * nearest
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_blocksize_does_not_change_the_result(spec, act_order):
-    weight, x = correlated(256)
-    results = [gptq(weight, second_moments(x), spec, blocksize=b, act_order=act_order) for b in (1, 24, 100, 128, 999)]
-    for other in results[1:]:
-        assert share_equal(results[0], other, spec) > 0.99
+        assert agreement(results[0], tensors, spec) > 0.99
 
 
 def by_definition(weight, H, spec, percdamp, act_order):
@@ -96,8 +94,7 @@ def by_definition(weight, H, spec, percdamp, act_order):
     return codes
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@cases
 def test_codes_are_those_of_the_definition(spec, act_order):
     weight, x = correlated(128)
     H = second_moments(x)
@@ -105,8 +102,7 @@ def test_codes_are_those_of_the_definition(spec, act_order):
     assert (codes == by_definition(weight, H, spec, 0.01, act_order)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@cases
 def test_independent_inputs_leave_rounding_to_nearest(spec, act_order):
     weight, _ = correlated(128)
     expected, got = quantize_weight(weight, spec), gptq(weight, torch.eye(128), spec, act_order=act_order)
@@ -158,17 +154,16 @@ def tiny_table(args):
     return table
 
 
-def run_gptq(args, table, dtype=torch.float32, sequences=None, **options):
+def run_gptq(args, table, dtype=torch.float32, windows=None, **options):
     """The model left behind, and the tensors. Batches of 2 leave a last one of 1."""
     model = build(args, random_state(args, dtype))
-    sequences = calibration() if sequences is None else sequences
-    return model, gptq_(model, sequences, table, **OPTIONS | options, batch_size=2)
+    windows = calibration() if windows is None else windows
+    return model, gptq_(model, windows, table, **OPTIONS | options, batch_size=2)
 
 
 @torch.inference_mode()
 def logits(model, tokens=None):
     tokens = calibration() if tokens is None else tokens
-    model.setup_caches(*tokens.shape)
     return model(tokens, torch.arange(tokens.shape[1]).repeat(len(tokens), 1))
 
 
@@ -200,8 +195,7 @@ def test_the_head_is_rounded_to_nearest_and_a_tied_embedding_stays():
     assert model.tok_embeddings.weight.equal(embedding)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant, act_order", [*zip(VARIANTS, [True, False] * 2, strict=True)])
 def test_each_layer_is_rounded_for_the_inputs_it_has_in_the_finished_model(variant, act_order):
     args, seen = VARIANTS[variant], {}
     table, floats = tiny_table(args), random_state(args)
@@ -214,7 +208,7 @@ def test_each_layer_is_rounded_for_the_inputs_it_has_in_the_finished_model(varia
         spec = table[name]
         expected = gptq(floats[f"{name}.weight"], second_moments(seen[name]), spec, act_order=act_order)
         got = {key: tensors[f"{name}.{key}"] for key in expected}
-        assert share_equal(got, expected, spec) > 0.99
+        assert agreement(got, expected, spec) > 0.99
         torch.testing.assert_close(LAYERS[spec.bits](**got).dequantize(), model.get_submodule(name).weight)
 
 
@@ -235,30 +229,28 @@ def test_a_bfloat16_model_keeps_bfloat16_weights():
 def test_a_model_whose_blocks_are_one_operator_is_rounded_as_any():
     args = replace(TINY, head_dim=64, dim=96)
     table = linear_table(Layout(args).model, QuantSpec(4, 32), None)
-    joined, apart = (build(args, random_state(args, torch.bfloat16)) for _ in range(2))
-    apart.join_blocks = None
-    joined.setup_caches(1, 24)
-    assert joined.joined_blocks is not None or not cpu.has_bf16()
-    found = [gptq_(model, calibration(), table, **OPTIONS) for model in (joined, apart)]
+    fused, plain = (build(args, random_state(args, torch.bfloat16)) for _ in range(2))
+    assert isinstance(fused.layers, FusedBlocks) or not cpu.has_bf16()
+    plain.layers = Blocks(plain.layers)
+    found = [gptq_(model, calibration(), table, **OPTIONS) for model in (fused, plain)]
     assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
 
 
 MIXTURE = replace(TINY, n_expert=4, n_expert_used=2)
 
 
-@pytest.mark.parametrize("shared_size", [None, 64])
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order, shared_size", [(False, 64), (True, None)])
 def test_experts_are_rounded_for_the_rows_they_get(act_order, shared_size):
     args, seen = replace(MIXTURE, shared_size=shared_size), {}
     table, floats = tiny_table(args), random_state(args)
     assert not any("gate" in name for name in table)
-    sequences = calibration(40)
-    model, tensors = run_gptq(args, table, sequences=sequences, act_order=act_order)
+    windows = calibration(20)
+    model, tensors = run_gptq(args, table, windows=windows, act_order=act_order)
     names = [name for name in table if name.endswith(("feed_forward.w13", "feed_forward.w2"))]
     for name in names:
         layer = model.get_submodule(name)
         layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs}))
-    logits(model, sequences)
+    logits(model, windows)
     for name in names:
         x, chosen = seen[name]
         x = x.expand(-1, 2, -1)
@@ -266,7 +258,7 @@ def test_experts_are_rounded_for_the_rows_they_get(act_order, shared_size):
             H = second_moments(x[chosen == e])
             expected = gptq(floats[f"{name}.weight"][e], H, table[name], act_order=act_order)
             got = {key: tensors[f"{name}.{key}"][e] for key in expected}
-            assert share_equal(got, expected, table[name]) > 0.99
+            assert agreement(got, expected, table[name]) > 0.99
             assert LAYERS[4](**got).dequantize().equal(model.get_submodule(name).weight[e])
 
 
@@ -346,21 +338,16 @@ def test_text_is_read_plain_or_from_the_lines_of_jsonl(name, content, expected, 
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.jsonl", b'{"text": "One."}\n\n{"words": "Two."}\n', ["line 3 of", "text"]),
-        ("a.txt", b'{"text": "One."}\nTwo.\n', ["line 2 of", "text"]),
-        ("a.jsonl", b"[" * 100_000, ["line 1 of", "text"]),
-        ("a.jsonl", b'{"text": ["One."]}', ["line 1 of", "text"]),
-        ("a.jsonl", json.dumps({"text": "\ud800"}).encode(), ["line 1 of", "surrogate"]),
+        ("a.jsonl", b'{"text": "One."}\n\n{"words": "Two."}\n', ["line 3 ", '"text"']),
+        ("a.txt", b'{"text": "One."}\nTwo.\n', ["line 2 ", '"text"']),
+        ("a.jsonl", b"[1]", ["line 1 ", '"text"']),
         ("a.jsonl", b'{"text": " "}\n', ["empty"]),
         ("a.txt", b" \n\n", ["empty"]),
         ("a.txt", b"", ["empty"]),
-        ("a.txt", b"caf\xe9", ["not UTF-8"]),
-        ("missing.txt", None, ["cannot read"]),
     ],
 )
 def test_text_that_cannot_be_used_is_refused_in_one_line(name, content, words, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
         calibration_text(str(tmp_path / name))
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import processors
 
-from tests.tiny import TASK, dequantised, make_tiny_checkpoint, save_tiny
+from tests.tiny import ROOT, dequantised, make_tiny_checkpoint, save_tiny
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
@@ -22,12 +22,14 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as program  # noqa: E402
-import measure.harness as harness  # noqa: E402
-from engine.cache import setup_caches  # noqa: E402
-from engine.compile import choose_functions  # noqa: E402
+import quantize  # noqa: E402
+from compress.calibration import task_texts  # noqa: E402
+from engine.cache import allocate  # noqa: E402
+from engine.engine import Engine, build_engine  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
 from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E402
-from measure.harness import Adapter, evenly, grouped  # noqa: E402
+from measure.continuations import evenly, questions_of  # noqa: E402
+from measure.harness import Adapter  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
 from weights.layout import Layout  # noqa: E402
@@ -67,13 +69,12 @@ def make_pair(folder, bos):
         theirs.lm_head.weight.mul_(8)
     theirs.save_pretrained(folder)
     hflm = HFLM(theirs, tokenizer=tokenizer, max_length=WINDOW, batch_size=3, device="cpu")
-    ours = load_model(folder, dtype=torch.float32)
-    return SimpleNamespace(
-        theirs=hflm,
-        model=ours,
-        words=load_tokenizer(folder),
-        ours=Adapter(ours, load_tokenizer(folder), "tiny", WINDOW),
-    )
+    engine, tokenizer = Engine(load_model(folder, dtype=torch.float32)), load_tokenizer(folder)
+
+    def adapter(batch_size=None, window=WINDOW, engine=engine):
+        return Adapter(engine, tokenizer, "tiny", window, batch_size)
+
+    return SimpleNamespace(theirs=hflm, engine=engine, tokenizer=tokenizer, adapter=adapter, ours=adapter())
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without BOS", "with BOS"])
@@ -110,22 +111,36 @@ def test_loglikelihood(pair):
     requests = asked("loglikelihood", *PAIRS)
     truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
     for batch_size in (None, 1, 2, 7):
-        adapter = Adapter(pair.model, pair.words, "tiny", WINDOW, batch_size)
-        assert_close(adapter.loglikelihood(requests, disable_tqdm=True), truth)
+        assert_close(pair.adapter(batch_size).loglikelihood(requests, disable_tqdm=True), truth)
+
+
+def test_continuations_of_one_token_need_no_rows_of_their_own(pair):
+    requests = asked("loglikelihood", *PAIRS[4:5], ("the cat sat on the mat,", "!"), ("the cat sat on the mat,", "?"))
+    truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
+    engine = Engine(pair.engine.model)
+    assert_close(pair.adapter(2, engine=engine).loglikelihood(requests, disable_tqdm=True), truth)
+    assert engine.cache.n_rows == 2
+    more = asked("loglikelihood", *PAIRS[:5])
+    truth = pair.theirs.loglikelihood(more, disable_tqdm=True)
+    assert_close(pair.adapter(2, engine=engine).loglikelihood(more, disable_tqdm=True), truth)
+    assert engine.cache.n_rows == 4
 
 
 @pytest.fixture(scope="module")
 def compiled(pair):
-    functions = choose_functions(pair.model.device, compile=True, compile_prefill=True)
-    return Adapter(pair.model, pair.words, "tiny", WINDOW, **functions)
+    return pair.adapter(engine=build_engine(pair.engine.model, compile=True, compile_prefill=True))
 
 
-def test_compiled_log_likelihoods_and_no_compilation_per_request(pair, compiled):
-    requests = asked("loglikelihood", *PAIRS)
-    assert_close(compiled.loglikelihood(requests, disable_tqdm=True), pair.theirs.loglikelihood(requests, True))
+def test_compiled_log_likelihoods_and_no_compilation_per_request(pair, compiled, monkeypatch):
+    """Of lengths that have come before, in batches of all three sizes."""
+    monkeypatch.setattr(compiled, "tokens_at_once", 160)
+    assert [compiled.size_for(length, 160) for length in (10, 40, WINDOW)] == [16, 4, 1]
+    requests = asked("loglikelihood", *PAIRS, *[(context[:100], choice) for context, choice in PAIRS[-4:]])
+    truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
+    assert_close(compiled.loglikelihood(requests, disable_tqdm=True), truth)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for some in (requests[:2], requests[2:9], [requests[9]] * 3 + requests[:5], requests * 4):
-            assert_close(compiled.loglikelihood(some, True), pair.theirs.loglikelihood(some, True))
+        for some in (slice(2), slice(2, 9), slice(None)):
+            assert_close(compiled.loglikelihood(requests[some], True), truth[some])
 
 
 def test_compiled_texts(pair, compiled):
@@ -133,39 +148,35 @@ def test_compiled_texts(pair, compiled):
     # HFLM adds BOS or not as the first of a batch wants it
     contexts = [context for context, _ in PAIRS if context and not context.startswith("<|im_start|>")]
     requests = asked("generate_until", *[(context, settings) for context in contexts])
-    assert compiled.generate_until(requests, True) == pair.theirs.generate_until(requests, True)
+    truth = pair.theirs.generate_until(requests, True)
+    assert compiled.generate_until(requests, True) == truth
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for some in (requests[:5], requests[2:], requests * 2):
-            assert compiled.generate_until(some, True) == pair.theirs.generate_until(some, True)
+        for some in (slice(5), slice(2, None)):
+            assert compiled.generate_until(requests[some], True) == truth[some]
 
 
 @pytest.fixture(scope="module")
 def wide(pair):
-    """Adapters of both sides with the model's whole context, which is the size of the cache too."""
-
-    def ours(batch_size=None):
-        return Adapter(pair.model, pair.words, "tiny", 128, batch_size)
-
-    theirs = HFLM(pair.theirs.model, tokenizer=pair.theirs.tokenizer, max_length=128, batch_size=1, device="cpu")
-    return SimpleNamespace(ours=ours, theirs=theirs)
+    """HFLM with the model's whole context."""
+    return HFLM(pair.theirs.model, tokenizer=pair.theirs.tokenizer, max_length=128, batch_size=1, device="cpu")
 
 
 def test_chunks_reach_what_the_longest_row_has_read(pair, wide, monkeypatch):
-    """A long context and a long continuation in one batch, which goes through the cache in several chunks."""
-    monkeypatch.setattr("measure.scoring.LOGIT_BYTES", 3 * 4 * 5 * pair.model.args.vocab_size)
+    """A long prompt and a long continuation in one batch, which goes through the cache in several chunks."""
+    monkeypatch.setattr("measure.scoring.LOGIT_BYTES", 3 * 4 * 5 * pair.engine.model.args.vocab_size)
     text = "the cat sat on the mat and the dog ate the hat, he said, " * 3
     requests = asked("loglikelihood", (text * 3, " the mat, he said"), ("he", " " + text), ("he said", " the cat"))
-    truth = wide.theirs.loglikelihood(requests, disable_tqdm=True)
+    truth = wide.loglikelihood(requests, disable_tqdm=True)
     for batch_size in (None, 1, 2, 3):
-        assert_close(wide.ours(batch_size).loglikelihood(requests, disable_tqdm=True), truth)
+        assert_close(pair.adapter(batch_size, 128).loglikelihood(requests, disable_tqdm=True), truth)
 
 
-def test_short_and_long_answers(wide):
+def test_short_and_long_answers(pair, wide):
     """Whose cache would be too small if they were decoded together."""
     long = "the cat sat on the mat and the dog ate the hat, he said, " * 8
     settings = [{"until": [], "max_gen_toks": n} for n in (8, 120)]
     requests = asked("generate_until", (long, settings[0]), ("he", settings[1]), ("the dog", settings[1]))
-    assert wide.ours().generate_until(requests, True) == wide.theirs.generate_until(requests, True)
+    assert pair.adapter(window=128).generate_until(requests, True) == wide.generate_until(requests, True)
 
 
 @pytest.mark.parametrize(
@@ -185,17 +196,17 @@ def test_generation_that_cannot_be_had(pair, arguments, message):
 
 def test_settings_of_generation(pair):
     def sampling(**arguments):
-        return pair.ours.row_of("he", {"max_gen_toks": 4, **arguments})[1]
+        return pair.ours.request_of("he", {"max_gen_toks": 4, **arguments})[1]
 
     assert sampling() == sampling(do_sample=False, temperature=0.5, num_beams=1) == Sampling(temperature=0)
     assert sampling(do_sample=True, temperature=0.7) == Sampling(0.7, top_k=50)  # as transformers has it
     assert sampling(temperature=0.7, top_k=None, top_p=0.9, min_p=0.1) == Sampling(0.7, 50, 0.9, 0.1)
-    row, _ = pair.ours.row_of("", {"until": [4, "\n", ""], "max_gen_toks": 4})
-    assert row.prompt == [pair.ours.prefix_token_id] and list(row.stream.stop) == ["4", "\n"]
+    request, _ = pair.ours.request_of("", {"until": [4, "\n", ""], "max_gen_toks": 4})
+    assert request.prompt == [pair.ours.prefix_token_id] and list(request.stream.stop) == ["4", "\n"]
 
 
 def test_a_context_without_tokens(pair):
-    requests = [(("", " the cat"), [], pair.words.encode(" the cat", False))]
+    requests = [(("", " the cat"), [], pair.tokenizer.encode(" the cat", False))]
     whole = asked("loglikelihood", ("", " the cat"))
     assert_close(pair.ours._loglikelihood_tokens(requests, True), pair.theirs.loglikelihood(whole, True))
 
@@ -229,15 +240,14 @@ def test_generate_until(pair):
     truth = pair.theirs.generate_until(requests, disable_tqdm=True)
     assert any(truth)
     for batch_size in (None, 1, 2):
-        adapter = Adapter(pair.model, pair.words, "tiny", WINDOW, batch_size)
-        assert adapter.generate_until(requests, disable_tqdm=True) == truth
+        assert pair.adapter(batch_size).generate_until(requests, disable_tqdm=True) == truth
 
 
-@pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("last", ["The cat", "Answer: ", "Answer:\n", "", " ", ">", "im_end", "hi\n hi"])
-def test_chat_template(pair, prompt, last):
+def test_chat_template(pair, last):
     history = [{"role": "user", "content": "Who sat on the mat?"}, {"role": "assistant", "content": last}]
-    assert pair.ours.apply_chat_template(history, prompt) == pair.theirs.apply_chat_template(history, prompt)
+    for prompt in (True, False):
+        assert pair.ours.apply_chat_template(history, prompt) == pair.theirs.apply_chat_template(history, prompt)
     assert pair.ours.chat_template(True) == pair.theirs.chat_template(True)
 
 
@@ -251,7 +261,7 @@ def test_chat_template(pair, prompt, last):
     ids=["trims", "knows no system role"],
 )
 def test_other_chat_templates(pair, template, monkeypatch):
-    monkeypatch.setattr(pair.ours.words, "chat_template", template)
+    monkeypatch.setattr(pair.tokenizer, "chat_template", template)
     monkeypatch.setattr(pair.theirs.tokenizer, "chat_template", template)
     history = [{"role": role, "content": f"{role} says "} for role in ("system", "user", "assistant")]
     for prompt in (True, False):
@@ -268,20 +278,20 @@ def test_ids(pair):
 
 def test_grouping_by_hand():
     requests = [([1, 2], [3]), ([1], [2, 3, 4, 5]), ([1, 2], [4, 5]), ([9, 8, 7, 6], [5])]
-    first, second, third = grouped(requests, max_length=4)
-    assert (first.context, first.continuations, first.numbers) == ([1, 2], [[3], [4, 5]], [0, 2])
-    assert (second.context, second.continuations, second.numbers) == ([1], [[2, 3, 4, 5]], [1])
-    assert (third.context, third.continuations, third.numbers) == ([9, 8, 7, 6], [[5]], [3])
+    first, second, third = questions_of(requests, max_length=4)
+    assert (first.prompt, first.continuations, first.numbers) == ([1, 2], [[3], [4, 5]], [0, 2])
+    assert (second.prompt, second.continuations, second.numbers) == ([1], [[2, 3, 4, 5]], [1])
+    assert (third.prompt, third.continuations, third.numbers) == ([9, 8, 7, 6], [[5]], [3])
     assert [each.length for each in (first, second, third)] == [3, 4, 4]
-    (cut,) = grouped([([9, 8, 7, 6, 5], [4, 3])], max_length=4)
-    assert cut.context == [7, 6, 5]
+    (cut,) = questions_of([([9, 8, 7, 6, 5], [4, 3])], max_length=4)
+    assert cut.prompt == [7, 6, 5]
     for continuation in ([], [1] * 5):
         with pytest.raises(ValueError, match=f"has {len(continuation)} tokens; from 1 to 4 fit"):
-            grouped([([1], continuation)], max_length=4)
+            questions_of([([1], continuation)], max_length=4)
 
 
 @pytest.mark.parametrize("n_items, most", [(1, 4), (4, 4), (5, 4), (9, 4), (12, 4), (3, 64), (7, 1)])
-def test_parts_are_few_and_even(n_items, most):
+def test_batches_are_few_and_even(n_items, most):
     parts = list(evenly(list(range(n_items)), most))
     assert sum(parts, []) == list(range(n_items)) and len(parts) == math.ceil(n_items / most)
     sizes = [len(part) for part in parts]
@@ -289,6 +299,19 @@ def test_parts_are_few_and_even(n_items, most):
 
 
 # ---------------------------------------------------------------- tasks
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: {kind}
+training_split: null
+validation_split: validation
+doc_to_text: "{question}"
+doc_to_target: "{answer}"
+{more}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +345,12 @@ def tasks(tmp_path_factory):
         yaml = TASK.format(name=name, data=folder / "data.json", kind=kind, question=question, answer=answer, more=more)
         (folder / f"{name}.yaml").write_text(yaml)
     return folder
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Reading the index of all tasks takes seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"apply_chat_template": True}], ids=str)
@@ -359,10 +388,9 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(tasks, checkpoint, monkeypatch, tmp_path):
-    """eval.py in this process, with the folder's tasks only: reading the index of all takes seconds."""
+def evaluate(tasks, checkpoint, own_tasks_only, monkeypatch, tmp_path):
+    """eval.py in this process."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
 
     def run(*names, flags=(), path=checkpoint, folder=tasks):
         command = ["--checkpoint_path", path, "--include_path", folder, "--dtype", "float32", "--tasks", *names, *flags]
@@ -422,6 +450,33 @@ def test_the_same_on_two_ranks(tasks, checkpoint, run_cli, evaluate, tmp_path):
         for name, value in metrics.items():
             near = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             assert shared["results"][task][name] == near
+
+
+# ---------------------------------------------------------------- text to calibrate with
+
+
+def test_texts_of_tasks(tasks, own_tasks_only, tmp_path):
+    lines = [json.loads(line) for line in (tasks / "data.json").read_text().splitlines()]
+    assert task_texts(["mine_rolling", "mine_choice", "mine_open"], str(tasks)) == [
+        *[line["text"] for line in lines],
+        *[line["q"] + line["a"][0] for line in lines],
+        *[line["q"] for line in lines],
+    ]
+    with pytest.raises(ValueError, match="lm-eval has no task 'mine_opne', but mine_open"):
+        task_texts(["mine_opne"], str(tasks))
+    good, end = (tasks / "mine_open.yaml").read_text(), ", or a text with --calibration_file$"
+    for old, new, message in (("data.json", "lost.json", "lost.json"), ("path: json", "path: no/data", "no/data")):
+        (tmp_path / "mine_open.yaml").write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=f"the task mine_open or its data cannot be had .*{message}.*{end}"):
+            task_texts(["mine_open"], str(tmp_path))
+
+
+def test_gptq_calibrates_with_a_task(tasks, own_tasks_only, tmp_path):
+    path = make_tiny_checkpoint(tmp_path)
+    flags = ["--calibration_tasks", "mine_rolling", "--include_path", tasks, "--calibration_seq_length", 32]
+    flags += ["--mode", "int4-gptq", "--checkpoint_path", path]
+    quantize.main(**vars(quantize.build_parser().parse_args([str(flag) for flag in flags])))
+    assert {*open_model(tmp_path / "model_int4-gptq.g32.pth").table.values()} == {QuantSpec(4, 32), QuantSpec(8)}
 
 
 # ---------------------------------------------------------------- bad input
@@ -502,26 +557,30 @@ def test_mistakes_found_later(evaluate, tmp_path, tasks, capsys):
     assert_refused(evaluate, "no chat template", capsys, "mine_choice", flags=chat, path=plain)
 
 
-def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path, capsys):
+def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    message = r"--tasks needs lm-eval: pip install -r requirements-eval.txt; or measure a --perplexity FILE"
-    with pytest.raises(ValueError, match=message):
+    install = r" needs lm-eval: pip install -r requirements-eval.txt; or "
+    with pytest.raises(ValueError, match=f"--tasks{install}measure a --perplexity FILE"):
         program.main(**vars(program.build_parser().parse_args(["--tasks", "x", "--checkpoint_path", str(tmp_path)])))
+    with pytest.raises(ValueError, match=f"--calibration_tasks{install}give --calibration_file"):
+        task_texts(["wikitext"], None)
+    assert "lm-eval==" in (ROOT / "requirements-eval.txt").read_text()
 
 
 def test_fewer_rows_where_memory_is_short(pair, monkeypatch):
     rows = []
 
-    def only_four(model, n_rows, length):
+    def only_eight(model, n_rows, n_slots):
         rows.append(n_rows)
-        if n_rows > 4:
+        if n_rows > 8:
             raise ValueError("too large")
-        setup_caches(model, n_rows, length)
+        return allocate(model, n_rows, n_slots)
 
-    monkeypatch.setattr(harness, "setup_caches", only_four)
+    monkeypatch.setattr("engine.engine.allocate", only_eight)
     requests = asked("loglikelihood", *PAIRS)
     truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
-    assert_close(pair.ours.loglikelihood(requests, disable_tqdm=True), truth)
-    assert rows == [16, 4]
+    engine = Engine(pair.engine.model)
+    assert_close(pair.adapter(engine=engine).loglikelihood(requests, disable_tqdm=True), truth)
+    assert rows == [32, 8]
     with pytest.raises(ValueError, match="too large"):
-        Adapter(pair.model, pair.words, "tiny", WINDOW, 7).loglikelihood(requests, disable_tqdm=True)
+        pair.adapter(7, engine=engine).loglikelihood(requests, disable_tqdm=True)

@@ -12,20 +12,18 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-import eval as program
-from engine.compile import compile_step
-from engine.decode import forward_chunk
-from engine.request import generate
-from engine.sampling import Sampling
+import cli
+from engine.engine import Engine, build_engine
 from eval import build_parser, main
-from measure.perplexity import WINDOW, Window, batches, perplexity, split
+from measure.perplexity import Window, batches, perplexity, split
 from measure.scoring import token_logprobs
 from model import ModelArgs, Transformer
-from tests.tiny import SIZES, make_tiny_checkpoint, random_prompts, save_tiny
+from tests.tiny import ROOT, SIZES, ids_of, make_tiny_checkpoint, random_prompts, save_tiny
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WINDOW = 16
 TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into the garden and slept in the sun. " * 3
 
 
@@ -33,7 +31,7 @@ TEXT = "The cat sat on the mat. The dog, who had seen all of it, went out into t
 def pair(tmp_path_factory):
     """The same tiny random model in transformers and here, float32."""
     folder = tmp_path_factory.mktemp("llama")
-    return save_tiny(LlamaConfig(**SIZES), folder), load_model(folder, dtype=torch.float32)
+    return save_tiny(LlamaConfig(**SIZES), folder), Engine(load_model(folder, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +86,23 @@ def test_batches_hold_windows_of_one_shape_in_order():
 # ---------------------------------------------------------------- the number
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("n", [107, 7 * WINDOW, 7 * WINDOW + 1, WINDOW, 9])
-@pytest.mark.parametrize("stride", [None, WINDOW - 1, 5, 1])
+@pytest.mark.parametrize(
+    "n, stride, batch_size",
+    [
+        (107, None, 4),
+        (107, WINDOW - 1, 1),
+        (107, 5, 4),
+        (107, 1, 1),
+        (7 * WINDOW, None, 1),
+        (7 * WINDOW, 5, 4),
+        (7 * WINDOW + 1, None, 4),
+        (7 * WINDOW + 1, WINDOW - 1, 1),
+        (WINDOW, None, 1),
+        (WINDOW, 1, 4),
+        (9, 5, 1),
+        (9, WINDOW - 1, 4),
+    ],
+)
 def test_perplexity_equals_transformers(pair, stride, n, batch_size):
     theirs, ours = pair
     (ids,) = random_prompts(n)
@@ -101,16 +113,17 @@ def test_perplexity_equals_transformers(pair, stride, n, batch_size):
     assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
 
 
-@pytest.mark.parametrize("stride", [None, 4])
-@pytest.mark.parametrize("columns", [1, 3, 7])
+@pytest.mark.parametrize("columns, stride", [(1, 4), (3, None), (7, 4)])
 def test_chunks_change_nothing_and_bound_the_logits(pair, monkeypatch, columns, stride):
-    _, model = pair
+    _, engine = pair
     (ids,) = random_prompts(107)
-    whole = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
+    whole = perplexity(engine, ids, window=WINDOW, stride=stride, batch_size=4)
     seen = []
-    hook = model.output.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel()))
+    hook = engine.model.output.register_forward_hook(
+        lambda _module, _inputs, logits: seen.append(logits.shape[:2].numel())
+    )
     monkeypatch.setattr("measure.scoring.LOGIT_BYTES", 4 * 4 * columns * SIZES["vocab_size"])
-    chunked = perplexity(model, ids, window=WINDOW, stride=stride, batch_size=4)
+    chunked = perplexity(engine, ids, window=WINDOW, stride=stride, batch_size=4)
     hook.remove()
     assert chunked.nll == pytest.approx(whole.nll, rel=1e-5)
     assert max(seen) <= 4 * columns and sum(seen) == whole.tokens  # no logits but those that are scored
@@ -125,15 +138,15 @@ def make_counter(vocab_size, lead):
         model.layers[0].feed_forward.w2.weight.zero_()
         model.tok_embeddings.weight.copy_(torch.eye(vocab_size))  # the norm makes it sqrt(V) times as long
         model.output.weight.copy_(lead / math.sqrt(vocab_size) * torch.eye(vocab_size).roll(1, dims=0))
-    return model.requires_grad_(False)
+    return Engine(model.requires_grad_(False))
 
 
 @pytest.mark.parametrize("stride", [None, 3])
 def test_a_model_that_counts(stride):
-    model = make_counter(10, lead=3.0)
-    result = perplexity(model, [i % 10 for i in range(50)], window=8, stride=stride)
+    engine = make_counter(10, lead=3.0)
+    result = perplexity(engine, [i % 10 for i in range(50)], window=8, stride=stride)
     assert result.perplexity == pytest.approx((math.exp(3) + 9) / math.exp(3), rel=1e-5)
-    backwards = perplexity(model, [-i % 10 for i in range(50)], window=8, stride=stride)
+    backwards = perplexity(engine, [-i % 10 for i in range(50)], window=8, stride=stride)
     assert backwards.perplexity == pytest.approx(math.exp(3) + 9, rel=1e-5)
 
 
@@ -154,36 +167,34 @@ def test_logprobs_of_each_token(pair):
         log_probs = theirs(tokens).logits.log_softmax(-1)
     expected = log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     likeliest = log_probs[:, :-1].argmax(-1) == tokens[:, 1:]
-    ours.setup_caches(2, 12)
-    places = torch.arange(11).repeat(2, 1)
+    ours.reserve(2, 12)
+    pos = torch.arange(11).repeat(2, 1)
     for skip in (0, 6, 10):
-        found, best = token_logprobs(ours, tokens[:, :-1], places, tokens[:, 1:], skip)
+        found, best = token_logprobs(ours, tokens[:, :-1], pos, tokens[:, 1:], skip)
         torch.testing.assert_close(found, expected[:, skip:], atol=1e-4, rtol=1e-4)
         assert torch.equal(best, likeliest[:, skip:])
-    token_logprobs(ours, tokens[:, :4], places[:, :4], tokens[:, 1:5])
+    token_logprobs(ours, tokens[:, :4], pos[:, :4], tokens[:, 1:5])
     ragged = torch.stack((tokens[0, 4:8], tokens[1, 2:6]))  # rows that go on from other places
-    places = torch.tensor([[4], [2]]) + torch.arange(4)
-    found, _ = token_logprobs(ours, ragged, places, torch.stack((tokens[0, 5:9], tokens[1, 3:7])))
+    pos = torch.tensor([[4], [2]]) + torch.arange(4)
+    found, _ = token_logprobs(ours, ragged, pos, torch.stack((tokens[0, 5:9], tokens[1, 3:7])))
     torch.testing.assert_close(found, torch.stack((expected[0, 4:8], expected[1, 2:6])), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [None, 4])
-def test_compiled_equals_plain(pair, stride):
-    _, model = pair
+def test_compiled_equals_plain(pair):
+    _, engine = pair
     (ids,) = random_prompts(107)
-    forward = compile_step(forward_chunk, model.device, any_length=True)
-    for batch_size in (1, 4):
+    compiled = build_engine(engine.model, compile_prefill=True)
+    for batch_size, stride in ((1, None), (4, 4)):
         sizes = {"window": WINDOW, "stride": stride, "batch_size": batch_size}
-        compiled = perplexity(model, ids, **sizes, forward=forward)
-        assert compiled.nll == pytest.approx(perplexity(model, ids, **sizes).nll, rel=1e-5)
+        truth = perplexity(engine, ids, **sizes).nll
+        assert perplexity(compiled, ids, **sizes).nll == pytest.approx(truth, rel=1e-5)
 
 
 def test_the_model_can_be_used_afterwards(tiny):
-    model = load_model(tiny, dtype=torch.float32)
-    perplexity(model, list(range(40)), window=WINDOW)
-    chunks = list(generate(model, [[1, 2, 3]], 4, Sampling(temperature=0)))
-    assert len(chunks) == 4
-    model(torch.tensor([[1]]), torch.tensor([[0]]))  # not in inference mode, as quantisation would
+    engine = Engine(load_model(tiny, dtype=torch.float32))
+    perplexity(engine, list(range(40)), window=WINDOW)
+    assert ids_of(engine, [[1, 2, 3]], 4) == ids_of(Engine(engine.model), [[1, 2, 3]], 4)
+    engine.model(torch.tensor([[1]]), torch.tensor([[0]]))  # not in inference mode, as quantisation would
 
 
 # ---------------------------------------------------------------- the command
@@ -193,28 +204,25 @@ def evaluate(*flags):
     main(**vars(build_parser().parse_args([str(flag) for flag in flags])))
 
 
-def test_default_model(run_cli, default_model_dir, tmp_path):
+def test_default_model(default_model_dir, tmp_path, capsys):
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text(TEXT, encoding="utf-8")
     sizes = ("--max_seq_length", 32, "--stride", 16, "--batch_size", 2)
-    flags = ("--checkpoint_path", default_model_dir, "--perplexity", text, *sizes, "--output_json", out)
-    done = run_cli("eval.py", *flags)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(out.read_text())
-    assert done.stdout == f"perplexity: {facts['perplexity']:.4f}\n"
+    evaluate("--checkpoint_path", default_model_dir, "--perplexity", text, *sizes, "--output_json", out)
+    printed, facts = capsys.readouterr(), json.loads(out.read_text())
+    assert printed.out == f"perplexity: {facts['perplexity']:.4f}\n"
     n = len(load_tokenizer(default_model_dir).encode(TEXT))
-    scored = f"Scored {n - 1} of {n} tokens in {facts['windows']} windows: {facts['seconds']:.2f} seconds"
-    assert [line.split("=")[0].split(": ")[0] for line in done.stderr.splitlines()] == [
+    assert [line.split("=")[0].split(": ")[0] for line in printed.err.splitlines()] == [
         "Using device",
         "Time to load model",
-        scored.split(": ")[0],
+        f"Scored {n - 1} of {n} tokens in {facts['windows']} windows",
     ]
-    assert done.stderr.endswith(scored + "\n")
+    assert printed.err.endswith(f" windows: {facts['seconds']:.2f} seconds\n")
     assert facts["args"]["stride"] == 16 and facts["args"]["perplexity"] == str(text)
     assert (facts["dtype"], facts["torch"], facts["tokens"]) == ("bfloat16", torch.__version__, n - 1)
     assert facts["perplexity"] == pytest.approx(math.exp(facts["nll"])) and facts["threads"] >= 1
-    model = load_model(default_model_dir, dtype=torch.float32)
-    expected = perplexity(model, load_tokenizer(default_model_dir).encode(TEXT), window=32, stride=16)
+    engine = Engine(load_model(default_model_dir, dtype=torch.float32))
+    expected = perplexity(engine, load_tokenizer(default_model_dir).encode(TEXT), window=32, stride=16)
     assert facts["nll"] == pytest.approx(expected.nll, abs=0.02)  # bfloat16 against float32
     assert 5 < expected.perplexity < 30 and sorted(os.listdir(tmp_path)) == ["out.json", "text"]
 
@@ -224,7 +232,7 @@ def test_library_and_command_agree(tiny, tmp_path, capsys):
     text.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     evaluate("--checkpoint_path", tiny, "--perplexity", text, "--dtype", "float32", "--max_seq_length", 100,
              "--device", "cpu", "--output_json", out)  # fmt: skip
-    result = perplexity(load_model(tiny, dtype=torch.float32), load_tokenizer(tiny).encode(TEXT), window=100)
+    result = perplexity(Engine(load_model(tiny, dtype=torch.float32)), load_tokenizer(tiny).encode(TEXT), window=100)
     assert capsys.readouterr().out == f"perplexity: {result.perplexity:.4f}\n"
     facts = json.loads(out.read_text())
     assert {key: facts[key] for key in dataclasses.asdict(result)} == pytest.approx(dataclasses.asdict(result))
@@ -238,23 +246,16 @@ def test_bos_is_the_first_token_of_the_text_if_the_tokenizer_adds_one(tmp_path, 
     settings.write_text(json.dumps({"bos_token": "<|endoftext|>", "add_bos_token": True}))
     bos = load_tokenizer(path).bos_id
     evaluate("--checkpoint_path", path, "--perplexity", text, "--dtype", "float32", "--max_seq_length", 32)
-    expected = perplexity(load_model(path, dtype=torch.float32), [bos, *plain], window=32)
+    expected = perplexity(Engine(load_model(path, dtype=torch.float32)), [bos, *plain], window=32)
     printed = capsys.readouterr()
     assert printed.out == f"perplexity: {expected.perplexity:.4f}\n"
     assert f"of {len(plain) + 1} tokens" in printed.err
 
 
-def test_defaults_and_help(run_cli):
-    args = build_parser().parse_args([])
-    assert (args.tasks, args.max_seq_length, args.stride, args.dtype, args.perplexity) == (None,) * 3 + (
-        "bfloat16",
-        None,
-    )
-    assert WINDOW == 512
-    result = run_cli("eval.py", "--help", env={"COLUMNS": 120})
-    assert result.returncode == 0
+def test_help_names_every_flag_and_its_default():
+    text = build_parser().format_help()
     for action in build_parser()._actions:
-        assert action.option_strings[-1] in result.stdout and action.help
+        assert action.option_strings[-1] in text and action.help
         assert action.default in (None, "==SUPPRESS==") or "default" in action.help
 
 
@@ -266,7 +267,6 @@ def test_defaults_and_help(run_cli):
     [
         (["--max_seq_length", "1"], "--max_seq_length is 1; a window needs at least 2"),
         (["--stride", "0"], "--stride is 0; it must be from 1 to the window of 512 tokens"),
-        (["--stride", "-1"], "--stride is -1"),
         (["--stride", "513"], "--stride is 513; it must be from 1 to the window of 512 tokens"),
         (["--stride", "3", "--max_seq_length", "2"], "--stride is 3; it must be from 1 to the window of 2"),
         (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
@@ -290,20 +290,10 @@ def test_bad_input_is_found_before_the_model_is_loaded(tmp_path, capsys, flags, 
     assert capsys.readouterr() == ("", "") and os.listdir(tmp_path) == ["text"]
 
 
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"good\nbad \xff\n", "is not UTF-8: byte 9 is 0xff"),
-        ("text".encode("utf-16"), "is not UTF-8: byte 0 is 0xff"),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b"d", r"the text is too short \(tokens: 1\)"),
-    ],
-)
-def test_text_that_cannot_be_scored(tiny, tmp_path, capsys, data, message):
-    text = tmp_path / "text"
-    text.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        evaluate("--checkpoint_path", tiny, "--perplexity", text)
+def test_a_text_of_one_token_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "text").write_bytes(b"d")
+    with pytest.raises(ValueError, match=r"the text is too short \(tokens: 1\)"):
+        evaluate("--checkpoint_path", tiny, "--perplexity", tmp_path / "text")
     assert capsys.readouterr().out == ""
 
 
@@ -323,30 +313,21 @@ def test_token_that_the_model_does_not_have(tmp_path):
         evaluate("--checkpoint_path", path, "--perplexity", tmp_path / "text")
 
 
-def test_exit_codes(run_cli, tmp_path):
-    (tmp_path / "text").write_text(TEXT)
+def test_errors_of_the_command_are_one_line_and_exit_code_2(run_cli, tmp_path):
     done = run_cli("eval.py")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: give either --tasks NAME ... or a text with --perplexity FILE\n"
-    done = run_cli("eval.py", "--perplexity", tmp_path / "text", "--checkpoint_path", tmp_path / "none.pth")
-    assert done.returncode == 2 and "there is no checkpoint at" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_and_a_name_too_long_are_one_line(tmp_path):
-    path = make_tiny_checkpoint(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat", encoding="utf-8")
-    command = [sys.executable, "eval.py", "--checkpoint_path", str(path), "--perplexity", str(text)]
+def test_a_full_disk_and_a_name_too_long_are_one_line(tiny, tmp_path):
+    (tmp_path / "text").write_text("the cat sat on the mat")
+    command = [sys.executable, "eval.py", "--checkpoint_path", tiny, "--perplexity", tmp_path / "text"]
     with open("/dev/full", "w") as full:
-        into = subprocess.run(
-            command, cwd=Path(program.__file__).parent, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    others = [["--output_json", "/dev/full"], ["--output_json", "/tmp/" + "a" * 300]]
-    results = [
-        subprocess.run([*command, *flags], cwd=Path(program.__file__).parent, capture_output=True, text=True)
-        for flags in others
-    ]
-    for result in (into, *results):
-        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-        assert result.stderr.splitlines()[-1].startswith("error: "), result.stderr
+        into_full = subprocess.run(list(map(str, command)), cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert into_full.returncode == 2 and "Traceback" not in into_full.stderr
+    assert into_full.stderr.splitlines()[-1].startswith("error: ")
+    for path in ("/dev/full", "/tmp/" + "a" * 300):
+        with pytest.raises((ValueError, OSError)) as error:
+            evaluate("--checkpoint_path", tiny, "--perplexity", tmp_path / "text", "--output_json", path)
+        assert cli.in_words(error.value)
