@@ -20,8 +20,8 @@ import tp
 from compress.gptq import gptq_
 from layers.quantized import QuantSpec, linear_table, quantize_weight
 from measure.perplexity import perplexity
+from measure.traffic import predicted
 from model import ModelArgs
-from scripts.tensor_parallel import predicted
 from tests.tiny import ENV, outcome, ran, torchrun
 from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, run
 from weights.checkpoint import load_model, save_checkpoint

@@ -25,8 +25,8 @@ from engine.request import generate
 from engine.sampling import Sampling
 from engine.speculative import DraftModel, PromptLookup, Speculation, draft_one_token, verify
 from measure.perplexity import perplexity
+from measure.traffic import CountingRanks, bytes_of_a_step
 from model import ModelArgs
-from scripts.tensor_parallel import CountingRanks, bytes_of_a_step
 from weights.checkpoint import load_model
 
 CPU = torch.device("cpu")
