@@ -32,19 +32,16 @@ PARTS, SAME = ("variants",), ("threads", "model")
 
 def add_flags(parser) -> None:
     shared_flags(parser, "benchmarks/quality.json")
-    names = {"nargs": "+", "choices": VARIANTS, "default": list(VARIANTS), "metavar": "NAME"}
-    parser.add_argument("--variants", **names, help=f"of {'; '.join(VARIANTS)} (default: all)")
 
 
-def fill(report: Report, *, model: str, variants: list[str], threads: int) -> None:
+def fill(report: Report, *, model: str, threads: int) -> None:
     text = "\n".join(topics.values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
         (folder / "second.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
-        for variant in dict.fromkeys(["bf16", *variants]):  # bf16 is what the others are compared with
-            run = partial(measure, Path(model), VARIANTS[variant], threads, folder)
-            report.once(report.result["variants"], variant, run)
+        for variant, how in VARIANTS.items():
+            report.once(report.result["variants"], variant, partial(measure, Path(model), how, threads, folder))
 
 
 def measure(checkpoint: Path, how: list | None, threads: int, folder: Path) -> dict:

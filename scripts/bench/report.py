@@ -75,7 +75,9 @@ def open_report(output: str, fresh: bool, parts: tuple[str, ...], facts: dict) -
         raise ValueError(f"{output} is no result of this version; use --fresh or another --output")
     for key, now in facts.items():
         then = before.get(key)
-        if then != now and not (key == "machine" and same_machine(then, now)):
+        if key == "machine":  # a package that the file does not tell of may be there now
+            now = {name: now.get(name) for name in then} | {"date": then.get("date")}
+        if then != now:
             raise ValueError(f"{output} was measured with another {key} ({then}); use --fresh or another --output")
     return Report(output, before | command | facts)
 
@@ -94,16 +96,10 @@ def machine() -> dict:
     return facts | {name: there[name] for name in PACKAGES if name in there}
 
 
-def same_machine(then: dict, now: dict) -> bool:
-    """Whether all that was noted then is so now, but for the date."""
-    return all(now.get(key) == fact for key, fact in then.items() if key != "date")
-
-
 def take_turns(rounds: int, sides: dict[str, Callable[[], dict[str, float]]], warm_up: bool = True) -> dict[str, dict]:
     """Run every side once a round (A B A B ...), so that a machine whose speed drifts is fair to all.
 
-    For each side its runs, their medians, and how far its first figure spreads: (largest - smallest) / median.
-    warm_up: run each once before, which compiles.
+    For each side its runs and their medians. warm_up: run each once before, which compiles.
     """
     runs = {name: [] for name in sides}
     for run in sides.values() if warm_up else ():
@@ -113,13 +109,11 @@ def take_turns(rounds: int, sides: dict[str, Callable[[], dict[str, float]]], wa
             runs[name].append(run())
             figures = ", ".join(f"{key} {value:.4g}" for key, value in runs[name][-1].items())
             say(f"  {number} of {rounds}, {name}: {figures}")
-    return {name: summary(each) for name, each in runs.items()}
+    return {name: {"runs": each, "median": medians(each)} for name, each in runs.items()}
 
 
-def summary(runs: list[dict[str, float]]) -> dict:
-    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    first = [next(iter(run.values())) for run in runs]
-    return {"runs": runs, "median": median, "spread": (max(first) - min(first)) / statistics.median(first)}
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def run_command(command: list) -> dict:

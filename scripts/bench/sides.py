@@ -1,4 +1,4 @@
-"""What the tables time, cases, and the engines that run them; as a program, one engine that serves a parent.
+"""The engines that are compared, each behind one class; as a program, one of them that serves a parent.
 
     python -m scripts.bench.sides SIDE PRECISION MODEL THREADS
 
@@ -10,23 +10,20 @@ comes first, when the side has loaded.
 import contextlib
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.cache import slots_for
-from engine.engine import Engine, build_engine, generate
-from engine.sampling import Sampling
+from engine.engine import build_engine
 from layers.quantized import quant_spec
+from measure.cases import Case, measure_case
 from measure.machine import measured_bandwidth
 from scripts.bench.report import ROOT
 from weights.checkpoint import load_model, random_model
@@ -35,43 +32,6 @@ from weights.registry import REGISTRY
 
 LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
 UBATCH = 512  # prompt tokens that llama.cpp takes at once
-GREEDY = Sampling(temperature=0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Rows in a batch, tokens of each row's prompt, and new ones after it."""
-
-    batch: int
-    prompt: int
-    new_tokens: int
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.new_tokens
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        draw = random.Random(0)
-        return [[draw.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.batch)]
-
-    def rates(self, prefill_s: float, decode_s: float) -> dict[str, float]:
-        """Tokens/s of all rows together. The first new token of each row belongs to the prefill."""
-        return {
-            "decode_tok_s": self.batch * (self.new_tokens - 1) / decode_s,
-            "prefill_tok_s": self.batch * self.prompt / prefill_s,
-            "time_to_first_token_s": prefill_s,
-        }
-
-
-def measure_case(engine: Engine, case: Case) -> dict[str, float]:
-    """Greedy decoding of a case; the first time with an engine also compiles."""
-    size = (case.batch, slots_for(engine.model.args, case.length))
-    if engine.cache is None or (engine.cache.n_rows, engine.cache.n_slots) != size:
-        engine.cache = None  # of another case, which may be larger than a run of this one alone would have
-        engine.reserve(case.batch, case.length)
-    prompts, times = case.prompts(engine.model.args.vocab_size), [time.perf_counter()]
-    times += [time.perf_counter() for _ in generate(engine, prompts, case.new_tokens, GREEDY)]
-    return case.rates(times[1] - times[0], times[-1] - times[1])
 
 
 class Ours:
@@ -185,9 +145,7 @@ def gguf_of(model: str) -> Path:
     """The GGUF file that a checkpoint came from. Raises ValueError if there is none beside it."""
     files = [] if model in REGISTRY else sorted(Path(model).parent.glob("*.gguf"))
     if not files:
-        raise ValueError(
-            f"{model} has no .gguf file beside it, which its peers would read; leave them out with --sides"
-        )
+        raise ValueError(f"{model} has no .gguf file beside it, which its peers read; leave them out with --sides")
     return files[0]
 
 
@@ -215,7 +173,7 @@ SIDES = {
 }
 
 
-class SideProcess:
+class SideProcess(contextlib.AbstractContextManager):
     """A process that serves one side, stopped but for the time of a question."""
 
     def __init__(self, model: str, threads: int, side: str, precision: str, environment: dict[str, str] | None = None):
@@ -231,9 +189,6 @@ class SideProcess:
             env=os.environ | (environment or {}),
         )
         self.answer()  # it has loaded
-
-    def __enter__(self) -> "SideProcess":
-        return self
 
     def __exit__(self, *_) -> None:
         self.process.kill()
@@ -262,16 +217,13 @@ class SideProcess:
 def serve(side: str, precision: str, model: str, threads: str) -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
-        engine, answer = SIDES[side](model, precision, int(threads)), {}
-        while True:
-            print(json.dumps(answer), file=answers, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
+        engine = SIDES[side](model, precision, int(threads))
+        print("{}", file=answers, flush=True)
+        for line in sys.stdin:
             asked = json.loads(line)
             answer = engine.bandwidth() if "bandwidth" in asked else engine.measure(Case(**asked))
-            if "bandwidth" not in asked:
-                answer["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            memory = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+            print(json.dumps(answer | memory), file=answers, flush=True)
 
 
 if __name__ == "__main__":

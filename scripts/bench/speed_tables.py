@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from measure.cases import Case
 from scripts.bench.report import Report, markdown
-from scripts.bench.sides import Case
 from weights.files import atomic_path
 
 NEW_TOKENS = 200
@@ -72,17 +72,14 @@ def targets(result: dict) -> str:
     for precision in result["in_turn"]:
         rows += against_itself(result["in_turn"], precision)
     start = result["start_up"]
-    rows.append(at_most("cold compile", start["cold_compile_s"], 12, "s"))
-    rows.append(at_most("first token of a second process", start["warm_first_token_s"], 7, "s"))
+    rows.append(target("cold compile", start["cold_compile_s"], "<=", 12, "s"))
+    rows.append(target("first token of a second process", start["warm_first_token_s"], "<=", 7, "s"))
     return markdown(["target", "wanted", "measured", ""], rows)
 
 
-def at_least(what: str, value: float, limit: float) -> list[str]:
-    return [what, f">= {limit:g} x", f"{value:.2f} x", "" if value >= limit else "missed"]
-
-
-def at_most(what: str, value: float, limit: float, unit: str = "x") -> list[str]:
-    return [what, f"<= {limit:g} {unit}", f"{value:.2f} {unit}", "" if value <= limit else "missed"]
+def target(what: str, value: float, sign: str, limit: float, unit: str = "x") -> list[str]:
+    kept = value >= limit if sign == ">=" else value <= limit
+    return [what, f"{sign} {limit:g} {unit}", f"{value:.2f} {unit}", "" if kept else "missed"]
 
 
 def against_llama(result: dict, figure: str, case: Case) -> list[list[str]]:
@@ -92,7 +89,7 @@ def against_llama(result: dict, figure: str, case: Case) -> list[list[str]]:
         if "llama.cpp" in found:
             ratio = found["gpt-faster"]["median"][figure] / found["llama.cpp"]["median"][figure]
             what, limit = ("decode", OVER_LLAMA[precision]) if case == QUICK[0] else (f"prefill of {case.prompt}", 1.5)
-            rows.append(at_least(f"{precision} {what} against llama.cpp {theirs}", ratio, limit))
+            rows.append(target(f"{precision} {what} against llama.cpp {theirs}", ratio, ">=", limit))
     return rows
 
 
@@ -104,12 +101,12 @@ def against_itself(found: dict, precision: str) -> list[list[str]]:
     size, slot = reads["weight_bytes_per_token"], reads["kv_bytes_per_position"]
     if found["bf16"]["bandwidth"]["weight_bytes_per_token"] > 1e9:
         what = f"{precision} decode, of the rate at which our operator reads one large matrix"
-        rows.append(at_least(what, rate * size / 1e9 / reads["measured_bandwidth_gb_s"], SHARES[precision]))
+        rows.append(target(what, rate * size / 1e9 / reads["measured_bandwidth_gb_s"], ">=", SHARES[precision]))
     if far:
         what = f"{precision} step at position 2148 against 108, over that of their bytes"
-        rows.append(at_most(what, rate / far / ((size + 2148 * slot) / (size + 108 * slot)), 1.2))
+        rows.append(target(what, rate / far / ((size + 2148 * slot) / (size + 108 * slot)), "<=", 1.2))
     if many and precision == "bf16":
-        rows.append(at_least("bf16 decode at batch 16 against batch 1", many / rate, 6))
+        rows.append(target("bf16 decode at batch 16 against batch 1", many / rate, ">=", 6))
     return rows
 
 
