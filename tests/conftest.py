@@ -17,6 +17,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-
 CONVERT = "scripts/convert_hf_checkpoint.py"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what tests/test_device.py compares with the CPU")
+
+
 def run(*args, input=None, timeout=300, env=None, cwd=ROOT):
     """`python ARGS` in the repository root or cwd, with `env` added to the environment; stdout and stderr are text."""
     command = [sys.executable, *map(str, args)]

@@ -179,11 +179,7 @@ def test_scripts_are_there_and_parse(command):
 
 @pytest.mark.parametrize(
     "command",
-    of(
-        tuple(
-            f"python scripts/{name}" for name in ("benchmark", "quality", "speculation", "tasks", "tensor", "experts")
-        )
-    ),
+    of("python scripts/bench/run.py"),
 )
 def test_benchmarks_parse(command, run_cli):
     """They take minutes, and peers that are not installed here."""

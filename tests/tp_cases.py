@@ -27,9 +27,9 @@ from engine.guess_length import Costs
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from measure.perplexity import perplexity
+from measure.traffic import CountingRanks, bytes_of_a_step
 from model import ModelArgs
 from ranks import init_tp
-from scripts.tensor_parallel import CountingRanks, bytes_of_a_step
 from tp import full_logits
 from weights.checkpoint import load_model
 
@@ -181,7 +181,7 @@ def score(folder: Path, ranks=None) -> float:
 def bytes_sent(folder: Path, ranks) -> dict:
     samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
     engine = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
-    return {name: bytes_of_a_step(engine, sampling) for name, sampling in samplings.items()}
+    return {name: bytes_of_a_step(engine.model, sampling) for name, sampling in samplings.items()}
 
 
 # ---------------------------------------------------------------- what ranks work on

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: what it measures with, goes on from and writes; the peers themselves are not installed here."""
+"""scripts/bench: what it measures with, goes on from and writes; the peers themselves are not installed here."""
 
 import json
 import subprocess
@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 
-from engine.compile import compile_step
-from engine.decode import decode_one_token
-from scripts import benchmark, check_device
-from scripts.benchmark import GRID, QUICK, Case, key_of
-from scripts.reporting import ROOT
+from measure.cases import Case
+from scripts import check_device
+from scripts.bench import report, run, speed
+from scripts.bench.report import ROOT, take_turns
+from scripts.bench.sides import SideProcess
+from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, key_of, targets
 from tests.tiny import make_tiny_checkpoint
+from weights.checkpoint import random_model
 
-CPU = torch.device("cpu")
 SPEED = {"gpt-faster": 150.0, "llama.cpp": 100.0, "transformers": 25.0}
 
 
@@ -23,28 +24,40 @@ def test_rates_by_hand():
     assert rates == {"decode_tok_s": 40.0, "prefill_tok_s": 80.0, "time_to_first_token_s": 0.5}
 
 
-def test_an_engine_is_a_process_that_answers_and_is_stopped_between(tmp_path):
+def test_sides_take_turns_after_a_warm_up():
+    asked = []
+
+    def side(name, *figures):
+        answers = iter(figures)
+        return lambda: asked.append(name) or {"tok_s": next(answers)}
+
+    found = take_turns(3, {"a": side("a", 99, 5, 1, 2), "b": side("b", 99, 7, 8, 9)})
+    assert asked == ["a", "b"] * 4
+    assert found["a"] == {"runs": [{"tok_s": 5}, {"tok_s": 1}, {"tok_s": 2}], "median": {"tok_s": 2}}
+    assert found["b"]["median"] == {"tok_s": 8}
+
+
+def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
     path = make_tiny_checkpoint(tmp_path)
-    with benchmark.Engine("eager", "int8", str(path), 1, {}) as engine:
-        first, second = (engine.ask({"batch": 2, "prompt": 5, "new_tokens": 4}) for _ in range(2))
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(engine.process.pid)], capture_output=True, text=True)
+    with SideProcess(str(path), 1, "eager", "int8") as side:
+        answer = side.ask({"batch": 2, "prompt": 5, "new_tokens": 4})
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(side.process.pid)], capture_output=True, text=True)
         assert state.stdout.startswith("T")
-        assert engine.load_s > 0 and first["first_s"] > 0 and "first_s" not in second
-        assert second["decode_tok_s"] > 0 and second["prefill_tok_s"] > 0 and second["peak_memory_gb"] > 0
-        reads = engine.ask({"bandwidth": True})
+        assert answer["decode_tok_s"] > 0 and answer["prefill_tok_s"] > 0 and answer["peak_memory_gb"] > 0
+        reads = side.ask({"bandwidth": True})
         assert reads["kv_bytes_per_position"] == 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, their size, bfloat16
-    assert engine.process.poll() is not None
+    assert side.process.poll() is not None
     with pytest.raises(ValueError, match="eager, int8 ended with exit code 1; its last words: .*no checkpoint"):
-        benchmark.Engine("eager", "int8", str(tmp_path / "none.pth"), 1, {})
+        SideProcess(str(tmp_path / "none.pth"), 1, "eager", "int8")
 
 
-class FakeEngine:
+class FakeSide:
     """Answers at once; slower with every row and with every position."""
 
     asked: list[tuple[str, dict]] = []
 
-    def __init__(self, side, precision, *_):
-        self.name, self.speed, self.load_s = side, SPEED.get(side, 50.0), 1.0
+    def __init__(self, model, threads, side, *_):
+        self.name, self.speed = side, SPEED.get(side, 50.0)
 
     def __enter__(self):
         return self
@@ -62,22 +75,23 @@ class FakeEngine:
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The command, with engines that answer at once."""
-    monkeypatch.setattr(benchmark, "Engine", FakeEngine)
-    monkeypatch.setattr(benchmark, "start_up", lambda _: {f"{t}_{w}_s": 5.0 for t in ("cold", "warm") for w in WHAT})
-    monkeypatch.setattr(benchmark, "machine", lambda _: {"processor": "a", "date": "today"})
-    monkeypatch.setattr(benchmark, "gguf_of", lambda _: None)
-    monkeypatch.setattr(benchmark, "update_readme", lambda *_: None)
-    monkeypatch.setattr(FakeEngine, "asked", [])
+def bench(monkeypatch, tmp_path, one_thread):
+    """The command, with sides that answer at once."""
+    monkeypatch.setattr(speed, "SideProcess", FakeSide)
+    monkeypatch.setattr(speed, "start_up", lambda _: {f"{t}_{w}_s": 5.0 for t in ("cold", "warm") for w in WHAT})
+    monkeypatch.setattr(report, "machine", lambda: {"processor": "a", "date": "today"})
+    monkeypatch.setattr(speed, "gguf_of", lambda _: None)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(FakeSide, "asked", [])
+    (tmp_path / "README.md").write_text(f"before\n<!-- table: {tmp_path / 'out.json'} -->\nold\n<!-- end -->\nafter\n")
 
-    def run(**flags):
+    def ask(**flags):
         defaults = {"model": "TinyLlama-1.1B", "sides": list(SPEED), "quick": True, "fresh": False, "rounds": 2}
-        defaults |= {"threads": 2, "output": str(tmp_path / "out.json")}
-        benchmark.main(**defaults | flags)
+        defaults |= {"threads": torch.get_num_threads(), "output": str(tmp_path / "out.json")}
+        run.main(table="speed", **defaults | flags)
         return json.loads((tmp_path / "out.json").read_text())
 
-    return run
+    return ask
 
 
 WHAT = ("compile", "first_token")
@@ -85,30 +99,34 @@ WHAT = ("compile", "first_token")
 
 def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, capsys):
     quick = bench()
-    names = [name for name, question in FakeEngine.asked if question.get("prompt") == 8]
-    own = ["gpt-faster"] * 4 * 3  # in the end, to be compared with itself
-    assert names == ["gpt-faster", "llama.cpp", "transformers"] * 4 + ["gpt-faster", "llama.cpp"] * 8 + own
-    assert set(quick["cases"]) == {key_of(p, case) for p in benchmark.PRECISIONS for case in QUICK}
-    FakeEngine.asked.clear()
-    assert bench()["cases"] == quick["cases"] and FakeEngine.asked == []
+    names = [name for name, question in FakeSide.asked if question.get("prompt") == 8]
+    # once to warm up, then 4 rounds; in the end ours, to be compared with itself
+    own = ["gpt-faster"] * 5 * 3
+    assert names == ["gpt-faster", "llama.cpp", "transformers"] * 5 + ["gpt-faster", "llama.cpp"] * 10 + own
+    assert set(quick["cases"]) == {key_of(p, case) for p in PRECISIONS for case in QUICK}
+    FakeSide.asked.clear()
+    assert bench()["cases"] == quick["cases"] and FakeSide.asked == []
     whole = bench(quick=False)
-    assert set(whole["cases"]) == {key_of(p, case) for p in benchmark.PRECISIONS for case in GRID}
-    cases = {(q["batch"], q["prompt"]) for name, q in FakeEngine.asked if "batch" in q and name == "llama.cpp"}
+    assert set(whole["cases"]) == {key_of(p, case) for p in PRECISIONS for case in GRID}
+    cases = {(q["batch"], q["prompt"]) for name, q in FakeSide.asked if "batch" in q and name == "llama.cpp"}
     assert cases == {(case.batch, case.prompt) for case in GRID} - {(1, 8), (1, 512)}
-    rest = {(q["batch"], q["prompt"]) for name, q in FakeEngine.asked if "batch" in q and name == "transformers"}
+    rest = {(q["batch"], q["prompt"]) for name, q in FakeSide.asked if "batch" in q and name == "transformers"}
     assert rest == cases - {(16, 2048)}
     assert all(len(own["cases"]) == 3 for own in whole["in_turn"].values())
-    assert list(whole["waterfall"]) == list(benchmark.WATERFALL)
-    FakeEngine.asked.clear()
+    assert list(whole["waterfall"]) == list(speed.WATERFALL)
+    FakeSide.asked.clear()
     bench(fresh=True)
-    assert len([q for _, q in FakeEngine.asked if "batch" in q]) == 4 * 2 * (3 + 2 + 2) + 4 * 3
+    assert len([q for _, q in FakeSide.asked if "batch" in q]) == 5 * 2 * (3 + 2 + 2) + 5 * 3
     written = (tmp_path / "out.md").read_text()
     assert written.count("| decode, 200 tokens, int4 | 149 tok/s | 100 tok/s (x1.50) | - |") == 1
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")
+    readme = (tmp_path / "README.md").read_text().splitlines()
+    assert readme[:2] == ["before", f"<!-- table: {tmp_path / 'out.json'} -->"]
+    assert readme[-2:] == ["<!-- end -->", "after"] and len(readme) == 2 + 2 + 6 + 2
 
 
 def test_targets_by_hand(bench):
-    lines = benchmark.targets(bench(quick=False)).splitlines()
+    lines = targets(bench(quick=False)).splitlines()
     rows = {cells[1]: cells[2:5] for cells in ([cell.strip() for cell in line.split("|")] for line in lines)}
     assert rows["bf16 decode against llama.cpp BF16"] == [">= 1.05 x", "1.50 x", ""]
     assert rows["bf16 decode at batch 16 against batch 1"] == [">= 6 x", "4.00 x", "missed"]
@@ -124,7 +142,7 @@ def test_targets_by_hand(bench):
     [
         ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
         ({"sides": ["llama.cpp"]}, "--sides lacks gpt-faster"),
-        ({"threads": 3}, "was measured with another threads (2); use --fresh or another --output"),
+        ({"threads": 7}, "was measured with another threads (1); use --fresh or another --output"),
         ({"model": "stories15M"}, "was measured with another model (TinyLlama-1.1B)"),
         ({"output": "/no/such/folder/x.json"}, "there is no folder"),
     ],
@@ -145,24 +163,34 @@ def test_another_file_is_refused(bench, tmp_path):
 
 def test_another_machine_is_refused(bench, monkeypatch):
     bench()
-    monkeypatch.setattr(benchmark, "machine", lambda _: {"processor": "b", "date": "today"})
+    monkeypatch.setattr(report, "machine", lambda: {"processor": "b", "date": "today"})
     with pytest.raises(ValueError, match="measured with another machine"):
         bench()
 
 
+def test_a_package_or_a_day_more_is_the_same_machine(bench, monkeypatch):
+    before = bench()
+    monkeypatch.setattr(report, "machine", lambda: {"processor": "a", "date": "tomorrow", "lm_eval": "1"})
+    assert bench()["cases"] == before["cases"]
+
+
 def test_peers_need_a_file(tmp_path):
-    command = [sys.executable, "scripts/benchmark.py", "--model", "stories15M", "--output", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "scripts/bench/run.py", "speed", "--model", "stories15M"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "stories15M has no .gguf file beside it" in done.stderr
 
 
-def test_check_of_a_device_runs(capsys):
-    """What scripts/check_device.py does beside the checks of other tests, on the smallest size."""
-    compile_step(decode_one_token, CPU)  # sets how many forms may be compiled
-    check_device.check_experts(CPU, torch.bfloat16)
-    check_device.check_speculation(CPU)
-    assert capsys.readouterr().out.count("agrees with float32") == 3
-    rates = (20.0, check_device.matrix_rate(CPU, torch.bfloat16))
-    cells = check_device.speed("stories15M", CPU, torch.bfloat16, "int4.g32, head too", *rates, False).split(" | ")
-    assert cells[1:3] == ["int4.g32, head too", "eager"] and cells[4].endswith("%") and cells[7].endswith("%")
-    assert all(float(cells[i]) > 0 for i in (3, 5, 6))
+@pytest.mark.parametrize("table", run.TABLES)
+def test_every_table_explains_itself(table, capsys):
+    with pytest.raises(SystemExit) as end:
+        run.build_parser([table]).parse_args([table, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "--output" in text and "--fresh" in text and "--threads" in text
+
+
+def test_times_of_a_device():
+    model = random_model("stories15M", quantize=check_device.PRECISIONS["int4.g32, head too"][0], head="int4")
+    cells = check_device.speeds(model, False, 20.0, check_device.matrix_rate(model.device, torch.bfloat16))
+    assert all(float(cell) > 0 for cell in cells[:3]) and all(cell.endswith("%") for cell in cells[3:])
+    model.layers[1].forward = lambda *_: 1 / 0
+    assert check_device.speeds(model, False, 20.0, 1e9)[0] == "ZeroDivisionError: division by zero"

@@ -1,133 +1,74 @@
-"""The engines that benchmark.py compares, each behind one class; as a program, one engine that serves a parent.
+"""The engines that are compared, each behind one class; as a program, one of them that serves a parent.
 
-    python scripts/sides.py SIDE PRECISION [--model M] [--threads N]
+    python -m scripts.bench.sides SIDE PRECISION MODEL THREADS
 
-Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured, once
-as it comes and, the first time, once more before to warm up; {"bandwidth": true} asks how fast the side reads memory.
-The answer to each is a line on standard output, the first one being what loading took.
+Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
+{"bandwidth": true} asks how fast the side reads memory. The answer to each is a line on standard output; an empty one
+comes first, when the side has loaded.
 """
 
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import argparse
 import contextlib
 import json
-import random
+import os
 import resource
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from weights.checkpoint import DEFAULT_CHECKPOINT
+import torch
+
+from engine.engine import build_engine
+from layers.quantized import quant_spec
+from measure.cases import Case, measure_case
+from measure.machine import measured_bandwidth
+from scripts.bench.report import ROOT
+from weights.checkpoint import load_model, random_model
+from weights.layout import weight_bytes
 from weights.registry import REGISTRY
 
 LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
 UBATCH = 512  # prompt tokens that llama.cpp takes at once
 
 
-@dataclass(frozen=True)
-class Case:
-    """Rows in a batch, tokens of each row's prompt, and new ones after it."""
-
-    batch: int
-    prompt: int
-    new_tokens: int
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.new_tokens
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        draw = random.Random(0)
-        return [[draw.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.batch)]
-
-    def rates(self, prefill_s: float, decode_s: float) -> dict[str, float]:
-        """Tokens/s of all rows together. The first new token of each row belongs to the prefill."""
-        return {
-            "decode_tok_s": self.batch * (self.new_tokens - 1) / decode_s,
-            "prefill_tok_s": self.batch * self.prompt / prefill_s,
-            "time_to_first_token_s": prefill_s,
-        }
-
-
 class Ours:
     """gpt-faster as `generate.py --compile --compile_prefill --quantize PRECISION` runs it."""
 
     def __init__(self, model: str, precision: str, threads: int, compiled: bool = True):
-        import torch
-
-        from engine.compile import choose_functions
-        from layers.quantized import quant_spec
-        from weights.checkpoint import load_model, random_model
-
         torch.set_num_threads(threads)
         spec = None if precision == "bf16" else quant_spec(precision, None)
-        if model in REGISTRY:
-            self.model = random_model(model, torch.device("cpu"), torch.bfloat16, quantize=spec)
-        else:
-            self.model = load_model(model, torch.device("cpu"), torch.bfloat16, quantize=spec)
-        self.functions = choose_functions(self.model.device, compiled, compiled)
-        self.shape = None
+        load = random_model if model in REGISTRY else load_model
+        self.engine = build_engine(load(model, quantize=spec), compiled, compiled)
 
     def measure(self, case: Case) -> dict[str, float]:
-        from engine.cache import setup_caches
-        from engine.request import Row, Timing, run_batch
-        from engine.sampling import Sampling
-        from text.prompts import IdTokenizer
-
-        if self.shape != (case.batch, case.length):
-            self.shape = (case.batch, case.length)
-            setup_caches(self.model, *self.shape)
-        words = IdTokenizer(self.model.args.vocab_size)
-        rows = [Row(ids, words, case.new_tokens, [], True) for ids in case.prompts(words.vocab_size)]
-        timing = Timing()
-        greedy = Sampling(temperature=0)
-        run_batch(self.model, rows, greedy, timing, time.perf_counter(), lambda *_: None, **self.functions)
-        return case.rates(timing.prefill_s, timing.decode_s)
+        return measure_case(self.engine, case)
 
     def bandwidth(self) -> dict[str, float]:
-        from measure.machine import measured_bandwidth
-        from weights.layout import weight_bytes
-
-        args = self.model.args
+        model, args = self.engine.model, self.engine.model.args
         return {
-            "measured_bandwidth_gb_s": measured_bandwidth(self.model.device),
-            "weight_bytes_per_token": weight_bytes(self.model),
-            "kv_bytes_per_position": 2 * args.n_layer * args.n_kv_head * args.head_dim * self.model.dtype.itemsize,
+            "measured_bandwidth_gb_s": measured_bandwidth(model.device),
+            "weight_bytes_per_token": weight_bytes(model),
+            "kv_bytes_per_position": 2 * args.n_layer * args.n_kv_head * args.head_dim * model.dtype.itemsize,
         }
 
 
-class Eager(Ours):
-    """gpt-faster without torch.compile."""
-
-    def __init__(self, model: str, precision: str, threads: int):
-        super().__init__(model, precision, threads, compiled=False)
-
-
 class Transformers:
-    """transformers' own generate on the weights of the GGUF file, eager."""
+    """transformers' own generate on the weights of the GGUF file, eager; or static, compiled with a static cache."""
 
-    static = False
-
-    def __init__(self, model: str, precision: str, threads: int):
-        import torch
+    def __init__(self, model: str, precision: str, threads: int, static: bool = False):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         file = gguf_of(model)
         self.model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        if self.static:
+        if static:
             self.model.generation_config.cache_implementation = "static"
             self.model.forward = torch.compile(self.model.forward, fullgraph=True)
 
     def measure(self, case: Case) -> dict[str, float]:
-        import torch
-
         ids, times = torch.tensor(case.prompts(self.model.config.vocab_size)), []
 
         def note_the_time(ids, scores, **_):
@@ -139,12 +80,6 @@ class Transformers:
         began = time.perf_counter()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return case.rates(times[0] - began, times[-1] - times[0])
-
-
-class StaticTransformers(Transformers):
-    """The same with a static cache and torch.compile, which takes minutes for each shape."""
-
-    static = True
 
 
 class LlamaCpp:
@@ -210,9 +145,7 @@ def gguf_of(model: str) -> Path:
     """The GGUF file that a checkpoint came from. Raises ValueError if there is none beside it."""
     files = [] if model in REGISTRY else sorted(Path(model).parent.glob("*.gguf"))
     if not files:
-        raise ValueError(
-            f"{model} has no .gguf file beside it, which its peers would read; leave them out with --sides"
-        )
+        raise ValueError(f"{model} has no .gguf file beside it, which its peers read; leave them out with --sides")
     return files[0]
 
 
@@ -235,41 +168,63 @@ SIDES = {
     "gpt-faster": Ours,
     "llama.cpp": LlamaCpp,
     "transformers": Transformers,
-    "transformers, static cache + compile": StaticTransformers,
-    "eager": Eager,
+    "transformers, static cache + compile": partial(Transformers, static=True),
+    "eager": partial(Ours, compiled=False),
 }
 
 
-def serve(side: str, precision: str, model: str, threads: int) -> None:
+class SideProcess(contextlib.AbstractContextManager):
+    """A process that serves one side, stopped but for the time of a question."""
+
+    def __init__(self, model: str, threads: int, side: str, precision: str, environment: dict[str, str] | None = None):
+        self.name = f"{side}, {precision}"
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "scripts.bench.sides", side, precision, model, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | (environment or {}),
+        )
+        self.answer()  # it has loaded
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def ask(self, question: dict) -> dict:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict:
+        """Its next answer, after which it is stopped. Raises ValueError with its last words if it ended."""
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            words = self.log.read().strip().splitlines() or ["none"]
+            code = self.process.wait()
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            raise ValueError(f"{self.name} ended {how}; its last words: {words[-1]}")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(line)
+
+
+def serve(side: str, precision: str, model: str, threads: str) -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
-        began = time.perf_counter()
-        engine, warm = SIDES[side](model, precision, threads), set()
-        answer = {"load_s": time.perf_counter() - began}
-        while True:
-            print(json.dumps(answer), file=answers, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
-            asked, answer = json.loads(line), {}
-            if "bandwidth" in asked:
-                answer = engine.bandwidth()
-                continue
-            case = Case(**asked)
-            if case not in warm:
-                began = time.perf_counter()
-                engine.measure(case)
-                answer["first_s"] = time.perf_counter() - began
-                warm.add(case)
-            answer |= engine.measure(case)
-            answer["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        engine = SIDES[side](model, precision, int(threads))
+        print("{}", file=answers, flush=True)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answer = engine.bandwidth() if "bandwidth" in asked else engine.measure(Case(**asked))
+            memory = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+            print(json.dumps(answer | memory), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Serve measurements of one engine to benchmark.py.")
-    parser.add_argument("side", choices=SIDES)
-    parser.add_argument("precision")
-    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a checkpoint or a registry name")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    serve(args.side, args.precision, args.model, args.threads)
+    serve(*sys.argv[1:])
