@@ -38,8 +38,7 @@ PRECISIONS = {  # of the linear layers, and of the output head
     "int4.g32": (QuantSpec(4, 32), "int8"),
     "int4.g32, head too": (QuantSpec(4, 32), "int4"),
 }
-HEADER = ["model", "weights", "step", "decode, tok/s", "batch 32, tok/s", "prefill, tok/s"]
-HEADER += ["decode of bandwidth", "prefill of matrix rate"]
+HEADER = "model, weights, step, decode tok/s, batch 32 tok/s, prefill tok/s, of bandwidth, of matrix rate"
 
 
 def main(*, device: str | None, dtype: str, models: list[str], no_checks: bool) -> None:
@@ -48,7 +47,7 @@ def main(*, device: str | None, dtype: str, models: list[str], no_checks: bool) 
     passed = no_checks or subprocess.run(command, cwd=ROOT).returncode == 0
     bandwidth, matrices = measured_bandwidth(place) or 0.0, matrix_rate(place, kind)
     print(f"\nmeasured bandwidth: {bandwidth:.0f} GB/s; product of matrices: {matrices / 1e12:.2f} TFLOP/s\n")
-    print(markdown(HEADER, []))
+    print(markdown(HEADER.split(", "), []))
     for name, precision, compiled in product(models, PRECISIONS, (False, True)):
         spec, head = PRECISIONS[precision]
         try:

@@ -37,8 +37,7 @@ def add_flags(parser) -> None:
 def fill(report: Report, *, device: str | None, precisions: list[str], rounds: int, **sizes) -> None:
     cases = Case(1, 8, sizes["new_tokens"]), Case(1, sizes["prompt"], 2)
     for precision in precisions:
-        run = partial(measure, pick_device(device), precision, cases, rounds)
-        report.once(report.result["found"], precision, run)
+        report.once(report.result["found"], precision, partial(measure, pick_device(device), precision, cases, rounds))
 
 
 def measure(device: torch.device, precision: str, cases: tuple[Case, Case], rounds: int) -> dict:
@@ -64,5 +63,5 @@ def table(result: dict) -> str:
         decode, prefill, dense = (f"{median[f'{key}_tok_s']:.1f} tok/s" for key in ("decode", "prefill", "dense"))
         share, ratio = f"{median['share']:.0%}", f"(x{median['prefill_ratio']:.2f})"
         rows.append([precision, decode, read, share, prefill, f"{dense} {ratio}"])
-    prompt = f"prefill {result['prompt']}"
-    return markdown(["8 experts, 2 used", "decode", "read a token", "of the memory's rate", prompt, "dense"], rows)
+    header = ["8 experts, 2 used", "decode", "read a token", "of the memory's rate", f"prefill {result['prompt']}"]
+    return markdown([*header, "dense"], rows)

@@ -25,8 +25,6 @@ VARIANTS = {
     "int4-gptq, groups of 64": GPTQ,
     "int4-gptq, groups of 64, --no-act_order": [*GPTQ, "--no-act_order"],
 }
-
-
 PARTS, SAME = ("variants",), ("threads", "model")
 
 

@@ -67,9 +67,9 @@ def open_report(output: str, fresh: bool, parts: tuple[str, ...], facts: dict) -
     """The result so far, or one whose parts are empty. Raises ValueError if it was measured in other circumstances."""
     require_writable(output)
     facts = {"machine": machine()} | {key: name_of(fact) if key == "model" else fact for key, fact in facts.items()}
-    command = {"command": shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])}
+    noted = {"command": shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])} | facts
     if fresh or not Path(output).exists():
-        return Report(output, command | facts | {part: {} for part in parts})
+        return Report(output, noted | {part: {} for part in parts})
     before = read_json(output)
     if not set(parts) <= before.keys():
         raise ValueError(f"{output} is no result of this version; use --fresh or another --output")
@@ -79,7 +79,7 @@ def open_report(output: str, fresh: bool, parts: tuple[str, ...], facts: dict) -
             now = {name: now.get(name) for name in then} | {"date": then.get("date")}
         if then != now:
             raise ValueError(f"{output} was measured with another {key} ({then}); use --fresh or another --output")
-    return Report(output, before | command | facts)
+    return Report(output, before | noted)
 
 
 def name_of(model: str) -> str:

@@ -1,7 +1,6 @@
 """Measure this machine and write the tables of the README, one sub-command a table.
 
     python scripts/bench/run.py speed --quick
-    python scripts/bench/run.py quality --fresh --output benchmarks/quality.json
 
 Each writes a JSON file with all runs, --output. What the file holds is not measured again, unless --fresh is given.
 """

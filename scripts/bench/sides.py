@@ -3,8 +3,7 @@
     python -m scripts.bench.sides SIDE PRECISION MODEL THREADS
 
 Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
-{"bandwidth": true} asks how fast the side reads memory. The answer to each is a line on standard output; an empty one
-comes first, when the side has loaded.
+{"bandwidth": true} asks how fast the side reads memory. Each answer is a line of output; {} says that it has loaded.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ PARTS, SAME = ("texts",), ("threads", "model", "new_tokens", "ways")
 def add_flags(parser) -> None:
     shared_flags(parser, "benchmarks/speculation.json", rounds=5)
     kinds = "a drafter (ngram, the precision of the same weights, or useless: random weights of that size) and its k"
-    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"{kinds} (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"{kinds} (default: {WAYS})")
     parser.add_argument("--new_tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
 
 
@@ -67,8 +67,7 @@ def make_drafter(name: str, plain: Engine, model: str) -> Drafter:
 
 def answer(engine: Engine, ids: list[int], tokenizer: Tokenizer, new_tokens: int) -> Timing:
     timing = Timing()
-    for _ in run_batch(engine, [Request(ids, tokenizer, new_tokens, [], False)], GREEDY, timing):
-        pass
+    list(run_batch(engine, [Request(ids, tokenizer, new_tokens, [], False)], GREEDY, timing))
     return timing
 
 

@@ -1,11 +1,8 @@
 """The log-likelihoods of a multiple-choice task: eval.py's adapter against lm-evaluation-harness's own HFLM.
 
-    pip install -r requirements-bench.txt
-    python scripts/bench/run.py tasks --output benchmarks/tasks.json
-
 200 questions with four choices, from Python's documentation: which words come next. The sides answer the same 800
 requests from texts, on the same weights in bfloat16, in one process, in turn; medians count. HFLM runs at the batch
-size that is fastest on a quarter of the questions; what compiles has been compiled before.
+size that is fastest on a quarter of the questions. It needs requirements-bench.txt.
 """
 
 import random

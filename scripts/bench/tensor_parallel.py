@@ -3,7 +3,7 @@
     python scripts/bench/run.py tensor_parallel            # the default model over 1 and 3 processes of this CPU
     python scripts/bench/run.py tensor_parallel --device cuda --ranks 1 2 4 8 --model Llama-2-7B
 
-Every round runs each number of ranks once, as `generate.py --compile`; medians count.
+Every round runs each number of ranks once, as three samples of `generate.py --compile`; medians count.
 """
 
 import sys
@@ -16,7 +16,6 @@ from tp import require_split
 from weights.checkpoint import open_source
 from weights.registry import REGISTRY, args_from_name
 
-REPEATS = "3"  # samples of a run
 QUANTIZE = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
 PARTS, SAME = ("precisions", "bytes"), ("threads", "model", "device", "ranks", "new_tokens")
 KEPT = ("decode_tok_s", "weight_bytes_per_token", "peak_memory_gb", "compile_s")
@@ -37,9 +36,9 @@ def fill(report: Report, *, model: str, device: str, ranks: list[int], precision
     for n_rank in ranks:  # or a run of minutes would end with the first that fails
         require_split(args, {}, n_rank)
     weights = ["--random_weights" if model in REGISTRY else "--checkpoint_path", model]
+    common = ["generate.py", *weights, "--device", device, "--max_new_tokens", flags["new_tokens"]]
     for precision in precisions:
-        command = ["generate.py", *weights, *QUANTIZE[precision], "--device", device]
-        command += ["--max_new_tokens", flags["new_tokens"]]
+        command = [*common, *QUANTIZE[precision]]
         sides = {f"ranks: {n_rank}": partial(run, n_rank, command, flags["threads"]) for n_rank in ranks}
         report.once(report.result["precisions"], precision, partial(take_turns, flags["rounds"], sides, False))
     for n_rank in ranks:
@@ -53,7 +52,7 @@ def launch(n_rank: int) -> list[str]:
 
 def run(n_rank: int, command: list, threads: int) -> dict[str, float]:
     """The figures of one run of generate.py."""
-    how = ["--compile", "--temperature", 0, "--ignore_eos", "--prompt", 8, "--num_samples", REPEATS]
+    how = ["--compile", "--temperature", 0, "--ignore_eos", "--prompt", 8, "--num_samples", 3]
     figures = run_command([*launch(n_rank), *command, *how, "--threads", max(1, threads // n_rank)])
     return {key: figures[key] for key in KEPT}
 
