@@ -38,6 +38,7 @@ PRECISIONS = {  # of the linear layers, and of the output head
     "int4.g32": (QuantSpec(4, 32), "int8"),
     "int4.g32, head too": (QuantSpec(4, 32), "int4"),
 }
+NEW_TOKENS = 200
 HEADER = "model, weights, step, decode tok/s, batch 32 tok/s, prefill tok/s, of bandwidth, of matrix rate"
 
 
@@ -68,8 +69,8 @@ def speeds(model: Transformer, compiled: bool, bandwidth: float, matrices: float
     matrices: operations/s of a product of two large matrices.
     """
     engine, cells, rates = build_engine(model, compiled, compiled), [], []
-    long = min(2048, model.args.max_seq_length - 2)
-    for case, figure in ((Case(1, 8, 200), "decode"), (Case(32, 8, 200), "decode"), (Case(1, long, 2), "prefill")):
+    short, prompt = (Case(n_row, 8, NEW_TOKENS) for n_row in (1, 32)), min(2048, model.args.max_seq_length - 2)
+    for case, figure in zip((*short, Case(1, prompt, 2)), ("decode", "decode", "prefill"), strict=True):
         try:
             runs = [measure_case(engine, case)[f"{figure}_tok_s"] for _ in range(4)]  # the first compiles
             rates.append(sorted(runs[1:])[1])
