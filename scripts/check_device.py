@@ -23,10 +23,10 @@ import torch
 
 from engine.engine import build_engine
 from layers.quantized import QuantSpec
-from measure.cases import Case, measure_case
 from measure.machine import measured_bandwidth, median_seconds
 from model import Transformer
 from scripts.bench.report import ROOT, markdown
+from scripts.bench.sides import Case, measure_case
 from weights.checkpoint import random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import GB

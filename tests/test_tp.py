@@ -19,8 +19,8 @@ import tp
 from compress.gptq import gptq_
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_, quantize_weight
-from measure.traffic import predicted
 from model import ModelArgs, Transformer
+from scripts.bench.tensor_parallel import predicted
 from tests.tiny import ENV, outcome, ran, torchrun
 from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, commands_on, printed, run, score
 from weights.checkpoint import load_model, save_checkpoint

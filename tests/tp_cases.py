@@ -27,9 +27,9 @@ from engine.guess_length import Costs
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from measure.perplexity import perplexity
-from measure.traffic import CountingRanks, bytes_of_a_step
 from model import ModelArgs
 from ranks import init_tp
+from scripts.bench.tensor_parallel import CountingRanks, bytes_of_a_step
 from tp import full_logits
 from weights.checkpoint import load_model
 

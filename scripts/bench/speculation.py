@@ -14,9 +14,9 @@ from engine.engine import Engine, build_engine
 from engine.request import Request, Timing, run_batch
 from engine.speculative import Speculation, verify
 from layers.quantized import quant_spec
-from measure.cases import GREEDY
 from measure.speed import acceptance
 from scripts.bench.report import Report, markdown, shared_flags, take_turns
+from scripts.bench.sides import GREEDY
 from text.tokenizer import Tokenizer, load_tokenizer
 from weights.checkpoint import load_model, random_model
 from weights.files import read_json

@@ -18,9 +18,8 @@ from dataclasses import asdict
 from functools import cache, partial
 
 from cli import say
-from measure.cases import Case
 from scripts.bench.report import ROOT, Report, shared_flags, take_turns
-from scripts.bench.sides import SIDES, SideProcess, gguf_of
+from scripts.bench.sides import SIDES, Case, SideProcess, gguf_of
 from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, headline, key_of, write_files
 from weights.registry import REGISTRY
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from measure.cases import Case
 from scripts import check_device
 from scripts.bench import report, run, speed
 from scripts.bench.report import ROOT, take_turns
-from scripts.bench.sides import SideProcess
+from scripts.bench.sides import Case, SideProcess
 from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, key_of, targets
 from tests.device_cases import ARGS
 from tests.tiny import make_tiny_checkpoint
