@@ -42,28 +42,21 @@ def main(**flags) -> None:
             torch.set_num_threads(args.threads)
         say_device(device, ranks)
         began = time.perf_counter()
-        engine, tokenizer = load(args, device, ranks)
+        model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, ranks=ranks)
+        engine = build_engine(model, args.compile, args.compile)
+        tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size)
         facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
         if args.compile:
             say("Compiling: about 10 seconds for each of a few shapes the first time, where it comes up")
-        report = evaluate(args, engine, tokenizer, asked, facts)
+        measure = measure_text if args.tasks is None else measure_tasks
+        report = measure(args, engine, tokenizer, asked, facts)
         if args.output_json and speaks(ranks):
             write_json(args.output_json, report)
 
 
 def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
-    """The device; what is wrong with the flags is said before anything slow."""
-    check_request(args)
-    device = pick_device(args.device, ranks)
-    parse_dtype(args.dtype)
-    if args.compile:
-        require_compiler(device)
-    return device
-
-
-def check_request(args: argparse.Namespace) -> None:
-    """Refuse arguments that cannot work."""
+    """The device; arguments that cannot work are refused before anything slow."""
     if (args.perplexity is None) == (args.tasks is None):
         raise ValueError("give either --tasks NAME ... or a text with --perplexity FILE")
     other, flags = ("perplexity", TEXT_FLAGS) if args.perplexity is None else ("tasks", TASK_FLAGS)
@@ -79,6 +72,11 @@ def check_request(args: argparse.Namespace) -> None:
     check_threads(args.threads)
     if args.output_json is not None:
         require_writable(args.output_json, [args.perplexity, args.checkpoint_path])
+    device = pick_device(args.device, ranks)
+    parse_dtype(args.dtype)
+    if args.compile:
+        require_compiler(device)
+    return device
 
 
 def read_text_or_tasks(args: argparse.Namespace, ranks: Ranks | None) -> str | Tasks:
@@ -89,91 +87,69 @@ def read_text_or_tasks(args: argparse.Namespace, ranks: Ranks | None) -> str | T
     return load_tasks(args.tasks, args.include_path)
 
 
-def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
-    model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, ranks=ranks)
-    return build_engine(model, args.compile, args.compile), load_tokenizer(args.checkpoint_path, model.args.vocab_size)
+def measure_text(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, text: str, facts: dict) -> dict:
+    """Print the perplexity of a text; the report of it, with the facts of the run."""
+    ids = checked_ids(tokenizer.encode(text), tokenizer)
+    window = args.max_seq_length or min(WINDOW, engine.model.args.max_seq_length)
+    began = time.perf_counter()
+    result = perplexity(engine, ids, window=window, stride=args.stride, batch_size=args.batch_size or 1)
+    seconds = time.perf_counter() - began
+    say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
+    print(f"perplexity: {result.perplexity:.4f}")
+    return facts | {"seconds": seconds} | asdict(result)
 
 
-def evaluate(
-    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, asked: str | Tasks, facts: dict
+def measure_tasks(
+    args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, tasks: Tasks, facts: dict
 ) -> dict | None:
-    """The report; of tasks in the first process of a machine only. facts: what it says of the run."""
-    if isinstance(asked, str):
-        window = args.max_seq_length or min(WINDOW, engine.model.args.max_seq_length)
-        sizes = {"window": window, "stride": args.stride, "batch_size": args.batch_size or 1}
-        return facts | measure_text(engine, tokenizer, asked, **sizes)
+    """Print the harness's tables of tasks and groups; its report, in the first process of a machine only."""
+    from lm_eval.utils import make_table
+
     from measure.harness import Adapter
 
     length = context_length(engine.model.args, args.max_seq_length)
     adapter = Adapter(engine, tokenizer, args.checkpoint_path, length, args.batch_size)
     options = {name: getattr(args, name) for name in ("num_fewshot", "limit", "apply_chat_template")}
     began = time.perf_counter()
-    report = run_tasks(adapter, asked, args.seed, **options)
+    report = run_tasks(adapter, tasks, args.seed, **options)
     if report is None:
         return None
-    facts["seconds"] = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     specs = {str(spec) for spec in open_model(args.checkpoint_path, args.model_name).table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(specs), "lm_eval": version("lm_eval")}
-    print_tables(report)
-    say(f"Time for tasks: {facts['seconds']:.1f} seconds")
-    return report | {"gpt_faster": facts}
-
-
-def measure_text(engine: Engine, tokenizer: Tokenizer, text: str, **sizes: int | None) -> dict:
-    """Print the perplexity of a text and return it with its facts; sizes: as `perplexity` takes them."""
-    ids = checked_ids(tokenizer.encode(text), tokenizer)
-    began = time.perf_counter()
-    result = perplexity(engine, ids, **sizes)
-    seconds = time.perf_counter() - began
-    say(f"Scored {result.tokens} of {len(ids)} tokens in {result.windows} windows: {seconds:.2f} seconds")
-    print(f"perplexity: {result.perplexity:.4f}")
-    return {"seconds": seconds} | asdict(result)
-
-
-def print_tables(report: dict) -> None:
-    """The harness's tables of tasks and groups."""
-    from lm_eval.utils import make_table
-
     print(make_table(report))
     if report.get("groups"):
         print(make_table(report, "groups"))
+    say(f"Time for tasks: {seconds:.1f} seconds")
+    return report | {"gpt_faster": facts | {"seconds": seconds}}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure how well a language model does tasks, or predicts a text.")
     where = model_flags(parser, "a .pth or .gguf file, or a folder")
     place_flags(where)
-    where.add_argument(
-        "--compile", action="store_true", help="compile the model; pays from some hundred questions on (default: off)"
-    )
+    text = "compile the model; pays from some hundred questions on (default: off)"
+    where.add_argument("--compile", action="store_true", help=text)
     evaluation_flags(parser.add_argument_group("evaluation"))
     return parser
 
 
 def evaluation_flags(group) -> None:
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
-    group.add_argument("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
-    group.add_argument("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
-    group.add_argument("--include_path", metavar="DIR", help="a folder with task files of your own")
-    group.add_argument(
-        "--apply_chat_template", action="store_true", help="write each question as a chat message (default: plain text)"
-    )
-    group.add_argument("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
-    group.add_argument("--perplexity", metavar="FILE", help="score this text (UTF-8)")
-    group.add_argument(
-        "--max_seq_length",
-        type=int,
-        help=f"tokens in a window (default: {WINDOW} for a text, the model's context for tasks)",
-    )
-    group.add_argument(
-        "--stride", type=int, help="tokens from one window to the next; fewer give more context (default: the window)"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        help="rows at a time (default: 1 for a text; for tasks chosen by their lengths, shorter ones together)",
-    )
-    group.add_argument("--output_json", metavar="PATH", help="write the result and the facts of the run")
+    add = group.add_argument
+    add("--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, such as hellaswag")
+    add("--limit", type=float, help="questions of each task, or a part of them below 1 (default: all)")
+    add("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
+    add("--include_path", metavar="DIR", help="a folder with task files of your own")
+    text = "write each question as a chat message (default: plain text)"
+    add("--apply_chat_template", action="store_true", help=text)
+    add("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
+    add("--perplexity", metavar="FILE", help="score this text (UTF-8)")
+    text = f"tokens in a window (default: {WINDOW} for a text, the model's context for tasks)"
+    add("--max_seq_length", type=int, help=text)
+    add("--stride", type=int, help="tokens from one window to the next; fewer give more context (default: the window)")
+    text = "rows at a time (default: 1 for a text; for tasks chosen by their lengths, shorter ones together)"
+    add("--batch_size", type=int, help=text)
+    add("--output_json", metavar="PATH", help="write the result and the facts of the run")
 
 
 if __name__ == "__main__":

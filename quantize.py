@@ -53,8 +53,9 @@ def main(**flags) -> None:
     # rounding waits for memory: more threads gain little, and on a busy machine they wait for each other
     torch.set_num_threads(n_thread if args.mode == GPTQ else args.threads or 1)
     say(f"Using device={job.device}")
-    gptq = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order")}
-    layers = write(job, rounded_tensors(job) if windows is None else gptq_tensors(job, windows, **gptq))
+    tensors = rounded_tensors(job, windows, args)
+    write(job, tensors)
+    layers = layer_facts(job, tensors)
     seconds, peak = time.perf_counter() - began, peak_memory(job.device)
     torch.set_num_threads(n_thread)
     facts = {
@@ -186,27 +187,22 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
 # ---------------------------------------------------------------- what is made
 
 
-def rounded_tensors(job: Job) -> dict[str, Tensor]:
-    """Every tensor of the quantised file, each layer in the table rounded to nearest."""
-    return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
-
-
-def gptq_tensors(job: Job, windows: Tensor, percdamp: float, blocksize: int, act_order: bool) -> dict[str, Tensor]:
-    """Every tensor of the quantised file: the layers in the table rounded by GPTQ, its tensors else as they are."""
+def rounded_tensors(job: Job, windows: Tensor | None, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Every tensor of the quantised file: the layers in the table rounded to nearest or, with windows, by GPTQ."""
+    if windows is None:
+        return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
     model = load_model(job.path, job.device, job.dtype, job.model_name)
-    rounded = gptq_(model, windows, job.layout.table, percdamp=percdamp, blocksize=blocksize, act_order=act_order)
-    state = model.state_dict() | rounded
+    how = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order")}
+    state = model.state_dict() | gptq_(model, windows, job.layout.table, **how)
     return {name: state[name] for name in job.layout.tensors}
 
 
-def write(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
-    """Write the quantised file; the facts of its layers, whose tensors are taken out of `tensors`."""
-    save_checkpoint(
-        job.target, job.source.args, {name: tensor.cpu() for name, tensor in tensors.items()}, job.layout.table
-    )
+def write(job: Job, tensors: dict[str, Tensor]) -> None:
+    """Write the quantised file and, if it has none beside it, a tokenizer."""
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    save_checkpoint(job.target, job.source.args, on_cpu, job.layout.table)
     say(f"Wrote {job.target}: {job.target.stat().st_size / GB:.2f} GB")
     write_tokenizer(job.source, job.target.parent)
-    return layer_facts(job.source, tensors, job.layout.table)
 
 
 def write_tokenizer(source: ModelFile, folder: Path) -> None:
@@ -218,16 +214,16 @@ def write_tokenizer(source: ModelFile, folder: Path) -> None:
 # ---------------------------------------------------------------- what it cost
 
 
-def layer_facts(source: ModelFile, tensors: dict[str, Tensor], table: dict[str, QuantSpec]) -> list[dict]:
+def layer_facts(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
     """Name, bits, groupsize and relative error of each quantised layer, whose tensors are taken out of `tensors`.
 
     The original weights are read once more, one at a time.
     """
     facts = []
-    for name, spec in table.items():
+    for name, spec in job.layout.table.items():
         leaves = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
         rounded = [tensors.pop(f"{name}.{leaf}") for leaf in leaves]
-        read = source.tensors[f"{source.layout.weight_source(name)}.weight"]
+        read = job.source.tensors[f"{job.source.layout.weight_source(name)}.weight"]
         error = relative_error(read().to(rounded[0].device), rounded, spec.bits)
         facts.append({"name": name, **asdict(spec), "relative_error": error})
     return facts
@@ -285,40 +281,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def quantisation_flags(group) -> None:
-    group.add_argument(
-        "--mode",
-        choices=("int8", "int4", GPTQ),
-        default="int8",
-        help="round to nearest, or by GPTQ, which looks at how the layers are used in a text (default: %(default)s)",
-    )
-    group.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
-    group.add_argument(
-        "--head", choices=("int8", "int4", "float"), default="int8", help="the output layer (default: %(default)s)"
-    )
-    group.add_argument("--label", help="goes into the file's name: model_LABEL_int8.pth")
+    add = group.add_argument
+    text = "round to nearest, or by GPTQ, which looks at how the layers are used in a text (default: %(default)s)"
+    add("--mode", choices=("int8", "int4", GPTQ), default="int8", help=text)
+    add("--groupsize", type=int, help=GROUPSIZE_HELP)
+    add("--head", choices=("int8", "int4", "float"), default="int8", help="the output layer (default: %(default)s)")
+    add("--label", help="goes into the file's name: model_LABEL_int8.pth")
 
 
 def calibration_flags(group) -> None:
-    group.add_argument(
-        "--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval tasks whose text to use (default: wikitext)"
-    )
-    group.add_argument("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
-    group.add_argument("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
-    group.add_argument("--calibration_limit", type=int, default=64, help="windows of text (default: %(default)s)")
-    group.add_argument(
-        "--calibration_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)"
-    )
-    group.add_argument(
-        "--percdamp", type=float, default=0.01, help="damping, as a fraction of the mean (default: %(default)s)"
-    )
-    group.add_argument("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
-    group.add_argument(
-        "--act_order",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="round the most used inputs first (default: on)",
-    )
-    group.add_argument("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--calibration_tasks", nargs="+", metavar="TASK", help="lm-eval tasks whose text to use (default: wikitext)")
+    add("--include_path", metavar="FOLDER", help="lm-eval tasks of your own")
+    add("--calibration_file", metavar="FILE", help="use this text (UTF-8) instead")
+    add("--calibration_limit", type=int, default=64, help="windows of text (default: %(default)s)")
+    add("--calibration_seq_length", type=int, default=512, help="tokens in a window (default: %(default)s)")
+    add("--percdamp", type=float, default=0.01, help="damping, as a fraction of the mean (default: %(default)s)")
+    add("--blocksize", type=int, default=128, help="columns rounded at a time (default: %(default)s)")
+    add("--act_order", action=switch, default=True, help="round the most used inputs first (default: on)")
+    add("--seed", type=int, default=1234, help="draws the windows (default: %(default)s)")
 
 
 if __name__ == "__main__":

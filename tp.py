@@ -146,9 +146,8 @@ def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> 
         logits = logits.masked_fill(ids >= vocab_size, float("-inf"))
     if best is None or 2 * best >= n_row:
         return ranks.gather(logits).movedim(0, -2).flatten(-2)[..., :vocab_size]
-    values, ids = (
-        logits.max(-1, keepdim=True) if best == 1 else logits.topk(best)
-    )  # max: the first of equal ones, as argmax
+    # max: the first of equal ones, as argmax
+    values, ids = logits.max(-1, keepdim=True) if best == 1 else logits.topk(best)
     ids = ids + ranks.rank * n_row
     pairs = ranks.gather(torch.stack((values.float(), ids.float())))  # exact: no vocabulary has more than 2^24
     values, ids = (part.movedim(0, -2).flatten(-2) for part in pairs.unbind(1))  # [..., ranks * best]

@@ -94,8 +94,10 @@ def arguments_of(module: nn.Module, block: nn.Module, batch: tuple[Tensor, ...])
     raise AssertionError(f"{module} was not called")
 
 
-def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], name: str) -> Tensor:
-    """The mean of 2 x x^T over the inputs x of `layer`, all tokens of all batches of its block: [in, in] float32."""
+def gptq_linear(
+    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], spec: QuantSpec, *, name: str, **how
+) -> dict[str, Tensor]:
+    """`gptq_weight` of a linear layer, for the mean of 2 x x^T over its inputs x, all tokens of all batches."""
     H = torch.zeros(2 * [layer.weight.shape[1]], device=layer.weight.device)
     n_tokens = sum(x.shape[0] * x.shape[1] for x, *_ in batches)
     for batch in batches:
@@ -103,7 +105,7 @@ def hessian(layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]
         x = x.flatten(0, -2).float()  # [tokens, in]
         H.addmm_(x.T, x, alpha=2 / n_tokens)
     require_finite(H, name)
-    return H
+    return gptq_weight(layer.weight, H, spec, name=name, **how)
 
 
 def require_finite(H: Tensor, name: str) -> None:
@@ -136,7 +138,7 @@ def gptq_experts(
 def expert_hessians(
     layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], experts: Tensor, name: str
 ) -> Tensor:
-    """As `hessian`, of the inputs of each of some experts: [len(experts), in, in]."""
+    """The mean of 2 x x^T over the inputs x of each of some experts: [len(experts), in, in] float32."""
     n_in = layer.weight.shape[2]
     H, n_row = torch.zeros(len(experts), n_in, n_in, device=layer.weight.device), [0] * len(experts)
     for batch in batches:
@@ -153,22 +155,15 @@ def expert_hessians(
 
 @torch.no_grad()
 def gptq_(
-    model: Transformer,
-    windows: Tensor,
-    table: dict[str, QuantSpec],
-    *,
-    percdamp: float,
-    blocksize: int,
-    act_order: bool,
-    batch_size: int = 8,
+    model: Transformer, windows: Tensor, table: dict[str, QuantSpec], *, batch_size: int = 8, **how
 ) -> dict[str, Tensor]:
     """Round the layers in `table`, those in blocks by GPTQ, others to nearest: their tensors by name, as in our files.
 
-    windows: the calibration text, int64 [n, S]. percdamp, blocksize, act_order: as in `gptq_weight`. Each layer of a
+    windows: the calibration text, int64 [n, S]. how: percdamp, blocksize, act_order of `gptq_weight`. Each layer of a
     block is rounded for the inputs that it gets once all layers before it are rounded; so its weight in `model` is
     overwritten with the rounded one; layers outside of blocks keep theirs.
     """
-    how, rounded = {"percdamp": percdamp, "blocksize": blocksize, "act_order": act_order}, {}
+    rounded = {}
     pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
     hidden = [model.embed(tokens) for tokens in windows.to(model.device).split(batch_size)]  # updated block by block
     contexts = model.contexts(pos, None)
@@ -176,12 +171,8 @@ def gptq_(
         batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:
-                if layer.weight.ndim == 3:
-                    rounded[name] = gptq_experts(layer, block, batches, table[name], name=name, **how)
-                else:
-                    rounded[name] = gptq_weight(
-                        layer.weight, hessian(layer, block, batches, name), table[name], name=name, **how
-                    )
+                round_layer = gptq_experts if layer.weight.ndim == 3 else gptq_linear
+                rounded[name] = round_layer(layer, block, batches, table[name], name=name, **how)
                 layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
         for x, *others in batches:
             x.copy_(block(x, *others))

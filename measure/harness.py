@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
-from measure.continuations import Question, evenly, questions_of, score
+from measure.scoring import Question, evenly, questions_of, score
 from text.tokenizer import Tokenizer
 
 CONTINUE_HERE = "CONTINUE-THE-TEXT-HERE "  # stands at the end of a message while it is rendered
@@ -157,9 +157,7 @@ class Adapter(TemplateLM):
 
     # ------------------------------------------------------------ batches
 
-    def batches(
-        self, items: list[Question] | list[Request], n_tokens: int, rows_each: int = 1
-    ) -> Iterator[tuple[int, list]]:
+    def batches(self, items: list[Question | Request], n_tokens: int, rows_each: int = 1) -> Iterator[tuple[int, list]]:
         """The batch size and each batch: items of like length, n_tokens together if so many fit, the shortest first.
 
         The engine then has a cache with `rows_each` rows for each item. Shorter items come first because they need more

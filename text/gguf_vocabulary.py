@@ -93,14 +93,13 @@ def sentencepiece_bpe(fields: dict, unknown: str | None):
         merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
     else:
         merges = merges_by_score(vocab, fields)
-    prefix = fields.get("add_space_prefix", True)
+    steps = [normalizers.Replace(" ", "▁")]
+    steps_back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("▁"))
+        steps_back.append(decoders.Strip(" ", 1, 0))
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] * prefix)]
-    )
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(steps_back)
     return tokenizer
 
 

@@ -40,11 +40,6 @@ def read_prompt_file(path: str) -> list[str]:
     return list(lines.values())
 
 
-def chat_messages(prompt: str, system: str | None) -> list[dict]:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return [*messages, {"role": "user", "content": prompt}]
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, system: str | None = None) -> list[int]:
     """Ids of one prompt; an integer N means N random ids. chat: put it and the system message into the template."""
     if isinstance(prompt, int):
@@ -55,8 +50,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
         raise ValueError("the prompt is not valid UTF-8") from None
     if not prompt:
         raise ValueError("the prompt is empty; give a text, or a number of random tokens")
-    ids = tokenizer.encode_chat(chat_messages(prompt, system)) if chat else tokenizer.encode(prompt)
-    return checked_ids(ids, tokenizer)
+    if not chat:
+        return checked_ids(tokenizer.encode(prompt), tokenizer)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return checked_ids(tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}]), tokenizer)
 
 
 def checked_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -28,8 +28,8 @@ from engine.cache import allocate  # noqa: E402
 from engine.engine import Engine, build_engine  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
 from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E402
-from measure.continuations import evenly, questions_of  # noqa: E402
 from measure.harness import Adapter  # noqa: E402
+from measure.scoring import evenly, questions_of  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
 from weights.layout import Layout  # noqa: E402
