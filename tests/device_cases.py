@@ -27,7 +27,7 @@ from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
 from model import ExpertLinear, ModelArgs, Transformer
 from weights.checkpoint import build
 from weights.device import parse_dtype
-from weights.layout import expected_tensors
+from weights.layout import Layout
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
 ROWS = (1, 2, 5, 16, 17, 512)  # of a layer's inputs
@@ -43,7 +43,7 @@ GREEDY = Sampling(temperature=0)
 def random_state(args: ModelArgs) -> dict[str, Tensor]:
     """float32 weights on the CPU, of a scale that keeps activations of the order of 1."""
     torch.manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in expected_tensors(args).items()}
+    shapes = {name: tensor.shape for name, tensor in Layout(args).tensors.items()}
     return {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
         for name, shape in shapes.items()
