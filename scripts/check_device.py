@@ -30,7 +30,7 @@ from scripts.bench.sides import Case, measure_case
 from weights.checkpoint import random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import GB
-from weights.layout import expected_tensors, weight_bytes
+from weights.layout import Layout, weight_bytes
 
 PRECISIONS = {  # of the linear layers, and of the output head
     "float": (None, "float"),
@@ -78,7 +78,7 @@ def speeds(model: Transformer, compiled: bool, bandwidth: float, matrices: float
         except Exception as error:
             rates.append(0.0)
             cells.append(in_words(error))
-    layers = {key: tensor for key, tensor in expected_tensors(model.args).items() if key.startswith("layers.")}
+    layers = {key: tensor for key, tensor in Layout(model.args).tensors.items() if key.startswith("layers.")}
     operations = 2 * sum(tensor.numel() for tensor in layers.values())  # a token
     share = rates[0] * weight_bytes(model) / GB / bandwidth if bandwidth else 0.0
     return [*cells, f"{share:.0%}", f"{rates[2] * operations / matrices:.0%}"]
