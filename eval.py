@@ -17,9 +17,9 @@ from cli import say
 from engine.cache import context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
-from flags import check_threads, model_flags, place_flags, say_device
+from flags import check_counts, check_threads, model_flags, place_flags, say_device
 from measure.machine import run_facts
-from measure.perplexity import WINDOW, check_sizes, perplexity
+from measure.perplexity import WINDOW, perplexity
 from measure.tasks import Tasks, load_tasks, require_harness, run_tasks
 from ranks import Ranks, init_tp, shared, speaks
 from text.files import read_text
@@ -68,7 +68,11 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num_fewshot is {args.num_fewshot}; it must be 0 or above")
     window = WINDOW if args.max_seq_length is None else args.max_seq_length
-    check_sizes(window, args.stride, 1 if args.batch_size is None else args.batch_size)
+    if window < 2:
+        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
+    if args.stride is not None and not 1 <= args.stride <= window:
+        raise ValueError(f"--stride is {args.stride}; it must be from 1 to the window of {window} tokens")
+    check_counts(vars(args), "batch_size")
     check_threads(args.threads)
     if args.output_json is not None:
         require_writable(args.output_json, [args.perplexity, args.checkpoint_path])

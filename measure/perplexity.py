@@ -41,7 +41,6 @@ def perplexity(
 
     Each token is scored at most once, in the first window that holds a token before it.
     """
-    check_sizes(window, stride, batch_size)
     model = engine.model
     windows = split(len(ids), context_length(model.args, window), stride or window)
     if not windows:
@@ -81,13 +80,3 @@ def batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
     for _, alike in groupby(windows, lambda window: (window.end - window.begin, window.first - window.begin)):
         while batch := list(islice(alike, batch_size)):
             yield batch
-
-
-def check_sizes(window: int, stride: int | None, batch_size: int) -> None:
-    """Refuse numbers that cannot work with any model."""
-    if window < 2:
-        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
-    if stride is not None and not 1 <= stride <= window:
-        raise ValueError(f"--stride is {stride}; it must be from 1 to the window of {window} tokens")
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}; it must be at least 1")
