@@ -78,13 +78,13 @@ def open_hf(folder: Path) -> ModelFile | None:
 
 def weights_from_hf(folder: Path) -> Readers:
     """Every tensor of a Hugging Face folder by its own name: safetensors, else .bin; sharded or single."""
-    for stem, reader in (("model.safetensors", safetensors_file), ("pytorch_model.bin", torch_file)):
-        tensors = {}
-        for path in weight_files(folder, stem):
-            tensors |= reader(path)
-        if tensors:
-            return tensors
-    return {}
+    tensors = {}
+    for path in weight_files(folder, "model.safetensors"):
+        tensors |= safetensors_file(path)
+    if not tensors:
+        for path in weight_files(folder, "pytorch_model.bin"):
+            tensors |= readers(read_torch(path), path)
+    return tensors
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -115,7 +115,3 @@ def safetensors_file(path: Path) -> Readers:
         return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged: {error}") from None
-
-
-def torch_file(path: Path) -> Readers:
-    return readers(read_torch(path), path)
