@@ -122,11 +122,10 @@ def read_tensors(
         tensor = checked(name, read, layout.tensors[name])
         module, _, leaf = name.rpartition(".")
         layers = [module, "output"] if module == layout.head_source != "output" else [module]  # those with this weight
-        for layer in layers:
-            if layer in quantize and leaf == "weight":
-                check_finite(name, tensor)
-                rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
-                state |= {f"{layer}.{key}": part(f"{layer}.{key}", value) for key, value in rounded.items()}
+        for layer in (each for each in layers if each in quantize and leaf == "weight"):
+            check_finite(name, tensor)
+            rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
+            state |= {f"{layer}.{key}": part(f"{layer}.{key}", value) for key, value in rounded.items()}
         if module not in quantize or leaf != "weight":
             kept = part(name, tensor)
             state[name] = kept.to(device=device, dtype=kept.dtype if layout.keeps_dtype(name) else dtype, copy=True)
@@ -160,10 +159,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def build(
-    args: ModelArgs,
-    state: dict[str, Tensor],
-    table: dict[str, QuantSpec] | None = None,
-    ranks: Ranks | None = None,
+    args: ModelArgs, state: dict[str, Tensor], table: dict[str, QuantSpec] | None = None, ranks: Ranks | None = None
 ) -> Transformer:
     """A model of these sizes around these tensors, each layer in the fastest form its device has.
 

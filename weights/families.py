@@ -169,23 +169,19 @@ def root_of_dim(config: Config) -> dict:
 
 
 def gemma_scales(config: Config) -> dict:
-    return root_of_dim(config) | {
-        "attention_scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5,
-        "attention_softcap": softcap(config, "attn_logit_softcapping"),
-        "logit_softcap": softcap(config, "final_logit_softcapping"),
-    }
-
-
-def softcap(config: Config, key: str) -> float | None:
-    return None if config.get(key) is None else config.number(key)
+    keys = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    caps = {name: config.number(key) for name, key in keys.items() if config.get(key) is not None}
+    return root_of_dim(config) | caps | {"attention_scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5}
 
 
 GEMMA_2 = {"norm_offset": True, "post_norm": True}
+GEMMA_3 = GEMMA_2 | {"qk_norm": True}
 # old configs say gelu, but the models are trained with its approximation
 GEMMA_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
-GEMMA_2_CONFIG = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
-GEMMA_3_CONFIG = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208, "sliding_window": 4096}
+GEMMA_WINDOW = GEMMA_CONFIG | {"sliding_window": 4096}
+GEMMA_2_CONFIG = GEMMA_WINDOW | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA_3_CONFIG = GEMMA_WINDOW | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
 GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
 OLMO = {"pre_norm": False, "post_norm": True, "joint_qk_norm": True}
 
@@ -202,16 +198,9 @@ FAMILIES = {
     "olmo2": Family(OLMO),
     "olmo3": Family(OLMO, full_layers_every=4, window_rope_base="rope_theta"),
     "gemma": Family({"norm_offset": True}, root_of_dim, GEMMA_CONFIG, activations=GEMMA_ACTIVATIONS),
-    "gemma2": Family(
-        GEMMA_2, gemma_scales, GEMMA_CONFIG | GEMMA_2_CONFIG, full_layers_every=2, activations=GEMMA_ACTIVATIONS
-    ),
+    "gemma2": Family(GEMMA_2, gemma_scales, GEMMA_2_CONFIG, full_layers_every=2, activations=GEMMA_ACTIVATIONS),
     "gemma3_text": Family(
-        GEMMA_2 | {"qk_norm": True},
-        gemma_scales,
-        GEMMA_CONFIG | GEMMA_3_CONFIG,
-        full_layers_every=6,
-        window_rope_base="rope_local_base_freq",
-        activations=GEMMA_ACTIVATIONS,
+        GEMMA_3, gemma_scales, GEMMA_3_CONFIG, 6, "rope_local_base_freq", activations=GEMMA_ACTIVATIONS
     ),
 }
 

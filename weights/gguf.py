@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from layers.quantized import QuantSpec, can_be_rounded
@@ -11,32 +12,8 @@ from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
 from weights.families import Config, args_from_config
 from weights.gguf_file import KEPT, GGUFFile
+from weights.huggingface import hf_modules
 from weights.layout import Layout, ModelFile, Readers, rename, source_modules
-
-GGUF_MODULES = {  # our module -> the file's, see `source_modules`
-    "tok_embeddings": ("token_embd",),
-    "layers.#.attention.wqkv": tuple(f"blk.#.attn_{x}" for x in "qkv"),
-    "layers.#.attention.wo": ("blk.#.attn_output",),
-    "layers.#.attention.q_norm": ("blk.#.attn_q_norm",),
-    "layers.#.attention.k_norm": ("blk.#.attn_k_norm",),
-    "layers.#.feed_forward.w13": ("blk.#.ffn_gate", "blk.#.ffn_up"),
-    "layers.#.feed_forward.w2": ("blk.#.ffn_down",),
-    "layers.#.attention_norm": ("blk.#.attn_norm",),
-    "layers.#.post_attention_norm": ("blk.#.post_attention_norm",),
-    "layers.#.ffn_norm": ("blk.#.ffn_norm",),
-    "layers.#.post_ffn_norm": ("blk.#.post_ffw_norm",),
-    "norm": ("output_norm",),
-    "output": ("output",),
-}
-EXPERTS = {
-    "layers.#.feed_forward.gate": ("blk.#.ffn_gate_inp",),
-    "layers.#.feed_forward.w13": ("blk.#.ffn_gate_exps", "blk.#.ffn_up_exps"),
-    "layers.#.feed_forward.w2": ("blk.#.ffn_down_exps",),
-    "layers.#.feed_forward.shared.w13": ("blk.#.ffn_gate_shexp", "blk.#.ffn_up_shexp"),
-    "layers.#.feed_forward.shared.w2": ("blk.#.ffn_down_shexp",),
-    "layers.#.feed_forward.shared_gate": ("blk.#.ffn_gate_inp_shexp",),
-}
-FUSED = {"layers.#.attention.wqkv": ("blk.#.attn_qkv",), "layers.#.feed_forward.w13": ("blk.#.ffn_up",)}
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -73,7 +50,6 @@ class Architecture:
     with_experts: str | None = None  # the model_type of files with experts
     with_window: str | None = None  # the model_type of files with a window
     interleaved: bool = False  # rope turns neighbouring pairs
-    modules: dict = field(default_factory=dict)  # where GGUF_MODULES does not hold
     config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
     required: tuple[str, ...] = ()  # as REQUIRED
     layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
@@ -87,7 +63,7 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3"),
     "qwen2moe": Architecture("qwen2_moe"),
     "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
-    "phi3": Architecture("phi3", modules=FUSED),
+    "phi3": Architecture("phi3"),
     "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
     "olmo2": Architecture("olmo2", with_window="olmo3"),
     "gemma": Architecture("gemma"),
@@ -96,16 +72,24 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(file: GGUFFile) -> Architecture:
-    name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{file.path}: architecture {name!r} is not supported; supported in GGUF: {known}")
-    return ARCHITECTURES[name]
+def gguf_modules(architecture: str, model_type: str) -> dict[str, tuple[str, ...]]:
+    """Our module -> the file's, see `source_modules`: what the package `gguf` calls the modules of Hugging Face."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    names = get_tensor_name_map({name: number for number, name in MODEL_ARCH_NAMES.items()}[architecture], 1)
+
+    def renamed(part: str) -> str:
+        part = part.replace(".#.", ".0.").replace(".@", "")  # experts are one stack
+        return (names.get_name(part) or part).replace(".0.", ".#.")
+
+    modules = {module: tuple(map(renamed, parts)) for module, parts in hf_modules(model_type).items()}
+    return modules | {"output": ("output",)}  # the package lacks it where the head is tied
 
 
 def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
     """The config that Hugging Face would have written for the model."""
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     name, keys = file.metadata["general.architecture"], dict(KEYS)
     if file.metadata.get(f"{name}.expert_count") and f"{name}.expert_feed_forward_length" in file.metadata:
         keys["intermediate_size"] = "expert_feed_forward_length"
@@ -139,10 +123,7 @@ def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | No
     return {"rope_type": rope_type} | {key: values[key] for key in keys}
 
 
-def args_from_gguf(file: GGUFFile, architecture: Architecture) -> ModelArgs:
-    if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
-    config = config_from_gguf(file, architecture)
+def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -> ModelArgs:
     for key in (*REQUIRED, *architecture.required):
         config.number(key)
     if architecture.layers_scaled_by_dim is not None:
@@ -158,52 +139,50 @@ def args_from_gguf(file: GGUFFile, architecture: Architecture) -> ModelArgs:
     return args
 
 
-def weight_names(module: str, layout: Layout, modules: dict) -> list[str]:
-    """The tensors of the file that hold the weight of our `module`."""
-    return [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules)[0]]
+def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
+    """How a weight of this shape is quantised, if all its parts, the tensors `names`, are of types in KEPT."""
+    types, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
+    specs = {KEPT.get(each.name) for each in types}
+    *experts, rows, columns = shape
+    # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
+    fits = sum(each[-2] for each in shapes) == rows
+    fits = fits and all(each == (*experts, each[-2], columns) for each in shapes)
+    return specs.pop() if fits and len(specs) == 1 else None
 
 
-def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> dict[str, QuantSpec]:
-    """The linear layers that can be kept: their parts are all of types in KEPT, and of the same bits."""
-    table = {}
+def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
+    """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
+    table, codes = {}, {}
     for module, layer in layout.model.named_modules():
-        names = weight_names(module, layout, modules)
+        names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules)[0]]
         if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
-        types, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
-        specs = {KEPT.get(each.name) for each in types}
-        *experts, rows, columns = layer.weight.shape
-        # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
-        fits = sum(shape[-2] for shape in shapes) == rows
-        fits = fits and all(shape == (*experts, shape[-2], columns) for shape in shapes)
-        if fits and len(specs) == 1 and None not in specs:
-            table[module] = specs.pop()
+        spec = kept_spec(file, names, layer.weight.shape)
+        if spec is None:
+            continue
+        table[module] = spec
+        for part, name in zip(source_modules(module, modules)[0], names, strict=True):
+            keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
+            codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
     if not table:
         there = ", ".join(sorted({each.name for each, _, _ in file.tensors.values()}))
         raise ValueError(
             f"{file.path} has no whole layer in {' or '.join(KEPT)} to keep; "
             f"its types are {there}: convert it without --keep_quantized"
         )
-    return table
-
-
-def code_readers(file: GGUFFile, layout: Layout, modules: dict, table: dict[str, QuantSpec]) -> Readers:
-    """The tensors of the layers in `table`, by the file's names of their parts."""
-    codes = {}
-    for module, spec in table.items():
-        keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
-        names = weight_names(module, layout, modules)
-        for part, name in zip(source_modules(module, modules)[0], names, strict=True):
-            codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
-    return codes
+    return table, codes
 
 
 def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
     """A GGUF file; keep_quantized: layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again."""
     file = GGUFFile(path)
-    architecture = architecture_of(file)
-    layout = Layout(args_from_gguf(file, architecture))
-    modules = GGUF_MODULES | architecture.modules | (EXPERTS if layout.args.n_expert else {})
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {name!r} is not supported; supported in GGUF: {known}")
+    config = config_from_gguf(file, ARCHITECTURES[name])
+    layout = Layout(args_from_gguf(file, config, ARCHITECTURES[name]))
+    modules = gguf_modules(name, config.get("model_type"))
 
     def read(name: str) -> Tensor:
         tensor = file.read(name)
@@ -213,7 +192,6 @@ def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
 
     raw = {name: partial(read, name) for name in file.tensors}
     if keep_quantized:
-        table = kept_layers(file, layout, modules)
-        raw |= code_readers(file, layout, modules, table)
-        layout = layout.quantized(table)
-    return ModelFile(layout, rename(layout, raw, modules, path, architecture.interleaved), gguf=path)
+        table, codes = kept_layers(file, layout, modules)
+        raw, layout = raw | codes, layout.quantized(table)
+    return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), gguf=path)

@@ -120,14 +120,13 @@ class GGUFFile:
         rows = self._rows(name)
         step = max(1, (1 << 19) // shape[-1])  # 2 MiB of float32 at a time
         out = torch.empty(len(rows), shape[-1], dtype=torch.float32)
-        for row in range(0, len(rows), step):
-            try:
-                part = dequantize(rows[row : row + step], tensor_type)
-            except NotImplementedError:
-                raise ValueError(
-                    f"{self.path}: {name} is of type {tensor_type.name}, which cannot be dequantised"
-                ) from None
-            out[row : row + step] = torch.tensor(part)
+        try:
+            for row in range(0, len(rows), step):
+                out[row : row + step] = torch.tensor(dequantize(rows[row : row + step], tensor_type))
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path}: {name} is of type {tensor_type.name}, which cannot be dequantised"
+            ) from None
         return out.view(shape)
 
     def read_codes(self, name: str, part: str) -> Tensor:

@@ -57,6 +57,10 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
+def hf_modules(model_type: str) -> dict[str, tuple[str, ...]]:
+    return HF_MODULES | OTHER_MODULES.get(model_type, {})
+
+
 def open_hf(folder: Path) -> ModelFile | None:
     """A Hugging Face model as downloaded; None if the folder holds no weights of one."""
     raw = weights_from_hf(folder)
@@ -66,26 +70,21 @@ def open_hf(folder: Path) -> ModelFile | None:
         raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
     config = read_json(folder / "config.json")
     if isinstance(config.get("text_config"), dict):  # of a vision-language model: Gemma 3 from 4B on
-        config, raw = config["text_config"], language_part(raw)
+        config = config["text_config"]
+        raw = {name.replace("language_model.", "", 1): read for name, read in raw.items() if not VISION.match(name)}
     layout = Layout(args_from_config(Config(config)))
-    modules = HF_MODULES | OTHER_MODULES.get(config["model_type"], {})
-    return ModelFile(layout, rename(layout, raw, modules, folder))
-
-
-def language_part(raw: Readers) -> Readers:
-    """The tensors of the language model in a vision-language model, by the names that they have in one without."""
-    return {name.replace("language_model.", "", 1): read for name, read in raw.items() if not VISION.match(name)}
+    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), folder))
 
 
 def weights_from_hf(folder: Path) -> Readers:
     """Every tensor of a Hugging Face folder by its own name: safetensors, else .bin; sharded or single."""
-    for stem, reader in (("model.safetensors", safetensors_file), ("pytorch_model.bin", torch_file)):
-        tensors = {}
-        for path in weight_files(folder, stem):
-            tensors |= reader(path)
-        if tensors:
-            return tensors
-    return {}
+    tensors = {}
+    for path in weight_files(folder, "model.safetensors"):
+        tensors |= safetensors_file(path)
+    if not tensors:
+        for path in weight_files(folder, "pytorch_model.bin"):
+            tensors |= readers(read_torch(path), path)
+    return tensors
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -116,7 +115,3 @@ def safetensors_file(path: Path) -> Readers:
         return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged: {error}") from None
-
-
-def torch_file(path: Path) -> Readers:
-    return readers(read_torch(path), path)

@@ -117,7 +117,7 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved
         used.update(*names)
         tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
         if interleaved and module.endswith("wqkv"):
-            tensors[name] = halves_from_pairs(tensors[name], layout.args)
+            tensors[name] = lambda read=tensors[name]: halves_from_pairs(read(), layout.args)
     dropped = TIED_HEADS if layout.args.tie_embeddings else set()
     extra = [name for name in raw if name not in used | dropped and not IGNORED.fullmatch(name)]
     if extra:
@@ -135,22 +135,14 @@ def concatenated(parts: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor
     return lambda: rows(parts[0]) if len(parts) == 1 else torch.stack([rows(of_expert) for of_expert in parts])
 
 
-def halves_from_pairs(read: Callable[[], Tensor], args: ModelArgs) -> Callable[[], Tensor]:
+def halves_from_pairs(wqkv: Tensor, args: ModelArgs) -> Tensor:
     """Reorder the q and k rows of wqkv from interleaved rope pairs to half-split ones."""
-
-    def reorder(rows: Tensor) -> Tensor:
-        pairs = rows.unflatten(0, (-1, args.head_dim // 2, 2))
-        return pairs.transpose(1, 2).reshape(rows.shape)
-
-    def converted() -> Tensor:
-        sizes = [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
-        wqkv = read()
-        if wqkv.shape[0] != sum(sizes):
-            raise ValueError(f"wqkv has {wqkv.shape[0]} rows; the model's sizes need {sum(sizes)}")
-        q, k, v = wqkv.split(sizes)
-        return torch.cat((reorder(q), reorder(k), v))
-
-    return converted
+    sizes = [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
+    if wqkv.shape[0] != sum(sizes):
+        raise ValueError(f"wqkv has {wqkv.shape[0]} rows; the model's sizes need {sum(sizes)}")
+    *qk, v = wqkv.split(sizes)
+    pairs = [rows.unflatten(0, (-1, args.head_dim // 2, 2)) for rows in qk]
+    return torch.cat([*(each.transpose(1, 2).flatten(0, 2) for each in pairs), v])
 
 
 def weight_bytes(model: Transformer, tokens: float = 1) -> int:
