@@ -13,7 +13,7 @@ from engine.compile import compile_step
 from engine.decode import decode_one_token
 from engine.sampling import Sampling
 from mixers.rope_scaling import RopeScaling
-from model import ModelArgs
+from model import ModelArgs, Transformer
 from tests.tiny import continuation
 from weights.checkpoint import build
 from weights.layout import Layout
@@ -111,6 +111,26 @@ def test_rows_picks_the_positions_whose_logits_are_wanted():
     rows = torch.tensor([[0, 11, 4], [7, 7, 2]])
     got = model(tokens, torch.arange(12).expand(2, -1), rows=rows)
     torch.testing.assert_close(got, torch.stack([expected[row, rows[row]] for row in range(2)]))
+
+
+@pytest.mark.parametrize("variant", ["plain", "multi-query", "windows in turn", "scales and caps", "a shared expert"])
+def test_gradients_of_a_forward_without_a_cache_are_its_slopes(variant):
+    """Of layers as model.py has them: the packed forms are for inference."""
+    model, tokens = Transformer(VARIANTS[variant]), random_tokens(2, 12)
+    model.load_state_dict(random_tiny(VARIANTS[variant]).state_dict())
+    weights = [block.attention.wqkv.weight for block in model.layers]
+    loss = full_forward(model, tokens).square().mean()
+    loss.backward()
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.randn(weight.shape, generator=generator) for weight in weights]
+    slope = sum((weight.grad * way).sum() for weight, way in zip(weights, directions, strict=True))
+    ends = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            for weight, way in zip(weights, directions, strict=True):
+                weight += step * way
+            ends.append(full_forward(model, tokens).square().mean())
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-3, rtol=1e-2, atol=1e-3)
 
 
 @torch.inference_mode()
