@@ -30,7 +30,7 @@ from scripts.bench.report import ROOT, markdown
 from weights.checkpoint import random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import GB
-from weights.layout import expected_tensors, weight_bytes
+from weights.layout import Layout, weight_bytes
 
 PRECISIONS = {  # of the linear layers, and of the output head
     "float": (None, "float"),
@@ -38,6 +38,7 @@ PRECISIONS = {  # of the linear layers, and of the output head
     "int4.g32": (QuantSpec(4, 32), "int8"),
     "int4.g32, head too": (QuantSpec(4, 32), "int4"),
 }
+NEW_TOKENS = 200
 HEADER = "model, weights, step, decode tok/s, batch 32 tok/s, prefill tok/s, of bandwidth, of matrix rate"
 
 
@@ -68,8 +69,8 @@ def speeds(model: Transformer, compiled: bool, bandwidth: float, matrices: float
     matrices: operations/s of a product of two large matrices.
     """
     engine, cells, rates = build_engine(model, compiled, compiled), [], []
-    long = min(2048, model.args.max_seq_length - 2)
-    for case, figure in ((Case(1, 8, 200), "decode"), (Case(32, 8, 200), "decode"), (Case(1, long, 2), "prefill")):
+    short, prompt = (Case(n_row, 8, NEW_TOKENS) for n_row in (1, 32)), min(2048, model.args.max_seq_length - 2)
+    for case, figure in zip((*short, Case(1, prompt, 2)), ("decode", "decode", "prefill"), strict=True):
         try:
             runs = [measure_case(engine, case)[f"{figure}_tok_s"] for _ in range(4)]  # the first compiles
             rates.append(sorted(runs[1:])[1])
@@ -77,7 +78,7 @@ def speeds(model: Transformer, compiled: bool, bandwidth: float, matrices: float
         except Exception as error:
             rates.append(0.0)
             cells.append(in_words(error))
-    layers = {key: tensor for key, tensor in expected_tensors(model.args).items() if key.startswith("layers.")}
+    layers = {key: tensor for key, tensor in Layout(model.args).tensors.items() if key.startswith("layers.")}
     operations = 2 * sum(tensor.numel() for tensor in layers.values())  # a token
     share = rates[0] * weight_bytes(model) / GB / bandwidth if bandwidth else 0.0
     return [*cells, f"{share:.0%}", f"{rates[2] * operations / matrices:.0%}"]

@@ -23,11 +23,11 @@ from engine.engine import build_engine, generate
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from layers.fastest import fastest
-from layers.quantized import QuantSpec, layer_of, linear_table, quantize_weight
-from model import ModelArgs, Transformer
+from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
+from model import ExpertLinear, ModelArgs, Transformer
 from weights.checkpoint import build
 from weights.device import parse_dtype
-from weights.layout import expected_tensors
+from weights.layout import Layout
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
 ROWS = (1, 2, 5, 16, 17, 512)  # of a layer's inputs
@@ -43,7 +43,7 @@ GREEDY = Sampling(temperature=0)
 def random_state(args: ModelArgs) -> dict[str, Tensor]:
     """float32 weights on the CPU, of a scale that keeps activations of the order of 1."""
     torch.manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in expected_tensors(args).items()}
+    shapes = {name: tensor.shape for name, tensor in Layout(args).tensors.items()}
     return {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[-1] ** -0.5
         for name, shape in shapes.items()
@@ -58,7 +58,7 @@ def two_models(args: ModelArgs, spec: QuantSpec | None, device, dtype) -> tuple[
         table = linear_table(build(args, state), spec, QuantSpec(8))
         for layer, each in table.items():
             tensors = quantize_weight(state[f"{layer}.weight"], each)
-            state[f"{layer}.weight"] = layer_of(tensors).dequantize()
+            state[f"{layer}.weight"] = LAYERS[each.bits](**tensors).dequantize()
             del there[f"{layer}.weight"]
             there |= {f"{layer}.{name}": tensor.to(device) for name, tensor in tensors.items()}
     return build(args, state), build(args, there, table)
@@ -101,10 +101,10 @@ def check_layer(spec: QuantSpec, compiled: bool, device, dtype) -> None:
     """A quantised layer, from one row to many, against its dequantised weight."""
     torch.manual_seed(0)
     tensors = quantize_weight(torch.randn(768, 512), spec)
-    work = fast_layer(tensors, compiled, device)
+    work = fast_layer(spec, tensors, compiled, device)
     for n_row in ROWS:
         x = torch.randn(n_row, 512).to(dtype)
-        wanted = x.float() @ layer_of(tensors).dequantize().T
+        wanted = x.float() @ LAYERS[spec.bits](**tensors).dequantize().T
         require_close(work(x.to(device)), wanted, 2e-2)
 
 
@@ -114,17 +114,18 @@ def check_experts(spec: QuantSpec | None, compiled: bool, device, dtype) -> None
     torch.manual_seed(0)
     weight = torch.randn(8, 384, 256).to(dtype)
     tensors = quantize_weight(weight, spec) if spec else {"weight": weight}
-    exact = layer_of(tensors).dequantize() if spec else weight.float()
-    work = fast_layer(tensors, compiled, device)
+    exact = LAYERS[spec.bits](**tensors).dequantize() if spec else weight.float()
+    work = fast_layer(spec, tensors, compiled, device)
     for n_token in (1, 2, 8, 9, 300):
         x, chosen = torch.randn(n_token, 1, 256).to(dtype), torch.rand(n_token, 8).argsort(1)[:, :2]
         wanted = torch.einsum("tkoi,ti->tko", exact[chosen], x[:, 0].float())
         require_close(work(x.to(device), chosen.to(device)), wanted, 2e-2)
 
 
-def fast_layer(tensors: dict[str, Tensor], compiled: bool, device) -> Callable:
+def fast_layer(spec: QuantSpec | None, tensors: dict[str, Tensor], compiled: bool, device) -> Callable:
     """The layer in the fastest form that the device has."""
-    layer = layer_of({name: tensor.to(device) for name, tensor in tensors.items()})
+    kind = LAYERS[spec.bits] if spec else ExpertLinear
+    layer = kind(**{name: tensor.to(device) for name, tensor in tensors.items()})
     faster = fastest(layer)
     layer = faster(layer) if faster else layer
     return torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer

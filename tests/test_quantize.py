@@ -86,8 +86,8 @@ def weights(path):
     source = open_model(path)
     layers = {}
     for name, spec in source.table.items():
-        kinds = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
-        layers[name] = LAYERS[spec.bits](*(source.tensors[f"{name}.{kind}"]() for kind in kinds)).dequantize()
+        leaves = ("weight", "scales", "zeros")[: 2 if spec.bits == 8 else 3]
+        layers[name] = LAYERS[spec.bits](*(source.tensors[f"{name}.{leaf}"]() for leaf in leaves)).dequantize()
     return layers
 
 
@@ -192,7 +192,7 @@ def test_compiled_experts_write_the_same_text(sources, capsys):
     flags = ["--dtype", "float32", "--quantize", "int4", "--temperature", 0, "--prompt", "the cat sat on"]
     plain, compiled = (
         generated(capsys, sources["experts"] / "model.pth", *flags, "--max_new_tokens", 40, *more)
-        for more in ([], ["--compile", "--speculate", "ngram"])
+        for more in ([], ["--compile", "--speculate", "ngram", "--speculate_k", 2])
     )
     assert plain.strip() and plain == compiled
 

@@ -13,8 +13,8 @@ from pydoc_data.topics import topics
 import torch
 
 from scripts.bench.report import Report, markdown, run_command, shared_flags
-from weights.checkpoint import open_source
-from weights.layout import model_bytes
+from weights.checkpoint import open_model
+from weights.layout import Layout
 
 GPTQ = ["int4-gptq", "--groupsize", "64", "--calibration_limit", "64", "--calibration_seq_length", "512"]
 VARIANTS = {
@@ -44,7 +44,7 @@ def fill(report: Report, *, model: str, threads: int) -> None:
 
 def measure(checkpoint: Path, how: list | None, threads: int, folder: Path) -> dict:
     """Quantise the model, if there is a way given, and measure the perplexity of the second half."""
-    facts, path = {"args": how, "bytes": model_bytes(open_source(checkpoint).args, torch.bfloat16)}, checkpoint
+    facts, path = {"args": how, "bytes": Layout(open_model(checkpoint).args).bytes(torch.bfloat16)}, checkpoint
     shared = ["--threads", threads, "--checkpoint_path"]
     if how:
         calibration = ["--calibration_file", folder / "first.txt"] if "gptq" in how[0] else []

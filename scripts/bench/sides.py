@@ -9,7 +9,6 @@ Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import torch
 from engine.engine import build_engine
 from layers.quantized import quant_spec
 from measure.cases import Case, measure_case
-from measure.machine import measured_bandwidth
+from measure.machine import measured_bandwidth, peak_memory
 from scripts.bench.report import ROOT
 from weights.checkpoint import load_model, random_model
 from weights.layout import weight_bytes
@@ -221,7 +220,7 @@ def serve(side: str, precision: str, model: str, threads: str) -> None:
         for line in sys.stdin:
             asked = json.loads(line)
             answer = engine.bandwidth() if "bandwidth" in asked else engine.measure(Case(**asked))
-            memory = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+            memory = {"peak_memory_gb": peak_memory(torch.device("cpu")) / 1e9}
             print(json.dumps(answer | memory), file=answers, flush=True)
 
 

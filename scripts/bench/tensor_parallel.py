@@ -13,7 +13,7 @@ from measure.traffic import predicted
 from model import ModelArgs
 from scripts.bench.report import Report, markdown, run_command, shared_flags, take_turns
 from tp import require_split
-from weights.checkpoint import open_source
+from weights.checkpoint import open_model
 from weights.registry import REGISTRY, args_from_name
 
 QUANTIZE = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
@@ -30,7 +30,7 @@ def add_flags(parser) -> None:
 
 
 def fill(report: Report, *, model: str, device: str, ranks: list[int], precisions: list[str], **flags) -> None:
-    args = args_from_name(model) if model in REGISTRY else open_source(model).args
+    args = args_from_name(model) if model in REGISTRY else open_model(model).args
     if min(ranks) < 1:
         raise ValueError(f"--ranks has {min(ranks)}; each must be at least 1")
     for n_rank in ranks:  # or a run of minutes would end with the first that fails

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from scripts.bench import report, run, speed
 from scripts.bench.report import ROOT, take_turns
 from scripts.bench.sides import SideProcess
 from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, key_of, targets
+from tests.device_cases import ARGS
 from tests.tiny import make_tiny_checkpoint
 from weights.checkpoint import random_model
 
@@ -188,8 +190,10 @@ def test_every_table_explains_itself(table, capsys):
     assert end.value.code == 0 and "--output" in text and "--fresh" in text and "--threads" in text
 
 
-def test_times_of_a_device():
-    model = random_model("stories15M", quantize=check_device.PRECISIONS["int4.g32, head too"][0], head="int4")
+def test_times_of_a_device(monkeypatch, one_thread):
+    monkeypatch.setattr(check_device, "NEW_TOKENS", 3)
+    spec, head = check_device.PRECISIONS["int4.g32, head too"]
+    model = random_model(replace(ARGS, max_seq_length=64), quantize=spec, head=head)
     cells = check_device.speeds(model, False, 20.0, check_device.matrix_rate(model.device, torch.bfloat16))
     assert all(float(cell) > 0 for cell in cells[:3]) and all(cell.endswith("%") for cell in cells[3:])
     model.layers[1].forward = lambda *_: 1 / 0
