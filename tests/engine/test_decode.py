@@ -11,11 +11,7 @@ from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import Sampling, choose, logits_to_probs, sample
-from tests.tiny import continuation, random_ids, tiny_model
-
-GREEDY = Sampling(temperature=0)
-CPU = torch.device("cpu")
-
+from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 
 # ---------------------------------------------------------------- sampling
 
