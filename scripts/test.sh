@@ -13,4 +13,8 @@ export OMP_NUM_THREADS=1
 if [[ ${1:-} == --quick ]]; then
     set -- -m "not slow" "${@:2}"
 fi
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
+# one cache of compiled code for all of this run, and for no other: a run that was killed may leave half a library in it
+TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
+export TORCHINDUCTOR_CACHE_DIR
+trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
+.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

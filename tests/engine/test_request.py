@@ -14,7 +14,7 @@ from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
 from engine.speculative import Speculation
 from measure.speed import acceptance, bytes_read, report_acceptance
-from tests.tiny import GREEDY, ROOT, SOURCES, ids_of, make_tiny_checkpoint, pairwise, speculation_of
+from tests.tiny import GREEDY, ROOT, SOURCES, ids_of, make_tiny_checkpoint, pairwise, speculation_of, tiny_model
 from text.stream import TextStream
 from weights.checkpoint import load_model
 
@@ -37,11 +37,9 @@ def test_budget_is_exact(tiny, budget):
     assert [len(row) for row in ids_of(tiny.model, [[5, 6], [7, 8, 9]], budget)] == [budget, budget]
 
 
-def test_prompt_and_budget_may_fill_the_cache_exactly(tiny):
-    prompt = list(range(10, 50))
-    (free,) = ids_of(tiny.model, [prompt], 60)
-    engine = Engine(tiny.model, cache=tiny.model.new_cache(1, 100))
-    assert ids_of(engine, [prompt], 60) == [free] and engine.cache.n_slots == 100
+def test_prompt_and_budget_may_fill_the_context_exactly():
+    prompt, engine = list(range(10, 50)), Engine(tiny_model(max_seq_length=100))
+    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100
 
 
 def test_one_token_more_than_the_context_is_an_error():
