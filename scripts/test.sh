@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything CI checks, in .venv: bash scripts/test.sh [arguments for pytest]
+# Everything CI checks, in .venv: bash scripts/test.sh [--quick] [arguments for pytest]
+# --quick leaves out the tests that start processes or ranks, or that compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -9,4 +10,11 @@ make_venv requirements-dev.txt
 .venv/bin/python -m ruff format --check .
 # several tests side by side, each with a thread: most of them start processes that have work for one
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
+if [[ ${1:-} == --quick ]]; then
+    set -- -m "not slow" "${@:2}"
+fi
+# one cache of compiled code for all of this run, and for no other: a run that was killed may leave half a library in it
+TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
+export TORCHINDUCTOR_CACHE_DIR
+trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
+.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

@@ -1,7 +1,9 @@
 """What several test files share: the default model (fetched once, outside the repository) and a way to run commands."""
 
 import hashlib
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,35 @@ CONVERT = "scripts/convert_hf_checkpoint.py"
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="what tests/test_device.py compares with the CPU")
+
+
+PROCESSES_AND_COMPILERS = {"subprocess", "torchrun", "compile_step", "compile", "spawn"}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start processes or ranks, or that compile, are slow: scripts/test.sh --quick leaves them out."""
+    for item in items:
+        fixtures = [definition[-1].func for definition in item._fixtureinfo.name2fixturedefs.values()]
+        own = [function for function in fixtures if function.__module__ == item.module.__name__]
+        named = "run_cli" in item.fixturenames or re.search("compile[sd]?_|_compile", item.name)
+        if named or any(map(starts, [item.function, *own])):
+            item.add_marker(pytest.mark.slow)
+
+
+def starts(function, seen=frozenset()):
+    """Whether a function, or a helper of the tests that it names, names one of those."""
+    names = {name for code in codes(function.__code__) for name in code.co_names}
+    if PROCESSES_AND_COMPILERS & names:
+        return True
+    helpers = [function.__globals__.get(name) for name in names - seen]
+    helpers = [getattr(helper, "__init__", helper) if inspect.isclass(helper) else helper for helper in helpers]
+    ours = [helper for helper in helpers if inspect.isfunction(helper) and helper.__module__.startswith("test")]
+    return any(starts(helper, seen | names) for helper in ours)
+
+
+def codes(code):
+    """A function's code and that of the functions inside it."""
+    return [code, *(inner for const in code.co_consts if inspect.iscode(const) for inner in codes(const))]
 
 
 def run(*args, input=None, timeout=300, env=None, cwd=ROOT):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def save_tiny(config, folder):
                 weight.copy_(torch.randn_like(weight) * 0.3 + (0 if name.endswith("bias") else 1))
     model.save_pretrained(folder)
     return model
+
+
+def pairwise(**choices):
+    """For parametrize: few cases in which every two choices for two of the names meet."""
+    cases = list(product(*(range(len(values)) for values in choices.values())))
+    pairs = {case: set(combinations(enumerate(case), 2)) for case in cases}
+    left, taken = set().union(*pairs.values()), []
+    while left:
+        taken.append(max(cases, key=lambda case: len(pairs[case] & left)))
+        left -= pairs[taken[-1]]
+    values = [list(values) for values in choices.values()]
+    return ",".join(choices), [[values[at][i] for at, i in enumerate(case)] for case in taken]
 
 
 def random_prompts(*lengths):

@@ -11,11 +11,7 @@ from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import Sampling, choose, logits_to_probs, sample
-from tests.tiny import continuation, random_ids, tiny_model
-
-GREEDY = Sampling(temperature=0)
-CPU = torch.device("cpu")
-
+from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 
 # ---------------------------------------------------------------- sampling
 
@@ -257,9 +253,8 @@ def test_models_samplings_and_batches_may_take_turns_on_one_compiled_step():
                     )
 
 
-@pytest.mark.parametrize("cached", [2, 3, 5])
-def test_one_compiled_prefill_serves_any_number_of_rows(cached):
-    model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
+def test_one_compiled_prefill_serves_any_number_of_rows():
+    cached, model, forward = 5, tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     cache = model.new_cache(cached, 256)
     for n_rows in (2, 1):  # the forms there are
         continuation(model, cache, random_ids(*[5] * n_rows), 2, forward=forward)
@@ -270,22 +265,13 @@ def test_one_compiled_prefill_serves_any_number_of_rows(cached):
             assert torch.equal(continuation(model, cache, prompts, 4, forward=forward), plain), n_rows
 
 
-def test_caches_made_anew_are_used_by_a_step_compiled_before():
-    model, step = tiny_model(), compile_step(decode_one_token, CPU)
-    for slots in (256, 512, 256):
-        cache = model.new_cache(1, slots)
-        prompts = random_ids(9, seed=slots)
-        assert torch.equal(continuation(model, cache, prompts, 8, step=step), continuation(model, cache, prompts, 8))
-
-
-@pytest.mark.parametrize("slots", [200, 512])
-def test_compiled_step_fills_the_whole_cache(slots):
-    model, prompts = tiny_model(), random_ids(slots - 8)
+def test_caches_made_anew_are_used_and_filled_by_a_step_compiled_before():
+    model = tiny_model()
     step, forward = compile_step(decode_one_token, CPU), compile_step(forward_chunk, CPU, any_length=True)
-    cache = model.new_cache(1, slots)
-    assert torch.equal(
-        continuation(model, cache, prompts, 8, step=step, forward=forward), continuation(model, cache, prompts, 8)
-    )
+    for slots in (200, 512, 256, 512):
+        cache, prompts = model.new_cache(1, slots), random_ids(slots - 8, seed=slots)
+        compiled = continuation(model, cache, prompts, 8, step=step, forward=forward)
+        assert torch.equal(compiled, continuation(model, cache, prompts, 8)), slots
 
 
 def test_the_seed_decides_what_a_compiled_step_draws():

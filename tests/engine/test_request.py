@@ -12,22 +12,11 @@ from engine.cache import check_fit
 from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
-from engine.sampling import Sampling
 from engine.speculative import Speculation
 from measure.speed import acceptance, bytes_read, report_acceptance
-from tests.tiny import ROOT, SOURCES, ids_of, make_drafts, make_tiny_checkpoint, speculation_of
+from tests.tiny import GREEDY, ROOT, SOURCES, ids_of, make_tiny_checkpoint, pairwise, speculation_of, tiny_model
 from text.stream import TextStream
-from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
-
-GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return SimpleNamespace(path=path, model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
-
 
 # ---------------------------------------------------------------- as a library
 
@@ -48,11 +37,9 @@ def test_budget_is_exact(tiny, budget):
     assert [len(row) for row in ids_of(tiny.model, [[5, 6], [7, 8, 9]], budget)] == [budget, budget]
 
 
-def test_prompt_and_budget_may_fill_the_cache_exactly(tiny):
-    prompt = list(range(10, 50))
-    (free,) = ids_of(tiny.model, [prompt], 60)
-    engine = Engine(tiny.model, cache=tiny.model.new_cache(1, 100))
-    assert ids_of(engine, [prompt], 60) == [free] and engine.cache.n_slots == 100
+def test_prompt_and_budget_may_fill_the_context_exactly():
+    prompt, engine = list(range(10, 50)), Engine(tiny_model(max_seq_length=100))
+    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100
 
 
 def test_one_token_more_than_the_context_is_an_error():
@@ -173,11 +160,6 @@ def test_streamed_text_of_random_ids_equals_the_decoded_whole(tiny):
 PROMPTS = [[50, 60, 70], [7, 8, 9, 7, 8, 9, 7, 8], [40]]
 
 
-@pytest.fixture(scope="module")
-def drafts(tiny, tmp_path_factory):
-    return make_drafts(tiny.path, tmp_path_factory.mktemp("other"))
-
-
 def finished(it, prompts, speculation=None, budget=24, stop=(), eos_ids=frozenset()):
     """The rows of a batch, ended, of which the first knows eos_ids, and the timing."""
     rows = [Request(prompt, it.tokenizer, budget, list(stop), True) for prompt in prompts]
@@ -193,9 +175,7 @@ def ends(rows):
     return [(row.token_ids, row.stream.text, row.finish_reason) for row in rows]
 
 
-@pytest.mark.parametrize("k", [1, 5, "auto"])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("reason", ["length", "stop", "eos"])
+@pytest.mark.parametrize(*pairwise(source=SOURCES, k=[1, 5, "auto"], reason=["length", "stop", "eos"]))
 def test_rows_end_as_without_speculation(tiny, drafts, source, k, reason):
     plain, _ = finished(tiny, PROMPTS)
     how = {
@@ -252,9 +232,7 @@ def test_generate_yields_the_same_ids_with_speculation(tiny, drafts, source):
     assert rows == ids_of(tiny.model, PROMPTS, 30)
 
 
-@pytest.mark.parametrize("source", ["ngram", "same"])
-@pytest.mark.parametrize("k", [1, 8, 64])
-@pytest.mark.parametrize("length", [480, 250], ids=["fills the context", "crosses a size of the cache"])
+@pytest.mark.parametrize(*pairwise(k=[1, 8, 64], source=["ngram", "same"], length=[480, 250]))
 def test_speculation_at_the_ends_of_caches(tiny, drafts, source, k, length):
     """480 and 32 more make 512, what model and draft were made for; a step attends to 256 slots, then to 512."""
     prompt = torch.randint(256, (length,), generator=torch.Generator().manual_seed(0)).tolist()

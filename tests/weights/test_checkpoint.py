@@ -584,13 +584,18 @@ def truncations(path, n):
     return sorted({*range(1, 40), *range(40, size, max(1, size // n)), *range(size - 40, size)})
 
 
+def saved_as(form, folder):
+    """The model's only file, in one of three formats."""
+    if form == "safetensors":
+        return folder / "model.safetensors"
+    path = convert(folder, folder / "model.pth")
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_cut_short_at_any_length(form, folder, llama):
-    path = folder / "model.safetensors"
-    if form != "safetensors":
-        path = convert(folder, folder / "model.pth")
-        content = torch.load(path, weights_only=True)
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+def test_cut_short_at_any_length(form, folder):
+    path = saved_as(form, folder)
     whole = path.read_bytes()
     for length in truncations(path, 30):
         path.write_bytes(whole[:length])
@@ -601,11 +606,7 @@ def test_cut_short_at_any_length(form, folder, llama):
 @pytest.mark.filterwarnings("ignore")
 def test_flipped_bytes_are_errors_or_harmless(form, folder):
     """Only ValueError escapes, whatever byte is damaged; the header and the pickle are damaged most."""
-    path = folder / "model.safetensors"
-    if form != "safetensors":
-        path = convert(folder, folder / "model.pth")
-        content = torch.load(path, weights_only=True)
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    path = saved_as(form, folder)
     whole, generator = bytearray(path.read_bytes()), random.Random(0)
     for _ in range(200):
         flipped = whole.copy()
