@@ -136,10 +136,10 @@ def trace_path(profile: str) -> str:
 
 
 def read_texts(args: argparse.Namespace, ranks: Ranks | None) -> list[str | int]:
-    """The prompts: texts, or numbers of random tokens. A single one fills the batch."""
+    """The prompts: texts, or numbers of random tokens."""
     if args.prompt_file is not None:
         return shared(ranks, lambda: read_prompt_file(args.prompt_file))
-    return [DEFAULT_PROMPT if args.prompt is None else args.prompt] * (args.batch_size or 1)
+    return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
 
 
 def choose_seed(seed: int, ranks: Ranks | None) -> int:
@@ -212,12 +212,14 @@ def answer(
     facts: dict,
 ) -> None:
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
-    ranks = engine.model.ranks
+    ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
+    check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
     prompts = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
     batch_size = args.batch_size or len(prompts)
-    context = context_length(engine.model.args, args.max_seq_length)
+    copies = batch_size if args.prompt_file is None else 1  # a single prompt fills the batch
     length = check_fit(max(map(len, prompts)), args.max_new_tokens, context)
-    engine.reserve(min(batch_size, len(prompts)), length)
+    engine.reserve(min(batch_size, copies * len(prompts)), length)
+    prompts = prompts * copies
     batches = [prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)]
     lengths = [[len(prompt) for prompt in batch] for batch in batches]
     facts["compile_s"] = prepare(lambda: engine.warm_up(lengths, args.max_new_tokens, sampling), args)
