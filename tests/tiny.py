@@ -186,7 +186,7 @@ def torchrun(n_rank, *args, **options):
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENV, text=True, **pipes, **options)
 
 
-def outcome(process, input=None, timeout=240):
+def outcome(process, input=None, timeout=900):  # a rank that compiles on a busy machine takes minutes
     """(exit code, standard output, standard error)"""
     try:
         out, err = process.communicate(input, timeout=timeout)
