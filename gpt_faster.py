@@ -24,7 +24,9 @@ class Loader(SourceFileLoader):
     def source_to_code(self, data, path, *, _optimization=-1):
         tree = ast.parse(data, path)
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in NAMES:
+            if isinstance(node, ast.Import):
+                assert not {each.name for each in node.names} & {*NAMES}, f"{path}: write from ... import ..."
+            elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in NAMES:
                 node.module = f"{__name__}.{node.module}"
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimization)
 

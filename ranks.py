@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-import cli
+from cli import in_words, listed
 
 MEET_S = 60  # within which all ranks must reach each other
 SILENT_S = 15  # after which a rank without a sign of life is dead
@@ -119,7 +119,7 @@ def init_tp() -> Iterator[Ranks | None]:
     except Exception as error:
         if "Connection closed by peer" in str(error) or isinstance(error, dist.DistNetworkError):
             watch.join(SILENT_S + GRACE_S)  # the watch finds which rank is gone, and ends this process
-        words = cli.in_words(error)
+        words = in_words(error)
         if words is None:
             traceback.print_exc(file=sys.__stderr__)
         watch.fail(words or f"{type(error).__name__}: {error}", 2 if words else 1)
@@ -161,7 +161,7 @@ class Watch(threading.Thread):
         until = time.monotonic() + MEET_S
         while missing := [rank for rank, key in enumerate(self.keys) if not self.store.check([key])]:
             if time.monotonic() > until:
-                raise ValueError(f"of {self.size} ranks, {cli.listed(missing)} did not come within {MEET_S} seconds")
+                raise ValueError(f"of {self.size} ranks, {listed(missing)} did not come within {MEET_S} seconds")
             time.sleep(TICK_S)
         self.start()
         return dist.PrefixStore("gpt-faster/group", store)
@@ -222,7 +222,7 @@ class Watch(threading.Thread):
             if state == "failed" and failed[0] != 0:  # the message of one that has "ended" names a rank already
                 message = f"rank {failed[0]}: {message}"
         else:
-            code, message = "1", f"rank {cli.listed(silent)} gave no sign of life for {SILENT_S} seconds"
+            code, message = "1", f"rank {listed(silent)} gave no sign of life for {SILENT_S} seconds"
         speaker = min(set(range(self.size)) - set(silent))
         if self.rank == speaker:
             self.say(message)

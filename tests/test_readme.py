@@ -194,7 +194,11 @@ def test_library_example(run_cli, default_model_dir, tmp_path):
     (code,) = blocks("python")
     code = re.sub(r'load\("[^"]+"', f"load({str(default_model_dir / 'model.pth')!r}", code)
     code = code.replace("max_new_tokens=100", "max_new_tokens=12")
-    found = f"import sys; sys.path.append({str(ROOT)!r}); import gpt_faster; sys.path.remove({str(ROOT)!r})"
+    # as pip install -e does: the file is found, its folder is not on the path
+    found = f"""import importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpt_faster", {str(ROOT / "gpt_faster.py")!r})
+sys.modules["gpt_faster"] = gpt_faster = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpt_faster)"""
     checks = "import model, text; assert model.MINE and text.MINE and model is not gpt_faster.model"
     for compile in ("False", "True"):
         lines = [found, code.replace("compile=False", f"compile={compile}"), checks]
