@@ -213,6 +213,7 @@ def answer(
 ) -> None:
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
+    # a number of random tokens is checked before they are drawn
     check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
     prompts = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
     batch_size = args.batch_size or len(prompts)
