@@ -43,7 +43,7 @@ class QuantSpec:
             return 1
         if in_features % self.groupsize:
             fits = ", ".join(str(size) for size in GROUPSIZES if in_features % size == 0)
-            advice = f"use {fits}" if fits else "use --mode int8, which needs none"
+            advice = f"use {fits}" if fits else "use int8, which needs none"
             raise ValueError(f"groupsize {self.groupsize} does not divide the {in_features} inputs of {name}; {advice}")
         return in_features // self.groupsize
 
