@@ -7,7 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+SILENCE = 10  # seconds without a word, at most, where progress is not drawn
 
 
 def quit_on_interrupt() -> None:
@@ -91,3 +93,24 @@ def quit_with(code: int, message: str) -> None:
 
 def say(*parts) -> None:
     print(*parts, file=sys.stderr, flush=True)
+
+
+class Lines:
+    """A file for tqdm, whose bars become lines on standard error."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            say(text.strip())
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(items: Iterable | None = None, **options):
+    """A tqdm bar on a terminal, removed at the end; elsewhere a line every 10 seconds, none if the work takes less."""
+    from tqdm import tqdm
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(items, leave=False, delay=1, **options)
+    pace = {"miniters": 1, "mininterval": SILENCE, "delay": SILENCE}
+    return tqdm(items, leave=False, file=Lines(), bar_format="{desc}: {n_fmt} of {total_fmt}", **pace, **options)

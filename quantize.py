@@ -29,7 +29,7 @@ from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, save_tokenizer
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
-from weights.files import GB, dropping_page_cache, require_space, require_writable, write_json
+from weights.files import GB, dropping_page_cache, require_space, require_writable, size_text, write_json
 from weights.layout import Layout, ModelFile
 
 GPTQ = "int4-gptq"
@@ -65,6 +65,8 @@ def main(**flags) -> None:
         "torch": torch.__version__,
         "bytes_before": job.bytes_before,
         "bytes_after": job.bytes_after,
+        "file_before": source_size(job),
+        "file_after": job.target.stat().st_size,
         "layers": layers,
         "perplexity_before": None if text is None else perplexity_of(job.path, job.model_name, text, job),
         "perplexity_after": None if text is None else perplexity_of(job.target, None, text, job),
@@ -201,7 +203,7 @@ def write(job: Job, tensors: dict[str, Tensor]) -> None:
     """Write the quantised file and, if it has none beside it, a tokenizer."""
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
     save_checkpoint(job.target, job.source.args, on_cpu, job.layout.table)
-    say(f"Wrote {job.target}: {job.target.stat().st_size / GB:.2f} GB")
+    say(f"Wrote {job.target}: {size_text(job.target.stat().st_size)}")
     write_tokenizer(job.source, job.target.parent)
 
 
@@ -229,6 +231,12 @@ def layer_facts(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
     return facts
 
 
+def source_size(job: Job) -> int | None:
+    """Bytes of the file that the model came in, whatever its types; None: a folder of Hugging Face files."""
+    path = job.source.gguf or (job.path if job.path.is_file() else job.path / "model.pth")
+    return path.stat().st_size if path.is_file() and path.suffix != ".safetensors" else None  # a shard is not all
+
+
 def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
     """||rounded - weight|| / ||weight|| of a layer [out, in], or of experts [E, out, in], some rows at a time."""
     weight, *rounded = (tensor.flatten(0, -2) for tensor in (weight, *rounded))
@@ -250,9 +258,10 @@ def perplexity_of(path: Path, model_name: str | None, ids: list[int], job: Job) 
 
 def report(facts: dict) -> None:
     """The table at the end, on standard output."""
-    before, after = facts["bytes_before"], facts["bytes_after"]
     print(f"{'':12}{'before':>12}{'after':>12}")
-    print(f"{'size':12}{before / 1e6:9.1f} MB{after / 1e6:9.1f} MB   {before / after:.2f} x smaller")
+    report_size(f"in {facts['args']['dtype']}", facts["bytes_before"], facts["bytes_after"])
+    if facts["file_before"] is not None:
+        report_size("file", facts["file_before"], facts["file_after"])
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     if before is not None:
         print(f"{'perplexity':12}{before:12.4f}{after:12.4f}   {100 * (after / before - 1):+.2f} %")
@@ -263,6 +272,11 @@ def report(facts: dict) -> None:
         spec = QuantSpec(layer["bits"], layer["groupsize"])
         print(f"  {layer['name']:{width}}  {str(spec):9}{100 * layer['relative_error']:6.2f} %")
     print(f"\n{facts['seconds']:.1f} seconds, peak memory {facts['peak_memory_gb'] or 0:.2f} GB")
+
+
+def report_size(what: str, before: int, after: int) -> None:
+    change = f"{before / after:.2f} x smaller" if after <= before else f"{after / before:.2f} x larger"
+    print(f"{what:12}{size_text(before):>12}{size_text(after):>12}   {change}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import progress
 from layers.quantized import LAYERS, QuantSpec, quantize_weight, scales_and_zeros, stored, to_codes
 from model import Transformer
 
@@ -167,7 +168,7 @@ def gptq_(
     pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
     hidden = [model.embed(tokens) for tokens in windows.to(model.device).split(batch_size)]  # updated block by block
     contexts = model.contexts(pos, None)
-    for i, block in enumerate(tqdm(model.layers, desc="Quantising", unit="block", disable=None, leave=False)):
+    for i, block in enumerate(progress(model.layers, desc="Quantising", unit="block")):
         batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
         for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
             if name in table:

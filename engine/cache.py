@@ -26,7 +26,7 @@ def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
     args = model.args
     size = 2 * args.n_layer * n_rows * args.n_kv_head * n_slots * args.head_dim * model.dtype.itemsize
     what = f"the caches of {n_rows} x {n_slots} positions"
-    require_memory(size, model.device, what, "use a smaller --max_seq_length, --max_new_tokens or --batch_size")
+    require_memory(size, model.device, what, "use a smaller --batch_size, or shorter texts")
     return model.new_cache(n_rows, n_slots)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
+from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
@@ -63,7 +64,8 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module]
 def pack_(model: nn.Module) -> None:
     """Give every layer of a model its fastest form; once, after the weights are in place."""
     # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of
-    for name in reversed([name for name, _ in model.named_modules() if name]):
+    names = [name for name, _ in model.named_modules() if name]
+    for name in progress(names[::-1], desc="Packing", unit="layer"):
         layer = model.get_submodule(name)
         fast = fastest(layer, model)
         if fast is not None:

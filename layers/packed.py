@@ -133,7 +133,9 @@ class AnyExperts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
         if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait for the choice of experts
             return self.by_copies(x, chosen)
-        return each_expert(x, chosen, list(self.buffers()), self.bits)
+        # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
+        each = each_expert_operator if torch.compiler.is_compiling() else each_expert
+        return each(x, chosen, list(self.buffers()), self.bits)
 
     def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
         """The same, each row with a copy of its weight, which the compiler may fuse away."""
@@ -143,13 +145,15 @@ class AnyExperts(nn.Module):
         return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
 
 
-@torch.library.custom_op("gpt_faster::each_expert", mutates_args=())
 def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | None) -> Tensor:
-    """`by_expert` as an operator."""
+    """`by_expert` of the layer that has these tensors."""
     return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
 
 
-@each_expert.register_fake
+each_expert_operator = torch.library.custom_op("gpt_faster::each_expert", each_expert, mutates_args=())
+
+
+@each_expert_operator.register_fake
 def _(x, chosen, tensors, bits):
     return x.new_empty(*chosen.shape, tensors[0].shape[1])
 

@@ -43,7 +43,7 @@ class QuantSpec:
             return 1
         if in_features % self.groupsize:
             fits = ", ".join(str(size) for size in GROUPSIZES if in_features % size == 0)
-            advice = f"use {fits}" if fits else "use --mode int8, which needs none"
+            advice = f"use {fits}" if fits else "use int8, which needs none"
             raise ValueError(f"groupsize {self.groupsize} does not divide the {in_features} inputs of {name}; {advice}")
         return in_features // self.groupsize
 
@@ -95,14 +95,11 @@ def stored(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str,
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") -> dict[str, Tensor]:
-    """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `LAYERS`.
-
-    A meta tensor gives meta ones.
-    """
+    """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `LAYERS`."""
     rows, n_group = weight.flatten(0, -2), spec.groups(weight.shape[-1], name)
     parts = [
         LAYERS[spec.bits].rounded(part.float().unflatten(1, (n_group, -1)))
-        for part in rows.split(len(rows) if rows.is_meta else max(1, PART // rows.shape[1]))
+        for part in rows.split(max(1, PART // rows.shape[1]))
     ]
     return {key: torch.cat([part[key] for part in parts]).unflatten(0, weight.shape[:-1]) for key in parts[0]}
 
@@ -222,7 +219,9 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
 
 @functools.cache  # a model has few different shapes, and each costs a millisecond
 def _meta_tensors(shape: torch.Size, spec: QuantSpec) -> dict[str, Tensor]:
-    return quantize_weight(torch.empty(shape, device="meta"), spec)
+    # widths and dtypes of a row of zeros: arithmetic on meta tensors imports the compiler, two seconds of start-up
+    row = quantize_weight(torch.zeros(1, shape[-1]), spec)
+    return {key: torch.empty(*shape[:-1], t.shape[-1], dtype=t.dtype, device="meta") for key, t in row.items()}
 
 
 def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -9,8 +9,8 @@ from itertools import groupby
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
+from cli import progress
 from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
@@ -90,11 +90,11 @@ class Adapter(TemplateLM):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         questions, answers = questions_of(pairs, self.max_length), [None] * len(requests)
         rows_each = 2 if any(question.longest > 1 for question in questions) else 1  # see `score`
-        with tqdm(total=len(requests), desc="Scoring", unit="request", disable=disable_tqdm or None) as progress:
+        with progress(total=len(requests), desc="Scoring", unit="request", disable=disable_tqdm) as bar:
             for n_rows, batch in self.batches(questions, self.tokens_at_once, rows_each):
                 for number, total, is_greedy in score(self.engine, batch, n_rows):
                     answers[number] = (total, is_greedy)
-                    progress.update()
+                    bar.update()
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -115,11 +115,11 @@ class Adapter(TemplateLM):
         alike: dict[tuple[Sampling, int], list[Request]] = {}  # the rows of a batch are sampled alike, and as often
         for request, sampling in ours:
             alike.setdefault((sampling, request.max_new_tokens), []).append(request)
-        with tqdm(total=len(requests), desc="Generating", unit="request", disable=disable_tqdm or None) as progress:
+        with progress(total=len(requests), desc="Generating", unit="request", disable=disable_tqdm) as bar:
             for (sampling, _), some in alike.items():
                 for n_rows, batch in self.batches(some, GENERATING * self.tokens_at_once):
                     self.generate(batch, n_rows, sampling)
-                    progress.update(len(batch))
+                    bar.update(len(batch))
         return [request.stream.text for request, _ in ours]
 
     def request_of(self, context: str, settings: dict) -> tuple[Request, Sampling]:

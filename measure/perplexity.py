@@ -7,8 +7,8 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from cli import progress
 from engine.cache import context_length
 from engine.engine import Engine
 from measure.scoring import token_logprobs
@@ -49,14 +49,14 @@ def perplexity(
     text = torch.tensor(ids, device=model.device)
     engine.reserve(min(batch_size, len(windows)), min(window, len(ids)))
     total = 0.0
-    with tqdm(total=n_tokens, desc="Scoring", unit="token", disable=None, leave=False) as progress:
+    with progress(total=n_tokens, desc="Scoring", unit="token") as bar:
         for batch in batches(windows, batch_size):
             tokens = torch.stack([text[begin:end] for begin, _, end in batch])
             pos = torch.arange(tokens.shape[1] - 1, device=text.device).repeat(len(batch), 1)
             skip = batch[0].first - batch[0].begin - 1
             logprobs, _ = token_logprobs(engine, tokens[:, :-1], pos, tokens[:, 1:], skip)
             total -= logprobs.sum().item()
-            progress.update(logprobs.numel())
+            bar.update(logprobs.numel())
     mean = total / n_tokens
     if math.isnan(mean):
         raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")

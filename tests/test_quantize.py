@@ -221,12 +221,14 @@ def test_hugging_face_folder(tmp_path):
         target.unlink()
 
 
-def test_gguf_brings_its_tokenizer(default_gguf, tmp_path):
+def test_gguf_brings_its_tokenizer_and_is_what_the_file_is_compared_with(default_gguf, tmp_path, capsys):
     os.symlink(default_gguf, tmp_path / "some.gguf")
     facts = quantise(tmp_path / "some.gguf")
     tokenizer = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert names(tmp_path) == sorted(["some.gguf", "some_int8.pth", *tokenizer])
     assert facts["bytes_before"] == 2 * 134_515_008  # parameters in bfloat16, whatever the file has
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("file"))
+    assert re.fullmatch(r"file +98.4 MB +191\.\d MB +1.95 x larger", line)  # it was Q4_1
     assert all(0.005 < layer["relative_error"] < 0.02 for layer in facts["layers"])
     (tmp_path / "some.gguf").unlink()
     assert load_tokenizer(tmp_path / "some_int8.pth").encode(TEXT) == load_tokenizer(default_gguf).encode(TEXT)
@@ -279,9 +281,11 @@ def test_facts_and_report(folder, text, capsys):
 
     lines = out.splitlines()
     before, after = facts["perplexity_before"], facts["perplexity_after"]
-    assert lines[1].split() == ["size", "0.2", "MB", "0.1", "MB", f"{lines[1].split()[5]}", "x", "smaller"]
-    assert float(lines[1].split()[5]) == pytest.approx(facts["bytes_before"] / facts["bytes_after"], abs=0.006)
-    assert lines[2].split() == [
+    assert (facts["file_before"], facts["file_after"]) == (path.stat().st_size, target.stat().st_size)
+    for line, what, kind in ((lines[1], "in bfloat16", "bytes"), (lines[2], "file", "file")):
+        old, new = facts[f"{kind}_before"], facts[f"{kind}_after"]
+        assert line.split() == f"{what} {old / 1e3:.1f} kB {new / 1e3:.1f} kB {old / new:.2f} x smaller".split()
+    assert lines[3].split() == [
         "perplexity",
         f"{before:.4f}",
         f"{after:.4f}",
@@ -292,7 +296,7 @@ def test_facts_and_report(folder, text, capsys):
     assert [line.split()[0] for line in lines if line.startswith("  ")][1:] == [layer["name"] for layer in worst]
     assert lines[-1].startswith(f"{facts['seconds']:.1f} seconds, peak memory ")
     assert err.splitlines()[0] == "Using device=cpu"
-    assert err.splitlines()[1].startswith(f"Wrote {target}: 0.00 GB")
+    assert err.splitlines()[1].startswith(f"Wrote {target}: {facts['file_after'] / 1e3:.1f} kB")
 
 
 def test_without_a_check_there_is_no_perplexity(folder, capsys):
@@ -465,12 +469,12 @@ def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeyp
 
 def test_too_little_memory_is_said_before_the_work(folder, monkeypatch):
     monkeypatch.setattr("weights.device.free_memory", lambda device: 100)
-    refused(folder / "model.pth", "need 0.0 GB, but cpu has 0.0 GB free; use a smaller model")
+    refused(folder / "model.pth", "kB, but cpu has 0.1 kB free; use a smaller model")
 
 
 def test_too_little_space_is_said_before_the_work(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    refused(folder / "model.pth", "0.00 GB are free")
+    refused(folder / "model.pth", "1.0 kB are free")
 
 
 def test_a_full_disk_leaves_nothing_and_spares_what_was_there(folder):

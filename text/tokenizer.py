@@ -65,7 +65,7 @@ class Tokenizer:
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's template writes it."""
         if self.chat_template is None:
-            raise ValueError("the model has no chat template; leave out --chat and write the prompt as plain text")
+            raise ValueError("the model has no chat template; give it plain text instead of a chat")
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         return render(self.chat_template, {**self._names, **variables, "messages": messages})
 

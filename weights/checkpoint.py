@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cli import progress
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
-from weights.files import GB, atomic_path, require_space, require_writable
+from weights.files import atomic_path, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
@@ -73,7 +73,7 @@ def open_folder(
 
 def missing_checkpoint(path: Path) -> str:
     repo = "/".join(path.parts[-3:-1]) if path.parts[:1] == ("checkpoints",) and len(path.parts) == 4 else None
-    hint = f"fetch it with: scripts/prepare.sh {repo}" if repo else "give --checkpoint_path a file or folder"
+    hint = f"fetch it with: scripts/prepare.sh {repo}" if repo else "give the path of a file or folder"
     return f"there is no checkpoint at {path}; {hint}"
 
 
@@ -118,7 +118,7 @@ def read_tensors(
         return tensor if ranks is None else shard(name, tensor, opened.args, ranks.rank, ranks.size).contiguous()
 
     quantize, layout, state = quantize or {}, opened.layout, {}
-    for name, read in tqdm(opened.tensors.items(), desc=what, unit="tensor", disable=None, leave=False):
+    for name, read in progress(opened.tensors.items(), desc=what, unit="tensor"):
         tensor = checked(name, read, layout.tensors[name])
         module, _, leaf = name.rpartition(".")
         layers = [module, "output"] if module == layout.head_source != "output" else [module]  # those with this weight
@@ -220,7 +220,7 @@ def fetch(
 
 def require_weights_fit(layout: Layout, dtype: torch.dtype, device: torch.device, name: str | Path) -> None:
     """Refuse, before anything is read, a model called `name` whose weights do not fit into the device's memory."""
-    advice = "use a smaller model, --dtype or --quantize"
+    advice = "use a smaller model or --dtype, or int8 or int4 weights"
     require_memory(layout.bytes(dtype), device, f"the weights of {name}", advice)
 
 
@@ -273,4 +273,4 @@ def save_checkpoint(
         except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
             whole = False
         if not whole:
-            raise OSError(f"the disk is full, or takes no file of {size / GB:.2f} GB")
+            raise OSError(f"the disk is full, or takes no file of {size_text(size)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ranks import Ranks
-from weights.files import GB
+from weights.files import size_text
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -56,4 +56,4 @@ def require_memory(size: int, device: torch.device, what: str, advice: str) -> N
     """Refuse, before anything is allocated, `size` bytes for `what` that do not fit on `device`."""
     free = free_memory(device)
     if free is not None and size > free:
-        raise ValueError(f"{what} need {size / GB:.1f} GB, but {device} has {free / GB:.1f} GB free; {advice}")
+        raise ValueError(f"{what} need {size_text(size)}, but {device} has {size_text(free)} free; {advice}")

@@ -21,6 +21,12 @@ GB = 1e9
 WEIGHTS = (".pth", ".bin", ".safetensors", ".gguf")  # suffixes
 
 
+def size_text(size: float) -> str:
+    """Bytes as a person reads them: 98.4 MB."""
+    scale, unit = next((each for each in ((GB, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
+    return f"{size / scale:.1f} {unit}"
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file."""
     path = Path(path)
@@ -59,7 +65,7 @@ def require_space(path: Path, size: int) -> None:
     """Refuse a file of `size` bytes at `path` for which the disk has no room."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise ValueError(f"cannot write {path}: it needs {size / GB:.2f} GB, and {free / GB:.2f} GB are free")
+        raise ValueError(f"cannot write {path}: it needs {size_text(size)}, and {size_text(free)} are free")
 
 
 def write_json(path: str | Path, value: dict) -> None:

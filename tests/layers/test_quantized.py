@@ -1,5 +1,7 @@
 """Quantised layers against numbers by hand, GGUF's own rounding, and the dequantised float model."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import gguf
@@ -160,7 +162,7 @@ def test_a_groupsize_that_does_not_divide_names_those_that_do():
         model = nn.ModuleDict({"a": nn.Linear(256, 8), "b": nn.Linear(192, 8)})
     with pytest.raises(ValueError, match="groupsize 128 does not divide the 192 inputs of b; use 32, 64$"):
         linear_table(model, QuantSpec(4, 128), None)
-    with pytest.raises(ValueError, match="the 48 inputs of c; use --mode int8"):
+    with pytest.raises(ValueError, match="the 48 inputs of c; use int8, which needs none$"):
         quantize_weight(random(8, 48), QuantSpec(4, 32), "c")
 
 
@@ -184,6 +186,25 @@ def test_shells_have_the_shapes_and_types_of_real_layers(spec):
         quantize_(model, {"0": spec})
     kinds = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (real, empty)]
     assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is LAYERS[spec.bits]
+
+
+# In a process of its own, because the tests around it compile.
+EAGER = """
+import sys, torch
+from layers.quantized import QuantSpec
+from model import ModelArgs
+from weights.checkpoint import random_model
+sizes = dict(dim=64, n_layer=1, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96, vocab_size=32)
+for experts in ({}, {"n_expert": 4, "n_expert_used": 2}):
+    for spec in (None, QuantSpec(8), QuantSpec(4, 32)):
+        random_model(ModelArgs(**sizes, max_seq_length=8, **experts), quantize=spec)(*torch.zeros(2, 1, 2).long())
+print({"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys())
+"""
+
+
+def test_a_model_that_is_not_compiled_does_not_wait_for_the_compilers_modules():
+    done = subprocess.run([sys.executable, "-c", EAGER], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 # ---------------------------------------------------------------- models

@@ -395,7 +395,7 @@ def test_a_looping_template_ends(tmp_path):
 
 
 def test_no_template(tmp_path):
-    with pytest.raises(ValueError, match="no chat template; leave out --chat"):
+    with pytest.raises(ValueError, match="no chat template; give it plain text"):
         load_tokenizer(write_folder(tmp_path)).render_chat(CHAT)
 
 
