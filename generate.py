@@ -33,6 +33,7 @@ from measure.machine import run_facts
 from measure.speed import by_each, rate, report, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
+from text.chat import start_rendering
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
@@ -53,6 +54,8 @@ def main(**flags) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         say_device(device, ranks)
+        if (args.chat or args.interactive) and speaks(ranks):
+            start_rendering()
         began = time.perf_counter()
         engine, tokenizer = load(args, device, ranks)
         facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": time.perf_counter() - began}

@@ -1,79 +1,89 @@
-"""Chat templates: programs that come with a model, so they run in a sandbox and within limits of time and size."""
+"""Chat templates: programs that come with a model, so `sandbox.py` renders them in a process with limits of its own."""
 
-import ctypes
+import contextlib
+import functools
 import json
+import os
+import subprocess
+import sys
 import threading
-from datetime import datetime
+import time
+from pathlib import Path
 
 TEMPLATE_SECONDS = 2.0
-TEMPLATE_SIZE = 1_000_000  # characters, items or bits of one value a template may compute
+BYTES_A_SECOND = 5_000_000  # of a long conversation, which has so much more time
+START_SECONDS = 60.0  # on a busy machine
+SANDBOX = Path(__file__).with_name("sandbox.py")
 
 
 def render(template: str, variables: dict) -> str:
-    """What a template writes. Raises ValueError, in one line, on whatever goes wrong."""
-    outcome = {}
+    """What a template writes; variables: of JSON's types. Raises ValueError, in one line, on whatever goes wrong."""
+    reply = renderer(os.getpid()).ask({"template": template, "variables": variables})
+    if "text" not in reply:
+        raise ValueError(f"chat template: {reply['error']}")
+    return reply["text"]
 
-    def work():
+
+def start_rendering() -> None:
+    """Start the process that renders, which takes 0.1 s, beside what else comes before the first template."""
+    renderer(os.getpid()).start()
+
+
+@functools.cache
+def renderer(pid: int) -> "Renderer":
+    """The renderer of a process: after a fork the pipes are still the parent's, so the child has its own."""
+    return Renderer()
+
+
+class Renderer:
+    """The process that renders: started once, kept, and killed at the deadline, because nothing less stops C code."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.is_ready = False
+
+    def start(self) -> None:
+        """Start the process, unless it runs; it is ready once it has written its first line."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        try:  # in a session of its own, because a Ctrl-C at the terminal is not for it
+            self.process = subprocess.Popen([sys.executable, "-I", SANDBOX], **pipes, start_new_session=True)
+        except OSError as error:
+            raise ValueError(f"chat templates need a process of their own, and none starts: {error.strerror}") from None
+        self.is_ready = False
+
+    def ask(self, request: dict) -> dict:
+        with self.lock:
+            self.start()
+            self.is_ready = self.is_ready or bool(self.exchange(b"", START_SECONDS))
+            if not self.is_ready:
+                code = self.process.returncode
+                raise ValueError(f"chat templates need a process of their own, and it ends at once (exit code {code})")
+            line, began = json.dumps(request).encode() + b"\n", time.monotonic()
+            seconds = TEMPLATE_SECONDS + len(line) / BYTES_A_SECOND
+            reply = self.exchange(line, seconds)
+        if reply:
+            return json.loads(reply)
+        if time.monotonic() - began < seconds:
+            return {"error": f"it ends the process that renders it (exit code {self.process.returncode})"}
+        return {"error": f"still running after {seconds:.3g} seconds"}
+
+    def exchange(self, line: bytes, seconds: float) -> bytes:
+        """The line that the process answers; empty if it has died, or is killed because the time is over."""
+        reply, killer = b"", threading.Timer(seconds, self.process.kill)
+        killer.start()
         try:
-            outcome["text"] = template_sandbox().from_string(template).render(variables)
-        except SystemExit:  # raised below, at the time limit
-            pass
-        except Exception as error:  # a template can raise anything
-            outcome["error"] = " ".join((str(error) or type(error).__name__).split())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(TEMPLATE_SECONDS)
-    if thread.is_alive():
-        # the sandbox limits one loop, not loops within loops; jinja's handlers catch Exception, never SystemExit
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        thread.join(0.5)
-    if "text" not in outcome:
-        raise ValueError(f"chat template: {outcome.get('error', f'still running after {TEMPLATE_SECONDS:g} seconds')}")
-    return outcome["text"]
-
-
-def template_sandbox():
-    """Jinja as chat templates expect it: the settings and additions of transformers."""
-    from jinja2 import TemplateError
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks what training scores; here it is only its content."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**"))
-
-        def call_binop(self, context, operator, left, right):
-            if result_size(operator, left, right) > TEMPLATE_SIZE:
-                raise SecurityError(f"the result of {operator} is too large")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    sandbox.filters["tojson"] = to_json  # jinja's own escapes HTML
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    return sandbox
-
-
-def result_size(operator: str, left, right) -> int:
-    """A bound on the result before it is computed: sequences count their items, numbers their bits."""
-    sizes = [len(x) if hasattr(x, "__len__") else x.bit_length() if isinstance(x, int) else 1 for x in (left, right)]
-    if operator == "**" and isinstance(right, int):
-        return sizes[0] * right
-    if operator == "*" and hasattr(left, "__len__") != hasattr(right, "__len__"):
-        return sizes[0] * right if isinstance(right, int) else left * sizes[1]
-    return sum(sizes)
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+            reply = self.process.stdout.readline()
+        finally:  # after a Ctrl-C too
+            in_time = killer.is_alive()
+            killer.cancel()
+            if not (in_time and reply.endswith(b"\n")):
+                reply = b""
+                self.process.kill()
+                self.process.communicate()
+        return reply
