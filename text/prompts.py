@@ -2,7 +2,7 @@
 
 import torch
 
-from text.files import numbered_lines, read_utf8, text_fields
+from text.files import numbered_lines, read_utf8, require_utf8, text_fields
 from text.tokenizer import Tokenizer
 
 
@@ -44,10 +44,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
     """Ids of one prompt; an integer N means N random ids. chat: put it and the system message into the template."""
     if isinstance(prompt, int):
         return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not valid UTF-8") from None
+    require_utf8(prompt, "the prompt")
     if not prompt:
         raise ValueError("the prompt is empty; give a text, or a number of random tokens")
     if not chat:
