@@ -9,7 +9,7 @@ from text.tokenizer import Tokenizer
 class IdTokenizer:
     """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
 
-    bos_id, eos_ids, chat_template = None, frozenset(), None
+    bos_id, eos_ids, chat_template, templates = None, frozenset(), None, {}
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -17,8 +17,11 @@ class IdTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [byte % self.vocab_size for byte in text.encode()]
 
+    def require_template(self) -> str:
+        raise ValueError("random weights have no chat template; leave out --chat and --system")
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        raise ValueError("random weights have no chat template; leave out --chat")
+        return self.encode(self.require_template())
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)

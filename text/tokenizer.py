@@ -84,7 +84,7 @@ class Tokenizer:
             names = listed(sorted(self.templates))
             raise ValueError(f"the model has several chat templates; choose one with --chat_template: {names}")
         if self.chat_template is None:
-            raise ValueError("the model has no chat template; leave out --chat and write the prompt as plain text")
+            raise ValueError("the model has no chat template; leave out --chat and --system, and write plain text")
         return self.chat_template
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
@@ -134,9 +134,11 @@ def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
             )
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model."""
+def load_tokenizer(path: str | Path, vocab_size: int | None = None, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model; template: as `choose_template`."""
     tokenizer = find_tokenizer(Path(path))
+    if template is not None:
+        tokenizer.choose_template(template)
     if vocab_size is not None:  # some tokenizers have more tokens than the model has rows
         tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
     return tokenizer
