@@ -28,6 +28,11 @@ def place_flags(group, dtype: str = "", threads: str = "") -> None:
     group.add_argument("--threads", type=int, help=f"CPU threads (default: PyTorch's choice{threads})")
 
 
+def template_flag(group) -> None:
+    text = "one of the model's chat templates, by name, or a file with one (default: the model's default)"
+    group.add_argument("--chat_template", metavar="NAME|FILE", help=text)
+
+
 def say_device(device: torch.device, ranks: Ranks | None) -> None:
     say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
 

@@ -27,13 +27,14 @@ from engine.guess_length import check_length
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
-from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device
+from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device, template_flag
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
 from measure.speed import by_each, rate, report, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.chat import start_rendering
+from text.files import require_utf8
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
@@ -99,8 +100,11 @@ def check_request(args: argparse.Namespace) -> None:
                 raise ValueError(f"--interactive reads its prompts from the keyboard; leave out --{name}")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
-    if args.system is not None and not (args.chat or args.interactive):
-        raise ValueError("--system needs --chat or --interactive")
+    for name in ("system", "chat_template"):
+        if getattr(args, name) is not None and not (args.chat or args.interactive):
+            raise ValueError(f"--{name} needs --chat or --interactive")
+    require_utf8(args.system or "", "--system")
+    require_utf8("".join(args.stop), "--stop")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text that ends a row")
     if not -1 <= args.seed < 1 << 63:
@@ -163,7 +167,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     else:
         path = DEFAULT_CHECKPOINT if args.checkpoint_path is None else Path(args.checkpoint_path)
         model = load_model(path, device, dtype, args.model_name, spec, ranks)
-        tokenizer = load_tokenizer(path, model.args.vocab_size)
+        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
 
 
@@ -280,8 +284,8 @@ def write(text: str) -> None:
 
 def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Talk until Ctrl-D or /exit."""
-    if args.system is not None and tokenizer.chat_template is None:
-        raise ValueError("--system needs a chat template, and this model has none; leave it out")
+    if args.system is not None or args.chat_template is not None or tokenizer.templates:
+        tokenizer.require_template()
     context = context_length(engine.model.args, args.max_seq_length)
     context = min(context, args.max_seq_length or INTERACTIVE_CONTEXT)
     engine.reserve(1, context)
@@ -359,6 +363,7 @@ def prompt_flags(group) -> None:
     group.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", help="system message, with --chat or --interactive")
+    template_flag(group)
 
 
 def generation_flags(group) -> None:

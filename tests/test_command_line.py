@@ -208,10 +208,12 @@ def test_seed_repeats_the_text(talk):
     assert talk("--seed", seed, "--num_samples", 2).out == drawn.out
 
 
-def test_chat_with_a_system_message(talk, tiny):
+def test_chat_with_a_system_message(talk, tiny, tmp_path):
     messages = [{"role": "system", "content": "said he"}, {"role": "user", "content": "the cat"}]
-    result = talk("--chat", "--system", "said he", "--prompt", "the cat", "--num_samples", 1, *GREEDY)
-    assert result.out == greedy_text(tiny, messages) + "\n"
+    flags = ("--chat", "--system", "said he", "--prompt", "the cat", "--num_samples", 1, *GREEDY)
+    assert talk(*flags).out == greedy_text(tiny, messages) + "\n"
+    (tmp_path / "plain.jinja").write_text("{{ messages[1].content }}")
+    assert talk(*flags, "--chat_template", tmp_path / "plain.jinja").out == greedy_text(tiny, "the cat") + "\n"
 
 
 def test_random_weights_with_random_prompt_and_profile(talk, tmp_path):
@@ -398,6 +400,9 @@ BAD_FLAGS = {  # and what the error says
     "--dtype int8": "dtype 'int8' is unknown; use one of bfloat16",
     "--stop ''": "--stop is empty",
     "--system x": "--system needs --chat",
+    "--chat_template x": "--chat_template needs --chat",
+    "--chat --system x\udcff": "--system is not valid UTF-8",
+    "--stop x\udcff": "--stop is not valid UTF-8",
     "--prompt a --prompt_file b": "both given",
     "--prompt_file ''": "cannot read the prompt file",
     "--prompt_file /no/such/file": "cannot read the prompt file /no/such/file: No such file",

@@ -17,6 +17,14 @@ def read_utf8(path: str | Path, what: str, stdin: bool = False) -> str:
         raise ValueError(f"{what} {path} is not UTF-8: byte {error.start} is {byte:#x}") from None
 
 
+def require_utf8(text: str, what: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and which stand for bytes of a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid UTF-8: character {error.start} is half of a surrogate pair") from None
+
+
 def read_text(path: str | Path) -> str:
     """A text to calibrate with or to score, which has at least one character."""
     text = read_utf8(path, "the text")
@@ -53,8 +61,5 @@ def text_field(line: str, where: str, field: str, allow_empty: bool) -> str:
         raise ValueError(f'{where} has no "{field}" field; {advice}') from None
     if not isinstance(text, str) or not (text or allow_empty):
         raise ValueError(f'{where}: "{field}" must be a text{"" if allow_empty else " that is not empty"}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f'{where}: "{field}" holds half of a surrogate pair, which is no text') from None
+    require_utf8(text, f'{where}: "{field}"')
     return text

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from text.vocabulary import HuggingFaceVocabulary, id_list
+from text.settings import id_list
+from text.vocabulary import HuggingFaceVocabulary
 from weights.gguf_file import read_gguf_metadata
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -2,14 +2,14 @@
 
 import torch
 
-from text.files import numbered_lines, read_utf8, text_fields
+from text.files import numbered_lines, read_utf8, require_utf8, text_fields
 from text.tokenizer import Tokenizer
 
 
 class IdTokenizer:
     """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
 
-    bos_id, eos_ids, chat_template = None, frozenset(), None
+    bos_id, eos_ids, chat_template, templates = None, frozenset(), None, {}
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -17,8 +17,11 @@ class IdTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [byte % self.vocab_size for byte in text.encode()]
 
+    def require_template(self) -> str:
+        raise ValueError("random weights have no chat template; leave out --chat and --system")
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        raise ValueError("random weights have no chat template; leave out --chat")
+        return self.encode(self.require_template())
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)
@@ -44,10 +47,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
     """Ids of one prompt; an integer N means N random ids. chat: put it and the system message into the template."""
     if isinstance(prompt, int):
         return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not valid UTF-8") from None
+    require_utf8(prompt, "the prompt")
     if not prompt:
         raise ValueError("the prompt is empty; give a text, or a number of random tokens")
     if not chat:

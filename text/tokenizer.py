@@ -1,12 +1,16 @@
 """Text to token ids and back: vocabularies of two libraries, and the files they come from."""
 
 import json
+from functools import cache
 from pathlib import Path
 
+from cli import listed
 from text.chat import render
+from text.files import read_utf8, require_utf8
 from text.gguf_vocabulary import read_gguf_vocabulary
-from text.vocabulary import id_list, read_sentencepiece, read_tokenizer_json
-from weights.files import atomic_path, read_json
+from text.settings import named_templates, read_settings, token_text
+from text.vocabulary import library_errors, read_sentencepiece, read_tokenizer_json
+from weights.files import atomic_path
 from weights.gguf_file import is_gguf
 
 # tokens that end a text, whether or not the model's files say so
@@ -33,22 +37,27 @@ class Tokenizer:
         markers = [backend.marker_id(marker) for marker in END_MARKERS]
         self.declared_eos_ids: frozenset[int] = frozenset({*ids["eos_token_id"], end} - {None})
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
-        self.chat_template: str | None = default_template(config.get("chat_template"))
-        adds_bos = backend.encode("", True)[:1] == [self.bos_id]
+        self.templates: dict[str, str] = named_templates(config.get("chat_template"))
+        self.chat_template: str | None = self.templates.get("default")
+        self._adds_bos = self._wants_bos = False  # the backend; the model
+        self._adds_bos = self.encode("")[:1] == [self.bos_id]
         wants_bos = config.get("add_bos_token")
-        self._prepend_bos = wants_bos is True and not adds_bos and self.bos_id is not None
-        self._strip_bos = wants_bos is False and adds_bos
+        self._wants_bos = self.bos_id is not None and (wants_bos if isinstance(wants_bos, bool) else self._adds_bos)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written out in the text become their ids. BOS only if the model wants it."""
-        ids = self.backend.encode(text, add_special_tokens)
-        if add_special_tokens and self._prepend_bos:
-            return [self.bos_id, *ids]
-        return ids[1:] if add_special_tokens and self._strip_bos else ids
+        """Token ids; special tokens written out in the text become their ids. BOS if the model wants it, and once."""
+        require_utf8(text, "the text")
+        with library_errors("the tokenizer cannot encode the text"):
+            ids = self.backend.encode(text, add_special_tokens)
+        if not add_special_tokens:
+            return ids
+        own = ids[1:] if self._adds_bos else ids
+        return [self.bos_id, *own] if self._wants_bos and own[:1] != [self.bos_id] else own
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens skipped."""
-        return self.backend.decode(ids)
+        with library_errors("the tokenizer cannot decode the tokens"):
+            return self.backend.decode(ids)
 
     def skips(self, token: int) -> bool:
         """Whether `decode` drops the token before it looks at its neighbours."""
@@ -62,30 +71,55 @@ class Tokenizer:
         """Every token as the vocabulary spells it."""
         return self.backend.vocabulary()
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it."""
+    def choose_template(self, name: str) -> None:
+        """Use another of the model's chat templates, or that in a file."""
+        if name not in self.templates and not Path(name).exists():
+            known = f"; the model has {listed(sorted(self.templates))}" if self.templates else ""
+            raise ValueError(f"there is no chat template {name}, neither of the model nor as a file{known}")
+        self.chat_template = self.templates.get(name) or read_utf8(name, "the chat template")
+
+    def require_template(self) -> str:
+        """The chat template in use."""
+        if self.chat_template is None and self.templates:
+            names = listed(sorted(self.templates))
+            raise ValueError(f"the model has several chat templates; choose one with --chat_template: {names}")
         if self.chat_template is None:
             raise ValueError("the model has no chat template; give it plain text instead of a chat")
-        variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return render(self.chat_template, {**self._names, **variables, "messages": messages})
+        return self.chat_template
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model's template writes it."""
+        template = self.require_template()
+        flags = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = render(template, {**self._names, **flags, "messages": messages})
+        if not wants_parts(template, frozenset(self._names.items())):
+            return text
+        messages = [{**message, "content": as_parts(message["content"])} for message in messages]
+        return render(template, {**self._names, **flags, "messages": messages})
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of the rendered conversation; templates write BOS themselves."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
 
-def token_text(value) -> str | None:
-    """tokenizer_config.json writes a token as a string or as {"content": string}."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+def as_parts(text: str) -> list[dict]:
+    """A message as templates of models that read pictures too want it."""
+    return [{"type": "text", "text": text}]
 
 
-def default_template(value) -> str | None:
-    """tokenizer_config.json writes one template, or a list of named ones."""
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+@cache
+def wants_parts(template: str, names: frozenset) -> bool:
+    """Whether the template drops a message that is a string, and writes it as parts. names: those of special tokens."""
+    text = "WRITE-THIS-MESSAGE"
+
+    def writes(content) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return text in render(template, {**dict(names), "messages": messages})
+        except ValueError:
+            return False
+
+    return not writes(text) and writes(as_parts(text))
 
 
 def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
@@ -100,9 +134,11 @@ def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
             )
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model."""
+def load_tokenizer(path: str | Path, vocab_size: int | None = None, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint file or folder; vocab_size: that of its model; template: as `choose_template`."""
     tokenizer = find_tokenizer(Path(path))
+    if template is not None:
+        tokenizer.choose_template(template)
     if vocab_size is not None:  # some tokenizers have more tokens than the model has rows
         tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
     return tokenizer
@@ -116,7 +152,8 @@ def find_tokenizer(path: Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_sentencepiece)):
         if (folder / name).exists():
-            return Tokenizer(read(folder / name), *read_settings(folder))
+            config, ids = read_settings(folder)
+            return Tokenizer(read(folder / name, config), config, ids)
     ggufs = [file for file in sorted(folder.glob("*.gguf")) if is_gguf(file)]
     if len(ggufs) == 1:
         return Tokenizer(*read_gguf_vocabulary(ggufs[0]))
@@ -139,14 +176,3 @@ def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
     for name, text in files.items():
         with atomic_path(Path(folder) / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def read_settings(folder: Path) -> tuple[dict, dict]:
-    """What the JSON files beside a vocabulary say about special tokens and the chat template."""
-    names = ("tokenizer_config.json", "generation_config.json", "config.json")
-    config, generation, model = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
-    if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    eos = [*id_list(generation.get("eos_token_id")), *id_list(model.get("eos_token_id"))]
-    bos = [*id_list(generation.get("bos_token_id")), *id_list(model.get("bos_token_id")), None]
-    return config, {"bos_token_id": bos[0], "eos_token_id": eos}

@@ -1,7 +1,24 @@
 """A vocabulary of either library, `tokenizers` or `sentencepiece`, with the same methods."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from text.settings import special_names
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever a library raises into a ValueError of one line that begins with `what`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic of Rust code
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 class HuggingFaceVocabulary:
@@ -35,51 +52,72 @@ class HuggingFaceVocabulary:
 
 
 class SentencePieceVocabulary:
-    """A vocabulary of the `sentencepiece` library; control pieces in the text are parsed, which it does not do."""
+    """A vocabulary of the `sentencepiece` library; the text is searched first for control pieces and added tokens.
 
-    def __init__(self, model):
+    added: `AddedToken` of the `tokenizers` library, by id.
+    """
+
+    def __init__(self, model, added: dict):
         self.model = model
-        self.vocab_size = model.get_piece_size()
-        pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
-        self.ids = {piece: i for i, piece in enumerate(pieces)}
-        self.bytes = {i: int(piece[1:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
-        controls = [piece for i, piece in enumerate(pieces) if model.is_control(i)]
-        self.control = re.compile("(" + ("|".join(map(re.escape, controls)) or "(?!)") + ")")
+        self.pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
+        self.ids = {piece: i for i, piece in self.pieces.items()}
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-        self.names = {key: pieces[i] for key, i in named.items() if i >= 0}
+        self.names = {key: self.pieces[i] for key, i in named.items() if i >= 0}
+        self.bytes = {i: int(piece[1:-1], 16) for i, piece in self.pieces.items() if model.is_byte(i)}
+        patterns = {i: re.escape(piece) for i, piece in self.pieces.items() if model.is_control(i)}
+        for i, token in added.items():
+            given, piece = self.ids.setdefault(token.content, i), self.pieces.setdefault(i, token.content)
+            require_listed(token, i, given == i and piece == token.content)
+            patterns[i] = added_pattern(token)
+        self.special = {i for i, token in added.items() if token.special}
+        self.vocab_size = 1 + max(self.pieces, default=-1)
         self.token_id = self.marker_id = self.ids.get
+        self.whole = sorted(patterns, key=lambda i: -len(self.pieces[i]))  # the longest of several is found
+        self.pattern = re.compile("|".join(f"({patterns[i]})" for i in self.whole) or "(?!)")
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = [self.model.bos_id()] if add_special_tokens and self.model.bos_id() >= 0 else []
-        for i, part in enumerate(self.control.split(text)):  # text and control pieces in turn
-            ids += [self.ids[part]] if i % 2 else self.model.encode(part)
-        return ids
+        end = 0
+        for match in self.pattern.finditer(text):
+            ids += [*self.model.encode(text[end : match.start()]), self.whole[match.lastindex - 1]]
+            end = match.end()
+        return ids + self.model.encode(text[end:])
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([token for token in ids if not self.skips(token)])
+        return self.model.decode_pieces([self.pieces[token] for token in ids if not self.skips(token)])
 
     def vocabulary(self) -> dict[int, str]:
-        return {i: piece for piece, i in self.ids.items()}
+        return self.pieces
 
     def skips(self, token: int) -> bool:
-        return not 0 <= token < self.vocab_size  # models may have more rows than the vocabulary has pieces
+        return token in self.special or token not in self.pieces  # models may have more rows than the vocabulary
 
 
-def id_list(value) -> list[int]:
-    """Configurations write one id, a list of ids or null."""
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+def added_pattern(token) -> str:
+    """What the text is searched for, with the spaces that the token takes."""
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return r"\s*" * token.lstrip + pattern + r"\s*" * token.rstrip
 
 
-def read_tokenizer_json(path: Path) -> HuggingFaceVocabulary:
-    from tokenizers import Tokenizer as Library
+def read_tokenizer_json(path: Path, config: dict) -> HuggingFaceVocabulary:
+    from tokenizers import AddedToken, Tokenizer
 
-    try:
-        return HuggingFaceVocabulary(Library.from_file(str(path)))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
+    with library_errors(f"{path} is not a tokenizer of the tokenizers library"):
+        tokenizer = Tokenizer.from_file(str(path))
+    with library_errors(f"the tokens added to {path}"):
+        added = added_tokens(config)
+        tokenizer.add_tokens([added[i] for i in sorted(added)])  # which get the ids after the vocabulary's
+        for i, token in added.items():
+            require_listed(token, i, tokenizer.token_to_id(token.content) == i)
+        named = {name for name in special_names(config) if tokenizer.token_to_id(name) is not None}
+        named -= {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([AddedToken(name, special=True) for name in sorted(named)])
+        return HuggingFaceVocabulary(tokenizer)
 
 
-def read_sentencepiece(path: Path) -> SentencePieceVocabulary:
+def read_sentencepiece(path: Path, config: dict) -> SentencePieceVocabulary:
     from sentencepiece import SentencePieceProcessor
 
     data = path.read_bytes()
@@ -88,6 +126,24 @@ def read_sentencepiece(path: Path) -> SentencePieceVocabulary:
     try:
         if not data:
             raise RuntimeError("it is empty")
-        return SentencePieceVocabulary(SentencePieceProcessor(model_proto=data))
+        model = SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError):
         raise ValueError(f"{path} is not a sentencepiece model; fetch it again, or put tokenizer.json there") from None
+    with library_errors(f"the tokens added to {path}"):
+        return SentencePieceVocabulary(model, added_tokens(config))
+
+
+def require_listed(token, i: int, is_possible: bool) -> None:
+    if not is_possible:
+        raise ValueError(f"{token.content!r} is listed with the id {i}, which the vocabulary cannot give it")
+
+
+def added_tokens(config: dict) -> dict:
+    """added_tokens_decoder as `AddedToken` of the `tokenizers` library, by id."""
+    from tokenizers import AddedToken
+
+    named = special_names(config)
+    tokens = {int(i): AddedToken(**flags) for i, flags in config["added_tokens_decoder"].items()}
+    for token in tokens.values():
+        token.special = token.special or token.content in named
+    return {i: token for i, token in tokens.items() if token.content}

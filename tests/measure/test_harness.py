@@ -499,6 +499,7 @@ def assert_refused(evaluate, message, capsys, *names, **options):
         (["--num_fewshot", -1], "--num_fewshot is -1; it must be 0 or above"),
         (["--batch_size", 0], "--batch_size is 0"),
         (["--include_path", "/no/such/folder"], "--include_path /no/such/folder is no folder"),
+        (["--chat_template", "x"], "--chat_template needs --apply_chat_template"),
         (["--stride", 4], "--stride goes with --perplexity; leave it out"),
         (["--perplexity", "x.txt"], "give either --tasks NAME ... or a text with --perplexity FILE"),
         (["--output_json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),

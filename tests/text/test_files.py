@@ -87,7 +87,7 @@ def test_fields_of_json_lines():
         ("42", ' has no "text" field'),
         ('{"text": 5}', ': "text" must be a text that is not empty'),
         ('{"text": ""}', ': "text" must be a text that is not empty'),
-        ('{"text": "a\\ud800"}', ': "text" holds half of a surrogate pair'),
+        ('{"text": "a\\ud800"}', ': "text" is not valid UTF-8: character 1 is half of a surrogate pair'),
     ],
 )
 def test_a_line_without_a_text_is_named(line, message):

@@ -282,7 +282,9 @@ def test_bos_with_tokenizers(tmp_path, add_bos, in_file, expected):
     config = {"bos_token": {"content": "<s>"}} | ({} if add_bos is None else {"add_bos_token": add_bos})
     ours = load_tokenizer(write_folder(tmp_path, tokenizer, tokenizer_config=config))
     assert ours.bos_id == 0
-    assert ours.encode("<s>the").count(0) == expected + 1
+    assert ours.encode("the").count(0) == expected
+    assert ours.encode("<s>the").count(0) == 1  # one is enough
+    assert ours.encode("<s><s>the").count(0) == 2
     assert ours.encode("the", add_special_tokens=False).count(0) == 0
 
 
