@@ -91,3 +91,8 @@ def quit_with(code: int, message: str) -> None:
 
 def say(*parts) -> None:
     print(*parts, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Print a piece of an answer."""
+    print(text, end="", flush=True)

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 import cli
-from cli import say
+from cli import say, write
 from engine.cache import check_fit, context_length
 from engine.compile import compile_step, require_compiler
 from engine.conversation import Conversation, Limits
@@ -28,9 +27,10 @@ from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device
+from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
-from measure.speed import by_each, rate, report, summarise
+from measure.speed import by_each, report, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
@@ -60,7 +60,7 @@ def main(**flags) -> None:
         engine.speculation = choose_speculation(args, engine.model, tokenizer)
         torch.manual_seed(seed)
         if args.interactive:
-            talk(engine, tokenizer, sampling, args)
+            converse(engine, tokenizer, sampling, args)
         else:
             answer(engine, tokenizer, sampling, texts, args, facts)
 
@@ -268,15 +268,8 @@ def say_summary(summary: dict, engine: Engine) -> None:
     say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
 
 
-def write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-# ---------------------------------------------------------------- interactive mode
-
-
-def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
-    """Talk until Ctrl-D or /exit."""
+def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Make room for a conversation, and keep it until the person ends it."""
     if args.system is not None and tokenizer.chat_template is None:
         raise ValueError("--system needs a chat template, and this model has none; leave it out")
     context = context_length(engine.model.args, args.max_seq_length)
@@ -284,51 +277,11 @@ def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argpars
     engine.reserve(1, context)
     length = min(-(-context // 2), 64)
     prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
-    if tokenizer.chat_template is None:
-        say("This model has no chat template: it continues your text.")
-    say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
     limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
-    conversation = Conversation(engine, tokenizer, limits, sampling, args.system)
-    while (line := shared(engine.model.ranks, read_line)) is not None and line.strip() != "/exit":
-        if line.strip() == "/reset":
-            conversation.reset()
-            say("[conversation cleared]")
-        elif line.strip():
-            try:
-                reply(conversation, line)
-            except ValueError as error:
-                say(f"error: {error}")
+    talk(Conversation(engine, tokenizer, limits, sampling, args.system))
 
 
-def reply(conversation: Conversation, line: str) -> None:
-    """Stream the answer to one message; Ctrl-C stops it."""
-    pieces = conversation.turn(line)
-    try:
-        for piece in pieces:
-            write(piece)
-    except KeyboardInterrupt:
-        pieces.close()
-        say("\n[interrupted]")
-        return
-    write("\n")
-    timing, request, cut = conversation.timing, conversation.request, ""
-    if request.finish_reason == "length":
-        cut = f"; cut at {request.max_new_tokens} tokens"
-        cut = "; the context is full, /reset clears it" if conversation.is_full else cut
-    say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
-
-
-def read_line() -> str | None:
-    """The next line typed, None at the end of the input."""
-    try:
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            import readline  # noqa: F401, gives input() its line editing
-
-            return input("> ")
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
-    except EOFError:
-        return None
+# ---------------------------------------------------------------- flags
 
 
 def build_parser() -> argparse.ArgumentParser:
