@@ -3,7 +3,7 @@
 if __name__ == "__main__":
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
 import argparse
 import os
@@ -285,7 +285,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Generate text from a language model.")
+    parser = cli.Parser(description="Generate text from a language model.")
     where = model_flags(parser, "a .pth or .gguf file, or a folder", default=None)
     where.add_argument("--random_weights", metavar="NAME", help="no file: a registry model with random weights")
     where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")

@@ -491,34 +491,6 @@ def test_output_json_to_a_pipe(run_cli, tiny):
     assert json.loads("{" + rest)["samples"][0]["sequences"][0]["text"] in text
 
 
-def test_a_command_without_standard_input(tiny):
-    command = f"{sys.executable} generate.py --checkpoint_path {tiny} --num_samples 1 --max_new_tokens 2 <&-"
-    result = bash(command)
-    assert result.returncode == 0, result.stderr
-
-
-def command_of(body):
-    """A command whose main is `body`, as every command of ours is run."""
-    main = "".join(f"    {line}\n" for line in body.splitlines())
-    run = "cli.run(main, argparse.ArgumentParser())"
-    return [sys.executable, "-c", f"import argparse, cli, sys, time\ndef main():\n{main}{run}"]
-
-
-def test_emoji_pass_in_the_c_locale():
-    env = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = command_of(r"print(sys.stdin.read())" "\n" r"print('\N{SLICE OF PIZZA}', file=sys.stderr)")
-    result = subprocess.run(command, cwd=ROOT, input="👍".encode(), env=env, capture_output=True, timeout=60)
-    assert (result.returncode, result.stdout.decode(), result.stderr.decode()) == (0, "👍\n", "🍕\n")
-
-
-@pytest.mark.parametrize("streams", ["", "2>&1"])
-def test_a_broken_pipe_ends_quietly(streams):
-    words = shlex.join(command_of("while True:\n    print('text', flush=True)\n    print('line', file=sys.stderr)"))
-    result = bash(f"{words} {streams} | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}", text=True)
-    assert set(result.stderr.split()) <= {"line"}
-    assert result.stdout.strip() in ("0", "141")
-
-
 def test_a_broken_pipe_ends_generation_quietly(tiny):
     flags = f"--checkpoint_path {tiny} --num_samples 20 --max_new_tokens 100 --ignore_eos"
     command = f"{sys.executable} generate.py {flags} 2>&1 | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
@@ -593,20 +565,6 @@ def test_interrupt_at_exit(tiny):
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     interrupted(process, wait_for(process, "leaving"))
-
-
-def test_an_interrupt_in_a_finaliser_is_not_lost():
-    body = """class Slow:
-    def __del__(self):
-        print("now", file=sys.stderr, flush=True)
-        time.sleep(20)
-slow = Slow()
-del slow
-time.sleep(20)"""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command_of(body), cwd=ROOT, start_new_session=True, **pipes)
-    wait_for(process, "now")
-    interrupted(process)
 
 
 # ---------------------------------------------------------------- interactive
