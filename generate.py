@@ -26,7 +26,7 @@ from engine.guess_length import check_length
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
-from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device
+from flags import check_counts, check_threads, checkpoint_path, model_flags, number_or_text, place_flags, say_device
 from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
@@ -35,7 +35,7 @@ from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
@@ -158,7 +158,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         model = random_model(args.random_weights, device, dtype, quantize=spec, ranks=ranks)
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
-        path = DEFAULT_CHECKPOINT if args.checkpoint_path is None else Path(args.checkpoint_path)
+        path = Path(args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT))
         model = load_model(path, device, dtype, args.model_name, spec, ranks)
         tokenizer = load_tokenizer(path, model.args.vocab_size)
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
@@ -337,7 +337,8 @@ def speed_flags(group) -> None:
 
 
 def speculation_flags(group) -> None:
-    group.add_argument("--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses; same tokenizer")
+    text = "a smaller model that guesses; same tokenizer"
+    group.add_argument("--draft_checkpoint_path", metavar="PATH", type=checkpoint_path, help=text)
     group.add_argument("--draft_device", help="where it runs (default: where the model does)")
     group.add_argument(
         "--speculate", choices=["ngram"], help="guess what followed the same words before; no draft model"

@@ -473,11 +473,19 @@ def test_chat_templates_that_cannot_be_used(talk, tmp_path):
             talk("--checkpoint_path", path, "--chat")
 
 
-def test_missing_default_checkpoint_says_what_fetches_it(tmp_path, monkeypatch):
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("flags", ["", f"--checkpoint_path {REPO}", f"--checkpoint_path checkpoints/{REPO}"])
+def test_a_checkpoint_is_found_by_its_name_in_any_folder(tiny, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr("weights.checkpoint.CHECKPOINTS", tmp_path / "clone" / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    for flags in ([], ["--interactive"]):
-        with pytest.raises(ValueError, match="scripts/prepare.sh HuggingFaceTB/SmolLM2-135M-Instruct"):
-            main(**vars(build_parser().parse_args(flags)))
+    flags = [*flags.split(), "--prompt", "he", "--max_new_tokens", "12", "--num_samples", "1", *map(str, GREEDY)]
+    with pytest.raises(ValueError, match=f"; fetch it with: {tmp_path}/clone/scripts/prepare.sh {REPO}$"):
+        main(**vars(build_parser().parse_args(flags)))
+    shutil.copytree(tiny.parent, tmp_path / "clone" / "checkpoints" / REPO)
+    main(**vars(build_parser().parse_args(flags)))
+    assert capsys.readouterr().out == greedy_text(tiny, "he") + "\n"
 
 
 # ---------------------------------------------------------------- what cli.run does for every command
