@@ -3,7 +3,7 @@
 if __name__ == "__main__":
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
 import argparse
 import time
@@ -131,7 +131,7 @@ def measure_tasks(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure how well a language model does tasks, or predicts a text.")
+    parser = cli.Parser(description="Measure how well a language model does tasks, or predicts a text.")
     where = model_flags(parser, "a .pth or .gguf file, or a folder")
     place_flags(where)
     text = "compile the model; pays from some hundred questions on (default: off)"

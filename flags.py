@@ -8,17 +8,21 @@ import torch
 
 from cli import say
 from ranks import Ranks
-from weights.checkpoint import DEFAULT_CHECKPOINT
+from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint
 from weights.device import DTYPES
 
 
 def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path | None = DEFAULT_CHECKPOINT):
     """The group of flags that say which model is meant; `checkpoint` says what may be read."""
     group = parser.add_argument_group("model")
-    text = f"{checkpoint} (default: {DEFAULT_CHECKPOINT})"
-    group.add_argument("--checkpoint_path", default=default and str(default), help=text)
+    text = f"{checkpoint}, or OWNER/NAME in checkpoints/ (default: {DEFAULT_CHECKPOINT})"
+    group.add_argument("--checkpoint_path", type=checkpoint_path, default=default and str(default), help=text)
     group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
     return group
+
+
+def checkpoint_path(argument: str) -> str:
+    return str(find_checkpoint(argument))
 
 
 def place_flags(group, dtype: str = "", threads: str = "") -> None:

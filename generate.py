@@ -3,11 +3,10 @@
 if __name__ == "__main__":
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 import cli
-from cli import say
+from cli import say, write
 from engine.cache import check_fit, context_length
 from engine.compile import compile_step, require_compiler
 from engine.conversation import Conversation, Limits
@@ -27,17 +26,27 @@ from engine.guess_length import check_length
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
-from flags import check_counts, check_threads, model_flags, number_or_text, place_flags, say_device, template_flag
+from flags import (
+    check_counts,
+    check_threads,
+    checkpoint_path,
+    model_flags,
+    number_or_text,
+    place_flags,
+    say_device,
+    template_flag,
+)
+from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
-from measure.speed import by_each, rate, report, summarise
+from measure.speed import by_each, report, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.chat import start_rendering
 from text.files import require_utf8
 from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model, open_model, random_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
@@ -64,7 +73,7 @@ def main(**flags) -> None:
         engine.speculation = choose_speculation(args, engine.model, tokenizer)
         torch.manual_seed(seed)
         if args.interactive:
-            talk(engine, tokenizer, sampling, args)
+            converse(engine, tokenizer, sampling, args)
         else:
             answer(engine, tokenizer, sampling, texts, args, facts)
 
@@ -165,7 +174,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         model = random_model(args.random_weights, device, dtype, quantize=spec, ranks=ranks)
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
-        path = DEFAULT_CHECKPOINT if args.checkpoint_path is None else Path(args.checkpoint_path)
+        path = Path(args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT))
         model = load_model(path, device, dtype, args.model_name, spec, ranks)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
@@ -275,15 +284,8 @@ def say_summary(summary: dict, engine: Engine) -> None:
     say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
 
 
-def write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-# ---------------------------------------------------------------- interactive mode
-
-
-def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
-    """Talk until Ctrl-D or /exit."""
+def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
+    """Make room for a conversation, and keep it until the person ends it."""
     if args.system is not None or args.chat_template is not None or tokenizer.templates:
         tokenizer.require_template()
     context = context_length(engine.model.args, args.max_seq_length)
@@ -291,55 +293,15 @@ def talk(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argpars
     engine.reserve(1, context)
     length = min(-(-context // 2), 64)
     prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
-    if tokenizer.chat_template is None:
-        say("This model has no chat template: it continues your text.")
-    say("Type a message. /reset clears the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
     limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
-    conversation = Conversation(engine, tokenizer, limits, sampling, args.system)
-    while (line := shared(engine.model.ranks, read_line)) is not None and line.strip() != "/exit":
-        if line.strip() == "/reset":
-            conversation.reset()
-            say("[conversation cleared]")
-        elif line.strip():
-            try:
-                reply(conversation, line)
-            except ValueError as error:
-                say(f"error: {error}")
+    talk(Conversation(engine, tokenizer, limits, sampling, args.system))
 
 
-def reply(conversation: Conversation, line: str) -> None:
-    """Stream the answer to one message; Ctrl-C stops it."""
-    pieces = conversation.turn(line)
-    try:
-        for piece in pieces:
-            write(piece)
-    except KeyboardInterrupt:
-        pieces.close()
-        say("\n[interrupted]")
-        return
-    write("\n")
-    timing, request, cut = conversation.timing, conversation.request, ""
-    if request.finish_reason == "length":
-        cut = f"; cut at {request.max_new_tokens} tokens"
-        cut = "; the context is full, /reset clears it" if conversation.is_full else cut
-    say(f"[{rate(timing.decode_tok_s)}, first token after {timing.time_to_first_token_s:.2f} sec{cut}]")
-
-
-def read_line() -> str | None:
-    """The next line typed, None at the end of the input."""
-    try:
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            import readline  # noqa: F401, gives input() its line editing
-
-            return input("> ")
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
-    except EOFError:
-        return None
+# ---------------------------------------------------------------- flags
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Generate text from a language model.")
+    parser = cli.Parser(description="Generate text from a language model.")
     where = model_flags(parser, "a .pth or .gguf file, or a folder", default=None)
     where.add_argument("--random_weights", metavar="NAME", help="no file: a registry model with random weights")
     where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")
@@ -392,7 +354,8 @@ def speed_flags(group) -> None:
 
 
 def speculation_flags(group) -> None:
-    group.add_argument("--draft_checkpoint_path", metavar="PATH", help="a smaller model that guesses; same tokenizer")
+    text = "a smaller model that guesses; same tokenizer"
+    group.add_argument("--draft_checkpoint_path", metavar="PATH", type=checkpoint_path, help=text)
     group.add_argument("--draft_device", help="where it runs (default: where the model does)")
     group.add_argument(
         "--speculate", choices=["ngram"], help="guess what followed the same words before; no draft model"

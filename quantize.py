@@ -3,7 +3,7 @@
 if __name__ == "__main__":
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
 import argparse
 import math
@@ -280,7 +280,7 @@ def report_size(what: str, before: int, after: int) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Write a model with int8 or int4 weights beside the float one: model_int8.pth, model_int4.g32.pth, "
         "model_int4-gptq.g32.pth. Every command reads it like any other."
     )

@@ -14,7 +14,7 @@ from engine.speculative import Speculation, Text, speculate
 from layers.quantized import quant_spec
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
-from weights.checkpoint import DEFAULT_CHECKPOINT, load_model
+from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model
 from weights.device import parse_dtype, pick_device
 
 
@@ -100,9 +100,9 @@ def load(
     compile: bool = False,
 ) -> tuple[Engine, Tokenizer]:
     """The engine and the tokenizer of a checkpoint; the arguments are those of generate.py's flags."""
-    spec = quant_spec(quantize, groupsize)
-    model = load_model(checkpoint_path, pick_device(device), parse_dtype(dtype), quantize=spec)
-    return build_engine(model, compile), load_tokenizer(checkpoint_path, model.args.vocab_size)
+    path, spec = find_checkpoint(checkpoint_path), quant_spec(quantize, groupsize)
+    model = load_model(path, pick_device(device), parse_dtype(dtype), quantize=spec)
+    return build_engine(model, compile), load_tokenizer(path, model.args.vocab_size)
 
 
 def generate(

@@ -12,9 +12,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
-import argparse
 import subprocess
 import sys
 from itertools import product
@@ -97,7 +96,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Check a device against float32 on the CPU and time it.")
+    parser = cli.Parser(description="Check a device against float32 on the CPU and time it.")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--dtype", default="bfloat16", help="weights (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["stories15M"], metavar="NAME", help="registry sizes to time")

@@ -7,9 +7,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -44,7 +43,7 @@ def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write CHECKPOINT_DIR/model.pth from safetensors, .bin or GGUF files.")
+    parser = cli.Parser(description="Write CHECKPOINT_DIR/model.pth from safetensors, .bin or GGUF files.")
     parser.add_argument("--checkpoint_dir", required=True, help="folder of a downloaded model")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default: %(default)s)")
     parser.add_argument(

@@ -10,9 +10,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -221,7 +220,7 @@ def main(*, repo_id, revision, source, hf_token):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Download a model's safetensors, JSON and tokenizer files.")
+    parser = cli.Parser(description="Download a model's safetensors, JSON and tokenizer files.")
     parser.add_argument("--repo_id", default=DEFAULT_REPO, help="owner/name on the hub (default: %(default)s)")
     parser.add_argument("--revision", default=None, help="branch, tag or commit (default: main)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """From a path to a model, and back to a file."""
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
-from weights.files import atomic_path, require_space, require_writable, size_text
+from weights.files import WEIGHTS, atomic_path, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
@@ -24,7 +25,15 @@ from weights.layout import Layout, ModelFile
 from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path`; if nothing is there, what this clone has in checkpoints/ under that name, such as OWNER/NAME."""
+    path = Path(path)
+    own = CHECKPOINTS / (path.relative_to("checkpoints") if path.parts[:1] == ("checkpoints",) else path)
+    return own if own.exists() and not path.exists() else path
 
 
 def open_model(path: str | Path, model_name: str | None = None) -> ModelFile:
@@ -72,8 +81,11 @@ def open_folder(
 
 
 def missing_checkpoint(path: Path) -> str:
-    repo = "/".join(path.parts[-3:-1]) if path.parts[:1] == ("checkpoints",) and len(path.parts) == 4 else None
-    hint = f"fetch it with: scripts/prepare.sh {repo}" if repo else "give the path of a file or folder"
+    in_own = path.parts[:1] == ("checkpoints",)
+    repo = "/".join(path.parts[1:3] if in_own else path.parts)
+    hint = "give the path of a file or folder, or OWNER/NAME of a model in checkpoints/"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) and (in_own or path.suffix not in WEIGHTS):
+        hint = f"fetch it with: {CHECKPOINTS.parent}/scripts/prepare.sh {repo}"
     return f"there is no checkpoint at {path}; {hint}"
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import cli
 
-    cli.quit_on_interrupt()  # before the slow imports
+    cli.begin()
 
 import argparse
 import sys
@@ -20,6 +20,7 @@ from importlib import import_module
 
 import torch
 
+import cli
 from flags import check_counts, check_threads
 from scripts.bench.report import open_report
 
@@ -48,7 +49,7 @@ def main(*, table: str, output: str, fresh: bool, **flags) -> None:
 def build_parser(asked: list[str]) -> argparse.ArgumentParser:
     """The parser of all tables; one that is not asked for has no flags, because importing all would take long."""
     words = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **words)
+    parser = cli.Parser(description=__doc__, **words)
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
     for name, summary in TABLES.items():
         module = import_module(f"scripts.bench.{name}") if name in asked else None
