@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+LONGEST_MESSAGE = 800  # characters
+
 
 def quit_on_interrupt() -> None:
     """Make Ctrl-C end the process at once with code 130, while imports run and there is nothing to lose."""
@@ -65,12 +67,19 @@ def parse(parser: argparse.ArgumentParser) -> dict:
 def in_words(error: Exception) -> str | None:
     """The message for an error that the person can mend; None: the program is wrong."""
     if isinstance(error, ValueError):
-        return str(error)
+        return one_line(str(error))
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
         return f"out of memory: {(str(error) or 'all is taken').splitlines()[0]}; use a smaller model, batch or context"
     if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return None
+
+
+def one_line(text: str) -> str:
+    """A message as a printable line: files and libraries bring line ends, control characters and whole pages."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 200]} ... {line[-195:]}"
 
 
 def listed(values: Sequence) -> str:
