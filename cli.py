@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_MESSAGE = 800  # characters of one
 SILENCE = 10  # seconds without a word, at most, where progress is not drawn
 
 
@@ -103,7 +104,7 @@ def parse(parser: argparse.ArgumentParser) -> dict:
 def in_words(error: BaseException) -> str | None:
     """The message for an error that the person can mend; None: the program is wrong."""
     if isinstance(error, ValueError):
-        return str(error)
+        return one_line(str(error))
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error.name)
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
@@ -119,6 +120,13 @@ def missing_package(name: str) -> str:
     outside = environment.is_dir() and not environment.samefile(sys.prefix)
     advice = f"source {environment}/bin/activate" if outside else f"pip install -r {ROOT}/requirements.txt"
     return f"Python at {sys.executable} has no package {name}; use: {advice}"
+
+
+def one_line(text: str) -> str:
+    """A message as a printable line: files and libraries bring line ends, control characters and whole pages."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 200]} ... {line[-195:]}"
 
 
 def listed(values: Sequence) -> str:

@@ -7,9 +7,10 @@ beyond a row's last token is hidden by position.
 from torch import Tensor
 
 from model import KVCache, ModelArgs, Transformer
-from weights.device import require_memory
+from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
+MOST_ROWS = 64  # more rows make no step of a CPU faster a row
 STEP = 256  # the prefixes that calls attend to grow by so many slots, on CUDA from here on by doubling
 
 
@@ -21,10 +22,22 @@ def slots_for(args: ModelArgs, length: int) -> int:
     return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length))
 
 
+def row_bytes(model: Transformer, n_slots: int) -> int:
+    """Keys and values of one row."""
+    args = model.args
+    return 2 * args.n_layer * args.n_kv_head * n_slots * args.head_dim * model.dtype.itemsize
+
+
+def rows_that_fit(model: Transformer, length: int) -> int:
+    """Rows of `length` tokens that share a batch well: as many as make a step faster, in half of the free memory."""
+    free = free_memory(model.device)
+    fit = MOST_ROWS if free is None else free // 2 // row_bytes(model, slots_for(model.args, length))
+    return max(1, min(fit, MOST_ROWS))
+
+
 def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
     """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
-    args = model.args
-    size = 2 * args.n_layer * n_rows * args.n_kv_head * n_slots * args.head_dim * model.dtype.itemsize
+    size = n_rows * row_bytes(model, n_slots)
     what = f"the caches of {n_rows} x {n_slots} positions"
     require_memory(size, model.device, what, "use a smaller --batch_size, or shorter texts")
     return model.new_cache(n_rows, n_slots)
