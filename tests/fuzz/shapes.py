@@ -45,7 +45,7 @@ def changed(draw, tree, others=()):
         for key in way:
             parent = parent[key]
         if draw(st.integers(0, 3)) or last not in (parent if isinstance(parent, dict) else range(len(parent))):
-            parent[last] = draw(values)
+            parent[last] = copy.deepcopy(draw(values))  # it may be changed too
         else:
             del parent[last]
     return tree

@@ -535,7 +535,7 @@ def test_files_that_are_no_checkpoint(content, folder, tmp_path):
 
 
 def test_missing_files_and_folders(folder, tmp_path):
-    assert_refused(tmp_path / "nowhere.pth", "nowhere.pth", "--checkpoint_path")
+    assert_refused(tmp_path / "nowhere.pth", "nowhere.pth", "OWNER/NAME")
     assert_refused("checkpoints/Some/Model/model.pth", "scripts/prepare.sh Some/Model")
     (tmp_path / "none").mkdir()
     assert_refused(tmp_path / "none", str(tmp_path / "none"), "holds no model")
