@@ -81,6 +81,8 @@ class ModelArgs:
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != self.head_dim // 2:
             raise ValueError(f"rope has {len(factors)} frequency factors; head_dim {self.head_dim} needs half as many")
+        if not has_finite_rope(self):
+            raise ValueError(f"rope_base {self.rope_base} with {self.rope_scaling} makes angles that are not finite")
 
     def to_dict(self) -> dict:
         """JSON types only."""
@@ -147,6 +149,16 @@ def rope_table(args: ModelArgs, pos: Tensor, windowed: bool = False) -> tuple[Te
         freqs, growth = scaling.apply(freqs, base), scaling.attention_factor
     angles = pos.float()[..., None] * freqs
     return angles.cos() * growth, angles.sin() * growth
+
+
+def has_finite_rope(args: ModelArgs) -> bool:
+    """Whether every angle of rope is a number, up to the last position."""
+    last = torch.tensor(args.max_seq_length - 1, device="cpu")
+    try:
+        tables = [*rope_table(args, last), *rope_table(args, last, windowed=True)]
+    except ArithmeticError:  # a logarithm of 0 or of infinity
+        return False
+    return all(bool(table.isfinite().all()) for table in tables)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]

@@ -5,10 +5,11 @@ from types import NoneType, UnionType
 from typing import get_args
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
+SMALLEST, LARGEST = 1e-30, 1e30  # of factors: float32 holds them and what they divide
 
 
 def _positive(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST
 
 
 def check_fields(config) -> None:

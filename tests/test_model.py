@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import fields, replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from engine.compile import compile_step
 from engine.decode import decode_one_token
 from engine.sampling import Sampling
 from mixers.rope_scaling import RopeScaling
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, rope_table
 from tests.tiny import continuation
 from weights.checkpoint import build
 from weights.layout import Layout
@@ -229,6 +230,19 @@ def test_no_rope_field_takes_what_is_no_factor(field):
         scaling = {"type": "llama3", "factor": 2.0, field: value}
         with pytest.raises(ValueError):
             ModelArgs.from_dict(TINY.to_dict() | {"rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_angles_of_rope_are_finite_or_refused(kind):
+    extremes, refused = (1e-30, 0.5, 1.0, math.nextafter(1, 2), 1e30), 0
+    for base, factor, low, high in product(extremes, repeat=4):
+        try:
+            args = replace(TINY, rope_base=base, rope_scaling=RopeScaling(kind, factor, low, high, 1 << 24))
+        except ValueError:
+            refused += 1
+        else:
+            assert all(table.isfinite().all() for table in rope_table(args, torch.arange(TINY.max_seq_length)))
+    assert 0 < refused < len(extremes) ** 4
 
 
 def test_unknown_and_missing_fields_are_named():

@@ -10,14 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import progress
+from cli import progress, say
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
-from weights.files import WEIGHTS, atomic_path, require_space, require_writable, size_text
+from weights.files import (
+    WEIGHTS,
+    atomic_path,
+    read_json,
+    require_space,
+    require_writable,
+    size_text,
+)
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
@@ -26,6 +33,7 @@ from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+MERGE = "merge it into its base model with merge_and_unload of peft"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 
 
@@ -50,8 +58,10 @@ def open_model(path: str | Path, model_name: str | None = None) -> ModelFile:
         raise ValueError(f"cannot read {path}: permission denied")
     elif is_gguf(path):
         opened = open_gguf(path)
+    elif path.name.startswith("adapter_model."):
+        raise ValueError(f"{path} is {adapter_in(path.parent) or 'an adapter'}, no model; {MERGE}")
     elif path.suffix == ".safetensors":
-        opened = open_folder(path.parent, converted=False)
+        opened = open_hf(path.parent, path)
     else:
         opened = open_torch(path, model_name)
     if model_name is not None:
@@ -62,6 +72,28 @@ def open_model(path: str | Path, model_name: str | None = None) -> ModelFile:
 def open_folder(
     folder: Path, model_name: str | None = None, converted: bool = True, keep_quantized: bool = False
 ) -> ModelFile:
+    """The model in a folder, as `model_in` finds it; of an adapter it is said that it is not used."""
+    opened = model_in(folder, model_name, converted, keep_quantized)
+    if adapter := adapter_in(folder):
+        if opened is None:
+            raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
+        say(f"{folder} also holds {adapter}, which is not used; {MERGE}")
+    if opened is None:
+        files = sorted(folder.glob("*.gguf"))
+        found = f"{len(files)} .gguf files: name one" if files else "none of these"
+        raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
+    return opened
+
+
+def adapter_in(folder: Path) -> str | None:
+    """What adapter of peft a folder holds, in words."""
+    if not (folder / "adapter_config.json").exists():
+        return None
+    config = read_json(folder / "adapter_config.json")
+    return f"an adapter ({config.get('peft_type', 'LORA')} of {config.get('base_model_name_or_path')})"
+
+
+def model_in(folder: Path, model_name: str | None, converted: bool, keep_quantized: bool) -> ModelFile | None:
     """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file.
 
     keep_quantized: see `open_gguf`; a Hugging Face model is refused then, as it is float.
@@ -74,10 +106,7 @@ def open_folder(
             raise ValueError(f"{folder} holds float weights; --keep_quantized is for a folder with only a GGUF file")
         return opened
     files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        return open_gguf(files[0], keep_quantized)
-    found = f"{len(files)} .gguf files: name one" if files else "none of these"
-    raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
+    return open_gguf(files[0], keep_quantized) if len(files) == 1 else None
 
 
 def missing_checkpoint(path: Path) -> str:
@@ -157,8 +186,8 @@ def checked(name: str, read: Callable[[], Tensor], expected: Tensor) -> Tensor:
         fits, wanted = tensor.is_floating_point(), "plain floats"
     else:
         fits, wanted = tensor.dtype == expected.dtype, f"codes of {expected.dtype}"
-    if not fits or tensor.layout is not torch.strided or tensor.is_meta:
-        raise ValueError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}; {wanted} are needed")
+    if not fits:
+        raise ValueError(f"{name} is a tensor of {tensor.dtype}; {wanted} are needed")
     if tensor.shape != expected.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; the model's sizes need {list(expected.shape)}")
     return tensor

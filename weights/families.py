@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixers.fields import MAX_LAYERS, MAX_SIZE
+from mixers.fields import LARGEST, MAX_LAYERS, MAX_SIZE, SMALLEST
 from mixers.rope_scaling import ROPE_TYPES, RopeScaling
 from model import ModelArgs
 
@@ -30,17 +30,17 @@ class Config:
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
-        return self._positive(key, (int,), default, MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE)
+        return self._positive(key, (int,), default, 1, MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
-        return float(self._positive(key, (int, float), default, 1e30))
+        return float(self._positive(key, (int, float), default, SMALLEST, LARGEST))
 
-    def _positive(self, key: str, types: tuple[type, ...], default, limit: float):
+    def _positive(self, key: str, types: tuple[type, ...], default, smallest: float, limit: float):
         value, name = self.get(key, default), self.names.get(key, key)
         if type(value) not in types:
             raise self.error(f"{name} is {value!r}; a number is needed")
-        if not 0 < value <= limit:
+        if not smallest <= value <= limit:
             raise self.error(f"{name} is {value!r}, which is no possible size")
         return value
 
@@ -57,22 +57,23 @@ def rope(config: Config, window_key: str | None) -> tuple[float, RopeScaling | N
     Settings occur as rope_theta and rope_scaling, or together as rope_parameters, which may differ by layer type.
     window_key: the number that is the base of layers with a window, where the settings do not differ by layer type.
     """
-    settings, window_base = config.part(config.get("rope_parameters") or config.get("rope_scaling")), None
-    if "full_attention" in settings.values:
+    settings, windowed = config.part(config.get("rope_scaling") or config.get("rope_parameters")), config.part(None)
+    differs = "full_attention" in settings.values
+    if differs:
         windowed, settings = (config.part(settings.get(f"{name}_attention")) for name in ("sliding", "full"))
         if windowed.get("rope_type", "default") != "default":
             raise config.error(f"rope type {windowed.get('rope_type')!r} of windowed layers is not supported")
-        window_base = windowed.number("rope_theta", 10000.0)
-    elif window_key is not None:
-        window_base = config.number(window_key)
-    base = (config if settings.get("rope_theta") is None else settings).number("rope_theta", 10000.0)
+    window_base = None
+    if differs or window_key is not None:
+        window_base = windowed.number("rope_theta", config.get(window_key or "rope_theta"))
+    base = settings.number("rope_theta", config.get("rope_theta"))
     if settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise config.error("partial_rotary_factor other than 1 is not supported")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
-    return base, None if rope_type == "default" else rope_scaling(rope_type, settings), window_base
+    return base, None if rope_type == "default" else rope_scaling(rope_type, settings, config), window_base
 
 
-def rope_scaling(rope_type: str, settings: Config) -> RopeScaling:
+def rope_scaling(rope_type: str, settings: Config, config: Config) -> RopeScaling:
     if rope_type not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise settings.error(f"rope type {rope_type!r} is not supported; supported: default, {known}")
@@ -83,11 +84,13 @@ def rope_scaling(rope_type: str, settings: Config) -> RopeScaling:
         fields |= {
             "low_freq_factor": settings.number("beta_slow", 1.0),
             "high_freq_factor": settings.number("beta_fast", 32.0),
-            "whole_pairs": settings.get("truncate") is not False,
+            "whole_pairs": bool(settings.values.get("truncate", True)),
             "attention_factor": settings.number("attention_factor", yarn_growth(fields["factor"], settings)),
         }
-    if rope_type != "linear":
-        fields["original_max_position_embeddings"] = settings.whole("original_max_position_embeddings")
+    if rope_type != "linear":  # the trained context stands beside the settings, in them, or is the whole one
+        key = "original_max_position_embeddings"
+        beside = config.get(key) is not None
+        fields[key] = (config if beside else settings).whole(key, config.get("max_position_embeddings"))
     return RopeScaling(rope_type, **fields)
 
 
@@ -108,7 +111,7 @@ def windows(config: Config, n_layer: int, period: int | None) -> tuple[int | Non
     period: one layer in so many has none, unless the config says which.
     """
     layer_types, is_full = config.get("layer_types"), {"full_attention": True, "sliding_attention": False}
-    if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
+    if config.get("sliding_window") is None or not config.get("use_sliding_window", True):
         return None, ()
     if layer_types is not None:
         fits = isinstance(layer_types, list) and len(layer_types) == n_layer
@@ -120,7 +123,7 @@ def windows(config: Config, n_layer: int, period: int | None) -> tuple[int | Non
         period = config.whole("sliding_window_pattern", period)
         full = tuple(range(period - 1, n_layer, period))
     else:  # the first layers may be full
-        n_full = config.get("max_window_layers", 28) if "use_sliding_window" in config.values else 0
+        n_full = config.get("max_window_layers", 0)
         if type(n_full) is not int:
             raise config.error(f"max_window_layers is {n_full!r}; a number is needed")
         full = tuple(range(min(n_full, n_layer)))
@@ -178,30 +181,48 @@ GEMMA_2 = {"norm_offset": True, "post_norm": True}
 GEMMA_3 = GEMMA_2 | {"qk_norm": True}
 # old configs say gelu, but the models are trained with its approximation
 GEMMA_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
-GEMMA_WINDOW = GEMMA_CONFIG | {"sliding_window": 4096}
-GEMMA_2_CONFIG = GEMMA_WINDOW | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-GEMMA_3_CONFIG = GEMMA_WINDOW | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}
-GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
 OLMO = {"pre_norm": False, "post_norm": True, "joint_qk_norm": True}
+
+# What transformers takes for a key that a config leaves out; null means none. Sizes of the layers have no default.
+PLAIN = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
+EPS = {"rms_norm_eps": 1e-5}
+WINDOW = {"sliding_window": 4096, "layer_types": None}
+MISTRAL_CONFIG = WINDOW | {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+MIXTRAL_CONFIG = EPS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None}
+MIXTRAL_CONFIG |= {"rope_theta": 1e6, "norm_topk_prob": True}
+QWEN_CONFIG = {"sliding_window": 4096, "use_sliding_window": False, "max_position_embeddings": 32768}
+QWEN_2_CONFIG = QWEN_CONFIG | {"max_window_layers": 28, "layer_types": None, "num_key_value_heads": 32}
+QWEN_2_MOE_CONFIG = QWEN_2_CONFIG | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
+PHI_CONFIG = EPS | {"sliding_window": None, "max_position_embeddings": 4096}
+OLMO_3_CONFIG = EPS | WINDOW | {"rope_theta": 5e5}
+GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
+GEMMA_1_CONFIG = GEMMA_CONFIG | {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16}
+GEMMA_WINDOW = WINDOW | {"hidden_activation": "gelu_pytorch_tanh", "num_attention_heads": 8, "num_key_value_heads": 4}
+GEMMA_2_CONFIG = GEMMA_CONFIG | GEMMA_WINDOW | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA_3_CONFIG = GEMMA_CONFIG | GEMMA_WINDOW | {"vocab_size": 262208, "final_logit_softcapping": None}
+GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "sliding_window_pattern": None}
+GEMMA_3_CONFIG |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+# keys that a family reads only if its defaults name them, as transformers does
+READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}
+READ_BY_SOME |= {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"}
 
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family({"qkv_bias": True}),
-    "qwen3": Family({"qk_norm": True}),
-    "mixtral": Family({}, experts, {"norm_topk_prob": True}),
-    "qwen2_moe": Family({"qkv_bias": True}, experts, expert_size="moe_intermediate_size"),
-    "qwen3_moe": Family({"qk_norm": True}, experts, expert_size="moe_intermediate_size"),
-    "phi3": Family(),
-    "granite": Family({}, granite_scales),
-    "olmo2": Family(OLMO),
-    "olmo3": Family(OLMO, full_layers_every=4, window_rope_base="rope_theta"),
-    "gemma": Family({"norm_offset": True}, root_of_dim, GEMMA_CONFIG, activations=GEMMA_ACTIVATIONS),
-    "gemma2": Family(GEMMA_2, gemma_scales, GEMMA_2_CONFIG, full_layers_every=2, activations=GEMMA_ACTIVATIONS),
-    "gemma3_text": Family(
-        GEMMA_3, gemma_scales, GEMMA_3_CONFIG, 6, "rope_local_base_freq", activations=GEMMA_ACTIVATIONS
+    "mistral": Family(defaults=MISTRAL_CONFIG),
+    "qwen2": Family({"qkv_bias": True}, defaults=QWEN_2_CONFIG),
+    "qwen3": Family({"qk_norm": True}, defaults=QWEN_2_CONFIG | {"head_dim": 128}),
+    "mixtral": Family({}, experts, MIXTRAL_CONFIG),
+    "qwen2_moe": Family({"qkv_bias": True}, experts, QWEN_2_MOE_CONFIG, expert_size="moe_intermediate_size"),
+    "qwen3_moe": Family(
+        {"qk_norm": True}, experts, QWEN_CONFIG | {"num_key_value_heads": 4}, expert_size="moe_intermediate_size"
     ),
+    "phi3": Family(defaults=PHI_CONFIG),
+    "granite": Family({}, granite_scales),
+    "olmo2": Family(OLMO, defaults=EPS),
+    "olmo3": Family(OLMO, defaults=OLMO_3_CONFIG, full_layers_every=4, window_rope_base="rope_theta"),
+    "gemma": Family({"norm_offset": True}, root_of_dim, GEMMA_1_CONFIG, activations=GEMMA_ACTIVATIONS),
+    "gemma2": Family(GEMMA_2, gemma_scales, GEMMA_2_CONFIG, full_layers_every=2),
+    "gemma3_text": Family(GEMMA_3, gemma_scales, GEMMA_3_CONFIG, 6, "rope_local_base_freq"),
 }
 
 
@@ -212,7 +233,8 @@ def args_from_config(config: Config) -> ModelArgs:
         name = name or config.get("architectures")
         raise config.error(f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    config = Config(family.defaults | config.values, config.where, config.names)
+    read = {key: value for key, value in config.values.items() if key in family.defaults or key not in READ_BY_SOME}
+    config = Config(PLAIN | family.defaults | read, config.where, config.names)
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(key):
             raise config.error(f"{key} is set, which is not supported; of biases those on q, k and v are")
@@ -227,8 +249,8 @@ def args_from_config(config: Config) -> ModelArgs:
         "head_dim": config.whole("head_dim", dim // n_head),
         "intermediate_size": config.whole(family.expert_size),
         "vocab_size": config.whole("vocab_size"),
-        "max_seq_length": config.whole("max_position_embeddings", 2048),
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "max_seq_length": config.whole("max_position_embeddings"),
+        "norm_eps": config.number("rms_norm_eps"),
         "rope_base": rope_base,
         "rope_scaling": scaling,
         "sliding_window": window,

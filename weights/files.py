@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ def size_text(size: float) -> str:
     return f"{size / scale:.1f} {unit}"
 
 
+def damaged(path: str | Path, kind: str, reason: object) -> ValueError:
+    """The error of a file that is not of the `kind` that it should be."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(100).startswith(b"version https://git-lfs."):
+            return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+    return ValueError(f"{path} is not {kind}, or is cut short or damaged: {reason}")
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file."""
     path = Path(path)
@@ -34,8 +42,10 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "valid JSON", error) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
@@ -106,10 +116,10 @@ def read_torch(path: Path) -> Any:
                 f"{path} is refused: its pickle names code that would run on loading, not only tensors; "
                 "get the model as safetensors"
             ) from None
-        raise ValueError(f"{path} is not a checkpoint, or is damaged") from None
+        raise damaged(path, "a checkpoint", "its pickle cannot be read") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint, or is cut short or damaged: {reason}") from None
+        raise damaged(path, "a checkpoint", reason) from None
 
 
 def drop_page_cache(paths: set[str]) -> None:

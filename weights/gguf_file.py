@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layers.quantized import QuantSpec, pack_nibbles
+from weights.files import damaged
 
 GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
 GGUF_STRING, GGUF_ARRAY = 8, 9
@@ -31,7 +32,7 @@ class GGUFFile:
             self.position = 4
             self._read_header()
         except (ValueError, struct.error, OverflowError) as error:
-            raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
+            raise damaged(path, "a GGUF file", error) from None
 
     def _take(self, size: int) -> bytes:
         if size > len(self.data) - self.position:

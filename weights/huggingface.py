@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from weights.families import Config, args_from_config
-from weights.files import read_json, read_torch
-from weights.layout import Layout, ModelFile, Readers, readers, rename
+from weights.files import damaged, read_json, read_torch
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
 
 # Our module -> theirs, see `source_modules`.
 HF_MODULES = {
@@ -54,57 +54,108 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "gemma3_text": FOUR_NORMS,
 }
 
+# what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
+PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; the last is MLX's
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
 
 
 def hf_modules(model_type: str) -> dict[str, tuple[str, ...]]:
     return HF_MODULES | OTHER_MODULES.get(model_type, {})
 
 
-def open_hf(folder: Path) -> ModelFile | None:
-    """A Hugging Face model as downloaded; None if the folder holds no weights of one."""
-    raw = weights_from_hf(folder)
-    if not raw:
+def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
+    """A Hugging Face model as downloaded; None if the folder holds no weights of one.
+
+    file: the one of its .safetensors files to read, with the others of its set.
+    """
+    paths = weight_files(folder) if file is None else files_with(file)
+    if not paths:
         return None
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
     config = read_json(folder / "config.json")
+    refuse_quantised(config, folder)
+    raw = {}
+    for path in paths:
+        raw |= safetensors_file(path) if path.suffix == ".safetensors" else readers(read_torch(path), path)
     if isinstance(config.get("text_config"), dict):  # of a vision-language model: Gemma 3 from 4B on
-        config = config["text_config"]
-        raw = {name.replace("language_model.", "", 1): read for name, read in raw.items() if not VISION.match(name)}
-    layout = Layout(args_from_config(Config(config)))
-    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), folder))
+        config = text_config(config)
+        raw = {name: read for name, read in raw.items() if not VISION.match(name)}
+    raw = with_usual_names(raw, folder)
+    args, raw = head_as_stored(args_from_config(Config(config)), raw, "model.embed_tokens.weight", "lm_head.weight")
+    layout = Layout(args)
+    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), folder if file is None else file))
 
 
-def weights_from_hf(folder: Path) -> Readers:
-    """Every tensor of a Hugging Face folder by its own name: safetensors, else .bin; sharded or single."""
-    tensors = {}
-    for path in weight_files(folder, "model.safetensors"):
-        tensors |= safetensors_file(path)
-    if not tensors:
-        for path in weight_files(folder, "pytorch_model.bin"):
-            tensors |= readers(read_torch(path), path)
-    return tensors
+def text_config(config: dict) -> dict:
+    """The config of the language part; whether its head is tied is said beside it, or in it."""
+    tied = config.get("tie_word_embeddings")
+    return config["text_config"] | ({} if tied is None else {"tie_word_embeddings": tied})
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files of one format: those that the index names, or the one called `stem`, or any one .safetensors file."""
-    index = folder / f"{stem}.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to file names")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{folder} lacks {name}, which its index names; download it again")
-        return [folder / name for name in names]
-    if (folder / stem).is_file():
-        return [folder / stem]
-    paths = list(folder.glob("*.safetensors")) if stem.endswith("safetensors") else []
+def refuse_quantised(config: dict, folder: Path) -> None:
+    """Refuse a model whose weights another program has quantised."""
+    found = [(f"{key} of config.json", config[key]) for key in QUANTISED_KEYS if isinstance(config.get(key), dict)]
+    found += [(name, read_json(folder / name)) for name in QUANTISED_FILES if (folder / name).exists()]
+    if found:
+        where, settings = found[0]
+        how = [f"{key} {settings[key]}" for key in ("quant_method", "bits") if key in settings]
+        raise ValueError(
+            f"{folder} is quantised, as {where} says ({', '.join(how) or 'no method named'}), in a form that is "
+            "not supported; use the float model it was made from, or a GGUF file"
+        )
+
+
+def with_usual_names(raw: Readers, where: Path) -> Readers:
+    """The tensors with `model.` before each name but the head's, as the causal model of transformers has them."""
+    usual = {PREFIXES.sub(lambda match: "" if match[4] else "model.", name): name for name in raw}
+    if len(usual) < len(raw):
+        twice = sorted(raw.keys() - usual.values())[0]
+        raise ValueError(f"{where} holds {twice} twice, under names with other prefixes; it must have one of them")
+    return {name: raw[theirs] for name, theirs in usual.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read, or any one .safetensors file.
+
+    Like transformers we take a whole file before an index, which may be left from another save.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return [folder / stem]
+        if (index := folder / f"{stem}.index.json").exists():
+            return [present(folder / name, index) for name in named_in(index)]
+    paths = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter")]
     if len(paths) > 1:
-        raise ValueError(f"{folder} has several .safetensors files and no {index.name} that says which belong")
+        raise ValueError(
+            f"{folder} has several .safetensors files and no model.safetensors.index.json that says which belong; "
+            "name one of them"
+        )
     return paths
+
+
+def files_with(file: Path) -> list[Path]:
+    """A .safetensors file, and the others of its set if the index beside it names it."""
+    index = file.with_name("model.safetensors.index.json")
+    names = named_in(index) if index.exists() else []
+    return [present(file.with_name(name), index) for name in names] if file.name in names else [file]
+
+
+def named_in(index: Path) -> list[str]:
+    """The names of files in an index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to file names")
+    return sorted(set(weight_map.values()))
+
+
+def present(path: Path, index: Path) -> Path:
+    """A file that an index names, which must lie beside it."""
+    if path.parent != index.parent or not path.is_file():
+        raise ValueError(f"{index.parent} lacks {path.name}, which its index names; download it again")
+    return path
 
 
 def safetensors_file(path: Path) -> Readers:
@@ -114,4 +165,4 @@ def safetensors_file(path: Path) -> Readers:
         file = safe_open(path, framework="pt")
         return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file, or is cut short or damaged: {error}") from None
+        raise damaged(path, "a safetensors file", error) from None

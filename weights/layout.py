@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from model import ModelArgs, Transformer
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
 
 EXPERT_TENSOR = re.compile(r"feed_forward\.(layer\.)?w(13|2)\.")  # layer: where ranks share it
-TIED_HEADS = {"lm_head.weight", "output.weight"}
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
     r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
@@ -79,13 +78,32 @@ class ModelFile:
 
 
 def readers(state: Any, path: Path) -> Readers:
-    """The tensors of a dictionary that holds nothing else."""
+    """The tensors of a dictionary that holds nothing else, each of them plain: strided, with its data."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds no dictionary of tensors")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a checkpoint: beside tensors it holds {name!r}, a {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(f"{path}: {name} is a sparse, nested or meta tensor; a plain one is needed")
     return {name: lambda value=value: value for name, value in state.items()}
+
+
+def head_as_stored(
+    args: ModelArgs, raw: Readers, embedding: str = "tok_embeddings.weight", head: str = "output.weight"
+) -> tuple[ModelArgs, Readers]:
+    """The args and tensors of a file whose tensors may say otherwise than its config that the head is tied.
+
+    A file may hold the shared weight under either name, or under both; a head with other values was trained by itself.
+    """
+    if not args.tie_embeddings or head not in raw:
+        return args, raw
+    if embedding not in raw:
+        return args, {embedding if name == head else name: read for name, read in raw.items()}
+    weight, shared = raw[head](), raw[embedding]()
+    if weight.dtype == shared.dtype and torch.equal(weight, shared):
+        return args, {name: read for name, read in raw.items() if name != head}
+    return replace(args, tie_embeddings=False), raw
 
 
 def source_modules(module: str, modules: dict, n_expert: int | None = None) -> list[list[str]]:
@@ -118,8 +136,7 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved
         tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
         if interleaved and module.endswith("wqkv"):
             tensors[name] = lambda read=tensors[name]: halves_from_pairs(read(), layout.args)
-    dropped = TIED_HEADS if layout.args.tie_embeddings else set()
-    extra = [name for name in raw if name not in used | dropped and not IGNORED.fullmatch(name)]
+    extra = [name for name in raw if name not in used and not IGNORED.fullmatch(name)]
     if extra:
         raise ValueError(f"{where} has {len(extra)} tensors this model has no place for, the first is {extra[0]}")
     return tensors

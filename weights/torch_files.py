@@ -7,7 +7,7 @@ from layers.quantized import QuantSpec, linear_table, table_from_json
 from model import ModelArgs
 from weights.families import Config, args_from_config
 from weights.files import read_json, read_torch
-from weights.layout import Layout, ModelFile, readers, rename
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
 from weights.registry import REGISTRY, args_from_name
 
 # Our module -> theirs, see `source_modules`.
@@ -39,9 +39,8 @@ def open_torch(path: Path, model_name: str | None) -> ModelFile:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if isinstance(content.get("args"), dict) and isinstance(content.get("model"), dict):
         return open_ours(content, path)
-    raw = content["model"] if isinstance(content.get("model"), dict) else content
-    readers(raw, path)  # refuses what is no tensor
-    raw = {name.removeprefix("_orig_mod."): value for name, value in raw.items()}
+    raw = readers(content["model"] if isinstance(content.get("model"), dict) else content, path)
+    raw = {name.removeprefix("_orig_mod."): read for name, read in raw.items()}
     if "tok_embeddings.weight" not in raw:
         raise ValueError(f"{path} is not a model this toolkit knows: it has no tok_embeddings.weight")
     if any(name.endswith("scales_and_zeros") for name in raw):
@@ -50,34 +49,40 @@ def open_torch(path: Path, model_name: str | None) -> ModelFile:
         args = args_from_llama2c(content["model_args"], raw, path)
     else:
         args = args_of_bare(path, model_name)
+    args, raw = head_as_stored(args, raw)
     return open_bare(Layout(args), raw, path)
 
 
 def open_ours(content: dict, path: Path) -> ModelFile:
+    raw = readers(content["model"], path)
     try:
-        layout = Layout(ModelArgs.from_dict(content["args"]), table_from_json(content.get("quant")))
+        args, table = ModelArgs.from_dict(content["args"]), table_from_json(content.get("quant"))
+        if "output" not in table:  # a quantised head has codes of its own
+            args, raw = head_as_stored(args, raw)
+        layout = Layout(args, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return ModelFile(layout, rename(layout, readers(content["model"], path), {}, path))
+    return ModelFile(layout, rename(layout, raw, {}, path))
 
 
-def open_bare(layout: Layout, raw: dict, path: Path) -> ModelFile:
+def open_bare(layout: Layout, raw: Readers, path: Path) -> ModelFile:
     """The tensors of a state dict with the names of gpt-fast or of Meta's own files."""
     modules = GPT_FAST_MODULES if "layers.0.attention.wqkv.weight" in raw else META_MODULES
     if layout.args.n_expert:  # whose tensors are cond_ffn.w1 and cond_ffn.scales1
         leaf = {"w": "weight", "scales": "scales"}
         pattern = re.compile(r"cond_ffn\.(w|scales)(\d)$")
-        raw = {pattern.sub(lambda m: f"cond_ffn.w{m[2]}.{leaf[m[1]]}", name): value for name, value in raw.items()}
+        raw = {pattern.sub(lambda m: f"cond_ffn.w{m[2]}.{leaf[m[1]]}", name): read for name, read in raw.items()}
         modules = GPT_FAST_EXPERTS
     if any(name.endswith(".scales") for name in raw):  # int8: every linear layer, one scale a row
         layout = layout.quantized(linear_table(layout.model, QuantSpec(8), QuantSpec(8)))
-        raw = {name: value.unsqueeze(-1) if name.endswith(".scales") else value for name, value in raw.items()}
-    return ModelFile(layout, rename(layout, readers(raw, path), modules, path, interleaved=True))
+        columns = {n: lambda read=read: read().unsqueeze(-1) for n, read in raw.items() if n.endswith(".scales")}
+        raw = raw | columns
+    return ModelFile(layout, rename(layout, raw, modules, path, interleaved=True))
 
 
-def args_from_llama2c(model_args: dict, raw: dict, path: Path) -> ModelArgs:
+def args_from_llama2c(model_args: dict, raw: Readers, path: Path) -> ModelArgs:
     values = {key: model_args.get(name) for key, name in LLAMA2C_KEYS.items()}
-    w1 = raw.get("layers.0.feed_forward.w1.weight")
+    w1 = raw.get("layers.0.feed_forward.w1.weight", lambda: None)()
     values |= {
         "model_type": "llama",
         "intermediate_size": None if w1 is None or w1.ndim == 0 else len(w1),

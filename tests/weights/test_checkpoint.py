@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,11 @@ def test_hostile_args_in_our_file(change, words, saved, tmp_path):
     assert time.process_time() - began < 2
 
 
+def nested(*sizes):
+    with warnings.catch_warnings(action="ignore"):  # of a prototype
+        return torch.nested.nested_tensor([torch.ones(size) for size in sizes])
+
+
 @pytest.mark.parametrize(
     "value, word",
     [
@@ -176,7 +182,8 @@ def test_hostile_args_in_our_file(change, words, saved, tmp_path):
         (torch.ones(32, dtype=torch.int8), "norm.weight"),
         (torch.ones(32, dtype=torch.complex64), "norm.weight"),
         (torch.ones(32, device="meta"), "norm.weight"),
-        (torch.ones(32).to_sparse(), "norm.weight"),
+        (torch.ones(32).to_sparse(), "norm.weight is a sparse, nested or meta tensor"),
+        (nested([32]), "norm.weight is a sparse, nested or meta tensor"),
         (torch.full((32,), math.nan), "norm.weight holds NaN or infinite"),
     ],
     ids=lambda value: str(value)[:60],
@@ -242,14 +249,15 @@ def test_an_index_that_names_a_missing_file(llama, tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "", ".", "..", "a\0b"])
 def test_an_index_that_names_a_path_outside(name, folder):
-    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
-    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), name)}
+    outside = (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(outside), name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(folder, str(folder), "index")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": ["x"]}}])
 def test_an_index_of_the_wrong_form(index, folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(folder, "model.safetensors.index.json", "weight_map")
 
@@ -518,7 +526,6 @@ NO_CHECKPOINTS = {
     "pickled list": pickle.dumps([1, 2]),
     "pickled dictionary": pickle.dumps({"model": {"a": 1}}),
     "pickled and deep": b"\x80\x04" + b"(" * 100_000,
-    "git lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
 }
 
 
@@ -546,6 +553,14 @@ def test_missing_files_and_folders(folder, tmp_path):
     assert_refused("/dev/null", "/dev/null")
     (folder / "config.json").unlink()
     assert_refused(folder, "config.json")
+
+
+@pytest.mark.parametrize("name", ["layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight", "output.weight"])
+def test_a_nested_tensor_in_a_file_of_llama2c(name, tmp_path):
+    content = llama2c_file(tiny(LlamaConfig(**SIZES, tie_word_embeddings=True)))
+    content["model"]["_orig_mod." + name] = nested([48, 32], [1, 32])
+    torch.save(content, tmp_path / "stories.pt")
+    assert_refused(tmp_path / "stories.pt", name, "nested")
 
 
 @pytest.mark.parametrize("content", [7, "x", [1], {}, {"model": 3}, {"model": {}}, torch.ones(3), {"a": torch.ones(1)}])
@@ -668,6 +683,7 @@ def test_a_broken_config(text, folder):
         read_json(folder / "config.json")
 
 
+WINDOW = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
 NUMBERS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
 NUMBERS += ["intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps"]
 
@@ -700,11 +716,11 @@ def test_numbers_of_a_config_that_are_none(field, value, folder):
         {"num_attention_heads": 1 << 24, "head_dim": 1 << 24},
         {"vocab_size": 2**62},
         {"max_position_embeddings": 10**12},
-        {"sliding_window": 10**12},
-        {"sliding_window": "wide"},
-        {"sliding_window": 8, "layer_types": 5},
-        {"sliding_window": 8, "layer_types": [["sliding_attention"]]},
-        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": "x", "layer_types": None},
+        {"model_type": "mistral", "sliding_window": 10**12},
+        {"model_type": "mistral", "sliding_window": "wide"},
+        WINDOW | {"layer_types": 5},
+        WINDOW | {"layer_types": [["sliding_attention"]]},
+        WINDOW | {"max_window_layers": "x", "layer_types": None},
         {"rope_parameters": [1]},
         {"rope_parameters": {"rope_theta": 0}},
         {"rope_parameters": {"rope_theta": 10**400}},

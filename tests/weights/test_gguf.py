@@ -546,7 +546,6 @@ def test_architectures_not_supported(good, tmp_path):
         ({"add_expert_count": 8}, ["expert_used_count"]),
         ({"add_rope_dimension_count": 8}, ["partial rope"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LONGROPE}, ["'longrope'", "none, linear, yarn"]),
-        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN, "add_rope_scaling_factor": 4.0}, ["original_context"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, ["llama.rope.scaling.factor"]),
         ({"add_rope_freq_base": float("nan")}, ["llama.rope.freq_base"]),
         ({"add_head_count_kv": [2, 2]}, ["llama.attention.head_count_kv"]),
