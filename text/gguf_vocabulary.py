@@ -54,10 +54,10 @@ TEMPLATE = "tokenizer.chat_template"
 def read_gguf_fields(path: Path) -> dict:
     """What a GGUF file says about its tokenizer, with a type for every token."""
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf_metadata(path).items()}
-    if fields.get("model") not in ("gpt2", "llama") or not isinstance(fields.get("tokens"), list):
-        kind = fields.get("model")
+    kind, tokens, types = (fields.get(key) for key in ("model", "tokens", "token_type"))
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         raise ValueError(f"{path} has a tokenizer of type {kind!r}; supported: gpt2, llama (with a token list)")
-    return {"path": path, "token_type": [NORMAL] * len(fields["tokens"]), **fields}
+    return fields | {"path": path, "token_type": types if isinstance(types, list) else [NORMAL] * len(tokens)}
 
 
 def gguf_settings(fields: dict) -> tuple[dict, dict]:
@@ -67,7 +67,7 @@ def gguf_settings(fields: dict) -> tuple[dict, dict]:
     named = {key: i for key, i in named.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     config = {key: tokens[i] for key, i in named.items()}
     # where the file is silent, as the format's reference reader does
-    default = fields["model"] == "llama" or PRE_TOKENIZERS.get(fields.get("pre"), PreTokenizer()).adds_bos
+    default = fields["model"] == "llama" or PRE_TOKENIZERS.get(str(fields.get("pre")), PreTokenizer()).adds_bos
     config["add_bos_token"] = bool(fields.get("add_bos_token", default))
     templates = {"default" if key == TEMPLATE else key.removeprefix(f"{TEMPLATE}."): key for key in fields}
     templates = {name: fields[key] for name, key in templates.items() if key.startswith(TEMPLATE)}

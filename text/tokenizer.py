@@ -73,10 +73,13 @@ class Tokenizer:
 
     def choose_template(self, name: str) -> None:
         """Use another of the model's chat templates, or that in a file."""
-        if name not in self.templates and not Path(name).exists():
+        if name in self.templates:
+            self.chat_template = self.templates[name]
+        elif Path(name).exists():
+            self.chat_template = read_utf8(name, "the chat template")
+        else:
             known = f"; the model has {listed(sorted(self.templates))}" if self.templates else ""
             raise ValueError(f"there is no chat template {name}, neither of the model nor as a file{known}")
-        self.chat_template = self.templates.get(name) or read_utf8(name, "the chat template")
 
     def require_template(self) -> str:
         """The chat template in use."""
@@ -175,9 +178,8 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
         vocabulary = read_tokenizer_json(beside, config)
         if has_ordinary_tokens(vocabulary, fields):
             config = own | {key: value for key, value in config.items() if value is not None}
-            return Tokenizer(
-                vocabulary, config, {key: own_ids[key] if ids[key] in (None, []) else ids[key] for key in ids}
-            )
+            ids = own_ids | {key: value for key, value in ids.items() if value not in (None, [])}
+            return Tokenizer(vocabulary, config, ids)
     return Tokenizer(gguf_vocabulary(fields), own, own_ids)
 
 
