@@ -10,7 +10,7 @@ def read_settings(folder: Path) -> tuple[dict, dict]:
     """The contents of tokenizer_config.json, completed from the files beside it; and the ids of BOS and EOS."""
     names = ("tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json")
     config, generation, model, special = (read_if_there(folder / name) for name in names)
-    if "added_tokens_decoder" in config:
+    if config.get("added_tokens_decoder"):
         config = special | config
     else:  # files of older versions, where transformers lets special_tokens_map.json win
         config |= special

@@ -7,7 +7,7 @@ from pathlib import Path
 from cli import listed
 from text.chat import render
 from text.files import read_utf8, require_utf8
-from text.gguf_vocabulary import read_gguf_vocabulary
+from text.gguf_vocabulary import gguf_settings, gguf_vocabulary, has_ordinary_tokens, read_gguf_fields
 from text.settings import named_templates, read_settings, token_text
 from text.vocabulary import library_errors, read_sentencepiece, read_tokenizer_json
 from weights.files import atomic_path
@@ -73,10 +73,13 @@ class Tokenizer:
 
     def choose_template(self, name: str) -> None:
         """Use another of the model's chat templates, or that in a file."""
-        if name not in self.templates and not Path(name).exists():
+        if name in self.templates:
+            self.chat_template = self.templates[name]
+        elif Path(name).exists():
+            self.chat_template = read_utf8(name, "the chat template")
+        else:
             known = f"; the model has {listed(sorted(self.templates))}" if self.templates else ""
             raise ValueError(f"there is no chat template {name}, neither of the model nor as a file{known}")
-        self.chat_template = self.templates.get(name) or read_utf8(name, "the chat template")
 
     def require_template(self) -> str:
         """The chat template in use."""
@@ -123,9 +126,12 @@ def wants_parts(template: str, names: frozenset) -> bool:
 
 
 def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
-    """Refuse a draft's tokenizer that differs from the model's, with the first token in which the two differ."""
+    """Refuse a draft's tokenizer that differs from the model's, with the first token in which the two differ.
+
+    Tokens that one of the two does not use may differ.
+    """
     ours, theirs = tokenizer.vocabulary(), draft.vocabulary()
-    for token in sorted(ours.keys() | theirs.keys()):
+    for token in sorted((ours.keys() | theirs.keys()) - tokenizer.backend.unused - draft.backend.unused):
         if ours.get(token) != theirs.get(token):
             was, fits = (repr(v[token]) if token in v else "missing" for v in (theirs, ours))
             raise ValueError(
@@ -148,7 +154,7 @@ def find_tokenizer(path: Path) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a checkpoint file or folder")
     if path.is_file() and is_gguf(path):
-        return Tokenizer(*read_gguf_vocabulary(path))
+        return read_gguf_tokenizer(path)
     folder = path if path.is_dir() else path.parent
     for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_sentencepiece)):
         if (folder / name).exists():
@@ -156,16 +162,31 @@ def find_tokenizer(path: Path) -> Tokenizer:
             return Tokenizer(read(folder / name, config), config, ids)
     ggufs = [file for file in sorted(folder.glob("*.gguf")) if is_gguf(file)]
     if len(ggufs) == 1:
-        return Tokenizer(*read_gguf_vocabulary(ggufs[0]))
+        return read_gguf_tokenizer(ggufs[0])
     raise ValueError(
         f"{folder} has no tokenizer: it takes tokenizer.json, tokenizer.model (sentencepiece) or exactly one .gguf "
         f"file ({len(ggufs)} found); copy tokenizer.json there from where the model came from"
     )
 
 
+def read_gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a GGUF file; or tokenizer.json beside it, which says more, if it has the same tokens."""
+    fields, beside = read_gguf_fields(path), path.with_name("tokenizer.json")
+    own, own_ids = gguf_settings(fields)
+    if beside.exists():
+        config, ids = read_settings(path.parent)
+        vocabulary = read_tokenizer_json(beside, config)
+        if has_ordinary_tokens(vocabulary, fields):
+            config = own | {key: value for key, value in config.items() if value is not None}
+            ids = own_ids | {key: value for key, value in ids.items() if value not in (None, [])}
+            return Tokenizer(vocabulary, config, ids)
+    return Tokenizer(gguf_vocabulary(fields), own, own_ids)
+
+
 def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
     """Write a GGUF file's tokenizer as Hugging Face files."""
-    backend, config, ids = read_gguf_vocabulary(Path(gguf_path))
+    fields = read_gguf_fields(Path(gguf_path))
+    backend, (config, ids) = gguf_vocabulary(fields), gguf_settings(fields)
     others = Tokenizer(backend, config, ids).eos_ids.difference(ids["eos_token_id"][:1])
     ids = {**ids, "eos_token_id": [*ids["eos_token_id"][:1], *sorted(others)]}  # the main one stays first
     files = {

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from text.settings import special_names
 
+PADDING = re.compile(r"\[PAD\d+\]|<dummy\d+>")  # with which converters fill a vocabulary up to the model's rows
+
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
@@ -18,7 +20,8 @@ def library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic of Rust code
             raise
-        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{what}: {' '.join(why.split())}") from None
 
 
 class HuggingFaceVocabulary:
@@ -28,7 +31,9 @@ class HuggingFaceVocabulary:
         tokenizer.no_truncation()  # some files carry the limits of training
         tokenizer.no_padding()
         self.tokenizer, self.names = tokenizer, {}
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = self.vocabulary()
+        self.vocab_size = 1 + max(vocabulary, default=-1)
+        self.unused = {i for i, token in vocabulary.items() if PADDING.fullmatch(token)}
         added = tokenizer.get_added_tokens_decoder()
         self.added = {token.content: i for i, token in added.items()}
         self.special = {i for i, token in added.items() if token.special}
@@ -70,6 +75,7 @@ class SentencePieceVocabulary:
             require_listed(token, i, given == i and piece == token.content)
             patterns[i] = added_pattern(token)
         self.special = {i for i, token in added.items() if token.special}
+        self.unused = {i for i in range(model.get_piece_size()) if model.is_unused(i)}
         self.vocab_size = 1 + max(self.pieces, default=-1)
         self.token_id = self.marker_id = self.ids.get
         self.whole = sorted(patterns, key=lambda i: -len(self.pieces[i]))  # the longest of several is found
