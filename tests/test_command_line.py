@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -212,6 +213,17 @@ def test_chat_with_a_system_message(talk, tiny):
     messages = [{"role": "system", "content": "said he"}, {"role": "user", "content": "the cat"}]
     result = talk("--chat", "--system", "said he", "--prompt", "the cat", "--num_samples", 1, *GREEDY)
     assert result.out == greedy_text(tiny, messages) + "\n"
+
+
+def test_a_profile_that_the_disk_has_no_room_for_leaves_nothing(talk, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot write .*trace.json: the disk is full"):
+            talk("--num_samples", 1, "--profile", tmp_path / "trace")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_weights_with_random_prompt_and_profile(talk, tmp_path):
@@ -542,6 +554,21 @@ def test_emoji_pass_in_the_c_locale():
     command = command_of(r"print(sys.stdin.read())" "\n" r"print('\N{SLICE OF PIZZA}', file=sys.stderr)")
     result = subprocess.run(command, cwd=ROOT, input="👍".encode(), env=env, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout.decode(), result.stderr.decode()) == (0, "👍\n", "🍕\n")
+
+
+def test_a_full_disk_behind_standard_output_is_named():
+    result = bash(f"{shlex.join(command_of('print(1)'))} > /dev/full", text=True)
+    assert (result.returncode, result.stderr) == (2, "error: No space left on device: standard output\n")
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    body = f"with cli.scratch(cli.Path({str(tmp_path / 'a')!r})) as path:"
+    body += "\n    path.mkdir()\n    cli.say('made')\n    time.sleep(60)"
+    process = subprocess.Popen(command_of(body), cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for(process, "made")
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert process.stderr.read().strip() == b"" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("streams", ["", "2>&1"])

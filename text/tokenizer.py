@@ -1,8 +1,11 @@
 """Text to token ids and back: vocabularies of two libraries, and the files they come from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from cli import say
 from text.chat import render
 from text.gguf_vocabulary import read_gguf_vocabulary
 from text.vocabulary import id_list, read_sentencepiece, read_tokenizer_json
@@ -126,19 +129,33 @@ def find_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
-    """Write a GGUF file's tokenizer as Hugging Face files."""
-    backend, config, ids = read_gguf_vocabulary(Path(gguf_path))
+@contextmanager
+def tokenizer_saved(gguf_path: Path | None, folder: Path) -> Iterator[None]:
+    """Write the tokenizer of a GGUF file, if there is one, as Hugging Face files, in place once the block succeeds.
+
+    What the folder has already is kept, and said if it differs.
+    """
+    with ExitStack() as stack:
+        for name, data in ({} if gguf_path is None else tokenizer_files(gguf_path)).items():
+            own = next((path for path in (folder / "tokenizer.model", folder / name) if path.exists()), None)
+            if own is None:
+                stack.enter_context(atomic_path(folder / name)).write_bytes(data)
+            elif own.read_bytes() != data:
+                say(f"{own} is kept; move it away to have {name} as {gguf_path.name} has it")
+        yield
+
+
+def tokenizer_files(gguf_path: Path) -> dict[str, bytes]:
+    """A GGUF file's tokenizer as Hugging Face files, by name."""
+    backend, config, ids = read_gguf_vocabulary(gguf_path)
     others = Tokenizer(backend, config, ids).eos_ids.difference(ids["eos_token_id"][:1])
     ids = {**ids, "eos_token_id": [*ids["eos_token_id"][:1], *sorted(others)]}  # the main one stays first
-    files = {
+    texts = {
         "tokenizer.json": backend.tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
         "generation_config.json": json.dumps(ids, indent=2),
     }
-    for name, text in files.items():
-        with atomic_path(Path(folder) / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def read_settings(folder: Path) -> tuple[dict, dict]:
