@@ -1,14 +1,18 @@
-"""What every command shares: Ctrl-C, broken pipes and errors in words. Imports nothing slow."""
+"""What every command shares: Ctrl-C and SIGTERM, broken pipes, errors in words. Imports nothing slow."""
 
 import argparse
 import contextlib
+import glob
 import os
+import platform
+import shutil
 import signal
+import stat
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -48,10 +52,21 @@ def explain(kind: type, error: BaseException, trace) -> None:
         quit_with(2, f"error: {message}")
 
 
+class Terminated(BaseException):
+    """SIGTERM came: it ends the command as Ctrl-C does, and in interactive mode too."""
+
+
+def terminate(*_) -> None:
+    raise Terminated
+
+
+ENDINGS = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+
+
 def send_again(ignored) -> None:
     """A `sys.unraisablehook`: Python drops every exception raised in a `__del__`, a Ctrl-C too."""
-    if ignored.exc_type is KeyboardInterrupt:
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if ignored.exc_type in ENDINGS:
+        threading.Timer(0.1, os.kill, (os.getpid(), ENDINGS[ignored.exc_type])).start()
     else:
         sys.__unraisablehook__(ignored)
 
@@ -69,13 +84,16 @@ def run(main: Callable, parser: argparse.ArgumentParser) -> None:
     sys.unraisablehook = send_again
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "RANK" not in os.environ:  # torchrun ends ranks by it, which may wait for each other outside of Python
+            signal.signal(signal.SIGTERM, terminate)
         main(**arguments)
         print(end="", flush=True)
         quit_on_interrupt()  # while the interpreter shuts down
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # the last flush goes there
-    except KeyboardInterrupt:
-        quit_with(130, "")
+    except tuple(ENDINGS) as ending:
+        quit_with(128 + ENDINGS[type(ending)], "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,7 +128,8 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
         return f"out of memory: {(str(error) or 'all is taken').splitlines()[0]}; use a smaller model, batch or context"
     if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        place = error.filename or ("standard output" if prints_to_a_disk() else None)
+        return f"{error.strerror or error}{f': {place}' if place else ''}"
     return None
 
 
@@ -129,6 +148,15 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 200]} ... {line[-195:]}"
 
 
+def prints_to_a_disk() -> bool:
+    """Whether standard output is a file or a device such as /dev/full: no terminal, pipe or socket."""
+    try:
+        mode = os.fstat(1).st_mode
+    except OSError:  # closed
+        return False
+    return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(1))
+
+
 def listed(values: Sequence) -> str:
     """1, 2 or 3"""
     *first, last = map(str, values)
@@ -137,12 +165,50 @@ def listed(values: Sequence) -> str:
 
 def quit_with(code: int, message: str) -> None:
     """End now, without waiting for background threads and compile workers, which could print after the message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDINGS.values():
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+@contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A path beside `target` for a file or folder in the making, which is gone after the block.
+
+    What killed processes of this machine left there goes first.
+    """
+    stem, pid = f".{target.name}.{platform.node()}.", os.getpid()
+    for left in target.parent.glob(f"{glob.escape(stem)}*.tmp"):
+        owner = left.name.removeprefix(stem).partition(".")[0]
+        if owner.isdecimal() and not is_running(int(owner)):
+            remove(left)
+    path = target.with_name(f"{stem}{pid}.tmp")
+    try:
+        yield path
+    finally:
+        remove(path)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there, and what a library made beside it by adding to its name."""
+    for each in path.parent.glob(f"{glob.escape(path.name)}*"):
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
 
 
 def say(*parts) -> None:

@@ -120,7 +120,8 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
     check_speculation(args)
     if args.output_json is not None:
-        require_writable(args.output_json, [args.prompt_file, args.checkpoint_path, args.draft_checkpoint_path])
+        model = args.checkpoint_path or DEFAULT_CHECKPOINT
+        require_writable(args.output_json, [args.prompt_file, model, args.draft_checkpoint_path])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
 
@@ -252,6 +253,8 @@ def answer(
     if args.profile and speaks(ranks):
         with atomic_path(trace_path(args.profile)) as path:
             profiler.export_chrome_trace(str(path))
+            if not path.exists():  # all that the profiler tells of a full disk
+                raise OSError("the disk is full")
     summary = summarise(timings, engine)
     say_summary(summary, engine)
     if args.output_json and speaks(ranks):

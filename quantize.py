@@ -26,7 +26,7 @@ from measure.perplexity import WINDOW, perplexity
 from ranks import init_tp
 from text.files import read_text
 from text.prompts import checked_ids
-from text.tokenizer import load_tokenizer, save_tokenizer
+from text.tokenizer import load_tokenizer, tokenizer_saved
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
 from weights.files import GB, dropping_page_cache, require_space, require_writable, size_text, write_json
@@ -144,9 +144,9 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
     require_writable(target)
     require_space(target, job.bytes_after)
     if args.output_json is not None:
-        require_writable(args.output_json, [path, args.check, args.calibration_file])
         if Path(args.output_json).resolve() == target.resolve():
             raise ValueError(f"cannot write {args.output_json}: the quantised model goes there")
+        require_writable(args.output_json, [path, args.check, args.calibration_file])
     size = job.bytes_after + (job.bytes_before if args.mode == GPTQ else 0)
     require_memory(size, job.device, f"the weights of {path}", "use a smaller model")
     length, context = args.calibration_seq_length, job.source.args.max_seq_length
@@ -200,17 +200,11 @@ def rounded_tensors(job: Job, windows: Tensor | None, args: argparse.Namespace) 
 
 
 def write(job: Job, tensors: dict[str, Tensor]) -> None:
-    """Write the quantised file and, if it has none beside it, a tokenizer."""
+    """Write the quantised file and, from a GGUF file, the tokenizer."""
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-    save_checkpoint(job.target, job.source.args, on_cpu, job.layout.table)
+    with tokenizer_saved(job.source.gguf, job.target.parent):
+        save_checkpoint(job.target, job.source.args, on_cpu, job.layout.table)
     say(f"Wrote {job.target}: {size_text(job.target.stat().st_size)}")
-    write_tokenizer(job.source, job.target.parent)
-
-
-def write_tokenizer(source: ModelFile, folder: Path) -> None:
-    """Put the tokenizer of a GGUF file beside what is made from it, unless there is one."""
-    if source.gguf is not None and not any((folder / f"tokenizer.{suffix}").exists() for suffix in ("json", "model")):
-        save_tokenizer(source.gguf, folder)
 
 
 # ---------------------------------------------------------------- what it cost

@@ -11,11 +11,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from cli import scratch
 
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
@@ -59,26 +60,40 @@ def build_flags(name: str) -> list[str]:
     return ["-O3", "-fopenmp", *LEVELS[name].flags]
 
 
-def library_path(name: str) -> Path:
+def library_folder(name: str) -> Path:
     """Where the operators for a level are kept: a folder for each text of the sources, torch, platform and build."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
     key = repr((texts, torch.__version__, sys.platform, name, compiler_version(), build_flags(name)))
-    return cache / "gpt-faster" / "kernels" / hashlib.sha256(key.encode()).hexdigest()[:16] / "cpu.so"
+    return cache / "gpt-faster" / "kernels" / digest(key.encode())
 
 
-def build(name: str, library: Path) -> None:
-    """Compile the operators for a level into `library`. Raises what `available` catches if they cannot be."""
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def find_library(folder: Path) -> Path | None:
+    """The library in a folder, called by the digest of its content: one that was cut would kill the process."""
+    return next((path for path in folder.glob("*.so") if path.stem == digest(path.read_bytes())), None)
+
+
+def build(name: str, folder: Path) -> Path:
+    """Compile the operators for a level: the library. Raises what `available` catches if they cannot be."""
     from torch.utils import cpp_extension
 
     print("Building the CPU operators, once, half a minute ...", file=sys.stderr, flush=True)
     # ninja is installed beside this Python, whose folder is on the path only in an activated environment
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    folder.mkdir(parents=True, exist_ok=True)
+    for damaged in folder.glob("*.so"):
+        damaged.unlink(missing_ok=True)
+    with scratch(folder / "build") as place:
+        place.mkdir()
         source, flags = str(FOLDER / "ops.cpp"), build_flags(name)
-        cpp_extension.load("cpu", [source], extra_cflags=flags, build_directory=folder, is_python_module=False)
-        os.replace(Path(folder) / "cpu.so", library)  # several processes may build; the last one wins
+        cpp_extension.load("cpu", [source], extra_cflags=flags, build_directory=str(place), is_python_module=False)
+        built = place / "cpu.so"
+        library = folder / f"{digest(built.read_bytes())}.so"
+        return built.replace(library)  # several processes may build; each finds a whole one
 
 
 @functools.cache
@@ -91,10 +106,8 @@ def available() -> bool:
     if name is None:
         return False
     try:
-        library = library_path(name)
-        if not library.exists():
-            build(name, library)
-        torch.ops.load_library(str(library))
+        folder = library_folder(name)
+        torch.ops.load_library(str(find_library(folder) or build(name, folder)))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         print(f"PyTorch's own linear layers are used: the CPU operators cannot be built ({reason})", file=sys.stderr)

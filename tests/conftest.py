@@ -85,6 +85,8 @@ def default_model_dir(default_gguf):
         stamp = folder / "converted-by"
         if not (folder / "model.pth").exists() or not stamp.exists() or stamp.read_text() != converter_digest():
             link_or_copy(default_gguf, folder / GGUF)
+            for kept in folder.glob("*.json"):  # by the converter
+                kept.unlink()
             result = run(CONVERT, "--checkpoint_dir", folder, timeout=600)
             assert result.returncode == 0, result.stderr
             stamp.write_text(converter_digest())

@@ -81,3 +81,18 @@ time.sleep(20)"""
     assert process.stderr.readline() == b"now\n"
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30)[1].strip() == b"" and process.returncode == 130
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    body = f"with cli.scratch(cli.Path({str(tmp_path / 'a')!r})) as path:"
+    body += "\n    path.mkdir()\n    cli.say('made')\n    time.sleep(60)"
+    process = subprocess.Popen(command_of(body), cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr.readline() == b"made\n"
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert process.stderr.read().strip() == b"" and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_behind_standard_output_is_named():
+    result = bash(f"{shlex.join(command_of('print(1)'))} > /dev/full", text=True)
+    assert (result.returncode, result.stderr) == (2, "error: No space left on device: standard output\n")

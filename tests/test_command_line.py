@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -214,6 +215,17 @@ def test_chat_with_a_system_message(talk, tiny, tmp_path):
     assert talk(*flags).out == greedy_text(tiny, messages) + "\n"
     (tmp_path / "plain.jinja").write_text("{{ messages[1].content }}")
     assert talk(*flags, "--chat_template", tmp_path / "plain.jinja").out == greedy_text(tiny, "the cat") + "\n"
+
+
+def test_a_profile_that_the_disk_has_no_room_for_leaves_nothing(talk, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot write .*trace.json: the disk is full"):
+            talk("--num_samples", 1, "--profile", tmp_path / "trace")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_weights_with_random_prompt_and_profile(talk, tmp_path):

@@ -234,13 +234,6 @@ def test_gguf_brings_its_tokenizer_and_is_what_the_file_is_compared_with(default
     assert load_tokenizer(tmp_path / "some_int8.pth").encode(TEXT) == load_tokenizer(default_gguf).encode(TEXT)
 
 
-def test_a_tokenizer_that_is_there_is_kept(default_gguf, tmp_path):
-    source = open_model(default_gguf)
-    (tmp_path / "tokenizer.model").write_text("mine")
-    program.write_tokenizer(source, tmp_path)
-    assert names(tmp_path) == ["tokenizer.model"]
-
-
 def test_an_existing_file_is_replaced(folder):
     target = folder / "model_int8.pth"
     target.write_bytes(b"old")
@@ -561,5 +554,5 @@ def test_inputs_are_not_overwritten_by_the_report(folder):
         ("tokenizer.json", ["--checkpoint_path", folder]),
     ):
         (folder / "text.txt").write_text(TEXT)
-        with pytest.raises(ValueError, match="this run reads it"):
+        with pytest.raises(ValueError, match="this run reads it|a file of the model has that name"):
             main(**vars(build_parser().parse_args([*map(str, flags), "--output_json", str(folder / kept)])))

@@ -1,10 +1,12 @@
 """Text to token ids and back: vocabularies of two libraries, and the files they come from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
-from cli import listed
+from cli import listed, say
 from text.chat import render
 from text.files import read_utf8, require_utf8
 from text.gguf_vocabulary import gguf_settings, gguf_vocabulary, has_ordinary_tokens, read_gguf_fields
@@ -183,17 +185,31 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(gguf_vocabulary(fields), own, own_ids)
 
 
-def save_tokenizer(gguf_path: str | Path, folder: str | Path) -> None:
-    """Write a GGUF file's tokenizer as Hugging Face files."""
-    fields = read_gguf_fields(Path(gguf_path))
+@contextmanager
+def tokenizer_saved(gguf_path: Path | None, folder: Path) -> Iterator[None]:
+    """Write the tokenizer of a GGUF file, if there is one, as Hugging Face files, in place once the block succeeds.
+
+    What the folder has already is kept, and said if it differs.
+    """
+    with ExitStack() as stack:
+        for name, data in ({} if gguf_path is None else tokenizer_files(gguf_path)).items():
+            own = next((path for path in (folder / "tokenizer.model", folder / name) if path.exists()), None)
+            if own is None:
+                stack.enter_context(atomic_path(folder / name)).write_bytes(data)
+            elif own.read_bytes() != data:
+                say(f"{own} is kept; move it away to have {name} as {gguf_path.name} has it")
+        yield
+
+
+def tokenizer_files(gguf_path: Path) -> dict[str, bytes]:
+    """A GGUF file's tokenizer as Hugging Face files, by name."""
+    fields = read_gguf_fields(gguf_path)
     backend, (config, ids) = gguf_vocabulary(fields), gguf_settings(fields)
     others = Tokenizer(backend, config, ids).eos_ids.difference(ids["eos_token_id"][:1])
     ids = {**ids, "eos_token_id": [*ids["eos_token_id"][:1], *sorted(others)]}  # the main one stays first
-    files = {
+    texts = {
         "tokenizer.json": backend.tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
         "generation_config.json": json.dumps(ids, indent=2),
     }
-    for name, text in files.items():
-        with atomic_path(Path(folder) / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    return {name: text.encode() for name, text in texts.items()}

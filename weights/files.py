@@ -17,8 +17,14 @@ from typing import Any
 
 import torch
 
+from cli import scratch
+
 GB = 1e9
 WEIGHTS = (".pth", ".bin", ".safetensors", ".gguf")  # suffixes
+OF_MODELS = re.compile(  # names of files that are read because they lie in a model's folder
+    r".*\.(pth|bin|safetensors|gguf|model|jinja|index\.json)|merges\.txt"
+    r"|(\w*config|tokenizer|special_tokens_map|added_tokens|chat_template|vocab)\.json"
+)
 
 
 def size_text(size: float) -> str:
@@ -54,15 +60,15 @@ def read_json(path: str | Path) -> dict:
 def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Refuse, before the work, a file at `path` that could not be written after it, or is one of the inputs.
 
-    An input may be a model's folder, or None.
+    An input may be a model's file or folder, beside or in which other files are read by their names, or None.
     """
     path = Path(path)
-    if path.exists():
-        real = path.resolve()
-        belongs = real.suffix != ".json" or re.match(r"(config|tokenizer|generation_config|model)\b", real.name)
-        for each in (Path(each).resolve() for each in inputs if each is not None):
-            if each == real or (each == real.parent and belongs):
-                raise ValueError(f"cannot write {path}: this run reads it")
+    real = path.resolve()
+    for each in (Path(each).resolve() for each in inputs if each is not None):
+        if each == real:
+            raise ValueError(f"cannot write {path}: this run reads it")
+        if real.parent in (each, each.parent) and OF_MODELS.fullmatch(real.name):
+            raise ValueError(f"cannot write {path}: a file of the model has that name; choose another")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
@@ -87,18 +93,18 @@ def write_json(path: str | Path, value: dict) -> None:
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds and removed if it does not."""
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout is written to, not replaced
-        yield Path(path)
-        return
-    path = Path(os.path.realpath(path))  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout is written to, not replaced
+            yield Path(path)
+            return
+        path = Path(os.path.realpath(path))  # a link stays a link
+        with scratch(path) as temporary:
+            yield temporary
+            os.replace(temporary, path)
+    except BrokenPipeError:  # of /dev/stdout
+        raise
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_torch(path: Path) -> Any:

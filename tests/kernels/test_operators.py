@@ -1,6 +1,7 @@
 """The CPU operators for layers, experts and attention against float64, and machines that cannot have them."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import cpp_extension
 
 from kernels import cpu
 from layers.fastest import fastest
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from model import Attend, ExpertLinear, ModelArgs
+from tests.tiny import dead_process
 from weights.checkpoint import build
 from weights.layout import Layout
 
@@ -325,8 +328,8 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
 def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
     """One for each level, flag, compiler, torch and text of the sources; the flags never depend on the processor."""
     monkeypatch.setattr(cpu, "compiler_version", lambda: "c++ 1")
-    paths = {cpu.library_path(name) for name in cpu.LEVELS}
-    assert len(paths) == len(cpu.LEVELS) and cpu.library_path("avx512") in paths
+    paths = {cpu.library_folder(name) for name in cpu.LEVELS}
+    assert len(paths) == len(cpu.LEVELS) and cpu.library_folder("avx512") in paths
     assert not any("native" in flag for level in cpu.LEVELS.values() for flag in level.flags)
     folder = shutil.copytree(cpu.FOLDER, tmp_path / "cpu")
     (folder / "simd.h").write_text("changed")
@@ -338,7 +341,24 @@ def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            assert cpu.library_path("avx512") not in paths, name
+            assert cpu.library_folder("avx512") not in paths, name
+
+
+def test_a_library_that_is_damaged_or_not_ours_is_built_again(monkeypatch, tmp_path):
+    def compiler(_, sources, build_directory, **__):
+        Path(build_directory, "cpu.so").write_bytes(b"a library")
+
+    monkeypatch.setattr(cpp_extension, "load", compiler)
+    (tmp_path / ".build.elsewhere.1.tmp").mkdir()  # of another machine, which may be at work
+    (tmp_path / f".build.{platform.node()}.{dead_process()}.tmp").mkdir()
+    whole = cpu.build("avx512", tmp_path)
+    assert cpu.find_library(tmp_path) == whole and len(list(tmp_path.iterdir())) == 2
+    for content in (b"a lib", b"", b"another library"):
+        whole.write_bytes(content)
+        (tmp_path / "cpu.so").write_bytes(content)
+        assert cpu.find_library(tmp_path) is None
+        assert cpu.build("avx512", tmp_path) == whole and cpu.find_library(tmp_path) == whole
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("compiler, reason", [("/bin/false", ""), ("/no/such/compiler", "no C++ compiler")])
@@ -361,4 +381,5 @@ def test_the_build_needs_only_a_compiler_on_the_path(tmp_path):
     code = "from kernels import cpu; print(cpu.available())"
     result = run_python(code, XDG_CACHE_HOME=str(tmp_path), PATH=str(tools))
     assert result.stdout.strip() == "True", result.stderr
-    assert [path.name for path in tmp_path.rglob("kernels/*/*")] == ["cpu.so"]
+    (library,) = tmp_path.rglob("kernels/*/*")
+    assert library == cpu.find_library(library.parent)

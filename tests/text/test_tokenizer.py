@@ -20,7 +20,7 @@ from tests.tiny import CHATML
 from text.chat import Renderer, render, renderer
 from text.gguf_vocabulary import PRE_TOKENIZERS
 from text.stream import TextStream
-from text.tokenizer import load_tokenizer, require_same_vocabulary, save_tokenizer
+from text.tokenizer import load_tokenizer, require_same_vocabulary, tokenizer_saved
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
@@ -168,7 +168,8 @@ def test_default_model_splits_digits_first(default_gguf):
 def test_default_model_saved_as_hugging_face_files(default_gguf, tmp_path):
     from transformers import AutoTokenizer
 
-    save_tokenizer(default_gguf, tmp_path)
+    with tokenizer_saved(default_gguf, tmp_path):
+        pass
     names = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 0]}
@@ -243,7 +244,8 @@ def test_gguf_without_a_word_about_bos(tmp_path, pre, adds_bos):
 def test_gguf_sentencepiece_saved(tmp_path, backends):
     path = write_sentencepiece_gguf(tmp_path / "a.gguf", train_sentencepiece(tmp_path), chat_template=CHATML)
     (tmp_path / "saved").mkdir()
-    save_tokenizer(path, tmp_path / "saved")
+    with tokenizer_saved(path, tmp_path / "saved"):
+        pass
     saved, ours = load_tokenizer(tmp_path / "saved"), load_tokenizer(path)
     assert saved.eos_ids == ours.eos_ids == {2, ours.encode("<end_of_turn>")[-1]}
     for text in TEXTS:
@@ -278,7 +280,8 @@ def test_gguf_with_several_templates(tmp_path):
     named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "tools"}]
     path = write_byte_level_gguf(tmp_path / "a.gguf", "gpt-2", eos_token_id=2, chat_template=named)
     (tmp_path / "saved").mkdir()
-    save_tokenizer(path, tmp_path / "saved")
+    with tokenizer_saved(path, tmp_path / "saved"):
+        pass
     for tokenizer in (load_tokenizer(path), load_tokenizer(tmp_path / "saved")):
         assert tokenizer.templates == {"default": "one", "tool_use": "tools"} and tokenizer.chat_template == "one"
 
@@ -292,6 +295,27 @@ def test_a_gguf_with_one_huge_token_takes_little_memory(tmp_path):
     tracemalloc.stop()
     merges = json.loads(tokenizer.backend.tokenizer.to_str())["model"]["merges"]
     assert merges == [["aa", "a"], ["a", "aa"], ["a", "a"]]
+
+
+@pytest.mark.parametrize("own", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_saving_keeps_what_is_there_and_says_so_if_it_differs(own, default_gguf, tmp_path, capsys):
+    (tmp_path / own).write_text("mine")
+    with tokenizer_saved(default_gguf, tmp_path):
+        assert {path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"} == {own}
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert there[own] == b"mine" and len(there) == (1 if own == "tokenizer.model" else 3)
+    assert f"{tmp_path / own} is kept; move it away to have" in capsys.readouterr().err
+    (tmp_path / own).unlink()
+    for _ in range(2):  # its own files are no news
+        with tokenizer_saved(default_gguf, tmp_path):
+            pass
+        assert capsys.readouterr().err == ""
+
+
+def test_saving_leaves_nothing_if_what_it_belongs_to_is_not_written(default_gguf, tmp_path):
+    with pytest.raises(ValueError), tokenizer_saved(default_gguf, tmp_path):
+        raise ValueError("the disk is full")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- one vocabulary or two
@@ -308,7 +332,8 @@ def test_padding_and_unused_tokens_are_no_difference(backends, tmp_path):
 
 
 def test_a_vocabulary_is_the_same_in_every_format(default_gguf, backends, tmp_path):
-    save_tokenizer(default_gguf, tmp_path)  # as tokenizer.json
+    with tokenizer_saved(default_gguf, tmp_path):
+        pass  # as tokenizer.json
     pairs = [(load_tokenizer(default_gguf), load_tokenizer(tmp_path)), (backends["sentencepiece"], backends["gguf"])]
     for one, other in pairs:
         assert type(one.vocabulary()) is dict and len(one.vocabulary()) == one.vocab_size
