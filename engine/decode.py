@@ -27,6 +27,7 @@ def decode_one_token(
     model: Transformer, token: Tensor, pos: Tensor, cache: CacheView, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:  # token, pos [B, 1] -> token, pos [B, 1]
     """One step: the token that follows `token` at `pos`, and its position."""
+    token = token.clamp(min=0)  # the step after NO_TOKEN may run before anyone has read that
     return next_token(model, model(token, pos, cache)[:, -1], sampling), pos + 1
 
 

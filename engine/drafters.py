@@ -126,7 +126,7 @@ def draft_one_token(
     logits = model(tokens, pos, cache, last)[:, 0]
     if barred is not None:
         logits = logits.masked_fill(barred, float("-inf"))
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return logits.argmax(-1, keepdim=True), None
     probs = logits_to_probs(logits, sampling)
     return sample(probs)[:, None], probs

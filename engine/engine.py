@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from engine.cache import allocate, prefix_length, slots_for
 from engine.compile import compile_step, require_compiler
-from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import Sampling
+from engine.decode import Chunk, decode, decode_one_token, forward_chunk, prefill
+from engine.sampling import NO_TOKEN, Sampling, require_finite
 from engine.speculative import Speculation, Text, speculate
 from layers.quantized import quant_spec
 from model import KVCache, Transformer
@@ -135,9 +136,12 @@ def chunks(
         speculation.drafter.begin(model, prompts, start)  # before the first token, because it is a prefill too
         before = [ids[-1] for ids in prompts]
         stream = speculate(model, engine.cache, token, pos, n_new - 1, sampling, speculation, before)
-    yield token.tolist(), [1] * len(prompts)
-    for tokens, counts in read_behind(stream, 1 if model.device.type == "cuda" and speculation is None else 0):
-        yield tokens.tolist(), counts.tolist()
+    first = Chunk(token, torch.ones(len(prompts), dtype=torch.long))
+    later = read_behind(stream, 1 if model.device.type == "cuda" and speculation is None else 0)
+    for chunk in chain([first], later):
+        tokens, counts = (each.tolist() for each in chunk)
+        require_finite(model, all(NO_TOKEN not in ids[:n] for ids, n in zip(tokens, counts, strict=True)))
+        yield tokens, counts
 
 
 def read_behind(chunks: Iterator, distance: int) -> Iterator:

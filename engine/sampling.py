@@ -10,6 +10,8 @@ from model import Transformer
 from ranks import from_first
 from tp import full_logits
 
+NO_TOKEN = -1  # drawn from logits that are not finite: whoever reads the ids notices it, without another transfer
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,9 +23,14 @@ class Sampling:
     min_p: float = 0.0
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken; logits divided by less than this bound would overflow."""
+        return self.temperature < 1e-30
+
+    @property
     def candidates(self) -> int | None:
         """How many of the likeliest tokens can be drawn; None: any."""
-        return 1 if self.temperature == 0 else self.top_k or None
+        return 1 if self.is_greedy else self.top_k or None
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -38,7 +45,7 @@ class Sampling:
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V] float32
     """The distribution that is sampled from: temperature, then top-k, top-p and min-p, each on what the last left."""
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -70,12 +77,27 @@ def sample(probs: Tensor) -> Tensor:  # [..., V] -> [...]
 
 
 def choose(logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return sample(logits_to_probs(logits, sampling))[:, None]
+    if sampling.is_greedy:
+        return valid(logits.argmax(-1), logits)[:, None]
+    probs = logits_to_probs(logits, sampling)
+    return valid(sample(probs), probs)[:, None]
+
+
+def valid(token: Tensor, values: Tensor) -> Tensor:  # [...], [..., V] -> [...]
+    """The token; NO_TOKEN where its logit or probability is not finite. An argmax is at a NaN if there is one."""
+    return token.where(values.gather(-1, token[..., None])[..., 0].isfinite(), NO_TOKEN)
+
+
+def require_finite(model: Transformer, is_finite: bool) -> None:
+    """Refuse to go on with logits that are NaN or infinite."""
+    if not is_finite:
+        dtype = str(model.dtype).removeprefix("torch.")
+        larger = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
+        advice = f"use --dtype {larger}" if larger else "its weights or its config are damaged; fetch them again"
+        raise ValueError(f"the model's logits are NaN or infinite in {dtype}; {advice}")
 
 
 def next_token(model: Transformer, logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
     """Draw from the logits that `model` returned; the same token on every rank that shares it."""
     token = choose(full_logits(model, logits, sampling.candidates), sampling)
-    return token if sampling.temperature == 0 else from_first(model.ranks, token)  # the likeliest is so everywhere
+    return token if sampling.is_greedy else from_first(model.ranks, token)  # the likeliest is so everywhere

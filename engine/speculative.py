@@ -17,7 +17,7 @@ from engine.cache import prefix_length
 from engine.decode import Chunk
 from engine.drafters import Drafter
 from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length
-from engine.sampling import Sampling, logits_to_probs, sample
+from engine.sampling import Sampling, logits_to_probs, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
@@ -31,8 +31,8 @@ def accept(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: 
     the first that is not is drawn again from what p has more than q.
     """
     k, vocab_size = draft.shape[1], logits.shape[-1]
-    if sampling.temperature == 0:  # p and q are 1 or 0: accepted is what the model would have said
-        new = logits.argmax(-1)
+    if sampling.is_greedy:  # p and q are 1 or 0: accepted is what the model would have said
+        new = valid(logits.argmax(-1), logits)
         return new, 1 + (new[:, :k] == draft).long().cumprod(1).sum(1, keepdim=True)
     p = logits_to_probs(logits, sampling)  # [B, k + 1, V]
     if draft_probs is None:
@@ -45,7 +45,8 @@ def accept(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: 
     more = torch.cat(((p[:, :k] - q).clamp(min=0), p[:, k:]), 1)  # after the last draft token, p itself
     here = accepted[..., None].expand(-1, 1, vocab_size)
     more, p = more.gather(1, here)[:, 0], p.gather(1, here)[:, 0]  # [B, V]
-    own = sample(torch.where(more.sum(-1, keepdim=True) > 0, more, p))[:, None]  # where p is q, rounding left nothing
+    own = sample(torch.where(more.sum(-1, keepdim=True) > 0, more, p))  # where p is q, rounding left nothing
+    own = valid(own, p)[:, None]
     return torch.cat((draft, own), 1).scatter(1, accepted, own), 1 + accepted
 
 
@@ -69,7 +70,7 @@ def verify(
     places = pos + torch.arange(draft.shape[1] + 1, device=pos.device)
     logits = full_logits(model, model(tokens[:, 1:], places, cache), sampling.candidates)
     new, count = accept(logits, draft, draft_probs, sampling)
-    if sampling.temperature > 0:  # what is likeliest is so on every rank
+    if not sampling.is_greedy:  # what is likeliest is so on every rank
         new, count = from_first(model.ranks, torch.cat((new, count), 1)).tensor_split((-1,), 1)
     count = torch.minimum(count, limit - pos)
     recent = torch.cat((recent, new), 1).gather(1, count + torch.arange(2, device=pos.device))

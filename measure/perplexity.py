@@ -11,6 +11,7 @@ import torch
 from cli import progress
 from engine.cache import context_length
 from engine.engine import Engine
+from engine.sampling import require_finite
 from measure.scoring import token_logprobs
 
 WINDOW = 512  # tokens of a text at once
@@ -58,8 +59,7 @@ def perplexity(
             total -= logprobs.sum().item()
             bar.update(logprobs.numel())
     mean = total / n_tokens
-    if math.isnan(mean):
-        raise ValueError("the model's logits are NaN; use --dtype float32, or another checkpoint")
+    require_finite(model, math.isfinite(mean))
     value = torch.tensor(mean, dtype=torch.float64).exp().item()  # math.exp would overflow
     return Perplexity(value, mean, n_tokens, len(windows))
 

@@ -1,5 +1,6 @@
 """How likely a model finds given tokens, and continuations of prompts: each prompt is read once for all of its own."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from engine.cache import copy_prefix
 from engine.decode import PREFILL_CHUNK, read_prompts
 from engine.engine import Engine
+from engine.sampling import require_finite
 from tp import full_logits
 
 LOGIT_BYTES = 200_000_000  # at most, for the logits of one forward that scores
@@ -119,6 +121,7 @@ def score(engine: Engine, questions: list[Question], n_rows: int) -> Iterator[tu
             later = score_later(engine, targets, pos, rows, n_rows)
             logprobs, is_best = torch.cat((logprobs, later[0]), 1), torch.cat((is_best, later[1]), 1)
         sums = logprobs.where(is_own, 0).sum(1).tolist()
+        require_finite(engine.model, all(map(math.isfinite, sums)))
         greedy = (is_best | ~is_own).all(1).tolist()
         yield from ((number, *found) for (_, _, number), *found in zip(batch, sums, greedy, strict=False))
 

@@ -1,6 +1,7 @@
 """Sampling against transformers and hand-worked numbers, prefill against one forward, compiled steps against plain."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from transformers.generation import logits_process as hf
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import Sampling, choose, logits_to_probs, sample
+from engine.sampling import NO_TOKEN, Sampling, choose, logits_to_probs, sample
+from engine.speculative import accept
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
+from tp import full_logits
 
 # ---------------------------------------------------------------- sampling
 
@@ -28,6 +31,37 @@ from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 def test_sampling_refuses_what_is_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}; it must be"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-31, 1e-29])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
+    logits, sampling = torch.randn(3, 97, generator=torch.Generator().manual_seed(1)) * 30, Sampling(temperature)
+    assert torch.equal(choose(logits, sampling), logits.argmax(-1, keepdim=True))
+    assert torch.equal(logits_to_probs(logits, sampling), logits_to_probs(logits, GREEDY))
+
+
+BAD = {"NaN": math.nan, "inf": math.inf}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 5), Sampling(1.0, 0, 0.9, 0.1)], ids=str)
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD.keys())
+def test_no_token_is_drawn_from_logits_that_are_not_finite(sampling, value):
+    """One such logit is enough; -inf bars a token, and may stand beside others."""
+    logits = torch.zeros(4, 50)
+    logits[1, 7], logits[2, 7], logits[3] = value, -math.inf, value
+    token = choose(logits, sampling)
+    assert (token == NO_TOKEN).tolist() == [[False], [True], [False], [True]]
+    draft = torch.zeros(4, 2, dtype=torch.long)  # the second is never reached: row 0 and 2 may take the first
+    new, count = accept(logits[:, None].repeat(1, 3, 1), draft, None, sampling)
+    assert [NO_TOKEN in ids[:n] for ids, n in zip(new.tolist(), count, strict=True)] == [False, True, False, True]
+
+
+def test_ranks_hand_on_logits_that_are_not_finite():
+    alone = SimpleNamespace(rank=0, size=1, gather=lambda x: x[None])
+    model, logits = SimpleNamespace(ranks=alone, args=SimpleNamespace(vocab_size=50)), torch.zeros(1, 50)
+    logits[0, 7] = math.nan
+    for best, sampling in ((1, GREEDY), (5, Sampling(1.0, 5)), (None, Sampling(1.0, 0))):
+        assert choose(full_logits(model, logits, best), sampling).item() == NO_TOKEN
 
 
 def test_sampling_takes_the_ends_of_each_range():
@@ -101,9 +135,11 @@ def test_samples_follow_the_distribution():
 def test_the_compiled_draw_follows_the_distribution():
     logits = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log().repeat(50_000, 1)
     torch.manual_seed(0)
-    drawn = torch.compile(choose, fullgraph=True, options={"cpp.vec_isa_ok": True})(logits, Sampling(1.0, 5))
+    compiled = torch.compile(choose, fullgraph=True, options={"cpp.vec_isa_ok": True})
+    drawn = compiled(logits, Sampling(1.0, 5))
     counts, expected = drawn[:, 0].bincount(minlength=6), 50_000 * logits[0].exp() / 0.99
     assert counts[5] == 0
+    assert (compiled(logits * math.nan, Sampling(1.0, 5)) == NO_TOKEN).all()
     assert ((counts - expected)[:5] ** 2 / expected[:5]).sum() < 18.5  # 4 degrees of freedom
 
 

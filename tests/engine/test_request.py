@@ -1,7 +1,9 @@
 """The library behind the command: streams of ids, and requests that end."""
 
+import math
 import subprocess
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from engine.cache import check_fit
 from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
+from engine.sampling import Sampling
 from engine.speculative import Speculation
 from measure.speed import acceptance, bytes_read, report_acceptance
 from tests.tiny import GREEDY, ROOT, SOURCES, ids_of, make_tiny_checkpoint, pairwise, speculation_of, tiny_model
@@ -193,6 +196,36 @@ def test_rows_end_as_without_speculation(tiny, drafts, source, k, reason):
         assert sum(taken) - taken[-1] < len(row.token_ids) - 1 <= sum(taken)  # none after the one that ended it
         assert len(row.rounds) <= timing.steps
     assert max(len(row.rounds) for row in rows) == timing.steps
+
+
+@pytest.mark.parametrize("source", [None, *SOURCES])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_logits_that_are_nan_end_the_run_with_the_dtypes_that_would_do(tiny, drafts, source, sampling):
+    """A token whose embedding is NaN is drawn, or guessed, by and by; the text before is given out."""
+    speculation, model = source and speculation_of(drafts, source, 3), deepcopy(tiny.model)
+    torch.manual_seed(0)
+    plain = [
+        token for [ids] in generate(Engine(model, speculation=speculation), PROMPTS[:1], 24, sampling) for token in ids
+    ]
+    bad = new_id_at([*PROMPTS[0], *plain], 9)
+    model.output = deepcopy(model.output)  # tied
+    model.tok_embeddings.weight.data[bad] = math.nan
+    torch.manual_seed(0)
+    engine, ids = Engine(model, speculation=speculation), []
+    with pytest.raises(ValueError, match="logits are NaN or infinite in float32; its weights or its config are damag"):
+        for [new] in generate(engine, PROMPTS[:1], 24, sampling):
+            ids += new
+    assert ids == plain[: len(ids)] and (source or ids[-1] == bad) and bad not in ids[:-1]
+
+
+def test_a_model_that_float16_cannot_hold(tiny):
+    model = deepcopy(tiny.model)
+    for block in model.layers:
+        block.feed_forward.w13.weight.data *= 100
+        block.feed_forward.w2.weight.data *= 1e4
+    with pytest.raises(ValueError, match="NaN or infinite in float16; use --dtype bfloat16 or float32$"):
+        ids_of(deepcopy(model).half(), PROMPTS, 4)
+    ids_of(model.bfloat16(), PROMPTS, 4)
 
 
 def new_id_at(ids, least):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from engine.engine import Engine, build_engine  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
 from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E402
 from measure.harness import Adapter  # noqa: E402
+from measure.perplexity import perplexity  # noqa: E402
 from measure.scoring import evenly, questions_of  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
@@ -209,6 +211,24 @@ def test_a_context_without_tokens(pair):
     requests = [(("", " the cat"), [], pair.tokenizer.encode(" the cat", False))]
     whole = asked("loglikelihood", ("", " the cat"))
     assert_close(pair.ours._loglikelihood_tokens(requests, True), pair.theirs.loglikelihood(whole, True))
+
+
+def test_logits_that_are_nan_are_refused(pair):
+    model = deepcopy(pair.engine.model)
+    (bad,) = pair.tokenizer.encode("x")
+    model.tok_embeddings.weight.data[bad] = math.nan
+    adapter = pair.adapter(engine=Engine(model))
+    works = {
+        "score": lambda text: adapter.loglikelihood(
+            asked("loglikelihood", ("he", " said"), (text, " sat on the")), True
+        ),
+        "generate": lambda text: adapter.generate_until(asked("generate_until", (text, {"max_gen_toks": 2})), True),
+        "perplexity": lambda text: perplexity(adapter.engine, pair.tokenizer.encode(text + " sat"), window=WINDOW),
+    }
+    for work in works.values():
+        work("the cat")
+        with pytest.raises(ValueError, match="logits are NaN or infinite in float32"):
+            work("x")
 
 
 def test_what_greedy_decoding_writes_is_greedy(pair):
