@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,13 +45,14 @@ from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.chat import start_rendering
 from text.files import require_utf8
-from text.prompts import IdTokenizer, encode_prompt, read_prompt_file
+from text.prompts import IdTokenizer, encode_prompt, has_standard_input, read_prompt_file, read_standard_input
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
 from weights.files import atomic_path, require_writable, write_json
 
 DEFAULT_PROMPT = "Hello, my name is"
+NEW_TOKENS = 200  # at most, unless --max_new_tokens says otherwise; an answer in interactive mode may fill the context
 INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
 
 
@@ -58,8 +60,10 @@ def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
     with init_tp() as ranks:
         args = argparse.Namespace(**flags)
+        if args.max_new_tokens is None and not args.interactive:
+            args.max_new_tokens = NEW_TOKENS
         sampling, device = check_run(args, ranks)
-        texts = read_texts(args, ranks)
+        prompts = {} if args.interactive else shared(ranks, lambda: read_prompts(args))
         seed = choose_seed(args.seed, ranks)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -75,7 +79,7 @@ def main(**flags) -> None:
         if args.interactive:
             converse(engine, tokenizer, sampling, args)
         else:
-            answer(engine, tokenizer, sampling, texts, args, facts)
+            answer(engine, tokenizer, sampling, prompts, args, facts)
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -97,16 +101,14 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, 
 
 def check_request(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot work, before anything slow."""
-    check_counts(vars(args), "num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length")
+    check_counts(
+        vars(args), "num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length", "random_prompt"
+    )
     check_threads(args.threads)
-    if args.prompt is not None and args.prompt_file is not None:
-        raise ValueError("--prompt and --prompt_file are both given; give one")
-    if isinstance(args.prompt, int) and args.prompt < 1:
-        raise ValueError(f"--prompt is {args.prompt}; a number of random tokens must be at least 1")
     if args.interactive:
-        for name in ("prompt", "prompt_file", "batch_size", "output_json", "profile"):
+        for name in ("batch_size", "output_json", "profile"):
             if getattr(args, name) is not None:
-                raise ValueError(f"--interactive reads its prompts from the keyboard; leave out --{name}")
+                raise ValueError(f"--{name} does not go with --interactive; leave it out")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
     for name in ("system", "chat_template"):
@@ -152,11 +154,22 @@ def trace_path(profile: str) -> str:
     return profile.removesuffix(".json") + ".json"
 
 
-def read_texts(args: argparse.Namespace, ranks: Ranks | None) -> list[str | int]:
-    """The prompts: texts, or numbers of random tokens."""
+def read_prompts(args: argparse.Namespace) -> dict[int, str | int]:
+    """The prompts by number from 1: texts, or numbers of random tokens."""
     if args.prompt_file is not None:
-        return shared(ranks, lambda: read_prompt_file(args.prompt_file))
-    return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
+        return read_prompt_file(args.prompt_file)
+    if args.random_prompt is not None:
+        return {1: args.random_prompt}
+    if args.prompt is None:
+        return {1: has_standard_input() and read_standard_input() or DEFAULT_PROMPT}
+    if args.prompt == "-":
+        return {1: read_standard_input()}
+    prompt = args.prompt if args.chat else number_or_text(args.prompt)
+    if isinstance(prompt, int):
+        if prompt < 1:
+            raise ValueError(f"--prompt is {prompt}; a number of random tokens must be at least 1")
+        say(f"--prompt {prompt} means {prompt} random tokens, as --random_prompt does; with --chat it is text")
+    return {1: prompt}
 
 
 def choose_seed(seed: int, ranks: Ranks | None) -> int:
@@ -220,62 +233,83 @@ def prepare(warm_up: Callable[[], None], args: argparse.Namespace) -> float:
 # ---------------------------------------------------------------- prompts and their answers
 
 
+@dataclass(frozen=True)
+class Row:
+    """One sequence to continue. number: of the prompt's line in its file, or of the copy of a single prompt."""
+
+    number: int
+    prompt: str | int  # a number of random tokens
+    ids: list[int]
+
+
 def answer(
     engine: Engine,
     tokenizer: Tokenizer,
     sampling: Sampling,
-    texts: list[str | int],
+    prompts: dict[int, str | int],
     args: argparse.Namespace,
     facts: dict,
 ) -> None:
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
+    texts = prompts.values()
     # a number of random tokens is checked before they are drawn
     check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
-    prompts = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
-    batch_size = args.batch_size or len(prompts)
-    copies = batch_size if args.prompt_file is None else 1  # a single prompt fills the batch
-    length = check_fit(max(map(len, prompts)), args.max_new_tokens, context)
-    engine.reserve(min(batch_size, copies * len(prompts)), length)
-    prompts = prompts * copies
-    batches = [prompts[begin : begin + batch_size] for begin in range(0, len(prompts), batch_size)]
-    lengths = [[len(prompt) for prompt in batch] for batch in batches]
+    encoded = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
+    rows = list(map(Row, prompts, texts, encoded))
+    batch_size = args.batch_size or len(rows)
+    engine.reserve(
+        batch_size if args.prompt_file is None else min(batch_size, len(rows)),
+        check_fit(max(map(len, encoded)), args.max_new_tokens, context),
+    )
+    if args.prompt_file is None:  # a single prompt fills the batch
+        rows = [replace(rows[0], number=number) for number in range(1, batch_size + 1)]
+    batches = [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+    lengths = [[len(row.ids) for row in batch] for batch in batches]
     facts["compile_s"] = prepare(lambda: engine.warm_up(lengths, args.max_new_tokens, sampling), args)
-
     torch.manual_seed(facts["seed"])
-    timings = []
-    n_samples = args.num_samples if args.prompt_file is None else 1
-    for index in range(1, n_samples + 1):
-        traced = args.profile and index == n_samples and speaks(ranks)
-        with torch.profiler.profile() if traced else nullcontext() as profiler:
-            timings.append(run_sample(engine, tokenizer, batches, sampling, args))
-        report(index, timings[-1], engine)
-    if args.profile and speaks(ranks):
-        with atomic_path(trace_path(args.profile)) as path:
-            profiler.export_chrome_trace(str(path))
-            if not path.exists():  # all that the profiler tells of a full disk
-                raise OSError("the disk is full")
+    timings = run_samples(engine, tokenizer, batches, sampling, args)
     summary = summarise(timings, engine)
     say_summary(summary, engine)
+    for sample in summary["samples"]:
+        for sequence, row in zip(sample["sequences"], rows, strict=True):
+            sequence |= {"row": row.number, "prompt": row.prompt if isinstance(row.prompt, str) else None}
     if args.output_json and speaks(ranks):
         write_json(args.output_json, facts | summary)
 
 
+def run_samples(
+    engine: Engine, tokenizer: Tokenizer, batches: list[list[Row]], sampling: Sampling, args: argparse.Namespace
+) -> list[Timing]:
+    """Answer every prompt as often as asked, and trace the last time if asked."""
+    timings, n_samples = [], args.num_samples if args.prompt_file is None else 1
+    profiles = args.profile is not None and speaks(engine.model.ranks)
+    for index in range(1, n_samples + 1):
+        if n_samples > 1:
+            write(f"[sample {index}]\n")
+        with torch.profiler.profile() if profiles and index == n_samples else nullcontext() as profiler:
+            timings.append(run_sample(engine, tokenizer, batches, sampling, args))
+        report(index, timings[-1], engine)
+    if profiles:
+        with atomic_path(trace_path(args.profile)) as path:
+            profiler.export_chrome_trace(str(path))
+            if not path.exists():  # all that the profiler tells of a full disk
+                raise OSError("the disk is full")
+    return timings
+
+
 def run_sample(
-    engine: Engine, tokenizer: Tokenizer, batches: list, sampling: Sampling, args: argparse.Namespace
+    engine: Engine, tokenizer: Tokenizer, batches: list[list[Row]], sampling: Sampling, args: argparse.Namespace
 ) -> Timing:
     """Answer every prompt, batch by batch; a single row streams, several are printed whole."""
     timing, streams = Timing(), sum(map(len, batches)) == 1
     for batch in batches:
-        requests = [Request(ids, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos) for ids in batch]
-        first = len(timing.requests)
+        requests = [Request(row.ids, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos) for row in batch]
         for _, text in run_batch(engine, requests, sampling, timing):
             if streams:
                 write(text)
-        for index, request in enumerate([] if streams else requests, first):
-            write(f"[row {index}]\n{request.stream.text}\n")
-    if streams:
-        write("\n")
+        for row, request in zip(batch, requests, strict=True):
+            write("\n" if streams else f"[row {row.number}]\n{request.stream.text}\n")
     return timing
 
 
@@ -296,7 +330,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
     engine.reserve(1, context)
     length = min(-(-context // 2), 64)
     prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
-    limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
+    limits = Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos)
     talk(Conversation(engine, tokenizer, limits, sampling, args.system))
 
 
@@ -319,13 +353,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prompt_flags(group) -> None:
-    group.add_argument(
-        "--prompt", type=number_or_text, help=f"text; an integer N means N random tokens (default: {DEFAULT_PROMPT!r})"
-    )
-    group.add_argument(
-        "--prompt_file", metavar="FILE", help="one prompt a line, or JSON Lines with a prompt field; - is stdin"
-    )
-    group.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
+    one = group.add_mutually_exclusive_group()
+    text = f"text; - is standard input, as a pipe is without a prompt (default: {DEFAULT_PROMPT!r})"
+    one.add_argument("--prompt", metavar="TEXT", help=text)
+    text = "one prompt a line, JSON Lines with a prompt field, or a JSON array; - is standard input"
+    one.add_argument("--prompt_file", metavar="FILE", help=text)
+    one.add_argument("--random_prompt", type=int, metavar="N", help="N random tokens, for timing")
+    one.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", help="system message, with --chat or --interactive")
     template_flag(group)
@@ -333,7 +367,8 @@ def prompt_flags(group) -> None:
 
 def generation_flags(group) -> None:
     group.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
-    group.add_argument("--max_new_tokens", type=int, default=200, help="tokens at most (default: %(default)s)")
+    text = f"tokens at most (default: {NEW_TOKENS}; with --interactive until the answer ends)"
+    group.add_argument("--max_new_tokens", type=int, help=text)
     group.add_argument("--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file all)")
     group.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
@@ -353,7 +388,7 @@ def speed_flags(group) -> None:
     group.add_argument("--compile", action="store_true", help="compile the decoding step")
     group.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
     group.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
-    group.add_argument("--output_json", metavar="PATH", help="write texts, token ids and timings")
+    group.add_argument("--output_json", metavar="PATH", help="write prompts, texts, token ids and timings; - is stdout")
 
 
 def speculation_flags(group) -> None:

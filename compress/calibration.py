@@ -40,7 +40,7 @@ def calibration_text(path: str) -> str:
     text = read_text(path)
     lines = numbered_lines(text)
     if lines and (path.endswith(".jsonl") or is_json_object(next(iter(lines.values())))):
-        text = "\n\n".join(text_fields(lines, path, "text", allow_empty=True))
+        text = "\n\n".join(text_fields(lines, path, "text", allow_empty=True).values())
     if not text.strip():
         raise ValueError(f"the text {path} is empty")
     return text

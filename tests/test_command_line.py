@@ -3,7 +3,6 @@
 What is about text, numbers or JSON calls main in this process; a process is started where one is the subject.
 """
 
-import io
 import json
 import os
 import pty
@@ -16,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,15 +28,16 @@ import generate as generation
 import quantize
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
-from generate import build_parser, main
+from generate import NEW_TOKENS, build_parser, main
 from layers.quantized import QuantSpec
 from tests.tiny import make_tiny_checkpoint
+from text.prompts import read_standard_input
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = ("--temperature", 0, "--dtype", "float32")
-FOREVER = ("--num_samples", 100_000, "--ignore_eos")
+FOREVER = ("--prompt", "he", "--num_samples", 100_000, "--ignore_eos")
 
 
 def greedy_text(path, prompt, budget=12):
@@ -69,11 +70,12 @@ def drafts(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def talk(tiny, drafts, capsys, monkeypatch):
+def talk(tiny, drafts, capsys, monkeypatch, tmp_path_factory):
     """talk("--prompt", "Hi") calls main on the tiny model; returns what it printed on stdout (out) and stderr (err)."""
 
     def call(*flags, input=""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        (tmp_path_factory.getbasetemp() / "input").write_text(input)
+        monkeypatch.setattr(sys, "stdin", (tmp_path_factory.getbasetemp() / "input").open())
         where = () if {"--random_weights", "--checkpoint_path"} & set(flags) else ("--checkpoint_path", tiny)
         flags = [str(drafts.get(flag, flag)) for flag in (*where, "--max_new_tokens", 12, *flags)]
         torch._dynamo.reset()
@@ -101,7 +103,7 @@ def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(run_cli, tiny):
     flags = ("--prompt", "the cat", "--num_samples", 2, "--max_new_tokens", 12, *GREEDY)
     result = run_cli("generate.py", "--checkpoint_path", tiny, *flags)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == (greedy_text(tiny, "the cat") + "\n") * 2
+    assert result.stdout == "".join(f"[sample {i}]\n{greedy_text(tiny, 'the cat')}\n" for i in (1, 2))
     sample = ["Time for inference", "Bandwidth achieved"]
     end = ["Average tokens/sec", "Bandwidth of this machine", "Memory used"]
     expected = ["Using device", "Time to load model", *sample, *sample, *end]
@@ -110,15 +112,13 @@ def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(run_cli, tiny):
 
 def test_defaults_are_gpt_fasts():
     args = build_parser().parse_args([])
-    assert (args.num_samples, args.max_new_tokens, args.top_k, args.temperature) == (5, 200, 200, 0.8)
+    assert (args.num_samples, NEW_TOKENS, args.top_k, args.temperature) == (5, 200, 200, 0.8)
     assert (args.seed, args.dtype, args.top_p, args.min_p) == (1234, "bfloat16", 1.0, 0.0)
-    assert build_parser().parse_args(["--prompt", "16"]).prompt == 16
-    assert build_parser().parse_args(["--prompt", "16 cats"]).prompt == "16 cats"
 
 
 def test_output_json(talk, tiny, tmp_path):
     path, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
-    prompts.write_text("the cat sat\nhe\nthe dog ate\n")
+    prompts.write_text("the cat sat\n\nhe\nthe dog ate\n")
     talk("--prompt_file", prompts, "--batch_size", 2, "--output_json", path, *GREEDY)
     out = json.loads(path.read_text())
     assert out["args"]["prompt_file"] == str(prompts) and out["args"]["max_new_tokens"] == 12
@@ -127,9 +127,20 @@ def test_output_json(talk, tiny, tmp_path):
     (sample,) = out["samples"]
     assert {*sample} == {"prefill_s", "decode_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "sequences"}
     tokenizer = load_tokenizer(tiny)
-    for sequence, text in zip(sample["sequences"], ["the cat sat", "he", "the dog ate"], strict=True):
-        fields = {"prompt_tokens", "new_tokens", "token_ids", "accept_lengths", "text", "finish_reason"}
-        assert {*sequence} == fields and sequence["accept_lengths"] == []
+    rows = [(1, "the cat sat"), (3, "he"), (4, "the dog ate")]  # by the number of the line
+    for sequence, (row, text) in zip(sample["sequences"], rows, strict=True):
+        fields = {
+            "row",
+            "prompt",
+            "prompt_tokens",
+            "new_tokens",
+            "token_ids",
+            "accept_lengths",
+            "text",
+            "finish_reason",
+        }
+        assert {*sequence} == fields | {"finish_reason"} and sequence["accept_lengths"] == []
+        assert (sequence["row"], sequence["prompt"]) == (row, text)
         assert sequence["prompt_tokens"] == len(tokenizer.encode(text))
         assert sequence["new_tokens"] == len(sequence["token_ids"]) <= 12
         assert sequence["text"] == tokenizer.decode(sequence["token_ids"]) == greedy_text(tiny, text)
@@ -164,16 +175,57 @@ def test_output_json_has_medians_of_the_samples_and_null_where_nothing_was_decod
 def test_rows_are_printed_whole_and_in_order(talk, tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
     texts = ["the cat sat", "he", "and the dog ate the hat"]
-    prompts.write_text("\n".join(texts))
-    expected = "".join(f"[row {i}]\n{greedy_text(tiny, text)}\n" for i, text in enumerate(texts))
+    prompts.write_text("\n\n".join(texts))
+    answers = [greedy_text(tiny, text) for text in texts]
+    expected = "".join(f"[row {i}]\n{answer}\n" for i, answer in zip((1, 3, 5), answers, strict=True))
     together = talk("--prompt_file", prompts, "--num_samples", 3, *GREEDY)
     assert together.out == expected and together.err.count("Time for inference") == 1
-    assert talk("--prompt_file", "-", "--batch_size", 2, *GREEDY, input="\n".join(texts)).out == expected
-    lines = "".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts))
-    assert talk("--prompt_file", "-", "--batch_size", 1, *GREEDY, input=lines).out == expected
-    same = greedy_text(tiny, "he")
+    assert talk("--prompt_file", "-", "--batch_size", 2, *GREEDY, input="\n\n".join(texts)).out == expected
+    array = json.dumps([texts[0], *({"prompt": text} for text in texts[1:])], indent=1)
+    expected = "".join(f"[row {i}]\n{answer}\n" for i, answer in enumerate(answers, 1))
+    assert talk("--prompt_file", "-", "--batch_size", 1, *GREEDY, input=array).out == expected
     batch = talk("--prompt", "he", "--batch_size", 2, "--num_samples", 1, *GREEDY)
-    assert batch.out == f"[row 0]\n{same}\n[row 1]\n{same}\n"
+    assert batch.out == f"[row 1]\n{answers[1]}\n[row 2]\n{answers[1]}\n"
+
+
+DEFAULT, CHAT = "Hello, my name is", [{"role": "user", "content": "42"}]
+
+
+@pytest.mark.parametrize(
+    "flags, input, prompt",
+    [
+        ("", "the cat\nhe\n", "the cat\nhe"),
+        ("--chat", "42\r\n", CHAT),
+        ("", "42", "42"),
+        ("", "", DEFAULT),
+        ("", "\n", DEFAULT),
+        ("--prompt he", "the cat", "he"),
+        ("--prompt -", "the cat", "the cat"),
+        ("--prompt 42 --chat", "", CHAT),
+    ],
+)
+def test_the_prompt_is_the_flag_or_standard_input(talk, tiny, flags, input, prompt):
+    assert talk(*flags.split(), "--num_samples", 1, *GREEDY, input=input).out == greedy_text(tiny, prompt) + "\n"
+
+
+@pytest.mark.parametrize(
+    "flags, says", [("--random_prompt 16", ""), ("--prompt 16", "--prompt 16 means 16 random tokens")]
+)
+def test_random_prompts(talk, tmp_path, flags, says):
+    printed = talk(*flags.split(), "--num_samples", 1, "--output_json", tmp_path / "out.json", input="he")
+    (sequence,) = json.loads((tmp_path / "out.json").read_text())["samples"][0]["sequences"]
+    assert (sequence["prompt_tokens"], sequence["prompt"]) == (16, None) and says in printed.err
+
+
+def test_waiting_for_standard_input_is_said(talk, tiny, capsys, monkeypatch):
+    read, write = map(os.fdopen, os.pipe(), "rw")
+    monkeypatch.setattr(sys, "stdin", read)
+    monkeypatch.setattr("text.files.PATIENCE", 0.01)
+    threading.Timer(0.2, write.close).start()
+    assert read_standard_input() == ""
+    assert (
+        capsys.readouterr().err == "Waiting for the end of the prompt from standard input (Ctrl-D at a terminal) ...\n"
+    )
 
 
 def test_stop_strings_end_a_row(talk, tiny, tmp_path):
@@ -230,9 +282,9 @@ def test_a_profile_that_the_disk_has_no_room_for_leaves_nothing(talk, tmp_path):
 
 def test_random_weights_with_random_prompt_and_profile(talk, tmp_path):
     out, trace = tmp_path / "out.json", tmp_path / "trace"
-    flags = ("--random_weights", "stories15M", "--prompt", 16, "--max_new_tokens", 8, "--num_samples", 2)
+    flags = ("--random_weights", "stories15M", "--random_prompt", 16, "--max_new_tokens", 8, "--num_samples", 2)
     printed = talk(*flags, "--profile", trace, "--output_json", out)
-    assert [len(line.split()) for line in printed.out.splitlines()] == [8, 8]
+    assert [len(line.split()) for line in printed.out.splitlines()[1::2]] == [8, 8]
     samples = json.loads(out.read_text())["samples"]
     assert [sample["sequences"][0]["prompt_tokens"] for sample in samples] == [16, 16]
     events = json.loads(trace.with_suffix(".json").read_text())["traceEvents"]
@@ -240,7 +292,7 @@ def test_random_weights_with_random_prompt_and_profile(talk, tmp_path):
 
 
 def test_max_seq_length_is_the_context(talk):
-    flags = ("--prompt", 20, "--max_seq_length", 30, "--num_samples", 1)
+    flags = ("--random_prompt", 20, "--max_seq_length", 30, "--num_samples", 1)
     talk(*flags, "--max_new_tokens", 10)
     with pytest.raises(ValueError, match="context of 30; use --max_new_tokens 10 or less"):
         talk(*flags, "--max_new_tokens", 11)
@@ -395,7 +447,7 @@ def test_conversation_in_a_context_of_one_token_says_it_is_full(talk, flags):
 
 BAD_FLAGS = {  # and what the error says
     "--prompt 0": "--prompt is 0",
-    "--prompt -3": "--prompt is -3",
+    "--random_prompt 0": "--random_prompt is 0; it must be at least 1",
     "--max_new_tokens 0": "--max_new_tokens is 0; it must be at least 1",
     "--max_new_tokens many": "invalid int value",
     "--num_samples 0": "--num_samples is 0",
@@ -415,15 +467,15 @@ BAD_FLAGS = {  # and what the error says
     "--chat_template x": "--chat_template needs --chat",
     "--chat --system x\udcff": "--system is not valid UTF-8",
     "--stop x\udcff": "--stop is not valid UTF-8",
-    "--prompt a --prompt_file b": "both given",
+    "--prompt a --prompt_file b": "argument --prompt_file: not allowed with argument --prompt",
     "--prompt_file ''": "cannot read the prompt file",
     "--prompt_file /no/such/file": "cannot read the prompt file /no/such/file: No such file",
     "--random_weights stories15M --checkpoint_path x": "both given",
     "--output_json /no/such/folder/x.json": "there is no folder /no/such/folder",
     "--output_json /tmp": "it is a folder",
     "--profile /no/such/folder/x": "there is no folder /no/such/folder",
-    "--interactive --prompt x": "leave out --prompt",
-    "--interactive --output_json /tmp/x.json": "leave out --output_json",
+    "--prompt x --interactive": "argument --interactive: not allowed with argument --prompt",
+    "--interactive --output_json /tmp/x.json": "--output_json does not go with --interactive; leave it out",
     "--no_such_flag": "unrecognized arguments",
     "--speculate ngram --speculate_k 0": "speculate_k is 0; it must be from 1 to 64, or auto",
     "--speculate ngram --speculate_k foo": "speculate_k is foo",
@@ -439,6 +491,7 @@ BAD_FLAGS = {  # and what the error says
 }
 BAD_FOR_THE_MODEL = {  # found once it is being loaded
     "--prompt ''": "the prompt is empty",
+    "--prompt -": "the prompt is empty",
     "--prompt 99999999999": "99999999999 tokens and 12 new ones are more than the context of 512",
     "--max_new_tokens 512": "more than the context of 512",
     "--batch_size 100000000": "GB free; use a smaller",
@@ -454,10 +507,10 @@ BAD_FOR_THE_MODEL = {  # found once it is being loaded
 @pytest.mark.parametrize("flags, message", [*BAD_FLAGS.items(), *BAD_FOR_THE_MODEL.items()])
 def test_bad_input_is_an_error_that_says_what_to_do(talk, tmp_path, capsys, flags, message):
     out = () if "--output_json" in flags or "--interactive" in flags else ("--output_json", tmp_path / "out.json")
-    with pytest.raises((ValueError, SystemExit)) as error:
+    with pytest.raises(ValueError) as error:
         talk(*shlex.split(flags), *out)
     printed = capsys.readouterr()
-    assert message in str(error.value) + printed.err and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert printed.out == "" and os.listdir(tmp_path) == []
     assert ("Using device" in printed.err) == (flags in BAD_FOR_THE_MODEL)
 
@@ -541,12 +594,12 @@ def test_long_work_is_a_line_now_and_then_where_no_bar_is_drawn(tiny, monkeypatc
     assert {what for what, done, total in said if done == total} == {"Loading", "Packing"}
 
 
-def test_output_json_to_a_pipe(run_cli, tiny):
-    flags = ("--checkpoint_path", tiny, *GREEDY, "--num_samples", 1, "--output_json", "/dev/stdout")
-    done = run_cli("generate.py", *flags)
+def test_output_json_alone_is_on_standard_output(run_cli, tiny):
+    flags = ("--checkpoint_path", tiny, *GREEDY, "--num_samples", 1, "--max_new_tokens", 12, "--output_json", "-")
+    done = run_cli("generate.py", *flags, input="he")
     assert done.returncode == 0, done.stderr
-    text, _, rest = done.stdout.partition("{")
-    assert json.loads("{" + rest)["samples"][0]["sequences"][0]["text"] in text
+    text = json.loads(done.stdout)["samples"][0]["sequences"][0]["text"]
+    assert text == greedy_text(tiny, "he") and f"{text}\n" in done.stderr
 
 
 def test_a_broken_pipe_ends_generation_quietly(tiny):
@@ -583,10 +636,14 @@ MOMENTS = {
     "the last imports": ([], IMPORTS, " text.prompts\n"),
     "loading": (FOREVER, (), "Using device"),
     "decoding": (FOREVER, (), "Time for inference 2"),
-    "tracing for the compiler": (["--compile"], (), "Compiling"),
+    "tracing for the compiler": (["--compile", "--prompt", "he"], (), "Compiling"),
     "decoding compiled": (["--compile", *FOREVER], (), "Time for inference 2"),
     "waiting for a message": (["--interactive"], (), "Type a message"),
-    "writing": (["--num_samples", 1, "--output_json", "FIFO"], (), "Memory used"),  # which waits for a reader
+    "writing": (
+        ["--prompt", "he", "--num_samples", 1, "--output_json", "FIFO"],
+        (),
+        "Memory used",
+    ),  # which waits for a reader
 }
 
 
@@ -607,7 +664,7 @@ def test_interrupt_while_the_cpp_compiler_runs(tiny, tmp_path):
     (tmp_path / "g++").chmod(0o755)
     os.mkfifo(tmp_path / "fifo")
     env = os.environ | {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    process = start("--checkpoint_path", tiny, "--compile", env=env)
+    process = start("--checkpoint_path", tiny, "--prompt", "he", "--compile", env=env)
     assert (tmp_path / "fifo").read_text().startswith("compiling")
     interrupted(process)
 

@@ -1,8 +1,13 @@
 """Prompts: from files, flags and messages to token ids."""
 
+import os
+import re
+import stat
+import sys
+
 import torch
 
-from text.files import numbered_lines, read_utf8, require_utf8, text_fields
+from text.files import array_texts, numbered_lines, read_utf8, require_utf8, text_fields
 from text.tokenizer import Tokenizer
 
 
@@ -33,14 +38,36 @@ class IdTokenizer:
         return None
 
 
-def read_prompt_file(path: str) -> list[str]:
-    """The prompts in a file, `-` for standard input: JSON Lines if it begins with {, else one prompt a line."""
-    lines = numbered_lines(read_utf8(path, "the prompt file", stdin=True))
-    if not lines:
+def read_prompt_file(path: str) -> dict[int, str]:
+    """The prompts in a file, `-` for standard input, by the number of their line or entry, from 1.
+
+    What begins with { is JSON Lines, with [ before a text or an object a JSON array; otherwise a line is a prompt.
+    """
+    text = read_utf8(path, "the prompt file", stdin=True)
+    lines = numbered_lines(text)
+    if re.match(r'\s*\[\s*["{\]]', text):
+        prompts = array_texts(text, path, "prompt")
+    elif lines and next(iter(lines.values())).startswith("{"):
+        prompts = text_fields(lines, path, "prompt")
+    else:
+        prompts = lines
+    if not prompts:
         raise ValueError(f"the prompt file {path} has no prompt in it")
-    if next(iter(lines.values())).startswith("{"):
-        return text_fields(lines, path, "prompt")
-    return list(lines.values())
+    return prompts
+
+
+def read_standard_input() -> str:
+    """Standard input as one prompt, without the end of its last line."""
+    return read_utf8("-", "the prompt", stdin=True).removesuffix("\n").removesuffix("\r")
+
+
+def has_standard_input() -> bool:
+    """Whether standard input is a pipe or a file, and so may hold a prompt."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except OSError:  # replaced by something without a file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, system: str | None = None) -> list[int]:

@@ -60,8 +60,11 @@ def read_json(path: str | Path) -> dict:
 def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Refuse, before the work, a file at `path` that could not be written after it, or is one of the inputs.
 
-    An input may be a model's file or folder, beside or in which other files are read by their names, or None.
+    `-`: standard output, which can be. An input may be a model's file or folder, beside or in which other files are read
+    by their names, or None.
     """
+    if path == "-":
+        return
     path = Path(path)
     real = path.resolve()
     for each in (Path(each).resolve() for each in inputs if each is not None):
@@ -85,7 +88,10 @@ def require_space(path: Path, size: int) -> None:
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    """Write a report, whole or not at all."""
+    """Write a report, whole or not at all; `-`: to standard output, also where `sys.stdout` is another stream."""
+    if path == "-":
+        print(json.dumps(value, indent=2), file=sys.__stdout__, flush=True)
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

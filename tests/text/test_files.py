@@ -23,6 +23,9 @@ def test_text_is_read_as_it_stands(tmp_path, monkeypatch, data, text):
     assert read_utf8(tmp_path / "a", "the text") == text
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
     assert read_utf8("-", "the text", stdin=True) == text
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff")))
+    with pytest.raises(ValueError, match="^the text from standard input is not UTF-8: byte 0 is 0xff"):
+        read_utf8("-", "the text", stdin=True)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,8 @@ def test_json_objects(line, expected):
 
 def test_fields_of_json_lines():
     lines = numbered_lines('{"text": "one"}\n\n{"id": 7, "text": "two\\nlines"}\r\n{"text": "\\ud83d\\ude00\u2028"}')
-    assert text_fields(lines, "a.jsonl", "text") == ["one", "two\nlines", "😀\u2028"]
-    assert text_fields({1: '{"prompt": ""}'}, "a.jsonl", "prompt", allow_empty=True) == [""]
+    assert text_fields(lines, "a.jsonl", "text") == {1: "one", 3: "two\nlines", 4: "😀\u2028"}
+    assert text_fields({1: '{"prompt": ""}'}, "a.jsonl", "prompt", allow_empty=True) == {1: ""}
 
 
 @pytest.mark.parametrize(
