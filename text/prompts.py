@@ -9,7 +9,7 @@ from text.tokenizer import Tokenizer
 class IdTokenizer:
     """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
 
-    bos_id, eos_ids, chat_template = None, frozenset(), None
+    bos_id, eos_ids, chat_template, special_tokens = None, frozenset(), None, {}
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

@@ -14,7 +14,7 @@ class HuggingFaceVocabulary:
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         added = tokenizer.get_added_tokens_decoder()
         self.added = {token.content: i for i, token in added.items()}
-        self.special = {i for i, token in added.items() if token.special}
+        self.special = {i: token.content for i, token in added.items() if token.special}
         self.token_id, self.marker_id = tokenizer.token_to_id, self.added.get
         bytes_ = {tokenizer.token_to_id(f"<0x{value:02X}>"): value for value in range(256)}
         # only a decoder with byte fallback turns them into bytes; to others they are text
@@ -43,8 +43,8 @@ class SentencePieceVocabulary:
         pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         self.bytes = {i: int(piece[1:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
-        controls = [piece for i, piece in enumerate(pieces) if model.is_control(i)]
-        self.control = re.compile("(" + ("|".join(map(re.escape, controls)) or "(?!)") + ")")
+        self.special = {i: piece for i, piece in enumerate(pieces) if model.is_control(i)}
+        self.control = re.compile("(" + ("|".join(map(re.escape, self.special.values())) or "(?!)") + ")")
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.names = {key: pieces[i] for key, i in named.items() if i >= 0}
         self.token_id = self.marker_id = self.ids.get
