@@ -45,6 +45,15 @@ class Request:
                 text += self.stream.finish()
         return text
 
+    def push_round(self, ids: list[int], proposed: int) -> str:
+        """`push` what a round of speculation brought, and note it; guesses after the end of the row do not count."""
+        runs, before = self.finish_reason is None, len(self.token_ids)
+        text = self.push(ids)
+        if runs:
+            taken = len(self.token_ids) - before
+            self.rounds.append((min(proposed, taken) if self.finish_reason else proposed, min(len(ids) - 1, taken)))
+        return text
+
     def to_json(self) -> dict:
         return {
             "prompt_tokens": len(self.prompt),
@@ -116,16 +125,14 @@ def run_batch(
     began, first = time.perf_counter(), None
     for tokens, counts in chunks(engine, [request.prompt for request in requests], budget, sampling, start):
         now, proposed = time.perf_counter(), len(tokens[0]) - 1
+        is_round = engine.speculation is not None and first is not None
         if first is None:
             first = now
             timing.begin(first - began)
         else:
             timing.count(len(requests), proposed)
-            for request, count in zip(requests, counts, strict=True):
-                if engine.speculation and not request.finish_reason:
-                    request.rounds.append((proposed, count - 1))
         for request, ids, count in zip(requests, tokens, counts, strict=True):
-            text = request.push(ids[:count])
+            text = request.push_round(ids[:count], proposed) if is_round else request.push(ids[:count])
             if text:
                 yield request, text
         if all(request.finish_reason for request in requests):

@@ -11,7 +11,8 @@ REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not UTF-8 (yet)
 class TextStream:
     """Text of a growing list of ids. A piece is returned once no later id can change it.
 
-    The pieces join to `tokenizer.decode` of all ids, or to what lies before the first stop string.
+    The pieces join to `tokenizer.decode` of all ids, or to what lies before the first stop string. A stop string may
+    spell special tokens, which are in no piece.
     """
 
     CONTEXT = 6  # ids before the new ones that are decoded with them; a character has at most 4 bytes
@@ -21,6 +22,11 @@ class TextStream:
         if "" in self.stop:
             raise ValueError("a stop string is empty; leave it out or write at least one character")
         self.tokenizer, self.stopped = tokenizer, False
+        named = {token: text for token, text in tokenizer.special_tokens.items() if any(text in s for s in self.stop)}
+        # in the text held back, a special token is half of a surrogate pair, which no decoder writes
+        self._marks = {token: chr(0xD800 + i) for i, token in enumerate(named)}
+        self._no_marks = dict.fromkeys(map(ord, self._marks.values()))
+        self.stop += tuple(self._marked(stop, named) for stop in self.stop if named)
         self._longest = max(map(len, self.stop), default=0)
         self._pieces: list[str] = []
         self._ids: list[int] = []  # context, then the ids whose text is not settled
@@ -45,11 +51,19 @@ class TextStream:
         rest, self._ids, self._done = self.tokenizer.decode(self._ids)[self._done :], [], 0
         piece = self._release(rest)
         if not self.stopped:
-            self._pieces.append(self._held)
-            piece, self._held = piece + self._held, ""
+            piece, self._held = piece + self._give(self._held), ""
         return piece
 
+    def _marked(self, stop: str, named: dict[int, str]) -> str:
+        for token in sorted(named, key=lambda token: -len(named[token])):
+            stop = stop.replace(named[token], self._marks[token])
+        return stop
+
     def _push(self, token: int) -> str:
+        if token in self._marks and not self.stopped:
+            text = self.tokenizer.decode(self._ids)
+            new, self._done, self._run = text[self._done :], len(text), None
+            return self._release(new + self._marks[token])
         if self.stopped or self.tokenizer.skips(token):
             return ""
         self._ids.append(token)
@@ -93,8 +107,12 @@ class TextStream:
         if at is None:
             at = len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = "" if self.stopped else text[at:]
-        self._pieces.append(text[:at])
-        return text[:at]
+        return self._give(text[:at])
+
+    def _give(self, text: str) -> str:
+        piece = text.translate(self._no_marks)
+        self._pieces.append(piece)
+        return piece
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -65,6 +65,11 @@ class Tokenizer:
         """Whether `decode` drops the token before it looks at its neighbours."""
         return self.backend.skips(token)
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Those that a vocabulary spells and `decode` leaves out."""
+        return self.backend.special
+
     def byte(self, token: int) -> int | None:
         """The value of a byte-fallback token, None for every other."""
         return self.backend.bytes.get(token)

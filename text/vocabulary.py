@@ -36,7 +36,7 @@ class HuggingFaceVocabulary:
         self.unused = {i for i, token in vocabulary.items() if PADDING.fullmatch(token)}
         added = tokenizer.get_added_tokens_decoder()
         self.added = {token.content: i for i, token in added.items()}
-        self.special = {i for i, token in added.items() if token.special}
+        self.special = {i: token.content for i, token in added.items() if token.special}
         self.token_id, self.marker_id = tokenizer.token_to_id, self.added.get
         bytes_ = {tokenizer.token_to_id(f"<0x{value:02X}>"): value for value in range(256)}
         # only a decoder with byte fallback turns them into bytes; to others they are text
@@ -64,8 +64,17 @@ class SentencePieceVocabulary:
 
     def __init__(self, model, added: dict):
         self.model = model
+<<<<<<< HEAD
         self.pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
         self.ids = {piece: i for i, piece in self.pieces.items()}
+=======
+        self.vocab_size = model.get_piece_size()
+        pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        self.bytes = {i: int(piece[1:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
+        self.special = {i: piece for i, piece in enumerate(pieces) if model.is_control(i)}
+        self.control = re.compile("(" + ("|".join(map(re.escape, self.special.values())) or "(?!)") + ")")
+>>>>>>> fieldC
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.names = {key: self.pieces[i] for key, i in named.items() if i >= 0}
         self.bytes = {i: int(piece[1:-1], 16) for i, piece in self.pieces.items() if model.is_byte(i)}

@@ -60,8 +60,8 @@ def read_json(path: str | Path) -> dict:
 def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Refuse, before the work, a file at `path` that could not be written after it, or is one of the inputs.
 
-    `-`: standard output, which can be. An input may be a model's file or folder, beside or in which other files are read
-    by their names, or None.
+    `-`: standard output, which can be. An input may be a model's file or folder, beside or in which others are read by
+    their names, or None.
     """
     if path == "-":
         return

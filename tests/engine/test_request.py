@@ -117,6 +117,32 @@ def test_row_stops_before_the_first_stop_string_and_counts_the_id_that_completed
     assert (row.finish_reason, row.token_ids, row.stream.text) == ("stop", ids[:4], "sa")
 
 
+def test_a_special_token_that_is_a_stop_string_ends_the_row(tiny):
+    start, *ids = tiny.tokenizer.encode("<|im_start|>said")
+    row, other = row_of(tiny, stop=["<|im_start|>"]), row_of(tiny)
+    assert row.push([*ids, start, *ids]) == other.push(ids)
+    assert (row.finish_reason, row.token_ids, row.stream.text) == ("stop", [*ids, start], "said")
+
+
+@pytest.mark.parametrize(
+    "proposed, ids, end, noted",
+    [
+        (5, "abcdef", None, (5, 5)),
+        (5, "abc", None, (5, 2)),
+        (5, "abcdef", "b", (2, 2)),  # the guesses a and b, and none after them
+        (5, "abc", "c", (3, 2)),  # c is the model's own, drawn in place of the third guess
+        (5, "abcdef", "f", (5, 5)),
+        (0, "a", "a", (0, 0)),
+    ],
+)
+def test_guesses_after_the_end_of_a_row_do_not_count(tiny, proposed, ids, end, noted):
+    row = row_of(tiny)
+    row.eos_ids = {ord(end)} if end else frozenset()
+    row.push_round([ord(letter) for letter in ids], proposed)
+    row.push_round([ord("z")], 5)
+    assert row.rounds == [noted, *([] if end else [(5, 0)])]
+
+
 def test_text_held_back_for_a_stop_string_that_never_comes_is_given_out_at_the_end(tiny):
     ids = [tiny.tokenizer.encode(letter)[0] for letter in "said"]
     row = row_of(tiny, budget=4, stop=["idle"])
@@ -241,7 +267,8 @@ def test_rounds_of_a_row_that_ends_within_a_chunk(tiny, drafts):
     assert at in range(8, 12), "choose another prompt: the row is to end within the second round, places 7 to 12"
     rows, timing = finished(tiny, PROMPTS[:2], speculation_of(drafts, "same"), eos_ids=frozenset([end]))
     assert [len(row.token_ids) for row in rows] == [at + 1, 24]
-    assert rows[0].rounds == [(5, 5)] * 2
+    guessed = min(5, at - 6)  # up to the one that ended the row
+    assert rows[0].rounds == [(5, 5), (guessed, guessed)]
     assert rows[1].rounds == [(5, 5)] * 3 + [(5, 4)]  # 1 + 3 x 6 = 19, and the last five
     assert (timing.steps, timing.draft_steps, timing.decoded_tokens) == (4, 20, at + 23)
 

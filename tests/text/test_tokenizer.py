@@ -669,6 +669,27 @@ def test_stream_earliest_stop_wins(backends):
     assert stream_text(tokenizer, ids, ["now", "stop", " stop"])[0] == "say"
 
 
+@pytest.mark.parametrize(
+    "kind, pieces, stop, text, stopped",
+    [
+        ("sentencepiece", ["the dog", 0, "go"], ["<s>"], "the dog", True),
+        ("byte_level", ["the dog", 0, "go"], ["<s>"], "the dog", True),
+        ("byte_level", ["the dog", 0, "go"], ["dog<s>g"], "the ", True),
+        ("byte_level", ["the dog", 0, "xo"], ["dog<s>g", "<s><s>"], "the dogxo", False),
+        ("byte_level", ["a", 0, 0, "b"], ["<s><s>"], "a", True),
+        ("byte_level", ["a", 0], ["<s><s>"], "a", False),
+        ("byte_level", ["a<", "s", ">b"], ["<s>"], "a", True),  # the same text, spelt by others
+        ("byte_level", ["a", 0, "b"], ["b"], "a", True),
+    ],
+)
+def test_a_stop_may_spell_special_tokens(backends, kind, pieces, stop, text, stopped):
+    tokenizer, ids = backends[kind], []
+    for piece in pieces:
+        ids += [tokenizer.backend.token_id("<s>")] if piece == 0 else tokenizer.encode(piece, False)
+    for size in (1, 9):
+        assert stream_text(tokenizer, ids, stop, size) == (text, stopped)
+
+
 def test_stream_refuses_an_empty_stop(backends):
     with pytest.raises(ValueError, match="stop string is empty"):
         TextStream(backends["byte_level"], ["a", ""])
