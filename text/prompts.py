@@ -14,11 +14,8 @@ from text.tokenizer import Tokenizer
 class IdTokenizer:
     """Stands in where random weights have no tokenizer: bytes go in as ids, ids come out as numbers."""
 
-<<<<<<< HEAD
-    bos_id, eos_ids, chat_template, templates = None, frozenset(), None, {}
-=======
-    bos_id, eos_ids, chat_template, special_tokens = None, frozenset(), None, {}
->>>>>>> fieldC
+    bos_id, eos_ids, chat_template = None, frozenset(), None
+    templates, special_tokens = {}, {}
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

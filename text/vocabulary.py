@@ -64,26 +64,18 @@ class SentencePieceVocabulary:
 
     def __init__(self, model, added: dict):
         self.model = model
-<<<<<<< HEAD
         self.pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
         self.ids = {piece: i for i, piece in self.pieces.items()}
-=======
-        self.vocab_size = model.get_piece_size()
-        pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
-        self.ids = {piece: i for i, piece in enumerate(pieces)}
-        self.bytes = {i: int(piece[1:-1], 16) for i, piece in enumerate(pieces) if model.is_byte(i)}
-        self.special = {i: piece for i, piece in enumerate(pieces) if model.is_control(i)}
-        self.control = re.compile("(" + ("|".join(map(re.escape, self.special.values())) or "(?!)") + ")")
->>>>>>> fieldC
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.names = {key: self.pieces[i] for key, i in named.items() if i >= 0}
         self.bytes = {i: int(piece[1:-1], 16) for i, piece in self.pieces.items() if model.is_byte(i)}
-        patterns = {i: re.escape(piece) for i, piece in self.pieces.items() if model.is_control(i)}
+        self.special = {i: piece for i, piece in self.pieces.items() if model.is_control(i)}
+        patterns = {i: re.escape(piece) for i, piece in self.special.items()}
         for i, token in added.items():
             given, piece = self.ids.setdefault(token.content, i), self.pieces.setdefault(i, token.content)
             require_listed(token, i, given == i and piece == token.content)
             patterns[i] = added_pattern(token)
-        self.special = {i for i, token in added.items() if token.special}
+        self.special |= {i: token.content for i, token in added.items() if token.special}
         self.unused = {i for i in range(model.get_piece_size()) if model.is_unused(i)}
         self.vocab_size = 1 + max(self.pieces, default=-1)
         self.token_id = self.marker_id = self.ids.get
