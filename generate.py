@@ -10,21 +10,21 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import cli
+from answers import Answers, Row, batches_of
 from cli import say, write
-from engine.cache import check_fit, context_length
+from engine.cache import check_fit, context_length, rows_that_fit
 from engine.compile import compile_step, require_compiler
 from engine.conversation import Conversation, Limits
 from engine.decode import forward_chunk
 from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine
 from engine.guess_length import check_length
-from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from flags import (
@@ -46,6 +46,7 @@ from ranks import Ranks, init_tp, shared, speaks
 from text.chat import start_rendering
 from text.files import require_utf8
 from text.prompts import IdTokenizer, encode_prompt, has_standard_input, read_prompt_file, read_standard_input
+from text.results import Results
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
@@ -63,7 +64,9 @@ def main(**flags) -> None:
         if args.max_new_tokens is None and not args.interactive:
             args.max_new_tokens = NEW_TOKENS
         sampling, device = check_run(args, ranks)
-        prompts = {} if args.interactive else shared(ranks, lambda: read_prompts(args))
+        prompts, results = shared(ranks, lambda: read_prompts(args))
+        if results is not None and not prompts:
+            return say(f"Every prompt is answered in {args.output_jsonl}")
         seed = choose_seed(args.seed, ranks)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -79,7 +82,7 @@ def main(**flags) -> None:
         if args.interactive:
             converse(engine, tokenizer, sampling, args)
         else:
-            answer(engine, tokenizer, sampling, prompts, args, facts)
+            answer(engine, tokenizer, sampling, prompts, results, args, facts)
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -106,9 +109,11 @@ def check_request(args: argparse.Namespace) -> None:
     )
     check_threads(args.threads)
     if args.interactive:
-        for name in ("batch_size", "output_json", "profile"):
+        for name in ("batch_size", "output_json", "output_jsonl", "profile"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} does not go with --interactive; leave it out")
+    if args.output_jsonl is not None and args.prompt_file is None:
+        raise ValueError("--output_jsonl needs --prompt_file; of a single prompt --output_json keeps the answer")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
     for name in ("system", "chat_template"):
@@ -154,22 +159,33 @@ def trace_path(profile: str) -> str:
     return profile.removesuffix(".json") + ".json"
 
 
-def read_prompts(args: argparse.Namespace) -> dict[int, str | int]:
-    """The prompts by number from 1: texts, or numbers of random tokens."""
-    if args.prompt_file is not None:
-        return read_prompt_file(args.prompt_file)
+def read_prompts(args: argparse.Namespace) -> tuple[dict[int, str | int], Results | None]:
+    """The prompts by number from 1, texts or numbers of random tokens; of --output_jsonl, those not yet answered."""
+    if args.interactive:
+        return {}, None
+    if args.prompt_file is None:
+        return {1: read_prompt(args)}, None
+    prompts = read_prompt_file(args.prompt_file)
+    if args.output_jsonl is None:
+        return prompts, None
+    results = Results(args.output_jsonl, prompts)
+    return results.missing, results
+
+
+def read_prompt(args: argparse.Namespace) -> str | int:
+    """The single prompt."""
     if args.random_prompt is not None:
-        return {1: args.random_prompt}
+        return args.random_prompt
     if args.prompt is None:
-        return {1: has_standard_input() and read_standard_input() or DEFAULT_PROMPT}
+        return has_standard_input() and read_standard_input() or DEFAULT_PROMPT
     if args.prompt == "-":
-        return {1: read_standard_input()}
+        return read_standard_input()
     prompt = args.prompt if args.chat else number_or_text(args.prompt)
     if isinstance(prompt, int):
         if prompt < 1:
             raise ValueError(f"--prompt is {prompt}; a number of random tokens must be at least 1")
         say(f"--prompt {prompt} means {prompt} random tokens, as --random_prompt does; with --chat it is text")
-    return {1: prompt}
+    return prompt
 
 
 def choose_seed(seed: int, ranks: Ranks | None) -> int:
@@ -233,84 +249,65 @@ def prepare(warm_up: Callable[[], None], args: argparse.Namespace) -> float:
 # ---------------------------------------------------------------- prompts and their answers
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence to continue. number: of the prompt's line in its file, or of the copy of a single prompt."""
-
-    number: int
-    prompt: str | int  # a number of random tokens
-    ids: list[int]
-
-
 def answer(
     engine: Engine,
     tokenizer: Tokenizer,
     sampling: Sampling,
     prompts: dict[int, str | int],
+    results: Results | None,
     args: argparse.Namespace,
     facts: dict,
 ) -> None:
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
-    texts = prompts.values()
-    # a number of random tokens is checked before they are drawn
-    check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
-    encoded = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
-    rows = list(map(Row, prompts, texts, encoded))
-    batch_size = args.batch_size or len(rows)
-    engine.reserve(
-        batch_size if args.prompt_file is None else min(batch_size, len(rows)),
-        check_fit(max(map(len, encoded)), args.max_new_tokens, context),
-    )
-    if args.prompt_file is None:  # a single prompt fills the batch
-        rows = [replace(rows[0], number=number) for number in range(1, batch_size + 1)]
-    batches = [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+    batches = plan(engine, tokenizer, prompts, args, context)
     lengths = [[len(row.ids) for row in batch] for batch in batches]
     facts["compile_s"] = prepare(lambda: engine.warm_up(lengths, args.max_new_tokens, sampling), args)
     torch.manual_seed(facts["seed"])
-    timings = run_samples(engine, tokenizer, batches, sampling, args)
-    summary = summarise(timings, engine)
+    limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
+    answers = Answers(engine, tokenizer, limits, sampling, batches, results if speaks(ranks) else None)
+    try:
+        run_samples(answers, args)
+    finally:  # after Ctrl-C, of the rows that have ended
+        summary = summarise(answers.timings, engine)
+        if args.output_json and speaks(ranks):
+            write_json(args.output_json, facts | {"samples": answers.to_json()} | summary)
     say_summary(summary, engine)
-    for sample in summary["samples"]:
-        for sequence, row in zip(sample["sequences"], rows, strict=True):
-            sequence |= {"row": row.number, "prompt": row.prompt if isinstance(row.prompt, str) else None}
-    if args.output_json and speaks(ranks):
-        write_json(args.output_json, facts | summary)
 
 
-def run_samples(
-    engine: Engine, tokenizer: Tokenizer, batches: list[list[Row]], sampling: Sampling, args: argparse.Namespace
-) -> list[Timing]:
+def plan(
+    engine: Engine, tokenizer: Tokenizer, prompts: dict[int, str | int], args: argparse.Namespace, context: int
+) -> list[list[Row]]:
+    """The rows in batches, for which the engine then has a cache."""
+    ranks, texts = engine.model.ranks, prompts.values()
+    # a number of random tokens is checked before they are drawn
+    check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
+    encoded = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
+    length = check_fit(max(map(len, encoded)), args.max_new_tokens, context)
+    rows = list(map(Row, prompts, texts, encoded))
+    if args.prompt_file is None:  # a single prompt fills the batch
+        rows = [replace(rows[0], number=number) for number in range(1, (args.batch_size or 1) + 1)]
+    n_rows = args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length))
+    batches = batches_of(rows, n_rows)
+    engine.reserve(max(map(len, batches)), length)
+    return batches
+
+
+def run_samples(answers: Answers, args: argparse.Namespace) -> None:
     """Answer every prompt as often as asked, and trace the last time if asked."""
-    timings, n_samples = [], args.num_samples if args.prompt_file is None else 1
+    n_samples, engine = args.num_samples if args.prompt_file is None else 1, answers.engine
     profiles = args.profile is not None and speaks(engine.model.ranks)
     for index in range(1, n_samples + 1):
         if n_samples > 1:
             write(f"[sample {index}]\n")
         with torch.profiler.profile() if profiles and index == n_samples else nullcontext() as profiler:
-            timings.append(run_sample(engine, tokenizer, batches, sampling, args))
-        report(index, timings[-1], engine)
+            answers.sample()
+        report(index, answers.timings[-1], engine)
     if profiles:
         with atomic_path(trace_path(args.profile)) as path:
             profiler.export_chrome_trace(str(path))
             if not path.exists():  # all that the profiler tells of a full disk
                 raise OSError("the disk is full")
-    return timings
-
-
-def run_sample(
-    engine: Engine, tokenizer: Tokenizer, batches: list[list[Row]], sampling: Sampling, args: argparse.Namespace
-) -> Timing:
-    """Answer every prompt, batch by batch; a single row streams, several are printed whole."""
-    timing, streams = Timing(), sum(map(len, batches)) == 1
-    for batch in batches:
-        requests = [Request(row.ids, tokenizer, args.max_new_tokens, args.stop, args.ignore_eos) for row in batch]
-        for _, text in run_batch(engine, requests, sampling, timing):
-            if streams:
-                write(text)
-        for row, request in zip(batch, requests, strict=True):
-            write("\n" if streams else f"[row {row.number}]\n{request.stream.text}\n")
-    return timing
 
 
 def say_summary(summary: dict, engine: Engine) -> None:
@@ -369,7 +366,9 @@ def generation_flags(group) -> None:
     group.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
     text = f"tokens at most (default: {NEW_TOKENS}; with --interactive until the answer ends)"
     group.add_argument("--max_new_tokens", type=int, help=text)
-    group.add_argument("--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file all)")
+    group.add_argument(
+        "--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file as memory allows)"
+    )
     group.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
     )
@@ -389,6 +388,8 @@ def speed_flags(group) -> None:
     group.add_argument("--compile_prefill", action="store_true", help="compile the prefill too")
     group.add_argument("--profile", metavar="PATH", help="write a Chrome trace of the last sample to PATH.json")
     group.add_argument("--output_json", metavar="PATH", help="write prompts, texts, token ids and timings; - is stdout")
+    text = "append a line for each prompt of --prompt_file that ends; a second run goes on where the first stopped"
+    group.add_argument("--output_jsonl", metavar="PATH", help=text)
 
 
 def speculation_flags(group) -> None:

@@ -84,8 +84,8 @@ class Timing:
         return self.decoded_tokens / self.decode_s if self.decoded_tokens else None
 
     @property
-    def prefill_tok_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s
+    def prefill_tok_s(self) -> float | None:
+        return self.prompt_tokens / self.prefill_s if self.prompt_tokens else None
 
     def begin(self, prefill_s: float) -> None:
         """The first token of a batch is there; of several batches the first one's wait is what a person sees."""
@@ -106,7 +106,6 @@ class Timing:
             "time_to_first_token_s": self.time_to_first_token_s,
             "prefill_tok_s": self.prefill_tok_s,
             "decode_tok_s": self.decode_tok_s,
-            "sequences": [request.to_json() for request in self.requests],
         }
 
 
@@ -117,27 +116,31 @@ def run_batch(
     timing: Timing,
     start: int = 0,
 ) -> Iterator[tuple[Request, str]]:
-    """Generate until every request has ended, and yield each piece of text with its request as it is made.
+    """Generate until every request has ended; yield each piece of text with its request as it is made, and each end.
 
     start: tokens of the prompts that the engine's cache holds.
     """
     budget = max(request.max_new_tokens for request in requests)
     began, first = time.perf_counter(), None
-    for tokens, counts in chunks(engine, [request.prompt for request in requests], budget, sampling, start):
-        now, proposed = time.perf_counter(), len(tokens[0]) - 1
-        is_round = engine.speculation is not None and first is not None
-        if first is None:
-            first = now
-            timing.begin(first - began)
-        else:
-            timing.count(len(requests), proposed)
-        for request, ids, count in zip(requests, tokens, counts, strict=True):
-            text = request.push_round(ids[:count], proposed) if is_round else request.push(ids[:count])
-            if text:
-                yield request, text
-        if all(request.finish_reason for request in requests):
-            break
-    timing.decode_s += now - first
-    timing.prompt_tokens += sum(len(request.prompt) - start for request in requests)
-    timing.decoded_tokens += sum(len(request.token_ids) - 1 for request in requests)
-    timing.requests += requests
+    try:
+        for tokens, counts in chunks(engine, [request.prompt for request in requests], budget, sampling, start):
+            now, proposed = time.perf_counter(), len(tokens[0]) - 1
+            is_round = engine.speculation is not None and first is not None
+            if first is None:
+                first = now
+                timing.begin(first - began)
+            else:
+                timing.count(len(requests), proposed)
+            for request, ids, count in zip(requests, tokens, counts, strict=True):
+                if not request.finish_reason:
+                    text = request.push_round(ids[:count], proposed) if is_round else request.push(ids[:count])
+                    if text or request.finish_reason:
+                        yield request, text
+            if all(request.finish_reason for request in requests):
+                break
+    finally:  # a batch that is interrupted counts as far as it came
+        if first is not None:
+            timing.decode_s += now - first
+            timing.prompt_tokens += sum(len(request.prompt) - start for request in requests)
+            timing.decoded_tokens += sum(max(len(request.token_ids) - 1, 0) for request in requests)
+            timing.requests += requests

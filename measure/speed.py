@@ -60,12 +60,11 @@ def summarise(timings: list[Timing], engine: Engine) -> dict:
     peak = peak_memory(model.device)  # before the bandwidth buffers
     read, decode_s = bytes_read(timings, engine), sum(timing.decode_s for timing in timings)
     return {
-        "samples": [timing.to_json() for timing in timings],
         "decode_tok_s": _median(timing.decode_tok_s for timing in timings),
         "prefill_tok_s": _median(timing.prefill_tok_s for timing in timings),
         "time_to_first_token_s": _median(timing.time_to_first_token_s for timing in timings),
         "weight_bytes_per_token": weight_bytes(model),
-        "bandwidth_gb_s": read / decode_s / GB if read else None,
+        "bandwidth_gb_s": read / decode_s / GB if read and decode_s else None,
         "measured_bandwidth_gb_s": measured_bandwidth(model.device),
         "peak_memory_gb": peak / GB if peak else None,
         **acceptance(timings),

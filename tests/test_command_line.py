@@ -3,6 +3,7 @@
 What is about text, numbers or JSON calls main in this process; a process is started where one is the subject.
 """
 
+import itertools
 import json
 import os
 import pty
@@ -26,6 +27,7 @@ import cli
 import eval as evaluation
 import generate as generation
 import quantize
+from answers import Answers
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from generate import NEW_TOKENS, build_parser, main
@@ -154,9 +156,40 @@ def test_output_json(talk, tiny, tmp_path):
     model = load_model(tiny, dtype=torch.float32)
     whole = sum(4 * p.numel() for p in model.parameters())  # also the tied head
     assert out["weight_bytes_per_token"] == whole
-    steps = max(news[:2]) - 1 + news[2] - 1
+    first, *others = sorted(sample["sequences"], key=lambda sequence: -sequence["prompt_tokens"])  # the two batches
+    steps = first["new_tokens"] - 1 + max(other["new_tokens"] for other in others) - 1
     assert out["bandwidth_gb_s"] == pytest.approx(whole * steps / sample["decode_s"] / 1e9)
     assert out["measured_bandwidth_gb_s"] > 0.1 and 0.1 < out["peak_memory_gb"] < 8
+
+
+def test_output_jsonl_goes_on_where_it_stopped(talk, tiny, tmp_path, monkeypatch):
+    texts = ["he", "the cat sat", "the dog ate the hat, he said", "a", "the mat"]
+    prompts, out, report = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "out.json"
+    prompts.write_text("\n".join(texts))
+    flags = ("--prompt_file", prompts, "--batch_size", 2, "--output_jsonl", out, "--output_json", report, *GREEDY)
+    end, count = Answers.end, itertools.count(1)
+
+    def interrupted(answers, row, request):
+        end(answers, row, request)
+        if next(count) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Answers, "end", interrupted)
+        talk(*flags)
+    done = [json.loads(line) for line in out.read_text().splitlines()]
+    (sample,) = json.loads(report.read_text())["samples"]
+    rows = sorted(line["index"] for line in done)
+    assert len(done) == 3 and [sequence["row"] for sequence in sample["sequences"]] == rows
+    printed = talk(*flags).out
+    assert [int(n) for n in re.findall(r"\[row (\d)\]", printed)] == [n for n in range(1, 6) if n not in rows]
+    lines = {line["index"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert len(lines) == 5
+    for number, text in enumerate(texts, 1):
+        answer = lines[number]
+        assert (answer["prompt"], answer["text"]) == (text, greedy_text(tiny, text))
+        assert answer["finish_reason"] in ("length", "eos") and len(answer["token_ids"]) <= 12
+    assert talk(*flags).err == f"Every prompt is answered in {out}\n"
 
 
 def test_output_json_has_medians_of_the_samples_and_null_where_nothing_was_decoded(talk, tmp_path):
