@@ -5,6 +5,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+say_once = cache(say)  # a command may open a folder several times
 MERGE = "merge it into its base model with merge_and_unload of peft"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 
@@ -77,7 +79,7 @@ def open_folder(
     if adapter := adapter_in(folder):
         if opened is None:
             raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
-        say(f"{folder} also holds {adapter}, which is not used; {MERGE}")
+        say_once(f"{folder} also holds {adapter}, which is not used; {MERGE}")
     if opened is None:
         files = sorted(folder.glob("*.gguf"))
         found = f"{len(files)} .gguf files: name one" if files else "none of these"

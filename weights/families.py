@@ -162,7 +162,7 @@ def experts(config: Config) -> dict:
     return {
         "n_expert": config.whole("num_local_experts" if "num_local_experts" in config.values else "num_experts"),
         "n_expert_used": config.whole("num_experts_per_tok"),
-        "normalize_experts": bool(config.get("norm_topk_prob", False)),
+        "normalize_experts": bool(config.get("norm_topk_prob", True)),
         "shared_size": config.whole("shared_expert_intermediate_size") if shared else None,
     }
 
@@ -189,10 +189,12 @@ EPS = {"rms_norm_eps": 1e-5}
 WINDOW = {"sliding_window": 4096, "layer_types": None}
 MISTRAL_CONFIG = WINDOW | {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 MIXTRAL_CONFIG = EPS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None}
-MIXTRAL_CONFIG |= {"rope_theta": 1e6, "norm_topk_prob": True}
+MIXTRAL_CONFIG |= {"rope_theta": 1e6}
 QWEN_CONFIG = {"sliding_window": 4096, "use_sliding_window": False, "max_position_embeddings": 32768}
 QWEN_2_CONFIG = QWEN_CONFIG | {"max_window_layers": 28, "layer_types": None, "num_key_value_heads": 32}
 QWEN_2_MOE_CONFIG = QWEN_2_CONFIG | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
+QWEN_2_MOE_CONFIG |= {"norm_topk_prob": False}
+QWEN_3_MOE_CONFIG = QWEN_CONFIG | {"num_key_value_heads": 4, "norm_topk_prob": False}
 PHI_CONFIG = EPS | {"sliding_window": None, "max_position_embeddings": 4096}
 OLMO_3_CONFIG = EPS | WINDOW | {"rope_theta": 5e5}
 GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
@@ -204,7 +206,7 @@ GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "sliding_window_pattern": 
 GEMMA_3_CONFIG |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}
-READ_BY_SOME |= {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"}
+READ_BY_SOME |= {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob"}
 
 FAMILIES = {
     "llama": Family(),
@@ -213,9 +215,7 @@ FAMILIES = {
     "qwen3": Family({"qk_norm": True}, defaults=QWEN_2_CONFIG | {"head_dim": 128}),
     "mixtral": Family({}, experts, MIXTRAL_CONFIG),
     "qwen2_moe": Family({"qkv_bias": True}, experts, QWEN_2_MOE_CONFIG, expert_size="moe_intermediate_size"),
-    "qwen3_moe": Family(
-        {"qk_norm": True}, experts, QWEN_CONFIG | {"num_key_value_heads": 4}, expert_size="moe_intermediate_size"
-    ),
+    "qwen3_moe": Family({"qk_norm": True}, experts, QWEN_3_MOE_CONFIG, expert_size="moe_intermediate_size"),
     "phi3": Family(defaults=PHI_CONFIG),
     "granite": Family({}, granite_scales),
     "olmo2": Family(OLMO, defaults=EPS),

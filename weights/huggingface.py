@@ -83,10 +83,11 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     if isinstance(config.get("text_config"), dict):  # of a vision-language model: Gemma 3 from 4B on
         config = text_config(config)
         raw = {name: read for name, read in raw.items() if not VISION.match(name)}
-    raw = with_usual_names(raw, folder)
+    where = folder if file is None else file
+    raw = with_usual_names(raw, where)
     args, raw = head_as_stored(args_from_config(Config(config)), raw, "model.embed_tokens.weight", "lm_head.weight")
     layout = Layout(args)
-    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), folder if file is None else file))
+    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), where))
 
 
 def text_config(config: dict) -> dict:
@@ -113,7 +114,7 @@ def with_usual_names(raw: Readers, where: Path) -> Readers:
     usual = {PREFIXES.sub(lambda match: "" if match[4] else "model.", name): name for name in raw}
     if len(usual) < len(raw):
         twice = sorted(raw.keys() - usual.values())[0]
-        raise ValueError(f"{where} holds {twice} twice, under names with other prefixes; it must have one of them")
+        raise ValueError(f"{where} holds {twice} twice, with and without a prefix, and does not say which is meant")
     return {name: raw[theirs] for name, theirs in usual.items()}
 
 
