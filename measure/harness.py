@@ -38,19 +38,25 @@ class Adapter(TemplateLM):
         self.max_length, self.batch_size = max_length, batch_size
         device_type = "cuda" if engine.model.device.type == "cuda" else "cpu"
         self.sizes, self.tokens_at_once = BATCH_SIZES[device_type], TOKENS_AT_ONCE[device_type]
-        self.prefix = tokenizer.vocabulary()[self.prefix_token_id]
-        self.was_asked = False  # from the first request on, an error is not one of a task's file
+        self.prefix_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        self.prefix = tokenizer.vocabulary().get(self.prefix_id)
+        self.is_answering = False  # an error while it is answering is ours; every other is one of a task
 
     # ------------------------------------------------------------ text and ids
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.our_tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """Stands in for an empty prompt."""
-        return self.eot_token_id if self.our_tokenizer.bos_id is None else self.our_tokenizer.bos_id
+        if self.prefix_id is None:
+            raise ValueError(
+                "a task scores a text from its first token on, and the tokenizer has neither a BOS nor an EOS token to "
+                'stand before it; name one as "bos_token" in tokenizer_config.json, or leave out the task'
+            )
+        return self.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -58,7 +64,7 @@ class Adapter(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.prefix)
+            add_special_tokens = self.prefix is None or not string.startswith(self.prefix)
         return self.our_tokenizer.encode(string, add_special_tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -86,7 +92,7 @@ class Adapter(TemplateLM):
     # ------------------------------------------------------------ requests
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple]:
-        self.was_asked = True
+        self.is_answering = True
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         questions, answers = questions_of(pairs, self.max_length), [None] * len(requests)
         rows_each = 2 if any(question.longest > 1 for question in questions) else 1  # see `score`
@@ -95,6 +101,7 @@ class Adapter(TemplateLM):
                 for number, total, is_greedy in score(self.engine, batch, n_rows):
                     answers[number] = (total, is_greedy)
                     bar.update()
+        self.is_answering = False
         return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -110,7 +117,7 @@ class Adapter(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        self.was_asked = True
+        self.is_answering = True
         ours = [self.request_of(*request.args) for request in requests]
         alike: dict[tuple[Sampling, int], list[Request]] = {}  # the rows of a batch are sampled alike, and as often
         for request, sampling in ours:
@@ -120,6 +127,7 @@ class Adapter(TemplateLM):
                 for n_rows, batch in self.batches(some, GENERATING * self.tokens_at_once):
                     self.generate(batch, n_rows, sampling)
                     bar.update(len(batch))
+        self.is_answering = False
         return [request.stream.text for request, _ in ours]
 
     def request_of(self, context: str, settings: dict) -> tuple[Request, Sampling]:

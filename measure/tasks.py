@@ -30,10 +30,13 @@ class Tasks(NamedTuple):
 
 
 def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> Tasks:
-    """Tasks and groups of the harness, or of a folder, with their data; `advice` ends the error if it cannot be had."""
-    manager = task_manager(names, include_path)
+    """Tasks and groups of the harness, or of a folder, with their data; `advice` ends the error if it cannot be had.
+
+    names: as the harness takes them, with commas between them and with patterns such as mmlu_*.
+    """
+    manager = task_manager(include_path)
     loaded = []
-    for name in dict.fromkeys(names):
+    for name in matching(names, manager):
         with data_of(name, advice):
             some = manager.load([name])
         loaded += [some["groups"][name]] if name in some["groups"] else some["tasks"].values()
@@ -45,23 +48,30 @@ def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> 
     return tasks
 
 
-def task_manager(names: list[str], include_path: str | None):
-    """The harness's TaskManager, which must know all `names`; include_path: a folder with more tasks."""
+def task_manager(include_path: str | None):
+    """The harness's TaskManager; include_path: a folder with more tasks."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"--include_path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        manager = TaskManager(include_path=include_path)
+        return TaskManager(include_path=include_path)
     except Exception as error:  # a mistake in one of the folder's files
         raise ValueError(f"the tasks in {include_path} cannot be read: {_line(error)}") from None
-    for name in names:
-        if name not in manager.task_index:
+
+
+def matching(names: list[str], manager) -> list[str]:
+    """Every task and group that the names stand for, once."""
+    found = []
+    for name in ",".join(names).split(","):
+        some = manager.match_tasks([name])
+        if not some:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
             known = f"lm-eval has no task {name!r}" + (f", but {near}" if near else "")
             raise ValueError(f"{known}; --include_path adds tasks of your own")
-    return manager
+        found += some
+    return list(dict.fromkeys(found))
 
 
 @contextlib.contextmanager
@@ -87,7 +97,7 @@ def run_tasks(adapter, tasks: Tasks, seed: int, **options) -> dict | None:
     try:
         report = simple_evaluate(adapter, **seeds, **options)
     except Exception as error:
-        if adapter.was_asked:
+        if adapter.is_answering:
             raise
         raise ValueError(f"the tasks cannot be run: {_line(error)}") from None  # a mistake in a task
     return json.loads(json.dumps(report, default=handle_non_serializable))

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import processors
 
-from tests.tiny import ROOT, dequantised, make_tiny_checkpoint, save_tiny
+from tests.tiny import ROOT, dequantised, ids_of, make_tiny_checkpoint, save_tiny
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
@@ -32,6 +32,7 @@ from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E
 from measure.harness import Adapter  # noqa: E402
 from measure.perplexity import perplexity  # noqa: E402
 from measure.scoring import evenly, questions_of  # noqa: E402
+from measure.tasks import load_tasks  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
 from weights.layout import Layout  # noqa: E402
@@ -215,7 +216,7 @@ def test_a_context_without_tokens(pair):
 
 def test_logits_that_are_nan_are_refused(pair):
     model = deepcopy(pair.engine.model)
-    (bad,) = pair.tokenizer.encode("x")
+    (bad,) = pair.tokenizer.encode("x", add_special_tokens=False)
     model.tok_embeddings.weight.data[bad] = math.nan
     adapter = pair.adapter(engine=Engine(model))
     works = {
@@ -286,6 +287,35 @@ def test_other_chat_templates(pair, template, monkeypatch):
     history = [{"role": role, "content": f"{role} says "} for role in ("system", "user", "assistant")]
     for prompt in (True, False):
         assert pair.ours.apply_chat_template(history, prompt) == pair.theirs.apply_chat_template(history, prompt)
+
+
+def test_a_tokenizer_with_neither_bos_nor_eos(pair):
+    """HFLM takes no such tokenizer, but one whose prefix it never needs."""
+    tokenizer = copy(pair.tokenizer)
+    tokenizer.bos_id = tokenizer.eos_id = None
+    adapter = Adapter(pair.engine, tokenizer, "tiny", WINDOW)
+    requests = asked("loglikelihood", *[each for each in PAIRS if each[0] and not each[0].startswith("<")])
+    truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
+    assert_close(adapter.loglikelihood(requests, disable_tqdm=True), truth)
+    for kind, arguments in (("loglikelihood", ("", " the cat")), ("loglikelihood_rolling", ("the cat",))):
+        with pytest.raises(ValueError, match="neither a BOS nor an EOS token to stand before it; name one as"):
+            getattr(adapter, kind)(asked(kind, arguments), disable_tqdm=True)
+
+
+def test_a_special_token_may_end_a_text(pair):
+    """It takes the place of a token that would have been drawn."""
+    arguments = asked("generate_until", ("the cat sat on", {"until": ["<|endoftext|>"], "max_gen_toks": 9}))
+    special, *_ = pair.tokenizer.encode("<|endoftext|>", False)
+    context = pair.tokenizer.encode("the cat sat on")
+    for at in (2, 4):
+        model, theirs = deepcopy(pair.engine.model), deepcopy(pair.theirs.model)
+        drawn = ids_of(model, [context], 5)[0][at]
+        for head in (model.output, theirs.lm_head):
+            head.weight.data[special] = 1.01 * head.weight.data[drawn]
+        hflm = HFLM(theirs, tokenizer=pair.theirs.tokenizer, max_length=WINDOW, batch_size=1, device="cpu")
+        (truth,) = hflm.generate_until(arguments, disable_tqdm=True)
+        assert pair.adapter(engine=Engine(model)).generate_until(arguments, disable_tqdm=True) == [truth]
+        assert 0 < len(truth) < len(pair.theirs.generate_until(arguments, disable_tqdm=True)[0])
 
 
 def test_ids(pair):
@@ -548,6 +578,22 @@ def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks,
         assert old in good
         (folder / "broken.yaml").write_text(good.replace(old, new))
         assert_refused(evaluate, message, capsys, "mine", path=nowhere, folder=folder)
+
+
+def test_names_of_tasks_are_matched_as_the_harness_does(tasks, own_tasks_only):
+    def names(*asked):
+        return [task.task_name for task in load_tasks(list(asked), str(tasks)).leaves()]
+
+    assert names("mine_open,mine_choice") == ["mine_open", "mine_choice"]
+    assert names("mine_r*", "mine_*") == ["mine_rolling", "mine_choice", "mine_open"]
+    with pytest.raises(ValueError, match=r"lm-eval has no task 'yours_\*'; --include_path"):
+        names("mine_open,yours_*")
+
+
+def test_numbers_among_the_choices(evaluate, tmp_path, tasks, capsys):
+    task = (tasks / "mine_choice.yaml").read_text().replace("{{a}}", "{{ a if gold == 0 else [a[0], 5, 6] }}")
+    (tmp_path / "numbers.yaml").write_text(task)
+    assert_refused(evaluate, "the tasks cannot be run: TypeError: ", capsys, "mine_choice", folder=tmp_path)
 
 
 def test_a_group_beside_its_member(evaluate, tmp_path, tasks, capsys):
