@@ -1,4 +1,4 @@
-"""What every command shares: Ctrl-C and SIGTERM, broken pipes, errors in words. Imports nothing slow."""
+"""What every command shares: Ctrl-C, broken pipes, errors in words, progress, temporary files. Imports nothing slow."""
 
 import argparse
 import contextlib
