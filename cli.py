@@ -133,6 +133,7 @@ def scratch(target: Path) -> Iterator[Path]:
         if owner.isdecimal() and not is_running(int(owner)):
             remove(left)
     path = target.with_name(f"{stem}{pid}.tmp")
+    remove(path)  # in a container that is started again, processes have the same numbers
     try:
         yield path
     finally:
