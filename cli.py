@@ -1,4 +1,4 @@
-"""What every command shares: Ctrl-C and SIGTERM, broken pipes, errors in words. Imports nothing slow."""
+"""What every command shares: Ctrl-C, broken pipes, errors in words, progress, temporary files. Imports nothing slow."""
 
 import argparse
 import contextlib
@@ -186,6 +186,7 @@ def scratch(target: Path) -> Iterator[Path]:
         if owner.isdecimal() and not is_running(int(owner)):
             remove(left)
     path = target.with_name(f"{stem}{pid}.tmp")
+    remove(path)  # in a container that is started again, processes have the same numbers
     try:
         yield path
     finally:

@@ -196,13 +196,16 @@ def tokenizer_saved(gguf_path: Path | None, folder: Path) -> Iterator[None]:
 
     What the folder has already is kept, and said if it differs.
     """
+    kept = set()
     with ExitStack() as stack:
         for name, data in ({} if gguf_path is None else tokenizer_files(gguf_path)).items():
             own = next((path for path in (folder / "tokenizer.model", folder / name) if path.exists()), None)
             if own is None:
                 stack.enter_context(atomic_path(folder / name)).write_bytes(data)
             elif own.read_bytes() != data:
-                say(f"{own} is kept; move it away to have {name} as {gguf_path.name} has it")
+                kept.add(own)
+        for own in sorted(kept):
+            say(f"{own} is kept; move it away to have the tokenizer of {gguf_path.name}")
         yield
 
 

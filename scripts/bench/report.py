@@ -18,7 +18,7 @@ import torch
 
 from cli import say
 from weights.checkpoint import DEFAULT_CHECKPOINT
-from weights.files import read_json, require_writable, write_json
+from weights.files import atomic_path, read_json, require_writable, write_json
 from weights.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,8 @@ class Report:
         before, _, rest = path.read_text(encoding="utf-8").partition(begin)
         if rest:
             after = rest.partition(end)[2]
-            path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+            with atomic_path(path) as temporary:
+                temporary.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def open_report(output: str, fresh: bool, parts: tuple[str, ...], facts: dict) -> Report:

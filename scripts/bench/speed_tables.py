@@ -111,35 +111,54 @@ def against_itself(found: dict, precision: str) -> list[list[str]]:
 
 
 def chart(result: dict, path: Path) -> None:
-    """Decoding at batch 1: each precision beside its peers, and one technique after the other."""
+    """Decoding at batch 1: each precision beside its peers and, if it was measured, one technique after the other."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
-    cases = [result["cases"][key_of(precision, QUICK[0])] for precision in PRECISIONS]
-    width = 0.8 / len(cases[0])
-    for i, side in enumerate(cases[0]):
-        bars = {j + i * width: each[side]["median"]["decode_tok_s"] for j, each in enumerate(cases) if side in each}
-        left.bar_label(left.bar(bars.keys(), bars.values(), width, label=side, align="edge"), fmt="%.0f")
-    left.set_xticks([j + 0.4 for j in range(len(cases))], PRECISIONS)
-    left.set_ylabel("tokens/s")
-    left.set_title(f"decode, {result['model']}, batch 1, {result['threads']} CPU threads")
-    left.legend(frameon=False)
     steps = {name: found["median"]["decode_tok_s"] for name, found in result["waterfall"].items()}
-    right.bar_label(right.barh(list(steps), list(steps.values())), fmt="%.0f")
-    right.invert_yaxis()
-    right.set_title("one technique after the other, tokens/s")
-    for axes in (left, right):
+    width, ratios = (11, (3, 2)) if steps else (7, (1,))
+    figure, panels = plt.subplots(1, len(ratios), figsize=(width, 4), width_ratios=ratios, squeeze=False)
+    compare_sides(panels[0, 0], [result["cases"][key_of(precision, QUICK[0])] for precision in PRECISIONS])
+    figure.suptitle(f"decode, tokens/s: {result['model']}, batch 1, {result['threads']} CPU threads")
+    if steps:
+        axes = panels[0, 1]
+        axes.bar_label(axes.barh(list(steps), list(steps.values())), fmt="%.0f", padding=2)
+        axes.invert_yaxis()
+        axes.set_title("one technique after the other")
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(0.1)
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def compare_sides(axes, cases: list[dict]) -> None:
+    """A group of bars for each precision, as wide as it has sides, around its label; the legend stands above."""
+    width = 0.8 / len(cases[0])
+    for n, side in enumerate(cases[0]):
+        places = {j: list(each).index(side) + 0.5 - len(each) / 2 for j, each in enumerate(cases) if side in each}
+        heights = [cases[j][side]["median"]["decode_tok_s"] for j in places]
+        bars = axes.bar([j + width * place for j, place in places.items()], heights, width, label=side, color=f"C{n}")
+        axes.bar_label(bars, fmt="%.0f")
+    axes.set_xticks(range(len(cases)), PRECISIONS)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def picture(result: dict, name: str) -> str:
+    """The chart in Markdown, and why a precision has two figures in it."""
+    text = f"![decoding at batch 1, in tokens per second]({name})"
+    if result["waterfall"]:
+        text += "\n\nEach panel was measured by itself, and the machine's speed drifts: int8 and int4 have two figures."
+    return text
 
 
 def write_files(report: Report) -> None:
     """Markdown and a chart, beside the result."""
     result, path = report.result, Path(report.output)
     heading = f"`{result['command']}`, {result['machine']['date']}"
+    drawing = path.with_suffix(".svg")
+    chart(result, drawing)
     with atomic_path(path.with_suffix(".md")) as temporary:
-        parts = [heading, headline(result), targets(result), full_table(result)]
+        parts = [heading, headline(result), picture(result, drawing.name), targets(result), full_table(result)]
         temporary.write_text("\n\n".join(parts) + "\n")
-    chart(result, path.with_suffix(".svg"))

@@ -12,7 +12,7 @@ from scripts import check_device
 from scripts.bench import report, run, speed
 from scripts.bench.report import ROOT, take_turns
 from scripts.bench.sides import Case, SideProcess
-from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, key_of, targets
+from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, compare_sides, key_of, targets
 from tests.device_cases import ARGS
 from tests.tiny import make_tiny_checkpoint
 from weights.checkpoint import random_model
@@ -124,6 +124,28 @@ def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, ca
     readme = (tmp_path / "README.md").read_text().splitlines()
     assert readme[:2] == ["before", f"<!-- table: {tmp_path / 'out.json'} -->"]
     assert readme[-2:] == ["<!-- end -->", "after"] and len(readme) == 2 + 2 + 6 + 2
+
+
+def test_the_chart_has_no_empty_panel_and_its_markdown_shows_it(bench, tmp_path):
+    for quick in (True, False):
+        bench(quick=quick)
+        assert ("one technique after the other" in (tmp_path / "out.svg").read_text()) == (not quick)
+        written = (tmp_path / "out.md").read_text()
+        assert "](out.svg)" in written and ("two figures" in written) == (not quick)
+
+
+def test_bars_stand_around_their_label_and_no_legend_over_them():
+    from matplotlib.figure import Figure
+
+    median = {"median": {"decode_tok_s": 9.0}}
+    cases = [dict.fromkeys(sides, median) for sides in (("a", "b", "c"), ("a", "c"), ("c",))]
+    axes = (figure := Figure()).subplots()
+    compare_sides(axes, cases)
+    figure.draw_without_rendering()
+    centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in axes.patches)
+    w = 0.8 / 3
+    assert centres == pytest.approx([-w, 0, w, 1 - w / 2, 1 + w / 2, 2])
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
 
 
 def test_targets_by_hand(bench):

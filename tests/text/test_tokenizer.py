@@ -304,7 +304,10 @@ def test_saving_keeps_what_is_there_and_says_so_if_it_differs(own, default_gguf,
         assert {path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"} == {own}
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there[own] == b"mine" and len(there) == (1 if own == "tokenizer.model" else 3)
-    assert f"{tmp_path / own} is kept; move it away to have" in capsys.readouterr().err
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path / own} is kept; move it away to have the tokenizer of {default_gguf.name}\n"
+    )
     (tmp_path / own).unlink()
     for _ in range(2):  # its own files are no news
         with tokenizer_saved(default_gguf, tmp_path):

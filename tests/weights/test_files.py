@@ -25,6 +25,7 @@ def test_a_write_removes_what_dead_processes_of_this_machine_left_of_the_same_fi
         f".b.json.{ours}.{dead}.tmp",
         f".a.json.{ours}.mine.tmp",
     ]
+    (tmp_path / f".a.json.{ours}.{os.getpid()}.tmp").mkdir()  # of the same number, before a restart
     for name in [*kept, f".a.json.{ours}.{dead}.tmp", f".a.json.{ours}.{dead}.tmp.tmp"]:
         (tmp_path / name).write_text("half")
     write_json(tmp_path / "a.json", {})
