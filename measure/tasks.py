@@ -56,9 +56,13 @@ def task_manager(include_path: str | None):
         raise ValueError(f"--include_path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        return TaskManager(include_path=include_path)
+        manager = TaskManager(include_path=include_path)
     except Exception as error:  # a mistake in one of the folder's files
         raise ValueError(f"the tasks in {include_path} cannot be read: {_line(error)}") from None
+    for name in manager.all_tasks:
+        if not isinstance(name, str):
+            raise ValueError(f"a task in {include_path} has the name {name!r}; a name must be text")
+    return manager
 
 
 def matching(names: list[str], manager) -> list[str]:

@@ -344,7 +344,7 @@ LINES = st.one_of(
 def run_prompts(valid: Path, folder: Path, data: bytes) -> None:
     (folder / "prompts").write_bytes(data)
     tokenizer = load_tokenizer(valid / "ours")
-    for prompt in read_prompt_file(str(folder / "prompts"))[:20]:
+    for prompt in list(read_prompt_file(str(folder / "prompts")).values())[:20]:
         encode_prompt(tokenizer, prompt)
 
 

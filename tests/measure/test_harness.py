@@ -32,7 +32,7 @@ from layers.quantized import QuantSpec, linear_table, quantize_weight  # noqa: E
 from measure.harness import Adapter  # noqa: E402
 from measure.perplexity import perplexity  # noqa: E402
 from measure.scoring import evenly, questions_of  # noqa: E402
-from measure.tasks import load_tasks  # noqa: E402
+from measure.tasks import load_tasks, task_manager  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
 from weights.layout import Layout  # noqa: E402
@@ -519,6 +519,13 @@ def test_texts_of_tasks(tasks, own_tasks_only, tmp_path):
         (tmp_path / "mine_open.yaml").write_text(good.replace(old, new))
         with pytest.raises(ValueError, match=f"the task mine_open or its data cannot be had .*{message}.*{end}"):
             task_texts(["mine_open"], str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["5", "true", "null"])
+def test_a_task_whose_name_is_no_text(name, tmp_path, own_tasks_only):
+    (tmp_path / "mine.yaml").write_text(TASK.format(name=name, data="x", kind="x", question="", answer="", more=""))
+    with pytest.raises(ValueError, match=f"a task in {tmp_path} has the name .*; a name must be text"):
+        task_manager(str(tmp_path))
 
 
 def test_gptq_calibrates_with_a_task(tasks, own_tasks_only, tmp_path):
