@@ -40,9 +40,16 @@ class Ranks:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, which alone calls it."""
-        value = [make() if self.is_first else None]
+        """What `make` returns on rank 0, which alone calls it; a ValueError there is raised on every rank."""
+        value = [None, None]
+        if self.is_first:
+            try:
+                value[0] = make()
+            except ValueError as error:
+                value[1] = str(error)
         dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
+        if value[1] is not None:
+            raise ValueError(value[1])
         return value[0]
 
     def sum(self, x: Tensor) -> Tensor:

@@ -21,39 +21,92 @@ class Limits:
     ignore_eos: bool = False
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A message and its answer."""
+
+    text: str
+    answer: str
+    ids: list[int]  # of the answer, as they were drawn
+
+
 class Conversation:
-    """Messages in, answers out, streamed. Without a chat template the model continues the text."""
+    """Messages in, answers out, streamed. Without a chat template the model continues the text.
+
+    system: the system message, which may be changed between turns.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, sampling: Sampling, system: str | None):
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
         self.sampling, self.system = sampling, system
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.history: list[int] = []  # the text so far as ids, where there is no template
+        self.turns: list[Turn] = []
         self.cached: list[int] = []
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def reset(self) -> None:
+        self.turns, self.cached = [], []
+
+    @property
+    def messages(self) -> list[dict]:
+        return self.messages_of(self.turns)
+
+    def messages_of(self, turns: list[Turn]) -> list[dict]:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.text})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages
+
+    def restore(self, messages: list[dict]) -> None:
+        """Go on from these messages: maybe one of the system, then the user's and the assistant's in turn."""
+        try:
+            roles, texts = [each["role"] for each in messages], [each["content"] for each in messages]
+        except (TypeError, KeyError):
+            roles, texts = [None], []
+        first = int(roles[:1] == ["system"])
+        if roles[first:] != ["user", "assistant"] * (len(roles) // 2) or not all(isinstance(x, str) for x in texts):
+            raise ValueError("the messages must be texts of user and assistant in turn, after one of system or none")
+        self.reset()
+        self.system = texts[0] if first else None
+        for text, answer in zip(texts[first::2], texts[first + 1 :: 2], strict=True):
+            self.turns.append(Turn(text, answer, self.tokenizer.encode(answer, add_special_tokens=False)))
+
+    def prompt_ids(self, text: str, first: int = 0) -> list[int]:
+        """Ids of the conversation from its turn `first` on, and of the next message."""
+        turns = self.turns[first:]
         if self.tokenizer.chat_template is not None:
-            ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
-        else:
-            ids = self.history + self.tokenizer.encode(text, add_special_tokens=not self.history)
-        return checked_ids(ids, self.tokenizer)
+            return self.tokenizer.encode_chat([*self.messages_of(turns), {"role": "user", "content": text}])
+        ids = []
+        for turn in [*turns, Turn(text, "", [])]:
+            ids += self.tokenizer.encode(turn.text, add_special_tokens=not ids) + turn.ids
+        return ids
+
+    def fit(self, text: str) -> tuple[list[int], int]:
+        """Ids of the next prompt, and the first turn that is in it.
+
+        A quarter of the context is kept for the answer. What does not fit drops the oldest turns, until half is free:
+        each time this happens the model reads the whole rest again. A ValueError if the message alone does not fit.
+        """
+        context, first = self.limits.context, 0
+        ids = self.prompt_ids(text)
+        if len(ids) + min(self.limits.max_new_tokens, context // 4) > context:
+            while first < len(self.turns) and len(ids) > context // 2:
+                first += 1
+                ids = self.prompt_ids(text, first)
+        if len(ids) >= context:
+            raise ValueError(f"this message takes {len(ids)} tokens, more than the context of {context}; shorten it")
+        return checked_ids(ids, self.tokenizer), first
 
     def turn(self, text: str) -> Iterator[str]:
         """Answer one message, a piece at a time; an answer that is not read to its end counts as far as it came.
 
-        `request` and `timing` then tell of it. A ValueError if the context is full: the conversation stays as it was.
+        `request`, `timing` and `dropped`, the number of turns for which there was no more room, then tell of it. A
+        ValueError if the message does not fit: the conversation stays as it was.
         """
-        ids, limits = self.prompt_ids(text), self.limits
-        room = limits.context - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the context of {limits.context} tokens is full (this turn needs {len(ids)}); /reset clears it"
-            )
+        limits = self.limits
+        ids, self.dropped = self.fit(text)
+        self.turns = self.turns[self.dropped :]
         start = min(shared_prefix(ids, self.cached), len(ids) - 1)
-        budget = min(limits.max_new_tokens, room)
+        budget = min(limits.max_new_tokens, limits.context - len(ids))
         self.request, self.timing = Request(ids, self.tokenizer, budget, limits.stop, limits.ignore_eos), Timing()
         self.cached = self.cached[:start]
         try:
@@ -67,9 +120,7 @@ class Conversation:
         request = self.request
         if request.token_ids:
             self.cached = request.prompt + request.token_ids[:-1]  # the last one drawn has not been through the model
-            self.history = request.prompt + request.token_ids
-            answer = {"role": "assistant", "content": request.stream.text}
-            self.messages += [{"role": "user", "content": text}, answer]
+            self.turns.append(Turn(text, request.stream.text, request.token_ids))
 
     @property
     def is_full(self) -> bool:

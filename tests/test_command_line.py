@@ -470,9 +470,9 @@ def test_draft_whose_context_just_fits(talk):
 
 
 @pytest.mark.parametrize("flags", ["--speculate ngram", "--draft_checkpoint_path OTHER"])
-def test_conversation_in_a_context_of_one_token_says_it_is_full(talk, flags):
+def test_conversation_in_a_context_of_one_token_says_so(talk, flags):
     printed = talk("--interactive", "--max_seq_length", 1, *flags.split(), input="he\n")
-    assert "error: the context of 1 tokens is full" in printed.err
+    assert "more than the context of 1; shorten it" in printed.err
 
 
 # ---------------------------------------------------------------- bad input
@@ -731,23 +731,54 @@ def test_conversation_through_a_pipe(talk, tiny):
     assert "[conversation cleared]" in result.err
 
 
-def test_conversation_ends_with_its_input_and_says_when_the_context_is_full(talk):
+def test_conversation_in_a_small_context(talk):
     long = "the dog ate the hat " * 30
-    result = talk("--interactive", "--max_seq_length", 48, "--ignore_eos", input=f"the cat\n{long}\n/reset\nthe cat")
-    assert "error: the context of 48 tokens is full" in result.err and "/reset clears it" in result.err
-    assert result.err.count("tokens/sec") == 2
+    result = talk("--interactive", "--max_seq_length", 48, "--ignore_eos", input=f"the cat\n{long}\nhe\nthe cat")
+    assert "more than the context of 48; shorten it" in result.err and result.err.count("tokens/sec") == 3
+    assert "oldest turns dropped for want of context: " in result.err
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ("/help", "goes on in the next one."),
+        ("/reste", "error: there is no command /reste; /help lists those there are"),
+        ("the cat\n/stats", "[turns: 1, tokens: "),
+        ("/etc/passwd is", "tokens/sec"),  # a message
+        ("the cat\\\n\\\nhe\n/stats", "[turns: 1, "),  # one message of three lines
+        ("/quit\n/stats", "/help lists the commands."),
+        ("/save", "error: /save needs a file, such as /save talk.json"),
+        ("/save /no/such/folder/a", "error: cannot write /no/such/folder/a: there is no folder"),
+        ("/load nowhere.json", "error: nowhere.json is missing"),
+        ("/load WRONG", "error: the messages must be texts of user and assistant in turn"),
+    ],
+)
+def test_commands_of_a_conversation(talk, tmp_path, lines, says):
+    (tmp_path / "wrong.json").write_text('{"messages": [{"role": "user", "content": 5}]}')
+    err = talk("--interactive", input=lines.replace("WRONG", str(tmp_path / "wrong.json"))).err
+    assert says in err.splitlines()[-1], err
+
+
+def test_a_conversation_is_saved_and_loaded(talk, tiny, tmp_path):
+    file, flags = tmp_path / "talk.json", ("--interactive", *GREEDY)
+    whole = talk(*flags, input=f"/system he said\nthe cat\n/save {file}\nthe dog\n").out
+    messages = json.loads(file.read_text())["messages"]
+    assert messages[:2] == [{"role": "system", "content": "he said"}, {"role": "user", "content": "the cat"}]
+    assert messages[2:] == [{"role": "assistant", "content": greedy_text(tiny, messages[:2])}]
+    assert messages[2]["content"] + "\n" + talk(*flags, input=f"/load {file}\nthe dog\n").out == whole
 
 
 class Terminal:
     """generate.py on a pseudo-terminal."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, state):
         self.master, slave = pty.openpty()
         take = (
             "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
         python = ("-c", take, sys.executable)
-        self.process = start(*flags, python=python, stdin=slave, stdout=slave, stderr=slave)
+        env = os.environ | {"XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+        self.process = start(*flags, python=python, env=env, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.seen = ""
 
@@ -768,27 +799,36 @@ class Terminal:
         os.write(self.master, text.encode())
 
 
-def test_terminal_conversation_survives_an_interrupt(default_model_dir):
-    flags = ("--interactive", "--checkpoint_path", default_model_dir, "--max_new_tokens", 2000, "--ignore_eos")
-    terminal = Terminal(*flags, "--temperature", 0)
-    terminal.expect("> ")
-    terminal.type("Count to a thousand.\n")
-    terminal.expect("Count to a thousand.")
-    terminal.expect("\n")
-    time.sleep(2)
+PASTES = "\x1b[?2004h"  # the prompt is there: it takes pasted lines as one
+
+
+def test_a_conversation_at_a_terminal(tiny, tmp_path):
+    flags = ("--interactive", "--checkpoint_path", tiny, "--temperature", 0, "--ignore_eos", "--max_seq_length", 500)
+    terminal = Terminal(*flags, state=tmp_path)
+    terminal.expect(PASTES)
+    terminal.type("forgotten\x03")
+    terminal.expect("[Ctrl-C again, or Ctrl-D, ends]")
+    terminal.type("the cat\\\r")
+    terminal.expect("..")
+    terminal.type("he said\r")
+    time.sleep(0.5)
     terminal.type("\x03")
     terminal.expect("[interrupted]")
-    terminal.expect("> ")
-    terminal.type("/reset\n")
-    terminal.expect("[conversation cleared]")
-    terminal.expect("> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(timeout=20) == 0
-
-
-def test_terminal_prompt_is_left_by_ctrl_c(tiny):
-    terminal = Terminal("--interactive", "--checkpoint_path", tiny)
-    terminal.expect("> ")
-    time.sleep(0.5)  # Python shows the prompt a moment before it waits for keys or signals
+    terminal.expect(PASTES)
+    terminal.type("\x1b[200~the dog\nthe hat\x1b[201~\r")  # a paste
+    terminal.expect("tokens/sec")
+    terminal.type("/stats\r")
+    terminal.expect("[turns: 2, ")
+    terminal.expect(PASTES)
+    terminal.type("\x03")
+    terminal.expect("[Ctrl-C again, or Ctrl-D, ends]")
     terminal.type("\x03")
     assert terminal.process.wait(timeout=20) == 130
+    history = (tmp_path / "gpt-faster" / "history").read_text()
+    assert "+the dog\n+the hat\n" in history and "forgotten" not in history
+    terminal = Terminal(*flags, state=tmp_path)
+    terminal.expect(PASTES)
+    terminal.type("\x1b[A")  # the last line of the session before
+    terminal.expect("/stats")
+    terminal.type("\x15\x04")
+    assert terminal.process.wait(timeout=20) == 0

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from engine.cache import shared_prefix
-from engine.conversation import Conversation, Limits
+from engine.conversation import Conversation, Limits, Turn
 from engine.decode import forward_chunk, prefill
 from engine.engine import Engine
 from engine.guess_length import Costs
 from engine.request import Request, Timing, run_batch
 from engine.speculative import Text
-from tests.tiny import GREEDY, SOURCES, ids_of, make_tiny_checkpoint, speculation_of
+from tests.tiny import CHATML, GREEDY, SOURCES, ids_of, make_tiny_checkpoint, speculation_of
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -27,6 +27,11 @@ def default(default_model_dir):
 def conversation_of(it, context, budget=16, system=None, speculation=None):
     engine = Engine(it.model, speculation=speculation)
     return Conversation(engine, it.tokenizer, Limits(context, budget), GREEDY, system)
+
+
+def text_of(conversation):
+    """All ids so far, after an answer."""
+    return conversation.request.prompt + conversation.request.token_ids
 
 
 def interrupted(conversation, text, at):
@@ -47,7 +52,7 @@ def assert_turns_equal_fresh_runs(it, turns, context, budget):
         text = "".join(conversation.turn(text))
         fresh = Request(ids, it.tokenizer, budget, [], False)
         assert text == "".join(piece for _, piece in run_batch(Engine(it.model), [fresh], GREEDY, Timing()))
-        assert conversation.history[len(ids) :] == fresh.token_ids
+        assert text_of(conversation)[len(ids) :] == fresh.token_ids
         assert conversation.messages[-1] == {"role": "assistant", "content": fresh.stream.text}
     assert len(conversation.messages) == 1 + 2 * len(turns)
     assert reused > len(conversation.cached) // 2
@@ -69,22 +74,70 @@ def test_conversation_after_an_interrupted_answer_equals_a_fresh_prefill(tiny):
     interrupted(conversation, "the cat", 4)
     ids = conversation.prompt_ids("the dog")
     list(conversation.turn("the dog"))
-    assert conversation.history[len(ids) :] == ids_of(tiny.model, [ids], 16)[0]
+    assert text_of(conversation)[len(ids) :] == ids_of(tiny.model, [ids], 16)[0]
 
 
-def test_turn_that_does_not_fit_changes_nothing(tiny):
+def test_message_that_does_not_fit_changes_nothing(tiny):
     conversation = conversation_of(tiny, 64, budget=200)
     list(conversation.turn("hat"))
-    before = (list(conversation.messages), list(conversation.cached), list(conversation.history))
-    with pytest.raises(ValueError, match=r"the context of 64 tokens is full \(this turn needs \d+\); /reset clears it"):
+    before = (conversation.messages, list(conversation.cached))
+    with pytest.raises(ValueError, match=r"this message takes \d+ tokens, more than the context of 64; shorten it"):
         list(conversation.turn("the dog ate the hat " * 10))
-    assert before == (conversation.messages, conversation.cached, conversation.history)
+    assert before == (conversation.messages, conversation.cached)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_full_context_drops_the_oldest_turns_and_keeps_the_system_message(tmp_path, template):
+    path = make_tiny_checkpoint(tmp_path, template=template)
+    it = SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
+    conversation, n_fit = conversation_of(it, 256, budget=8, system="he said"), 0
+    while conversation.fit("sat")[1] == 0:
+        n_fit = len(conversation.fit("sat")[0])
+        text = f"hat {len(conversation.turns)}"
+        conversation.turns.append(Turn(text, "mat", it.tokenizer.encode("mat", add_special_tokens=False)))
+    n_turn, turns = len(conversation.turns), conversation.messages
+    assert 256 - 8 - 30 < n_fit <= 256 - 8
+    list(conversation.turn("sat"))
+    prompt, dropped = conversation.request.prompt, conversation.dropped
+    text = it.tokenizer.backend.tokenizer.decode(prompt, skip_special_tokens=False)
+    assert 128 - 30 < len(prompt) <= 128 and 0 < dropped < n_turn
+    assert ("he said" in text) == (template is not None)
+    assert f"hat {dropped}" in text and f"hat {dropped - 1}" not in text
+    assert conversation.messages[1:-2] == turns[1 + 2 * dropped :]
+    assert conversation.request.token_ids == ids_of(it.model, [prompt], 8)[0]
+
+
+def test_saved_messages_are_restored(tiny):
+    conversation, other = conversation_of(tiny, 512, system="he said"), conversation_of(tiny, 512)
+    list(conversation.turn("the cat"))
+    other.restore(conversation.messages)
+    assert other.messages == conversation.messages
+    assert "".join(other.turn("the dog")) == "".join(conversation.turn("the dog"))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        ["he"],
+        [{"role": "user"}],
+        [{"role": "user", "content": "he"}],
+        [{"role": "assistant", "content": "he"}, {"role": "user", "content": "he"}],
+        [{"role": "user", "content": "he"}, {"role": "assistant", "content": None}],
+    ],
+)
+def test_messages_that_are_no_conversation(tiny, messages):
+    conversation = conversation_of(tiny, 512)
+    list(conversation.turn("the cat"))
+    with pytest.raises(ValueError, match="texts of user and assistant in turn"):
+        conversation.restore(messages)
+    assert len(conversation.turns) == 1
 
 
 def test_answer_that_fills_the_context_says_so(tiny):
     conversation = conversation_of(tiny, 40, budget=200)
     list(conversation.turn("hat"))
-    assert len(conversation.history) == 40 and conversation.is_full
+    assert len(text_of(conversation)) == 40 and conversation.is_full
 
 
 def test_without_a_template_a_conversation_continues_the_text(tmp_path):
@@ -92,10 +145,10 @@ def test_without_a_template_a_conversation_continues_the_text(tmp_path):
     it = SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
     conversation = conversation_of(it, 256, budget=8)
     list(conversation.turn("the cat"))
-    first = list(conversation.history)
+    first = text_of(conversation)
     list(conversation.turn(" sat"))
     prompt = first + it.tokenizer.encode(" sat")
-    assert conversation.history == prompt + ids_of(it.model, [prompt], 8)[0]
+    assert text_of(conversation) == prompt + ids_of(it.model, [prompt], 8)[0]
 
 
 def answers(it, turns, speculation, context=512, budget=16):
@@ -107,7 +160,7 @@ def answers(it, turns, speculation, context=512, budget=16):
             conversation.reset()
         else:
             list(conversation.turn(text))
-        texts.append((conversation.history, conversation.cached, list(conversation.messages)))
+        texts.append((text_of(conversation), conversation.cached, list(conversation.messages)))
     return texts
 
 
@@ -129,11 +182,11 @@ def test_conversation_with_speculation_fills_the_context(tiny, drafts, source):
 def test_conversation_with_speculation_after_an_interrupted_answer(tiny, drafts, source, at):
     conversation = conversation_of(tiny, 512, budget=40, speculation=speculation_of(drafts, source, 3))
     interrupted(conversation, "the cat", at)
-    assert len(conversation.history) < 40
+    assert len(text_of(conversation)) < 40
     ids = conversation.prompt_ids("the dog")
     assert shared_prefix(ids, conversation.cached) > 5
     list(conversation.turn("the dog"))
-    assert conversation.history[len(ids) :] == ids_of(tiny.model, [ids], 40)[0]
+    assert text_of(conversation)[len(ids) :] == ids_of(tiny.model, [ids], 40)[0]
 
 
 @pytest.mark.parametrize("source", SOURCES[1:])
@@ -169,8 +222,8 @@ def test_draft_holds_the_conversation_and_reads_only_what_is_new(tiny, drafts, s
         read.clear()
         list(conversation.turn(text))
         assert read[0] == len(ids) - start
-        assert len(ids) <= draft.filled < len(conversation.history)
-        assert_holds(draft, conversation.history)
+        assert len(ids) <= draft.filled < len(text_of(conversation))
+        assert_holds(draft, text_of(conversation))
 
 
 def assert_holds(draft, text):
