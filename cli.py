@@ -107,8 +107,8 @@ def in_words(error: BaseException) -> str | None:
         return missing_package(error.name)
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
         return f"out of memory: {(str(error) or 'all is taken').splitlines()[0]}; use a smaller model, batch or context"
-    if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, OSError):  # a full disk, a name that is too long
+        return f"{error.strerror or error}: {error.filename or 'a temporary file, or standard output'}"
     return None
 
 

@@ -29,7 +29,7 @@ from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, save_tokenizer
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
-from weights.files import GB, dropping_page_cache, require_space, require_writable, write_json
+from weights.files import GB, MB, dropping_page_cache, require_space, require_writable, write_json
 from weights.layout import Layout, ModelFile
 
 GPTQ = "int4-gptq"
@@ -138,7 +138,7 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
     """Refuse what cannot be done with this model or written here, or would replace a file that this run needs."""
     path, target = job.path, job.target
     if target.exists() and target.resolve() in (path.resolve(), (path / "model.pth").resolve()):
-        raise ValueError(f"cannot write {target}: it is the source")
+        raise ValueError(f"cannot write {target}: the model is read from it")
     require_writable(target)
     require_space(target, job.bytes_after)
     if args.output_json is not None:
@@ -201,7 +201,7 @@ def write(job: Job, tensors: dict[str, Tensor]) -> None:
     """Write the quantised file and, if it has none beside it, a tokenizer."""
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
     save_checkpoint(job.target, job.source.args, on_cpu, job.layout.table)
-    say(f"Wrote {job.target}: {job.target.stat().st_size / GB:.2f} GB")
+    say(f"Wrote {job.target}: {job.target.stat().st_size / MB:.1f} MB")
     write_tokenizer(job.source, job.target.parent)
 
 
@@ -252,7 +252,7 @@ def report(facts: dict) -> None:
     """The table at the end, on standard output."""
     before, after = facts["bytes_before"], facts["bytes_after"]
     print(f"{'':12}{'before':>12}{'after':>12}")
-    print(f"{'size':12}{before / 1e6:9.1f} MB{after / 1e6:9.1f} MB   {before / after:.2f} x smaller")
+    print(f"{'size':12}{before / MB:9.1f} MB{after / MB:9.1f} MB   {before / after:.2f} x smaller")
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     if before is not None:
         print(f"{'perplexity':12}{before:12.4f}{after:12.4f}   {100 * (after / before - 1):+.2f} %")

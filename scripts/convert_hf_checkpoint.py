@@ -19,7 +19,7 @@ import torch
 from text.tokenizer import save_tokenizer
 from weights.checkpoint import open_folder, read_tensors, require_weights_fit, save_checkpoint
 from weights.device import DTYPES, parse_dtype
-from weights.files import GB, require_writable
+from weights.files import MB, require_writable
 
 
 def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
@@ -35,11 +35,11 @@ def main(*, checkpoint_dir: str, dtype: str, keep_quantized: bool) -> None:
     if opened.gguf is not None:
         save_tokenizer(opened.gguf, folder)
     save_checkpoint(target, opened.args, tensors, opened.table)
-    size, seconds = target.stat().st_size / GB, time.perf_counter() - began
+    size, seconds = target.stat().st_size / MB, time.perf_counter() - began
     if keep_quantized:
         counts = Counter(map(str, opened.table.values())).most_common()
         print(f"{len(opened.table)} layers kept: {', '.join(f'{n} {spec}' for spec, n in counts)}", file=sys.stderr)
-    print(f"Wrote {target}: {size:.2f} GB in {dtype}, {seconds:.1f} seconds", file=sys.stderr)
+    print(f"Wrote {target}: {size:.1f} MB in {dtype}, {seconds:.1f} seconds", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_facts_and_report(folder, text, capsys):
     assert [line.split()[0] for line in lines if line.startswith("  ")][1:] == [layer["name"] for layer in worst]
     assert lines[-1].startswith(f"{facts['seconds']:.1f} seconds, peak memory ")
     assert err.splitlines()[0] == "Using device=cpu"
-    assert err.splitlines()[1].startswith(f"Wrote {target}: 0.00 GB")
+    assert err.splitlines()[1].startswith(f"Wrote {target}: 0.")
 
 
 def test_without_a_check_there_is_no_perplexity(folder, capsys):
@@ -398,7 +398,7 @@ GPTQ = ["--mode", "int4-gptq"]
         ([*GPTQ, "--calibration_file", "/no/file"], "cannot read the text /no/file"),
         ([*GPTQ, "--calibration_file", "one.txt"], "the calibration text is too short"),
         ([*GPTQ, "--calibration_file", "one.txt", "--calibration_tasks", "x"], "both given"),
-        ([*GPTQ, "--include_path", "/no/folder"], "--include_path /no/folder is no folder"),
+        ([*GPTQ, "--include_path", "/no/folder"], "there is no folder /no/folder; --include_path needs one"),
         (
             [*GPTQ, "--calibration_seq_length", "513"],
             "--calibration_seq_length 513 is more than the model's context of",
@@ -456,8 +456,8 @@ def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeyp
     refused(path, f"cannot write {target}: it is a folder")
     target.rmdir()
     target.symlink_to("model.pth")
-    refused(path, f"cannot write {target}: it is the source")
-    refused(folder, f"cannot write {target}: it is the source")
+    refused(path, f"cannot write {target}: the model is read from it")
+    refused(folder, f"cannot write {target}: the model is read from it")
     target.unlink()
     monkeypatch.setattr(os, "access", lambda file, how: how != os.W_OK)  # root may write anywhere
     refused(path, f"cannot write {target}: permission denied")

@@ -92,5 +92,5 @@ def text_field(value, where: str, field: str, allow_empty: bool, advice: str) ->
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f'{where}: "{field}" holds half of a surrogate pair, which is no text') from None
+        raise ValueError(f'{where}: "{field}" holds half of a surrogate pair, which UTF-8 cannot hold') from None
     return text

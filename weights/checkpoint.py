@@ -76,8 +76,9 @@ def open_folder(
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return open_gguf(files[0], keep_quantized)
-    found = f"{len(files)} .gguf files: name one" if files else "none of these"
-    raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
+    if files:
+        raise ValueError(f"{folder} has several models; give the path of one: {', '.join(map(str, files))}")
+    raise ValueError(f"{folder} holds no model: it has no model.pth, no *.safetensors with config.json, and no *.gguf")
 
 
 def missing_checkpoint(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 WEIGHTS = (".pth", ".bin", ".safetensors", ".gguf")  # suffixes
 
 
