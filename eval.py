@@ -48,7 +48,7 @@ def main(**flags) -> None:
         facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
         if args.compile:
-            say("Compiling: about 10 seconds for each of a few shapes the first time, where it comes up")
+            say("Compiling goes on during the run: about 10 seconds for each of a few shapes, the first time")
         measure = measure_text if args.tasks is None else measure_tasks
         report = measure(args, engine, tokenizer, asked, facts)
         if args.output_json and speaks(ranks):
@@ -71,7 +71,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
         raise ValueError(f"--num_fewshot is {args.num_fewshot}; it must be 0 or above")
     window = WINDOW if args.max_seq_length is None else args.max_seq_length
     if window < 2:
-        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens, one to score the other")
+        raise ValueError(f"--max_seq_length is {window}; a window needs at least 2 tokens")
     if args.stride is not None and not 1 <= args.stride <= window:
         raise ValueError(f"--stride is {args.stride}; it must be from 1 to the window of {window} tokens")
     check_counts(vars(args), "batch_size")

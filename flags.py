@@ -51,7 +51,7 @@ def check_counts(flags: dict, *names: str) -> None:
 def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that cannot be started."""
     if threads is not None and not 1 <= threads <= 1024:
-        raise ValueError(f"--threads is {threads}; this machine has {os.cpu_count()} processors")
+        raise ValueError(f"--threads is {threads}; it must be from 1 to 1024 (processors here: {os.cpu_count()})")
 
 
 def number_or_text(argument: str) -> int | str:

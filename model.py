@@ -67,15 +67,13 @@ class ModelArgs:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rope turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd; rope needs an even one")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if self.full_layers and (self.sliding_window is None or max(self.full_layers) >= self.n_layer):
             raise ValueError(f"full_layers {self.full_layers} need a sliding_window and {self.n_layer} layers or more")
         if not (self.n_expert_used or 0) <= (self.n_expert or 0) or bool(self.n_expert) != bool(self.n_expert_used):
-            raise ValueError(
-                f"n_expert is {self.n_expert} and n_expert_used {self.n_expert_used}; it must be some of them"
-            )
+            raise ValueError(f"n_expert_used is {self.n_expert_used}; it must be from 1 to n_expert, {self.n_expert}")
         if self.shared_size and not self.n_expert:
             raise ValueError(f"shared_size {self.shared_size} is for a model with n_expert, a mixture of experts")
         factors = self.rope_scaling.factors if self.rope_scaling else ()

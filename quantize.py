@@ -140,7 +140,7 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
     """Refuse what cannot be done with this model or written here, or would replace a file that this run needs."""
     path, target = job.path, job.target
     if target.exists() and target.resolve() in (path.resolve(), (path / "model.pth").resolve()):
-        raise ValueError(f"cannot write {target}: it is the source")
+        raise ValueError(f"cannot write {target}: the model is read from it")
     require_writable(target)
     require_space(target, job.bytes_after)
     if args.output_json is not None:

@@ -210,7 +210,7 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
     for name, spec in table.items():
         layer = layers.get(name)
         if not can_be_rounded(layer):
-            raise ValueError(f"the table of quantised layers names {name!r}, which is no linear layer of this model")
+            raise ValueError(f"the table of quantised layers names {name!r}, not a linear layer of the model")
         spec.groups(layer.weight.shape[-1], name)
         weight = layer.weight
         tensors = _meta_tensors(weight.shape, spec) if weight.is_meta else quantize_weight(weight, spec)

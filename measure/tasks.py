@@ -30,7 +30,7 @@ class Tasks(NamedTuple):
 
 
 def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> Tasks:
-    """Tasks and groups of the harness, or of a folder, with their data; `advice` ends the error if it cannot be had.
+    """Tasks and groups of the harness, or of a folder, with their data; `advice` ends the error if it is missing.
 
     names: as the harness takes them, with commas between them and with patterns such as mmlu_*.
     """
@@ -53,7 +53,7 @@ def task_manager(include_path: str | None):
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"--include_path {include_path} is no folder")
+        raise ValueError(f"there is no folder {include_path}; --include_path needs one with task files")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         manager = TaskManager(include_path=include_path)
@@ -72,7 +72,7 @@ def matching(names: list[str], manager) -> list[str]:
         some = manager.match_tasks([name])
         if not some:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
-            known = f"lm-eval has no task {name!r}" + (f", but {near}" if near else "")
+            known = f"lm-eval has no task {name!r}" + (f"; similar: {near}" if near else "")
             raise ValueError(f"{known}; --include_path adds tasks of your own")
         found += some
     return list(dict.fromkeys(found))
@@ -85,7 +85,7 @@ def data_of(task: str, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # of many libraries: no network, no such data, a mistake in the task's file
         own = f"give a task of your own with --include_path{advice}"
-        raise ValueError(f"the task {task} or its data cannot be had ({_line(error)}); {own}") from None
+        raise ValueError(f"the task {task} or its data cannot be loaded ({_line(error)}); {own}") from None
 
 
 def run_tasks(adapter, tasks: Tasks, seed: int, **options) -> dict | None:

@@ -31,4 +31,4 @@ def check_fields(config) -> None:
             is_bool = isinstance(value, bool)  # which Python counts as an int
             fits, wanted = isinstance(value, kinds) and is_bool == (bool in kinds), field.type
         if not fits and not (value is None and NoneType in kinds):
-            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+            raise ValueError(f"{name} is {'missing' if value is None else repr(value)}; it must be {wanted}")

@@ -22,5 +22,5 @@ python_h=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("incl
 if command -v "${CXX:-g++}" >/dev/null && [ -f "$python_h" ]; then
     exec .venv/bin/python generate.py --compile "$@"
 fi
-say "No C++ compiler or no Python.h, so this runs uncompiled and slower; apt-get install g++ python3-dev mends that."
+say "No C++ compiler or no Python.h: running uncompiled, which is slower. To compile: apt-get install g++ python3-dev"
 exec .venv/bin/python generate.py "$@"

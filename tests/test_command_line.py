@@ -519,7 +519,7 @@ BAD_FLAGS = {  # and what the error says
     "--random_weights stories15M --draft_checkpoint_path OTHER": "no tokenizer that a draft could share",
     "--draft_checkpoint_path OTHER --output_json OTHER": "this run reads it",
     "--draft_checkpoint_path nowhere.pth": "there is no checkpoint at nowhere.pth",
-    "--draft_checkpoint_path /tmp": "/tmp holds no model",
+    "--draft_checkpoint_path /proc": "/proc holds no model",
     "--draft_checkpoint_path OTHER --draft_device tpu": "device 'tpu' is unknown; use one of cuda, mps, cpu",
 }
 BAD_FOR_THE_MODEL = {  # found once it is being loaded

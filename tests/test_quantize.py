@@ -395,7 +395,7 @@ GPTQ = ["--mode", "int4-gptq"]
         ([*GPTQ, "--calibration_file", "/no/file"], "cannot read the text /no/file"),
         ([*GPTQ, "--calibration_file", "one.txt"], "the calibration text is too short"),
         ([*GPTQ, "--calibration_file", "one.txt", "--calibration_tasks", "x"], "both given"),
-        ([*GPTQ, "--include_path", "/no/folder"], "--include_path /no/folder is no folder"),
+        ([*GPTQ, "--include_path", "/no/folder"], "there is no folder /no/folder; --include_path needs one"),
         (
             [*GPTQ, "--calibration_seq_length", "513"],
             "--calibration_seq_length 513 is more than the model's context of",
@@ -453,8 +453,8 @@ def test_places_that_cannot_be_written_are_found_before_the_work(folder, monkeyp
     refused(path, f"cannot write {target}: it is a folder")
     target.rmdir()
     target.symlink_to("model.pth")
-    refused(path, f"cannot write {target}: it is the source")
-    refused(folder, f"cannot write {target}: it is the source")
+    refused(path, f"cannot write {target}: the model is read from it")
+    refused(folder, f"cannot write {target}: the model is read from it")
     target.unlink()
     monkeypatch.setattr(os, "access", lambda file, how: how != os.W_OK)  # root may write anywhere
     refused(path, f"cannot write {target}: permission denied")

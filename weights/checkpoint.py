@@ -81,9 +81,8 @@ def open_folder(
             raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
         say_once(f"{folder} also holds {adapter}, which is not used; {MERGE}")
     if opened is None:
-        files = sorted(folder.glob("*.gguf"))
-        found = f"{len(files)} .gguf files: name one" if files else "none of these"
-        raise ValueError(f"{folder} holds no model: model.pth, *.safetensors with config.json, or *.gguf ({found})")
+        wanted = "no model.pth, no *.safetensors with config.json, and no *.gguf"
+        raise ValueError(f"{folder} holds no model: it has {wanted}")
     return opened
 
 
@@ -108,7 +107,9 @@ def model_in(folder: Path, model_name: str | None, converted: bool, keep_quantiz
             raise ValueError(f"{folder} holds float weights; --keep_quantized is for a folder with only a GGUF file")
         return opened
     files = sorted(folder.glob("*.gguf"))
-    return open_gguf(files[0], keep_quantized) if len(files) == 1 else None
+    if len(files) > 1:
+        raise ValueError(f"{folder} has several models; give the path of one: {', '.join(map(str, files))}")
+    return open_gguf(files[0], keep_quantized) if files else None
 
 
 def missing_checkpoint(path: Path) -> str:

@@ -39,7 +39,7 @@ class Config:
     def _positive(self, key: str, types: tuple[type, ...], default, smallest: float, limit: float):
         value, name = self.get(key, default), self.names.get(key, key)
         if type(value) not in types:
-            raise self.error(f"{name} is {value!r}; a number is needed")
+            raise self.error(f"{name} is {'missing' if value is None else repr(value)}; it must be a number")
         if not smallest <= value <= limit:
             raise self.error(f"{name} is {value!r}, which is no possible size")
         return value

@@ -512,12 +512,12 @@ def test_texts_of_tasks(tasks, own_tasks_only, tmp_path):
         *[line["q"] + line["a"][0] for line in lines],
         *[line["q"] for line in lines],
     ]
-    with pytest.raises(ValueError, match="lm-eval has no task 'mine_opne', but mine_open"):
+    with pytest.raises(ValueError, match="lm-eval has no task 'mine_opne'; similar: mine_open"):
         task_texts(["mine_opne"], str(tasks))
     good, end = (tasks / "mine_open.yaml").read_text(), ", or a text with --calibration_file$"
     for old, new, message in (("data.json", "lost.json", "lost.json"), ("path: json", "path: no/data", "no/data")):
         (tmp_path / "mine_open.yaml").write_text(good.replace(old, new))
-        with pytest.raises(ValueError, match=f"the task mine_open or its data cannot be had .*{message}.*{end}"):
+        with pytest.raises(ValueError, match=f"the task mine_open or its data cannot be loaded .*{message}.*{end}"):
             task_texts(["mine_open"], str(tmp_path))
 
 
@@ -555,7 +555,7 @@ def assert_refused(evaluate, message, capsys, *names, **options):
         (["--limit", "nan"], "--limit is nan"),
         (["--num_fewshot", -1], "--num_fewshot is -1; it must be 0 or above"),
         (["--batch_size", 0], "--batch_size is 0"),
-        (["--include_path", "/no/such/folder"], "--include_path /no/such/folder is no folder"),
+        (["--include_path", "/no/such/folder"], "there is no folder /no/such/folder; --include_path needs"),
         (["--chat_template", "x"], "--chat_template needs --apply_chat_template"),
         (["--stride", 4], "--stride goes with --perplexity; leave it out"),
         (["--perplexity", "x.txt"], "give either --tasks NAME ... or a text with --perplexity FILE"),
@@ -568,7 +568,7 @@ def test_flags_are_checked_before_the_model_is_loaded(evaluate, tmp_path, capsys
 
 def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks, capsys):
     nowhere = tmp_path / "none.pth"
-    near = "lm-eval has no task 'mine_chioce', but mine_choice"
+    near = "lm-eval has no task 'mine_chioce'; similar: mine_choice"
     assert_refused(evaluate, near, capsys, "mine_open", "mine_chioce", path=nowhere)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -577,10 +577,10 @@ def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks,
     good = (tasks / "mine_choice.yaml").read_text().replace("mine_choice", "mine")
     for old, new, message in [
         (str(tasks / "data.json"), str(tmp_path / "lost.json"), "lost.json"),
-        ("{{q}}", "{{q", "the task mine or its data cannot be had (unexpected end of template"),
+        ("{{q}}", "{{q", "the task mine or its data cannot be loaded (unexpected end of template"),
         ("dataset_path: json", "dataset_path: no/such_data", "no/such_data"),
         ("output_type: multiple_choice", "output_type: guessing", "guessing"),
-        ("validation_split: validation", "validation_split: test", "the task mine or its data cannot be had"),
+        ("validation_split: validation", "validation_split: test", "the task mine or its data cannot be loaded"),
     ]:
         assert old in good
         (folder / "broken.yaml").write_text(good.replace(old, new))

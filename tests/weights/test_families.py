@@ -324,7 +324,7 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
         ),
         (
             {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9},
-            ["n_expert is 8", "n_expert_used 9"],
+            ["n_expert_used is 9", "from 1 to n_expert, 8"],
         ),
         ({"attention_bias": True}, ["attention_bias", "q, k and v"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
