@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ from measure.harness import Adapter  # noqa: E402
 from measure.perplexity import perplexity  # noqa: E402
 from measure.scoring import evenly, questions_of  # noqa: E402
 from measure.tasks import load_tasks, task_manager  # noqa: E402
-from text.tokenizer import load_tokenizer  # noqa: E402
+from text.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from weights.checkpoint import load_model, open_model, save_checkpoint  # noqa: E402
 from weights.layout import Layout  # noqa: E402
 
@@ -291,8 +291,7 @@ def test_other_chat_templates(pair, template, monkeypatch):
 
 def test_a_tokenizer_with_neither_bos_nor_eos(pair):
     """HFLM takes no such tokenizer, but one whose prefix it never needs."""
-    tokenizer = copy(pair.tokenizer)
-    tokenizer.bos_id = tokenizer.eos_id = None
+    tokenizer = Tokenizer(pair.tokenizer.backend, {}, {"bos_token_id": None, "eos_token_id": []})
     adapter = Adapter(pair.engine, tokenizer, "tiny", WINDOW)
     requests = asked("loglikelihood", *[each for each in PAIRS if each[0] and not each[0].startswith("<")])
     truth = pair.theirs.loglikelihood(requests, disable_tqdm=True)
