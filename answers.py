@@ -54,7 +54,7 @@ class Answers:
         self.timings.append(Timing())
         self.ended.append({})
         self.unprinted, self.texts = list(self.numbers), {}
-        with progress(total=len(self.numbers), desc="Answering", unit="prompt", disable=len(self.batches) == 1) as bar:
+        with progress(total=len(self.numbers), desc="Answering", unit="prompt", disable=self.streams) as bar:
             for batch in self.batches:
                 how = (self.tokenizer, limits.max_new_tokens, limits.stop, limits.ignore_eos)
                 rows = {Request(row.ids, *how): row for row in batch}

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import glob
 import os
 import platform
@@ -128,7 +129,8 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | RuntimeError) and "memory" in repr(error).lower():
         return f"out of memory: {(str(error) or 'all is taken').splitlines()[0]}; use a smaller model, batch or context"
     if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
-        place = error.filename or ("standard output" if prints_to_a_disk() else None)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        place = error.filename or ("standard output" if is_full and prints_to_a_disk() else None)
         return f"{error.strerror or error}{f': {place}' if place else ''}"
     return None
 
@@ -137,7 +139,11 @@ def missing_package(name: str) -> str:
     """What to do about it: to activate the environment, where there is one that is not active."""
     environment = ROOT / ".venv"
     outside = environment.is_dir() and not environment.samefile(sys.prefix)
-    advice = f"source {environment}/bin/activate" if outside else f"pip install -r {ROOT}/requirements.txt"
+    advice = (
+        f"source {environment}/bin/activate"
+        if outside
+        else f"pip install -r {ROOT}/requirements.txt, or a requirements-*.txt beside it"
+    )
     return f"Python at {sys.executable} has no package {name}; use: {advice}"
 
 

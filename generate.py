@@ -66,7 +66,7 @@ def main(**flags) -> None:
         sampling, device = check_run(args, ranks)
         prompts, results = shared(ranks, lambda: read_prompts(args))
         if results is not None and not prompts:
-            return say(f"Every prompt is answered in {args.output_jsonl}")
+            return say(f"Nothing to do: {args.output_jsonl} has an answer to every prompt")
         seed = choose_seed(args.seed, ranks)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -75,7 +75,7 @@ def main(**flags) -> None:
             start_rendering()
         began = time.perf_counter()
         engine, tokenizer = load(args, device, ranks)
-        facts = run_facts(flags, device, ranks) | {"seed": seed, "load_s": time.perf_counter() - began}
+        facts = run_facts(vars(args), device, ranks) | {"seed": seed, "load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
         engine.speculation = choose_speculation(args, engine.model, tokenizer)
         torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def check_request(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} does not go with --interactive; leave it out")
     if args.output_jsonl is not None and args.prompt_file is None:
-        raise ValueError("--output_jsonl needs --prompt_file; of a single prompt --output_json keeps the answer")
+        raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
     for name in ("system", "chat_template"):
@@ -126,9 +126,13 @@ def check_request(args: argparse.Namespace) -> None:
     if not -1 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
     check_speculation(args)
+    inputs = [args.prompt_file, args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT), args.draft_checkpoint_path]
     if args.output_json is not None:
-        model = args.checkpoint_path or DEFAULT_CHECKPOINT
-        require_writable(args.output_json, [args.prompt_file, model, args.draft_checkpoint_path])
+        require_writable(args.output_json, inputs)
+    if args.output_jsonl is not None:
+        if args.output_jsonl == "-" or (os.path.exists(args.output_jsonl) and not os.path.isfile(args.output_jsonl)):
+            raise ValueError(f"--output_jsonl is {args.output_jsonl}; it must be a file, which a second run reads")
+        require_writable(args.output_jsonl, [*inputs, args.output_json])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
 
@@ -268,11 +272,18 @@ def answer(
     answers = Answers(engine, tokenizer, limits, sampling, batches, results if speaks(ranks) else None)
     try:
         run_samples(answers, args)
-    finally:  # after Ctrl-C, of the rows that have ended
-        summary = summarise(answers.timings, engine)
-        if args.output_json and speaks(ranks):
-            write_json(args.output_json, facts | {"samples": answers.to_json()} | summary)
+    except (KeyboardInterrupt, cli.Terminated):
+        write_report(args.output_json, facts, answers, summarise(answers.timings, engine))
+        raise
+    summary = summarise(answers.timings, engine)
     say_summary(summary, engine)
+    write_report(args.output_json, facts, answers, summary)
+
+
+def write_report(path: str | None, facts: dict, answers: Answers, summary: dict) -> None:
+    """Write what --output_json asks for, if it does; of an interrupted run, the rows that have ended."""
+    if path is not None and speaks(answers.engine.model.ranks):
+        write_json(path, facts | {"samples": answers.to_json()} | summary)
 
 
 def plan(
@@ -351,7 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def prompt_flags(group) -> None:
     one = group.add_mutually_exclusive_group()
-    text = f"text; - is standard input, as a pipe is without a prompt (default: {DEFAULT_PROMPT!r})"
+    text = f"text; - reads standard input, as a pipe or file there does without a prompt (default: {DEFAULT_PROMPT!r})"
     one.add_argument("--prompt", metavar="TEXT", help=text)
     text = "one prompt a line, JSON Lines with a prompt field, or a JSON array; - is standard input"
     one.add_argument("--prompt_file", metavar="FILE", help=text)

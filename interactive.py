@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from cli import say, write
+from cli import in_words, say, write
 from engine.conversation import Conversation
 from measure.speed import rate
 from ranks import shared, speaks
@@ -40,7 +40,7 @@ def talk(conversation: Conversation) -> None:
             elif message.strip():
                 reply(conversation, message)
         except ValueError as error:
-            say(f"error: {error}")
+            say(f"error: {in_words(error)}")
         except KeyboardInterrupt:
             say("\n[interrupted]")
 
@@ -79,9 +79,10 @@ def obey(conversation: Conversation, name: str, text: str) -> str:
         conversation.system = text or None
         return "[system message set]" if text else "[no system message]"
     if name not in ("save", "load"):
-        raise ValueError(f"there is no command /{name}; /help lists those there are")
+        raise ValueError(f"there is no command /{name}; /help lists the commands")
     if not text:
         raise ValueError(f"/{name} needs a file, such as /{name} talk.json")
+    text = str(Path(text).expanduser())
     if name == "load":
         conversation.restore(shared(ranks, lambda: read_json(text).get("messages")))
     elif speaks(ranks):
@@ -140,11 +141,11 @@ def open_history():
     """What was typed in earlier sessions, if it can be kept."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "gpt-faster" / "history"
     try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        path = state / "gpt-faster" / "history"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
-    except OSError:
+    except (OSError, RuntimeError):  # there may be no home
         return InMemoryHistory()
     return FileHistory(str(path))

@@ -10,7 +10,7 @@ from model import KVCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
-MOST_ROWS = 64  # more rows make no step of a CPU faster a row
+MOST_ROWS = 64  # more make a step of a CPU no faster a row, and on CUDA --batch_size asks for more
 STEP = 256  # the prefixes that calls attend to grow by so many slots, on CUDA from here on by doubling
 
 
@@ -39,7 +39,7 @@ def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
     """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
     size = n_rows * row_bytes(model, n_slots)
     what = f"the caches of {n_rows} x {n_slots} positions"
-    require_memory(size, model.device, what, "use a smaller --batch_size, or shorter texts")
+    require_memory(size, model.device, what, "use fewer rows at a time, fewer new tokens or a shorter context")
     return model.new_cache(n_rows, n_slots)
 
 

@@ -7,6 +7,8 @@ from engine.cache import shared_prefix
 from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
+from ranks import shared
+from text.files import require_utf8
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer
 
@@ -65,10 +67,14 @@ class Conversation:
         first = int(roles[:1] == ["system"])
         if roles[first:] != ["user", "assistant"] * (len(roles) // 2) or not all(isinstance(x, str) for x in texts):
             raise ValueError("the messages must be texts of user and assistant in turn, after one of system or none")
+        for each in texts:
+            require_utf8(each, "a message")
+        if first:
+            self.tokenizer.require_template()
+        pairs = zip(texts[first::2], texts[first + 1 :: 2], strict=True)
+        turns = [Turn(text, answer, self.tokenizer.encode(answer, add_special_tokens=False)) for text, answer in pairs]
         self.reset()
-        self.system = texts[0] if first else None
-        for text, answer in zip(texts[first::2], texts[first + 1 :: 2], strict=True):
-            self.turns.append(Turn(text, answer, self.tokenizer.encode(answer, add_special_tokens=False)))
+        self.turns, self.system = turns, texts[0] if first else None
 
     def prompt_ids(self, text: str, first: int = 0) -> list[int]:
         """Ids of the conversation from its turn `first` on, and of the next message."""
@@ -93,7 +99,8 @@ class Conversation:
                 first += 1
                 ids = self.prompt_ids(text, first)
         if len(ids) >= context:
-            raise ValueError(f"this message takes {len(ids)} tokens, more than the context of {context}; shorten it")
+            before = "" if self.system is None else " and the system message"
+            raise ValueError(f"the message{before} take {len(ids)} tokens, the context has {context}; shorten them")
         return checked_ids(ids, self.tokenizer), first
 
     def turn(self, text: str) -> Iterator[str]:
@@ -103,7 +110,7 @@ class Conversation:
         ValueError if the message does not fit: the conversation stays as it was.
         """
         limits = self.limits
-        ids, self.dropped = self.fit(text)
+        ids, self.dropped = shared(self.engine.model.ranks, lambda: self.fit(text))  # a template has a deadline
         self.turns = self.turns[self.dropped :]
         start = min(shared_prefix(ids, self.cached), len(ids) - 1)
         budget = min(limits.max_new_tokens, limits.context - len(ids))

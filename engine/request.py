@@ -47,11 +47,10 @@ class Request:
 
     def push_round(self, ids: list[int], proposed: int) -> str:
         """`push` what a round of speculation brought, and note it; guesses after the end of the row do not count."""
-        runs, before = self.finish_reason is None, len(self.token_ids)
+        before = len(self.token_ids)
         text = self.push(ids)
-        if runs:
-            taken = len(self.token_ids) - before
-            self.rounds.append((min(proposed, taken) if self.finish_reason else proposed, min(len(ids) - 1, taken)))
+        taken = len(self.token_ids) - before
+        self.rounds.append((min(proposed, taken) if self.finish_reason else proposed, min(len(ids) - 1, taken)))
         return text
 
     def to_json(self) -> dict:

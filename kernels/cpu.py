@@ -74,7 +74,11 @@ def digest(data: bytes) -> str:
 
 def find_library(folder: Path) -> Path | None:
     """The library in a folder, called by the digest of its content: one that was cut would kill the process."""
-    return next((path for path in folder.glob("*.so") if path.stem == digest(path.read_bytes())), None)
+    return next(filter(is_whole, folder.glob("*.so")), None)
+
+
+def is_whole(library: Path) -> bool:
+    return library.stem == digest(library.read_bytes())
 
 
 def build(name: str, folder: Path) -> Path:
@@ -85,8 +89,9 @@ def build(name: str, folder: Path) -> Path:
     # ninja is installed beside this Python, whose folder is on the path only in an activated environment
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     folder.mkdir(parents=True, exist_ok=True)
-    for damaged in folder.glob("*.so"):
-        damaged.unlink(missing_ok=True)
+    for library in folder.glob("*.so"):
+        if not is_whole(library):
+            library.unlink(missing_ok=True)
     with scratch(folder / "build") as place:
         place.mkdir()
         source, flags = str(FOLDER / "ops.cpp"), build_flags(name)

@@ -220,7 +220,7 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
 @functools.cache  # a model has few different shapes, and each costs a millisecond
 def _meta_tensors(shape: torch.Size, spec: QuantSpec) -> dict[str, Tensor]:
     # widths and dtypes of a row of zeros: arithmetic on meta tensors imports the compiler, two seconds of start-up
-    row = quantize_weight(torch.zeros(1, shape[-1]), spec)
+    row = quantize_weight(torch.zeros(1, shape[-1], device="cpu"), spec)
     return {key: torch.empty(*shape[:-1], t.shape[-1], dtype=t.dtype, device="meta") for key, t in row.items()}
 
 

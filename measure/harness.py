@@ -117,8 +117,8 @@ class Adapter(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        self.is_answering = True
         ours = [self.request_of(*request.args) for request in requests]
+        self.is_answering = True
         alike: dict[tuple[Sampling, int], list[Request]] = {}  # the rows of a batch are sampled alike, and as often
         for request, sampling in ours:
             alike.setdefault((sampling, request.max_new_tokens), []).append(request)
@@ -147,7 +147,7 @@ class Adapter(TemplateLM):
         asked = {"temperature": 1.0, "top_k": 50} | {key: value for key, value in drawing.items() if value is not None}
         sampling = Sampling(**asked) if do_sample else Sampling(temperature=0)
         tokenizer = self.our_tokenizer
-        ids = tokenizer.encode(context, tokenizer.bos_id is None or not context.startswith(self.prefix))
+        ids = self.tok_encode(context)
         ids = ids[budget - self.max_length :] or [self.prefix_token_id]
         request = Request(ids, tokenizer, budget, [str(stop) for stop in until if stop != ""], False)
         request.eos_ids = tokenizer.declared_eos_ids  # HFLM knows no others

@@ -68,7 +68,7 @@ def task_manager(include_path: str | None):
 def matching(names: list[str], manager) -> list[str]:
     """Every task and group that the names stand for, once."""
     found = []
-    for name in ",".join(names).split(","):
+    for name in [part.strip() for part in ",".join(names).split(",") if part.strip()] or [""]:
         some = manager.match_tasks([name])
         if not some:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))

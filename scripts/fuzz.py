@@ -1,9 +1,9 @@
-"""Damaged files of every kind, many: see `tests/fuzz/many.py`, which this starts, for the flags."""
+"""Damaged files of every kind, many: see `tests/fuzz/many.py`, which this becomes, for the flags."""
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    root = Path(__file__).resolve().parent.parent
-    raise SystemExit(subprocess.call([sys.executable, "-m", "tests.fuzz.many", *sys.argv[1:]], cwd=root))
+    os.chdir(Path(__file__).resolve().parent.parent)
+    os.execv(sys.executable, [sys.executable, "-m", "tests.fuzz.many", *sys.argv[1:]])

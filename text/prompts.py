@@ -68,7 +68,7 @@ def has_standard_input() -> bool:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except OSError:  # replaced by something without a file
         return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, system: str | None = None) -> list[int]:
@@ -77,7 +77,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
         return torch.randint(tokenizer.vocab_size, (prompt,)).tolist()
     require_utf8(prompt, "the prompt")
     if not prompt:
-        raise ValueError("the prompt is empty; give a text, or a number of random tokens")
+        raise ValueError("the prompt is empty; give a text")
     if not chat:
         return checked_ids(tokenizer.encode(prompt), tokenizer)
     messages = [{"role": "system", "content": system}] if system is not None else []

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from text.files import numbered_lines
 
+START = b'{"index": '  # of each line
+
 
 class Results:
     """A file with a line for each prompt answered: {"index", "prompt", ...}.
@@ -19,7 +21,10 @@ class Results:
         whole = data[: data.rfind(b"\n") + 1]  # a run that was killed may have left half a line
         lines = numbered_lines(whole.decode("utf-8", errors="replace")).items()
         self.done = {self._index(line, f"{path}, line {number}") for number, line in lines}
-        if len(whole) < len(data):
+        half = data[len(whole) :]
+        if half[: len(START)] != START[: len(half)]:
+            raise ValueError(f"{path} ends in a line that is not of --output_jsonl; name another file")
+        if half:
             os.truncate(path, len(whole))
 
     def _index(self, line: str, where: str) -> int:
@@ -27,8 +32,8 @@ class Results:
             found = json.loads(line)
             index, prompt = found["index"], found["prompt"]
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise ValueError(f"{where} is no line of --output_jsonl; name another file") from None
-        if self.prompts.get(index) != prompt:
+            raise ValueError(f"{where} is not of --output_jsonl; name another file") from None
+        if type(index) is not int or self.prompts.get(index) != prompt:
             raise ValueError(f"{where} answers another prompt {index} than this run asks; name another file")
         return index
 
@@ -41,5 +46,8 @@ class Results:
         """Append the line of one prompt."""
         self.done.add(index)
         line = json.dumps({"index": index, "prompt": self.prompts[index]} | fields, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None

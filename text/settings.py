@@ -28,7 +28,9 @@ def read_if_there(path: Path) -> dict:
 def older_added_tokens(ids: dict, config: dict) -> dict:
     """added_tokens.json, {text: id}, laid out as added_tokens_decoder."""
     named = special_names(config)
-    return {i: {"content": text, "special": text in named, "normalized": text not in named} for text, i in ids.items()}
+    return {
+        str(i): {"content": text, "special": text in named, "normalized": text not in named} for text, i in ids.items()
+    }
 
 
 def special_names(config: dict) -> set[str]:

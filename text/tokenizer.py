@@ -41,8 +41,9 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
         self.templates: dict[str, str] = named_templates(config.get("chat_template"))
         self.chat_template: str | None = self.templates.get("default")
-        self._adds_bos = self._wants_bos = False  # the backend; the model
-        self._adds_bos = self.encode("")[:1] == [self.bos_id]
+        with library_errors("the tokenizer cannot encode"):
+            bare, whole = (backend.encode("a", special) for special in (False, True))
+        self._adds_bos = whole[:1] == [self.bos_id] and bare[:1] != [self.bos_id]  # the backend, not yet the model
         wants_bos = config.get("add_bos_token")
         self._wants_bos = self.bos_id is not None and (wants_bos if isinstance(wants_bos, bool) else self._adds_bos)
 
@@ -94,18 +95,17 @@ class Tokenizer:
             names = listed(sorted(self.templates))
             raise ValueError(f"the model has several chat templates; choose one with --chat_template: {names}")
         if self.chat_template is None:
-            raise ValueError("the model has no chat template; give it plain text instead of a chat")
+            advice = "name a file with one by --chat_template, or give it plain text"
+            raise ValueError(f"the model has no chat template; {advice}")
         return self.chat_template
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's template writes it."""
         template = self.require_template()
-        flags = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        text = render(template, {**self._names, **flags, "messages": messages})
-        if not wants_parts(template, frozenset(self._names.items())):
-            return text
-        messages = [{**message, "content": as_parts(message["content"])} for message in messages]
-        return render(template, {**self._names, **flags, "messages": messages})
+        fixed = {**self._names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        if wants_parts(template, frozenset(fixed.items())):
+            messages = [{**message, "content": as_parts(message["content"])} for message in messages]
+        return render(template, {**fixed, "messages": messages})
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of the rendered conversation; templates write BOS themselves."""
@@ -118,14 +118,17 @@ def as_parts(text: str) -> list[dict]:
 
 
 @cache
-def wants_parts(template: str, names: frozenset) -> bool:
-    """Whether the template drops a message that is a string, and writes it as parts. names: those of special tokens."""
+def wants_parts(template: str, fixed: frozenset) -> bool:
+    """Whether the template drops or refuses a message that is a string, and writes it as parts.
+
+    fixed: its variables but for the messages, as items.
+    """
     text = "WRITE-THIS-MESSAGE"
 
     def writes(content) -> bool:
         messages = [{"role": "user", "content": content}]
         try:
-            return text in render(template, {**dict(names), "messages": messages})
+            return text in render(template, {**dict(fixed), "messages": messages})
         except ValueError:
             return False
 
@@ -184,6 +187,8 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
         config, ids = read_settings(path.parent)
         vocabulary = read_tokenizer_json(beside, config)
         if has_ordinary_tokens(vocabulary, fields):
+            if "add_bos_token" not in fields:  # the guess for a file that is silent
+                own.pop("add_bos_token")
             config = own | {key: value for key, value in config.items() if value is not None}
             ids = own_ids | {key: value for key, value in ids.items() if value not in (None, [])}
             return Tokenizer(vocabulary, config, ids)

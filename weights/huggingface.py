@@ -85,7 +85,9 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         raw = {name: read for name, read in raw.items() if not VISION.match(name)}
     where = folder if file is None else file
     raw = with_usual_names(raw, where)
-    args, raw = head_as_stored(args_from_config(Config(config)), raw, "model.embed_tokens.weight", "lm_head.weight")
+    args, raw = head_as_stored(
+        args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
+    )
     layout = Layout(args)
     return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), where))
 

@@ -95,7 +95,7 @@ def args_from_llama2c(model_args: dict, raw: Readers, path: Path) -> ModelArgs:
 def args_of_bare(path: Path, model_name: str | None) -> ModelArgs:
     """The sizes of a file that does not carry them: config.json beside it, or --model_name."""
     if (path.parent / "config.json").exists():
-        return args_from_config(Config(read_json(path.parent / "config.json")))
+        return args_from_config(Config(read_json(path.parent / "config.json"), path.parent / "config.json"))
     if model_name is None:
         raise ValueError(
             f"{path} does not say which model it is; put its config.json beside it, or give --model_name "

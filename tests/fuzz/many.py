@@ -46,14 +46,22 @@ def run_batch(kind: str, valid: Path, forks: Forks, start: int, n_cases: int) ->
 
 def main(cases: int, start: int, kinds: list[str], state: Path) -> int:
     """The number of findings."""
-    lines = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
-    done = {(line["kind"], line["batch"]): line["findings"] for line in lines}
+
+    def cases_of(batch: int) -> int:
+        return min(BATCH, cases - batch * BATCH)
+
+    text = state.read_text() if state.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    done = {
+        (line["kind"], line["batch"]): line["findings"] for line in lines if line["cases"] == cases_of(line["batch"])
+    }
+    done = {key: findings for key, findings in done.items() if key[0] in kinds}
     batches = [(kind, i) for i in range(-(-cases // BATCH)) for kind in kinds]
     with tempfile.TemporaryDirectory() as folder, state.open("a") as file:
         valid = write_valid(Path(folder))
         forks = Forks(valid)
         for kind, i in tqdm([batch for batch in batches if batch not in done], unit="batch"):
-            n_cases = min(BATCH, cases - i * BATCH)
+            n_cases = cases_of(i)
             done[kind, i] = run_batch(kind, valid, forks, start * 1_000_000 + i, n_cases)
             file.write(json.dumps({"kind": kind, "batch": i, "cases": n_cases, "findings": done[kind, i]}) + "\n")
             file.flush()

@@ -26,10 +26,14 @@ def test_a_second_run_goes_on(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("line", ['{"index": 1, "prompt": "a dog"}', '{"index": 9, "prompt": "x"}', "[1]", "a", "{}"])
+OTHERS = ['{"index": 1, "prompt": "a dog"}\n', '{"index": 9, "prompt": "x"}\n', '{"index": [1], "prompt": "x"}\n']
+OTHERS += ["[1]\n", "a\n", "{}\n", "one line without an end", '{"index" of a book']
+
+
+@pytest.mark.parametrize("line", OTHERS)
 def test_another_runs_file_is_refused_and_kept(line, tmp_path):
     path = tmp_path / "out.jsonl"
-    path.write_text(f'{{"index": 1, "prompt": "the cat"}}\n{line}\n')
-    with pytest.raises(ValueError, match="line 2 .*; name another file"):
+    path.write_text(text := f'{{"index": 1, "prompt": "the cat"}}\n{line}')
+    with pytest.raises(ValueError, match="line.*; name another file"):
         Results(path, PROMPTS)
-    assert path.read_text().endswith(f"{line}\n")
+    assert path.read_text() == text
