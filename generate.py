@@ -297,11 +297,13 @@ def plan(
     length = check_fit(max(map(len, encoded)), args.max_new_tokens, context)
     rows = list(map(Row, prompts, texts, encoded))
     if args.prompt_file is None:  # a single prompt fills the batch
-        rows = [replace(rows[0], number=number) for number in range(1, (args.batch_size or 1) + 1)]
-    n_rows = args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length))
-    batches = batches_of(rows, n_rows)
-    engine.reserve(max(map(len, batches)), length)
-    return batches
+        n_rows = args.batch_size or 1
+    else:
+        n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
+    engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
+    if args.prompt_file is None:
+        rows = [replace(rows[0], number=number) for number in range(1, n_rows + 1)]
+    return batches_of(rows, n_rows)
 
 
 def run_samples(answers: Answers, args: argparse.Namespace) -> None:

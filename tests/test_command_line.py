@@ -189,7 +189,7 @@ def test_output_jsonl_goes_on_where_it_stopped(talk, tiny, tmp_path, monkeypatch
         answer = lines[number]
         assert (answer["prompt"], answer["text"]) == (text, greedy_text(tiny, text))
         assert answer["finish_reason"] in ("length", "eos") and len(answer["token_ids"]) <= 12
-    assert talk(*flags).err == f"Every prompt is answered in {out}\n"
+    assert talk(*flags).err == f"Nothing to do: {out} has an answer to every prompt\n"
 
 
 def test_output_json_has_medians_of_the_samples_and_null_where_nothing_was_decoded(talk, tmp_path):
