@@ -11,8 +11,10 @@ from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from measure.scoring import evenly
+from ranks import speaks
 from text.results import Results
 from text.tokenizer import Tokenizer
+from weights.files import write_json
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Answers:
         with tqdm.external_write_mode():
             while self.unprinted and self.unprinted[0] in self.texts:
                 write(self.texts.pop(self.unprinted.pop(0)))
+
+    def write_report(self, path: str | None, facts: dict) -> None:
+        """Write the facts of the run and every answer, where a file is asked for; of an interrupted run, what there is."""
+        if path is not None and speaks(self.engine.model.ranks):
+            write_json(path, facts | {"samples": self.to_json()})
 
     def to_json(self) -> list[dict]:
         """Every sample with the rows that have ended, in the order of their numbers."""

@@ -50,7 +50,7 @@ from text.results import Results
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_dtype, pick_device
-from weights.files import atomic_path, require_writable, write_json
+from weights.files import atomic_path, require_writable
 
 DEFAULT_PROMPT = "Hello, my name is"
 NEW_TOKENS = 200  # at most, unless --max_new_tokens says otherwise; an answer in interactive mode may fill the context
@@ -273,17 +273,11 @@ def answer(
     try:
         run_samples(answers, args)
     except (KeyboardInterrupt, cli.Terminated):
-        write_report(args.output_json, facts, answers, summarise(answers.timings, engine))
+        answers.write_report(args.output_json, facts | summarise(answers.timings, engine))
         raise
     summary = summarise(answers.timings, engine)
     say_summary(summary, engine)
-    write_report(args.output_json, facts, answers, summary)
-
-
-def write_report(path: str | None, facts: dict, answers: Answers, summary: dict) -> None:
-    """Write what --output_json asks for, if it does; of an interrupted run, the rows that have ended."""
-    if path is not None and speaks(answers.engine.model.ranks):
-        write_json(path, facts | {"samples": answers.to_json()} | summary)
+    answers.write_report(args.output_json, facts | summary)
 
 
 def plan(

@@ -99,8 +99,8 @@ class Conversation:
                 first += 1
                 ids = self.prompt_ids(text, first)
         if len(ids) >= context:
-            before = "" if self.system is None else " and the system message"
-            raise ValueError(f"the message{before} take {len(ids)} tokens, the context has {context}; shorten them")
+            with_system = "" if self.system is None else ", with the system message,"
+            raise ValueError(f"the message{with_system} takes {len(ids)} tokens; the context has {context}; shorten it")
         return checked_ids(ids, self.tokenizer), first
 
     def turn(self, text: str) -> Iterator[str]:

@@ -81,7 +81,7 @@ def test_message_that_does_not_fit_changes_nothing(tiny):
     conversation = conversation_of(tiny, 64, budget=200)
     list(conversation.turn("hat"))
     before = (conversation.messages, list(conversation.cached))
-    with pytest.raises(ValueError, match=r"this message takes \d+ tokens, more than the context of 64; shorten it"):
+    with pytest.raises(ValueError, match=r"the message takes \d+ tokens; the context has 64; shorten it"):
         list(conversation.turn("the dog ate the hat " * 10))
     assert before == (conversation.messages, conversation.cached)
 
