@@ -82,7 +82,7 @@ class Answers:
                 write(self.texts.pop(self.unprinted.pop(0)))
 
     def write_report(self, path: str | None, facts: dict) -> None:
-        """Write the facts of the run and every answer, where a file is asked for; of an interrupted run, what there is."""
+        """Write the facts of the run and the answers that there are, if a file is asked for."""
         if path is not None and speaks(self.engine.model.ranks):
             write_json(path, facts | {"samples": self.to_json()})
 

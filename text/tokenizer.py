@@ -41,7 +41,7 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
         self.templates: dict[str, str] = named_templates(config.get("chat_template"))
         self.chat_template: str | None = self.templates.get("default")
-        with library_errors("the tokenizer cannot encode"):
+        with library_errors("the tokenizer cannot encode text"):
             bare, whole = (backend.encode("a", special) for special in (False, True))
         self._adds_bos = whole[:1] == [self.bos_id] and bare[:1] != [self.bos_id]  # the backend, not yet the model
         wants_bos = config.get("add_bos_token")
@@ -50,7 +50,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in the text become their ids. BOS if the model wants it, and once."""
         require_utf8(text, "the text")
-        with library_errors("the tokenizer cannot encode the text"):
+        with library_errors("the tokenizer cannot encode text"):
             ids = self.backend.encode(text, add_special_tokens)
         if not add_special_tokens:
             return ids
