@@ -469,12 +469,6 @@ def test_draft_whose_context_just_fits(talk):
         assert talk(*flags, *draft).out == talk(*flags).out != ""
 
 
-@pytest.mark.parametrize("flags", ["--speculate ngram", "--draft_checkpoint_path OTHER"])
-def test_conversation_in_a_context_of_one_token_says_so(talk, flags):
-    printed = talk("--interactive", "--max_seq_length", 1, *flags.split(), input="he\n")
-    assert "more than the context of 1; shorten it" in printed.err
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -527,7 +521,7 @@ BAD_FOR_THE_MODEL = {  # found once it is being loaded
     "--prompt -": "the prompt is empty",
     "--prompt 99999999999": "99999999999 tokens and 12 new ones are more than the context of 512",
     "--max_new_tokens 512": "more than the context of 512",
-    "--batch_size 100000000": "GB free; use a smaller",
+    "--batch_size 100000000": "GB free; use fewer rows",
     "--max_seq_length 513": "--max_seq_length 513 is more than the model's context of 512",
     "--model_name Llama-2-7B": "Llama-2-7B",
     "--draft_checkpoint_path FOREIGN": "another tokenizer: its token 1 is '<|start|>', the model's is '<|im_start",
@@ -548,13 +542,6 @@ def test_bad_input_is_an_error_that_says_what_to_do(talk, tmp_path, capsys, flag
     assert ("Using device" in printed.err) == (flags in BAD_FOR_THE_MODEL)
 
 
-def test_an_error_is_one_line_and_exit_code_2(run_cli, tiny, tmp_path):
-    message = "error: top_p is 1.5; it must be above 0 and at most 1 (off)"
-    result = run_cli("generate.py", "--checkpoint_path", tiny, "--top_p", 1.5, "--output_json", tmp_path / "out.json")
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(message), result.stderr
-    assert "Traceback" not in result.stderr and result.stdout == "" and os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("path", ["/no/such/model.pth", "generate.py", "tests", "/dev/null"])
 def test_no_checkpoint_there(talk, path):
     with pytest.raises(ValueError, match=f"^[^\n]*{path}[^\n]*$"):
@@ -571,14 +558,6 @@ def test_no_checkpoint_there(talk, path):
 def test_random_weights_that_cannot_be_had(talk, name, message):
     with pytest.raises(ValueError, match=message):
         talk("--random_weights", name)
-
-
-def test_chat_templates_that_cannot_be_used(talk, tmp_path):
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    for template, message in ((loops, "still running after 2 seconds"), (None, "no chat template; give it plain text")):
-        path = make_tiny_checkpoint(tmp_path, template=template)
-        with pytest.raises(ValueError, match=message):
-            talk("--checkpoint_path", path, "--chat")
 
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -609,7 +588,7 @@ def test_a_checkpoint_is_found_by_its_name_in_any_folder(tiny, tmp_path, monkeyp
 def test_advice_from_below_the_commands_names_only_flags_that_each_has(tiny, refused):
     with pytest.raises(ValueError, match="; ") as error:
         refused(tiny)
-    named = {*re.findall(r"--\w+", str(error.value))} - {"--batch_size"}  # quantize.py has batches of one
+    named = {*re.findall(r"--\w+", str(error.value))}
     for command in (generation, quantize, evaluation):
         assert named <= command.build_parser()._option_string_actions.keys()
 
@@ -633,13 +612,6 @@ def test_output_json_alone_is_on_standard_output(run_cli, tiny):
     assert done.returncode == 0, done.stderr
     text = json.loads(done.stdout)["samples"][0]["sequences"][0]["text"]
     assert text == greedy_text(tiny, "he") and f"{text}\n" in done.stderr
-
-
-def test_a_broken_pipe_ends_generation_quietly(tiny):
-    flags = f"--checkpoint_path {tiny} --num_samples 20 --max_new_tokens 100 --ignore_eos"
-    command = f"{sys.executable} generate.py {flags} 2>&1 | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
-    result = bash(command, text=True)
-    assert result.stderr == "" and result.stdout.strip() in ("0", "141")
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -734,7 +706,7 @@ def test_conversation_through_a_pipe(talk, tiny):
 def test_conversation_in_a_small_context(talk):
     long = "the dog ate the hat " * 30
     result = talk("--interactive", "--max_seq_length", 48, "--ignore_eos", input=f"the cat\n{long}\nhe\nthe cat")
-    assert "more than the context of 48; shorten it" in result.err and result.err.count("tokens/sec") == 3
+    assert "the context has 48; shorten it" in result.err and result.err.count("tokens/sec") == 3
     assert "oldest turns dropped for want of context: " in result.err
 
 
@@ -742,7 +714,7 @@ def test_conversation_in_a_small_context(talk):
     "lines, says",
     [
         ("/help", "goes on in the next one."),
-        ("/reste", "error: there is no command /reste; /help lists those there are"),
+        ("/reste", "error: there is no command /reste; /help lists the commands"),
         ("the cat\n/stats", "[turns: 1, tokens: "),
         ("/etc/passwd is", "tokens/sec"),  # a message
         ("the cat\\\n\\\nhe\n/stats", "[turns: 1, "),  # one message of three lines

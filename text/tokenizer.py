@@ -95,8 +95,7 @@ class Tokenizer:
             names = listed(sorted(self.templates))
             raise ValueError(f"the model has several chat templates; choose one with --chat_template: {names}")
         if self.chat_template is None:
-            advice = "name a file with one by --chat_template, or give it plain text"
-            raise ValueError(f"the model has no chat template; {advice}")
+            raise ValueError("the model has no chat template; choose a file that has one, or give it plain text")
         return self.chat_template
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:

@@ -543,7 +543,7 @@ def test_where_no_process_can_be_started(monkeypatch, name, value, message):
 
 
 def test_no_template(tmp_path):
-    with pytest.raises(ValueError, match="no chat template; name a file"):
+    with pytest.raises(ValueError, match="no chat template; choose a file"):
         load_tokenizer(write_folder(tmp_path)).render_chat(CHAT)
 
 
