@@ -104,9 +104,8 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, 
 
 def check_request(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot work, before anything slow."""
-    check_counts(
-        vars(args), "num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length", "random_prompt"
-    )
+    counts = ("num_samples", "max_new_tokens", "batch_size", "threads", "max_seq_length", "random_prompt")
+    check_counts(vars(args), *counts)
     check_threads(args.threads)
     if args.interactive:
         for name in ("batch_size", "output_json", "output_jsonl", "profile"):
@@ -211,6 +210,8 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         path = Path(args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT))
         model = load_model(path, device, dtype, args.model_name, spec, ranks)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
+        if tokenizer.templates and not args.chat and not args.interactive:
+            say("This model has a chat template: with --chat it answers, without it continues the text")
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
 
 
@@ -335,7 +336,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
     length = min(-(-context // 2), 64)
     prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
     limits = Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos)
-    talk(Conversation(engine, tokenizer, limits, sampling, args.system))
+    talk(Conversation(engine, tokenizer, limits, sampling, args.system), [args.checkpoint_path or DEFAULT_CHECKPOINT])
 
 
 # ---------------------------------------------------------------- flags

@@ -23,8 +23,8 @@ HELP = """\
 Ctrl-C stops an answer or clears the line; twice, it ends. A line that ends in \\ goes on in the next one."""
 
 
-def talk(conversation: Conversation) -> None:
-    """Talk until the input or a command ends it."""
+def talk(conversation: Conversation, inputs: list[str | Path]) -> None:
+    """Talk until the input or a command ends it; inputs: files of the run, over which nothing is saved."""
     ranks = conversation.engine.model.ranks
     read = message_reader() if speaks(ranks) else None
     if conversation.tokenizer.chat_template is None:
@@ -36,7 +36,7 @@ def talk(conversation: Conversation) -> None:
             break
         try:
             if command:
-                say(obey(conversation, command[1], (command[2] or "").strip()))
+                say(obey(conversation, command[1], (command[2] or "").strip(), inputs))
             elif message.strip():
                 reply(conversation, message)
         except ValueError as error:
@@ -62,8 +62,8 @@ def reply(conversation: Conversation, message: str) -> None:
     say(f"[{', '.join(facts)}]")
 
 
-def obey(conversation: Conversation, name: str, text: str) -> str:
-    """Follow the command /name, whose rest is `text`; what to say of it."""
+def obey(conversation: Conversation, name: str, text: str, inputs: list[str | Path]) -> str:
+    """Follow the command /name, whose rest is `text`; what to say of it. inputs: see `talk`."""
     ranks = conversation.engine.model.ranks
     if name == "help":
         return HELP
@@ -86,7 +86,7 @@ def obey(conversation: Conversation, name: str, text: str) -> str:
     if name == "load":
         conversation.restore(shared(ranks, lambda: read_json(text).get("messages")))
     elif speaks(ranks):
-        require_writable(text)
+        require_writable(text, inputs)
         write_json(text, {"messages": conversation.messages})
     return f"[turns {'loaded' if name == 'load' else 'saved'}: {len(conversation.turns)}]"
 
@@ -127,9 +127,15 @@ def read_piped_line(prompt: str) -> str:
 def read_typed_message(session) -> str | None:
     """Pasted lines are one message. Ctrl-C clears the message, and ends where nothing was typed since the last one."""
     interrupted = False
+
+    def read_line(prompt: str) -> str:
+        nonlocal interrupted
+        line, interrupted = session.prompt(prompt), False
+        return line
+
     while True:
         try:
-            return read_message(session.prompt)
+            return read_message(read_line)
         except KeyboardInterrupt:
             if interrupted and not session.default_buffer.text:
                 raise

@@ -108,7 +108,8 @@ def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(run_cli, tiny):
     assert result.stdout == "".join(f"[sample {i}]\n{greedy_text(tiny, 'the cat')}\n" for i in (1, 2))
     sample = ["Time for inference", "Bandwidth achieved"]
     end = ["Average tokens/sec", "Bandwidth of this machine", "Memory used"]
-    expected = ["Using device", "Time to load model", *sample, *sample, *end]
+    advice = "This model has a chat template"
+    expected = ["Using device", advice, "Time to load model", *sample, *sample, *end]
     assert [re.match(r"[^:=\d]+(?<! )", line)[0] for line in result.stderr.splitlines()] == expected
 
 

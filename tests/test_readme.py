@@ -71,11 +71,17 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
         args = replaced(args, "--prompt_file", tmp_path / "prompts.txt")
     if "--output_json" in args:
         args = replaced(args, "--output_json", tmp_path / "answers.json")
+    if "--output_jsonl" in args:
+        args = replaced(args, "--output_jsonl", tmp_path / "answers.jsonl")
     if "--interactive" not in args:
         args = replaced(args, "--num_samples", 1)
     done = run_cli(*replaced(args, "--max_new_tokens", 8), input="Hello\n/exit\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert (
+        not (tmp_path / "answers.jsonl").exists()
+        or (tmp_path / "answers.jsonl").read_text().count("finish_reason") == 2
+    )
     assert not list(tmp_path.glob("*.json")) or "sequences" in (tmp_path / "answers.json").read_text()
 
 
