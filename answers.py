@@ -81,9 +81,9 @@ class Answers:
             while self.unprinted and self.unprinted[0] in self.texts:
                 write(self.texts.pop(self.unprinted.pop(0)))
 
-    def write_report(self, path: str | None, facts: dict) -> None:
-        """Write the facts of the run and the answers that there are, if a file is asked for."""
-        if path is not None and speaks(self.engine.model.ranks):
+    def write_report(self, path: str, facts: dict) -> None:
+        """Write the facts of the run and the answers that there are."""
+        if speaks(self.engine.model.ranks):
             write_json(path, facts | {"samples": self.to_json()})
 
     def to_json(self) -> list[dict]:

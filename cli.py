@@ -73,7 +73,7 @@ def send_again(ignored) -> None:
 
 
 def run(main: Callable, parser: argparse.ArgumentParser) -> None:
-    """Call main with the parsed arguments and turn what goes wrong into an exit code: 2 with one line, or 130."""
+    """Call main with the parsed arguments and turn what goes wrong into an exit code: 2 with one line, 130 or 143."""
     begin()
     if is_other_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open until the process ends

@@ -40,7 +40,7 @@ from flags import (
 from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
-from measure.speed import by_each, report, summarise
+from measure.speed import report, say_summary, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from text.chat import start_rendering
@@ -125,7 +125,7 @@ def check_request(args: argparse.Namespace) -> None:
     if not -1 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1, or -1 to draw one")
     check_speculation(args)
-    inputs = [args.prompt_file, args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT), args.draft_checkpoint_path]
+    inputs = [args.prompt_file, model_path(args), args.draft_checkpoint_path]
     if args.output_json is not None:
         require_writable(args.output_json, inputs)
     if args.output_jsonl is not None:
@@ -156,6 +156,10 @@ def check_speculation(args: argparse.Namespace) -> None:
 
 def speculates(args: argparse.Namespace) -> bool:
     return args.speculate is not None or args.draft_checkpoint_path is not None
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    return Path(args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT))
 
 
 def trace_path(profile: str) -> str:
@@ -207,7 +211,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         model = random_model(args.random_weights, device, dtype, quantize=spec, ranks=ranks)
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
-        path = Path(args.checkpoint_path or find_checkpoint(DEFAULT_CHECKPOINT))
+        path = model_path(args)
         model = load_model(path, device, dtype, args.model_name, spec, ranks)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
         if tokenizer.templates and not args.chat and not args.interactive:
@@ -274,11 +278,13 @@ def answer(
     try:
         run_samples(answers, args)
     except (KeyboardInterrupt, cli.Terminated):
-        answers.write_report(args.output_json, facts | summarise(answers.timings, engine))
+        if args.output_json is not None:
+            answers.write_report(args.output_json, facts | summarise(answers.timings, engine))
         raise
     summary = summarise(answers.timings, engine)
     say_summary(summary, engine)
-    answers.write_report(args.output_json, facts | summary)
+    if args.output_json is not None:
+        answers.write_report(args.output_json, facts | summary)
 
 
 def plan(
@@ -318,14 +324,6 @@ def run_samples(answers: Answers, args: argparse.Namespace) -> None:
                 raise OSError("the disk is full")
 
 
-def say_summary(summary: dict, engine: Engine) -> None:
-    """The lines after all samples, on standard error."""
-    bandwidth = "of this machine" if engine.model.ranks is None else "that each rank can have"
-    say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
-    say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
-    say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
-
-
 def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: argparse.Namespace) -> None:
     """Make room for a conversation, and keep it until the person ends it."""
     if args.system is not None or args.chat_template is not None or tokenizer.templates:
@@ -336,7 +334,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
     length = min(-(-context // 2), 64)
     prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
     limits = Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos)
-    talk(Conversation(engine, tokenizer, limits, sampling, args.system), [args.checkpoint_path or DEFAULT_CHECKPOINT])
+    talk(Conversation(engine, tokenizer, limits, sampling, args.system), [model_path(args)])
 
 
 # ---------------------------------------------------------------- flags

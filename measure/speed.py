@@ -86,3 +86,11 @@ def report(index: int, timing: Timing, engine: Engine) -> None:
         )
     if engine.speculation is not None:
         report_acceptance(timing)
+
+
+def say_summary(summary: dict, engine: Engine) -> None:
+    """The lines after all samples, on standard error."""
+    bandwidth = "of this machine" if engine.model.ranks is None else "that each rank can have"
+    say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
+    say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
+    say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")

@@ -49,7 +49,7 @@ class Renderer:
             return
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         try:  # in a session of its own, because a Ctrl-C at the terminal is not for it
-            self.process = subprocess.Popen([sys.executable, "-I", SANDBOX], **pipes, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-P", SANDBOX], **pipes, start_new_session=True)
         except OSError as error:
             raise ValueError(f"chat templates need a process of their own, and none starts: {error.strerror}") from None
         self.is_ready = False

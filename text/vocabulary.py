@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from text.settings import special_names
+from weights.files import refuse_pointer
 
 PADDING = re.compile(r"\[PAD\d+\]|<dummy\d+>")  # with which converters fill a vocabulary up to the model's rows
 
@@ -111,6 +112,7 @@ def added_pattern(token) -> str:
 def read_tokenizer_json(path: Path, config: dict) -> HuggingFaceVocabulary:
     from tokenizers import AddedToken, Tokenizer
 
+    refuse_pointer(path)
     with library_errors(f"{path} is not a tokenizer of the tokenizers library"):
         tokenizer = Tokenizer.from_file(str(path))
     with library_errors(f"the tokens added to {path}"):
@@ -127,6 +129,7 @@ def read_tokenizer_json(path: Path, config: dict) -> HuggingFaceVocabulary:
 def read_sentencepiece(path: Path, config: dict) -> SentencePieceVocabulary:
     from sentencepiece import SentencePieceProcessor
 
+    refuse_pointer(path)
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         raise ValueError(f"{path} is a tiktoken rank file, not sentencepiece; put the model's tokenizer.json beside it")

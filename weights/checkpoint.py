@@ -11,21 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import progress, say
+from cli import ROOT, progress, say
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard
 from weights.device import DTYPES, require_memory
-from weights.files import (
-    WEIGHTS,
-    atomic_path,
-    read_json,
-    require_space,
-    require_writable,
-    size_text,
-)
+from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
@@ -33,7 +26,7 @@ from weights.layout import Layout, ModelFile
 from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+CHECKPOINTS = ROOT / "checkpoints"
 say_once = cache(say)  # a command may open a folder several times
 MERGE = "merge it into its base model with merge_and_unload of peft"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")

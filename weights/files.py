@@ -33,11 +33,16 @@ def size_text(size: float) -> str:
     return f"{size / scale:.1f} {unit}"
 
 
-def damaged(path: str | Path, kind: str, reason: object) -> ValueError:
-    """The error of a file that is not of the `kind` that it should be."""
+def refuse_pointer(path: str | Path) -> None:
+    """Refuse what Git LFS leaves in the place of a file that it has not fetched."""
     with suppress(OSError), open(path, "rb") as file:
         if file.read(100).startswith(b"version https://git-lfs."):
-            return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def damaged(path: str | Path, kind: str, reason: object) -> ValueError:
+    """The error of a file that is not of the `kind` that it should be."""
+    refuse_pointer(path)
     return ValueError(f"{path} is not {kind}, or is cut short or damaged: {reason}")
 
 

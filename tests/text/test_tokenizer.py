@@ -558,6 +558,11 @@ def tiktoken_file() -> bytes:
     "files, message",
     [
         ({}, "has no tokenizer: it takes tokenizer.json"),
+        ({"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\noid"}, "tokenizer.json is a Git LFS pointer"),
+        (
+            {"tokenizer.model": b"version https://git-lfs.github.com/spec/v1\noid"},
+            "tokenizer.model is a Git LFS pointer",
+        ),
         ({"tokenizer.json": b"{"}, "not a tokenizer of the tokenizers library"),
         ({"tokenizer.json": b"{}"}, "not a tokenizer of the tokenizers library"),
         ({"tokenizer.model": b"garbage" * 9}, "not a sentencepiece model"),
