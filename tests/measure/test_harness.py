@@ -318,9 +318,12 @@ def test_a_special_token_may_end_a_text(pair):
 
 
 def test_ids(pair):
+    bos = pair.tokenizer.vocabulary().get(pair.tokenizer.bos_id)
     for text in ("the cat", "<|im_start|>the cat", "", " he"):
         for special in (None, True, False):
-            assert pair.ours.tok_encode(text, special) == pair.theirs.tok_encode(text, special)
+            # told to add one to a text that has one HFLM gives two, which no model was trained on
+            theirs = None if special and bos and text.startswith(bos) else special
+            assert pair.ours.tok_encode(text, special) == pair.theirs.tok_encode(text, theirs)
     assert pair.ours.eot_token_id == pair.theirs.eot_token_id
     assert pair.ours.prefix_token_id == pair.theirs.prefix_token_id
 
