@@ -28,22 +28,42 @@ class Level:
 
     needs: tuple[str, ...]
     flags: tuple[str, ...]
-    has_bf16: bool  # whether there are operators for bfloat16 weights
+
+    def with_more(self, need: str, flag: str) -> "Level":
+        return Level((*self.needs, need), (*self.flags, flag))
 
 
-_AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
-_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+AVX512 = Level(
+    ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+)
+AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+PLAIN = "plain"  # no operators
 LEVELS = {  # the first one that the processor has is used
-    "avx512": Level((*_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16"), has_bf16=True),
-    "avx512vnni": Level(_AVX512, _AVX512_FLAGS, has_bf16=False),
+    "avx512.bf16": AVX512.with_more("avx512_bf16", "-mavx512bf16"),
+    "avx512": AVX512,
+    "avx2.vnni": AVX2.with_more("avx_vnni", "-mavxvnni"),
+    "avx2": AVX2,
 }
 
 
 @functools.cache
 def level() -> str | None:
-    """The name of the level that this processor has, if any."""
+    """The name of the best level that this processor has, if any; GPT_FASTER_ISA asks for one that is not the best."""
     has = torch.cpu.get_capabilities()
-    return next((name for name, each in LEVELS.items() if all(has.get(need) for need in each.needs)), None)
+    found = [name for name, each in LEVELS.items() if all(has.get(need) for need in each.needs)]
+    asked = os.environ.get("GPT_FASTER_ISA")
+    if not asked:
+        return next(iter(found), None)
+    isas = dict.fromkeys([*map(isa_of, found), PLAIN])
+    if asked not in isas:
+        raise ValueError(f"GPT_FASTER_ISA is {asked!r}; this processor has {', '.join(isas)}")
+    return next((name for name in found if isa_of(name) == asked), None)
+
+
+def isa_of(name: str) -> str:
+    """What GPT_FASTER_ISA calls a level."""
+    return name.partition(".")[0]
 
 
 @functools.cache
@@ -125,14 +145,9 @@ def available() -> bool:
     return True
 
 
-def has_bf16() -> bool:
-    """Whether there are operators for bfloat16 weights, and for attention of more than 16 queries a row."""
-    return available() and LEVELS[level()].has_bf16
-
-
-def has_vnni() -> bool:
-    """Whether there are the other operators."""
-    return available()
+def isa() -> str:
+    """What the operators use that there are, as GPT_FASTER_ISA calls it."""
+    return isa_of(level()) if available() else PLAIN
 
 
 def _linear_bf16_shape(x, weight, bias):

@@ -20,7 +20,7 @@ class Row(NamedTuple):
     plain: tuple[type[nn.Module], ...]  # the plain classes; that of a quantised layer is its format
     device: str | None
     dtype: torch.dtype | None  # of the weight, or, of what has none, of the model
-    processor: tuple[str, ...]  # what the processor must have: functions has_* of `kernels/cpu.py`
+    operators: bool  # whether it needs those of `kernels/cpu.py`
     fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
     fast: type[nn.Module]  # made from the plain layer
 
@@ -32,16 +32,16 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
 BF16 = torch.bfloat16
 FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
-    #   plain                   device  dtype  processor         fits                 fast
-    Row(FLOAT,                  "cpu",  BF16,  ("bf16",),        None,                FewRowsLinear),
-    Row(CODES,                  "cpu",  None,  ("vnni",),        None,                CodesLinear),
-    Row((Int4Linear,),          "cuda", None,  (),               TinygemmLinear.fits, TinygemmLinear),
-    Row((ExpertLinear, *CODES), None,   None,  (),               is_experts,          AnyExperts),
-    Row((Attend,),              "cpu",  BF16,  ("vnni", "bf16"), ManyAttend.fits,     ManyAttend),
-    Row((Attend,),              "cpu",  None,  ("vnni",),        OperatorAttend.fits, OperatorAttend),
-    Row((Attend,),              None,   None,  (),               None,                StepAttend),
-    Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
-    Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
+    #   plain                   device  dtype  operators  fits                 fast
+    Row(FLOAT,                  "cpu",  BF16,  True,      None,                FewRowsLinear),
+    Row(CODES,                  "cpu",  None,  True,      None,                CodesLinear),
+    Row((Int4Linear,),          "cuda", None,  False,     TinygemmLinear.fits, TinygemmLinear),
+    Row((ExpertLinear, *CODES), None,   None,  False,     is_experts,          AnyExperts),
+    Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
+    Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
+    Row((Attend,),              None,   None,  False,     None,                StepAttend),
+    Row((Blocks,),              "cpu",  None,  True,      FusedBlocks.fits,    FusedBlocks),
+    Row((Blocks,),              "cpu",  None,  False,     None,                RegionBlocks),
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module]
             type(layer) in row.plain
             and row.device in (None, where.device.type)
             and row.dtype in (None, where.dtype)
-            and all(getattr(cpu, f"has_{each}")() for each in row.processor)
+            and (cpu.available() or not row.operators)
             and (row.fits is None or row.fits(layer, args))
         ):
             return row.fast

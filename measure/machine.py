@@ -37,7 +37,7 @@ def measured_bandwidth(device: torch.device) -> float | None:
     other = torch.empty_like(buffer) if device.type == "cuda" else torch.ones(1, 4096, dtype=torch.bfloat16)
     if device.type == "cuda":
         moved, work = 2 * size, lambda: (other.copy_(buffer), torch.cuda.synchronize(device))
-    elif cpu.has_bf16():
+    elif cpu.available():
         moved, work = size, lambda: torch.ops.gpt_faster.linear_bf16(other, buffer, None)
     else:
         moved, work = size, lambda: buffer.view(torch.int64).sum()
@@ -62,5 +62,6 @@ def run_facts(flags: dict, device: torch.device, ranks: Ranks | None) -> dict:
         "ranks": 1 if ranks is None else ranks.size,
         "dtype": flags["dtype"],
         "torch": torch.__version__,
+        "isa": cpu.isa() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),
     }

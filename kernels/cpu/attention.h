@@ -43,7 +43,7 @@ struct Attention {
   Range seen_slots(int64_t b, int64_t s) const {
     const Element* row = mask_of(b, s);
     const auto any_seen = [&](int64_t c) {
-      return any((load(row + c, slots - c) == 0.0f) & (lane_numbers() < static_cast<int32_t>(slots - c)));
+      return any((load(row + c, slots - c) == every(0.0f)) & first_lanes(slots - c));
     };
     Range seen{0, round_up(slots, 16)};
     while (seen.end > 16 && !any_seen(seen.end - 16)) seen.end -= 16;
@@ -75,7 +75,7 @@ struct FewQueries {
   template <int N>
   INLINE float score(const Element* q, const Element* k, const Element* mask, Range seen, float* scores) const {
     Floats query[N];
-    UNROLL for (int n = 0; n < N; n++) query[n] = load(q + 16 * n) * all.scale;
+    UNROLL for (int n = 0; n < N; n++) query[n] = load(q + 16 * n) * every(all.scale);
     const Floats none = every(-INFINITY);
     Floats largest = none;
     for (int64_t c = seen.begin; c < seen.end; c += 16) {
@@ -87,7 +87,7 @@ struct FewQueries {
       }
       const int64_t left = seen.end - c;
       const Floats sums = sums_of(dot) + load(mask + c, left);
-      const Floats score = lane_numbers() < static_cast<int32_t>(left) ? sums : none;
+      const Floats score = select(first_lanes(left), sums, none);
       store(scores + c, score);
       largest = max(largest, score);
     }
@@ -98,7 +98,7 @@ struct FewQueries {
   INLINE float exponentials(Range seen, float largest, float* scores) const {
     Floats sum = every(0.0f);
     for (int64_t c = seen.begin; c < seen.end; c += 16) {
-      const Floats power = exp_of(load(scores + c) - largest);
+      const Floats power = exp_of(load(scores + c) - every(largest));
       store(scores + c, power);
       sum = sum + power;
     }
@@ -113,7 +113,7 @@ struct FewQueries {
       const Floats weight = every(weights[c]);
       UNROLL for (int n = 0; n < N; n++) sum[n] = multiply_add(weight, load(v + c * all.D + 16 * n), sum[n]);
     }
-    UNROLL for (int n = 0; n < N; n++) store(y + 16 * n, sum[n] * scale);
+    UNROLL for (int n = 0; n < N; n++) store(y + 16 * n, sum[n] * every(scale));
   }
 
   void attend_all(const Threads& threads) const {
@@ -214,14 +214,14 @@ struct ManyQueries {
     for (int64_t c = seen.begin; c < seen.end; c += 16) {
       const int64_t left = all.slots - c;
       const Floats scaled = multiply_add(load(row + c), every(all.scale), load(mask + c, left));
-      const Floats score = lane_numbers() < static_cast<int32_t>(left) ? scaled : none;
+      const Floats score = select(first_lanes(left), scaled, none);
       store(row + c, score);
       largest = max(largest, score);
     }
     const float most = reduce_max(largest);
     for (int64_t c = columns.begin; c < columns.end; c += 16) {
       const bool inside = seen.begin <= c && c < seen.end;
-      const Floats power = inside ? exp_of(load(row + c) - most) : every(0.0f);
+      const Floats power = inside ? exp_of(load(row + c) - every(most)) : every(0.0f);
       sum = sum + power;
       store(to + c, power);
     }
@@ -273,7 +273,7 @@ struct ManyQueries {
     seen.end = std::min(seen.end, all.slots);
     for (int64_t c = seen.begin / kKeys * kKeys; c < seen.end; c += kKeys) {
       rearrange_keys(all.k + start, c, seen.end, task.panel.data());
-      score_rows<12>(task, 0, c);
+      score_rows<kScoreRows>(task, 0, c);
     }
     const Range columns{seen.begin / kValues * kValues, round_up(seen.end, kValues)};  // of whole blocks of values
     for (int64_t r = 0; r < task.rows; r++) softmax(task, r, columns);
@@ -281,12 +281,12 @@ struct ManyQueries {
     for (int64_t c = columns.begin; c < seen.end; c += kValues) {
       const int64_t end = std::min(seen.end, c + kValues);
       rearrange_values(all.v + start, c, end, task.panel.data());
-      weighted_sum_rows<N, 24 / N ? 24 / N : 1>(task, 0, c, end);
+      weighted_sum_rows<N, std::max(1, kValueVectors / N)>(task, 0, c, end);
     }
     for (int64_t r = 0; r < task.rows; r++) {
       const float scale = 1.0f / task.sums[r];
       BFloat16* y = all.y + query_start(task, r);
-      for (int j = 0; j < N; j++) store(y + 16 * j, load(task.out.data() + (r * N + j) * 16) * scale);
+      for (int j = 0; j < N; j++) store(y + 16 * j, load(task.out.data() + (r * N + j) * 16) * every(scale));
     }
   }
 
@@ -315,12 +315,12 @@ struct ManyQueries {
 
 // Whether there is code for S queries a row.
 inline bool can_attend(int64_t S, Dtype dtype) {
-  return S <= kFewRows || (kHasBf16 && dtype == Dtype::bfloat16);
+  return S <= kFewRows || dtype == Dtype::bfloat16;
 }
 
 template <class Element>
 void attend_queries(const Attention<Element>& queries, const Threads& threads) {
-  if constexpr (kHasBf16 && std::is_same_v<Element, BFloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     if (queries.S > kFewRows) return ManyQueries{queries}.attend_all(threads);
   }
   FewQueries<Element>{queries}.attend_all(threads);

@@ -1,5 +1,5 @@
-// The primitives of x86 processors with AVX512 and VNNI, some also of those with AVX512 BF16. A vector is one register.
-// Another processor needs a file like this one: the types and the seven groups of primitives.
+// The primitives of x86 processors with AVX512 and VNNI, some faster on those with AVX512 BF16. A vector is one register.
+// Another processor needs a file like this one: the types, the sizes and the eight groups of primitives.
 #pragma once
 
 #include <immintrin.h>
@@ -11,11 +11,12 @@ typedef int32_t Ints __attribute__((vector_size(64), may_alias));     // 16 valu
 typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));    // 16 x 4: four codes for each sum
 typedef uint32_t Pairs __attribute__((vector_size(64), may_alias));   // 16 x 2: two bfloat16 for each sum, the first low
 
-#ifdef __AVX512BF16__
-constexpr bool kHasBf16 = true;
-#else
-constexpr bool kHasBf16 = false;
-#endif
+constexpr bool kHasBf16Matrices = true;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
+
+// How much of a product is kept in registers at a time: rows of activations, ...
+constexpr int kCodesRows = 4, kBf16Rows = 4, kScoreRows = 12;
+// ... tiles of codes, of several rows or of one, and vectors of a sum of values.
+constexpr int kCodesTiles = 2, kCodesStreams = 4, kValueVectors = 24;
 
 // ---------------------------------------------------------------- 1. load and store: values from `count` on are 0
 
@@ -79,16 +80,44 @@ INLINE Floats every(float value) { return _mm512_set1_ps(value); }
 INLINE Ints every(int32_t value) { return (Ints)_mm512_set1_epi32(value); }
 INLINE Pairs every(uint32_t value) { return (Pairs)_mm512_set1_epi32(value); }
 
-// ---------------------------------------------------------------- 3. a * b + c, rounded once
+// The indices of 16 lanes.
+INLINE Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// ---------------------------------------------------------------- 3. lane by lane, beside + - * / & < == of the types
 
-// ---------------------------------------------------------------- 4. sums of products of bytes
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c, rounded once
+INLINE Floats select(Ints condition, Floats a, Floats b) { return condition ? a : b; }
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+INLINE Ints bits_of(Floats x) { return (Ints)x; }
+INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
+INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
-// To each sum, its four products of an unsigned code and a signed byte of x are added.
-INLINE Ints dot_bytes(Ints sum, Bytes codes, Ints x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
-}
+// ---------------------------------------------------------------- 4. codes, and sums of their products with bytes
+
+// The codes of the first and of the second four inputs that share bytes, one code in each nibble.
+INLINE Bytes low_nibbles(Bytes both) { return both & 15; }
+INLINE Bytes high_nibbles(Bytes both) { return both >> 4; }
+
+// Code number c of each four.
+INLINE Ints code_of(Bytes codes, int c) { return ((Ints)codes >> 8 * c) & 255; }
+
+// What int8 codes, which are stored with 128 added, still have more than they should in a product.
+constexpr int kAddedToInt8 = 128;
+
+// 16 sums over a group of 32 inputs, from `start` on. Codes of int4 are below 16.
+template <bool INT4>
+struct ByteSums {
+  Ints sum;
+
+  INLINE void begin(int32_t start) { sum = every(start); }
+
+  // To each sum, its four products of an unsigned code and a signed byte of x are added.
+  INLINE void add(Bytes codes, Ints x) { sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x); }
+
+  INLINE Floats total() const { return to_floats(sum); }
+};
 
 // ---------------------------------------------------------------- 5. sums of products of bfloat16
 
@@ -97,7 +126,9 @@ INLINE Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
 #ifdef __AVX512BF16__
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
-  __builtin_trap();  // no operator gets here: they ask kHasBf16 first
+  const auto first = [](Pairs pairs) { return (Floats)(pairs << 16); };
+  const auto second = [](Pairs pairs) { return (Floats)(pairs & 0xffff0000); };
+  return multiply_add(first(a), first(b), multiply_add(second(a), second(b), sum));
 #endif
 }
 

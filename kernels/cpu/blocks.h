@@ -23,7 +23,7 @@ void rms_norm(const Element* x, const Element* weight, Element* y, int64_t n, fl
   }
   const float scale = 1.0f / std::sqrt(reduce_add(squares) / n + eps);
   for (int64_t i = 0; i < n; i += 16) {
-    store(y + i, load(x + i) * scale);
+    store(y + i, load(x + i) * every(scale));
     store(y + i, load(y + i) * load(weight + i));
   }
 }
@@ -45,7 +45,7 @@ void silu_times(const Element* gate, const Element* up, Element* y, int64_t n) {
     const Floats g = load(gate + i), one = every(1.0f);
     // e^-|g| does not overflow. It is 0 from 104 on, and far beyond that exp_of is no longer right
     const Floats power = exp_of(-min(abs(g), every(104.0f)));
-    const Floats sigmoid = (g < 0.0f ? power : one) / (one + power);
+    const Floats sigmoid = select(g < every(0.0f), power, one) / (one + power);
     store(y + i, g * sigmoid * load(up + i));
   }
 }

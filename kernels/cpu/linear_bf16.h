@@ -74,19 +74,27 @@ struct Bf16Product {
     for (int i = 0; i < R * W; i++) y[(r + i / W) * layer.N + n + i % W * stride] = rounded[i];
   }
 
-  // All rows of x and W rows of the weight, which stay in the first-level cache meanwhile: after the first four rows of x
-  // the memory would be idle, so the next four fetch the first half of the next W rows, the four after them the second.
+  // All rows of x and W rows of the weight, which stay in the first-level cache meanwhile: after the first rows of x
+  // the memory would be idle, so the next ones fetch the first half of the next W rows, those after them the second.
   template <int W>
   void all_rows(int64_t n, int64_t stride) const {
+    constexpr int R = kBf16Rows;
     int64_t r = 0;
-    for (; r + 4 <= M; r += 4) {
-      if (r == 4) tile<4, W, W / 2>(r, n, stride);
-      else if (r == 8) tile<4, W, W / 2>(r, n, stride, W / 2);
-      else tile<4, W>(r, n, stride);
+    for (; r + R <= M; r += R) {
+      if (r == R) tile<R, W, W / 2>(r, n, stride);
+      else if (r == 2 * R) tile<R, W, W / 2>(r, n, stride, W / 2);
+      else tile<R, W>(r, n, stride);
     }
-    if (M - r == 3) tile<3, W>(r, n, stride);
-    if (M - r == 2) tile<2, W>(r, n, stride);
-    if (M - r == 1) tile<1, W>(r, n, stride);
+    rest<R - 1, W>(r, n, stride);
+  }
+
+  // The R rows of x at most that are left.
+  template <int R, int W>
+  INLINE void rest(int64_t r, int64_t n, int64_t stride) const {
+    if constexpr (R > 0) {
+      if (M - r == R) tile<R, W>(r, n, stride);
+      else rest<R - 1, W>(r, n, stride);
+    }
   }
 
   // Some outputs of all rows, by one thread.

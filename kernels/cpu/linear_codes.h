@@ -1,6 +1,6 @@
 // Linear layers of int8 and int4 codes, for any number of rows.
 //
-// The weight lies in tiles of 16 output rows. A tile has, for each four inputs, the 16 x 4 codes that dot_bytes multiplies
+// The weight lies in tiles of 16 output rows. A tile has, for each four inputs, the 16 x 4 codes that ByteSums multiplies
 // at once: 64 products of an unsigned and a signed byte, summed by fours into 16 int32. Codes are stored unsigned: int8
 // ones plus 128; int4 ones plus 8, two a byte, the inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
 //
@@ -28,6 +28,34 @@ struct CodesWeight {
   int64_t K() const { return round_up(in, kGroup); }
   int64_t bytes_a_tile() const { return K() * kLanes / (is_int4 ? 2 : 1); }
 };
+
+// ---------------------------------------------------------------- formats
+
+struct Int8 {  // a scale for each output row
+  static constexpr int kOffset = 128;
+  static constexpr bool kIsInt4 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
+};
+
+struct Int8Groups : Int8 {  // a scale for each group of inputs of each output row
+  static constexpr bool kHasGroups = true;
+};
+
+struct Int4 {  // two codes a byte; a scale and a zero for each group
+  static constexpr int kOffset = 8;
+  static constexpr bool kIsInt4 = true, kPacked = true, kHasGroups = true, kHasZeros = true;
+};
+
+struct UnpackedInt4 : Int4 {  // a code a byte
+  static constexpr bool kPacked = false;
+};
+
+inline void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const Bytes both = load_bytes(from + i);
+    store(to + 2 * i, low_nibbles(both));
+    store(to + 2 * i + 64, high_nibbles(both));
+  }
+}
 
 // ---------------------------------------------------------------- activations
 
@@ -66,45 +94,16 @@ void quantise(const Element* x, const CodesWeight& weight, const Activations& to
       store(static_cast<float*>(to.values) + at + 16, high);
     } else {
       // the bits of positive numbers, read as integers, are in the same order, and NaN is the largest of all
-      const Ints low_bits = (Ints)abs(low), high_bits = (Ints)abs(high);
-      const int32_t largest_bits = reduce_max(max(low_bits, high_bits));
+      const int32_t largest_bits = reduce_max(max(bits_of(abs(low)), bits_of(abs(high))));
       float largest;
       std::memcpy(&largest, &largest_bits, 4);
       const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;  // of smaller ones it would be infinite
-      const Ints low_codes = round_to_int(low * inverse), high_codes = round_to_int(high * inverse);
+      const Ints low_codes = round_to_int(low * every(inverse)), high_codes = round_to_int(high * every(inverse));
       store(static_cast<int8_t*>(to.values) + at, low_codes);
       store(static_cast<int8_t*>(to.values) + at + 16, high_codes);
       to.scales[group] = largest / 127.0f;  // NaN if any of them is
-      to.offsets[group] = -(weight.is_int4 ? 8 : 128) * reduce_add(low_codes + high_codes);
+      to.offsets[group] = -(weight.is_int4 ? Int4::kOffset : kAddedToInt8) * reduce_add(low_codes + high_codes);
     }
-  }
-}
-
-// ---------------------------------------------------------------- formats
-
-struct Int8 {  // a scale for each output row
-  static constexpr int kOffset = 128;
-  static constexpr bool kPacked = false, kHasGroups = false, kHasZeros = false;
-};
-
-struct Int8Groups : Int8 {  // a scale for each group of inputs of each output row
-  static constexpr bool kHasGroups = true;
-};
-
-struct Int4 {  // two codes a byte; a scale and a zero for each group
-  static constexpr int kOffset = 8;
-  static constexpr bool kPacked = true, kHasGroups = true, kHasZeros = true;
-};
-
-struct UnpackedInt4 : Int4 {  // a code a byte
-  static constexpr bool kPacked = false;
-};
-
-inline void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    const Bytes both = load_bytes(from + i);
-    store(to + 2 * i, low_nibbles(both));
-    store(to + 2 * i + 64, high_nibbles(both));
   }
 }
 
@@ -134,9 +133,9 @@ INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_
                            const Codes<Format, T>& codes) {
   const int8_t* values = static_cast<const int8_t*>(x.values) + r * x.K + g * kGroup;
   constexpr int kFours = Codes<Format, T>::kFours;
-  Ints sum[R][T];
+  ByteSums<Format::kIsInt4> sum[R][T];
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
-    sum[i][j] = every(x.offsets[(r + i) * (x.K / kGroup) + g]);
+    sum[i][j].begin(x.offsets[(r + i) * (x.K / kGroup) + g]);
   }
   UNROLL for (int k = 0; k < kGroup; k += 4 * kFours) {
     Bytes loaded[T], four[T];
@@ -145,11 +144,11 @@ INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_
       UNROLL for (int j = 0; j < T; j++) four[j] = codes.four(loaded[j], f);
       UNROLL for (int i = 0; i < R; i++) {
         const Ints row = every_int(values + i * x.K + k + 4 * f);
-        UNROLL for (int j = 0; j < T; j++) sum[i][j] = dot_bytes(sum[i][j], four[j], row);
+        UNROLL for (int j = 0; j < T; j++) sum[i][j].add(four[j], row);
       }
     }
   }
-  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = to_floats(sum[i][j]);
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = sum[i][j].total();
 }
 
 // ... and float32 ones.
@@ -165,7 +164,7 @@ INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x
     UNROLL for (int f = 0; f < kFours; f++) UNROLL for (int c = 0; c < 4; c++) {  // code c of each four
       Floats weights[T];
       UNROLL for (int j = 0; j < T; j++) {
-        weights[j] = to_floats((((Ints)codes.four(loaded[j], f) >> 8 * c) & 255) - Format::kOffset);
+        weights[j] = to_floats(code_of(codes.four(loaded[j], f), c)) - every(float{Format::kOffset});
       }
       UNROLL for (int i = 0; i < R; i++) {
         const Floats row = every(values[i * x.K + k + 4 * f + c]);
@@ -236,12 +235,19 @@ struct CodesProduct {
   template <int T>
   void all_rows(int64_t n, int64_t stride, Codes<Format, T> codes) const {
     int64_t r = 0;
-    for (; r + 4 <= x.M; r += 4) tile<4, T>(r, n, stride, codes);
-    if constexpr (T > 1) {  // for the one odd tile of a thread these would only lengthen the build
-      if (x.M - r == 3) return tile<3, T>(r, n, stride, codes);
-      if (x.M - r == 2) return tile<2, T>(r, n, stride, codes);
+    for (; r + kCodesRows <= x.M; r += kCodesRows) tile<kCodesRows, T>(r, n, stride, codes);
+    // for the one odd tile of a thread more forms would only lengthen the build
+    if constexpr (T == kCodesTiles) rest<kCodesRows - 1, T>(r, n, stride, codes);
+    else for (; r < x.M; r++) tile<1, T>(r, n, stride, codes);
+  }
+
+  // The R rows at most that are left.
+  template <int R, int T>
+  INLINE void rest(int64_t r, int64_t n, int64_t stride, Codes<Format, T> codes) const {
+    if constexpr (R > 0) {
+      if (x.M - r == R) tile<R, T>(r, n, stride, codes);
+      else rest<R - 1, T>(r, n, stride, codes);
     }
-    for (; r < x.M; r++) tile<1, T>(r, n, stride, codes);
   }
 
   // Few rows: a thread reads its tiles once, as streams far apart.
@@ -249,28 +255,28 @@ struct CodesProduct {
     const int64_t bytes = weight.bytes_a_tile();
     int64_t n = tiles.begin;
     if (x.M == 1) {
-      constexpr int kTiles = Format::kHasZeros ? kStreams / 2 : kStreams;  // scales and zeros are streams too
+      constexpr int kTiles = Format::kHasZeros ? kCodesStreams / 2 : kCodesStreams;  // scales and zeros are streams too
       const int64_t stride = (tiles.end - n) / kTiles, end = n + stride;
       for (; n < end; n++) tile<1, kTiles>(0, n, stride, {weight.codes + n * bytes, stride * bytes});
       n += (kTiles - 1) * stride;
     }
-    const int64_t stride = (tiles.end - n) / 2, end = n + stride;
-    for (; n < end; n++) all_rows<2>(n, stride, {weight.codes + n * bytes, stride * bytes});
-    n += stride;
+    const int64_t stride = (tiles.end - n) / kCodesTiles, end = n + stride;
+    for (; n < end; n++) all_rows<kCodesTiles>(n, stride, {weight.codes + n * bytes, stride * bytes});
+    n += (kCodesTiles - 1) * stride;
     if (n < tiles.end) all_rows<1>(n, 0, {weight.codes + n * bytes, 0});
   }
 
-  // Many rows: two tiles at a time stay in the cache, a code a byte, while all rows pass.
-  void many_rows(Range pairs) const {
-    std::vector<uint8_t> unpacked(weight.is_int4 ? 2 * x.K * kLanes : 0);
-    for (int64_t n = 2 * pairs.begin; n < std::min(2 * pairs.end, weight.tiles); n += 2) {
-      const int64_t tiles = std::min<int64_t>(2, weight.tiles - n), bytes = weight.bytes_a_tile();
+  // Many rows: a few tiles at a time stay in the cache, a code a byte, while all rows pass.
+  void many_rows(Range sets) const {
+    std::vector<uint8_t> unpacked(weight.is_int4 ? kCodesTiles * x.K * kLanes : 0);
+    for (int64_t n = kCodesTiles * sets.begin; n < std::min(kCodesTiles * sets.end, weight.tiles); n += kCodesTiles) {
+      const int64_t tiles = std::min<int64_t>(kCodesTiles, weight.tiles - n), bytes = weight.bytes_a_tile();
       const uint8_t* codes = weight.codes + n * bytes;
       if (weight.is_int4) {
         unpack(codes, unpacked.data(), tiles * bytes);
         codes = unpacked.data();
       }
-      if (tiles == 2) all_rows<2>(n, 1, {codes, x.K * kLanes});
+      if (tiles == kCodesTiles) all_rows<kCodesTiles>(n, 1, {codes, x.K * kLanes});
       else all_rows<1>(n, 0, {codes, 0});
     }
   }
@@ -299,7 +305,7 @@ inline void multiply_few(const CodesWeight& weight, const Activations& x, void* 
 
 inline void multiply_many(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Threads& threads) {
   with_product<UnpackedInt4>(weight, x, y, dtype, [&](const auto& product) {
-    threads.for_shares(divide_up(weight.tiles, 2), 1, [&](Range pairs) { product.many_rows(pairs); });
+    threads.for_shares(divide_up(weight.tiles, kCodesTiles), 1, [&](Range sets) { product.many_rows(sets); });
   });
 }
 

@@ -29,10 +29,6 @@ Dtype dtype_from(at::ScalarType type, const char* op) {
   return type == at::kFloat ? Dtype::float32 : type == at::kHalf ? Dtype::float16 : Dtype::bfloat16;
 }
 
-void check_has_bf16(const char* op) {
-  TORCH_CHECK(kHasBf16, op, " needs the instructions AVX512 BF16, for which these operators are not built");
-}
-
 template <class Element>
 const Element* data(const Tensor& tensor) {
   return static_cast<const Element*>(tensor.const_data_ptr());
@@ -63,8 +59,7 @@ void check_head_dim(int64_t D, const char* op) {
 }
 
 void check_queries(int64_t S, Dtype dtype, const char* op) {
-  TORCH_CHECK(can_attend(S, dtype), op, ": more than ", kFewRows,
-              " queries a row are for bfloat16 and processors with AVX512 BF16");
+  TORCH_CHECK(can_attend(S, dtype), op, ": more than ", kFewRows, " queries a row are for bfloat16");
 }
 
 // A layer of codes if there are scales, of bfloat16 if not. The tensors must be kept as long as the layer.
@@ -73,7 +68,6 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && (!bias || bias->is_contiguous()), op,
               ": a weight is not contiguous [out, in] or [tiles, bytes], or a bias is not contiguous");
   if (!scales) {
-    check_has_bf16(op);
     const bool all_bf16 = dtype == Dtype::bfloat16 && weight.scalar_type() == at::kBFloat16 &&
                           (!bias || bias->scalar_type() == at::kBFloat16);
     TORCH_CHECK(all_bf16, op, ": wrong dtype; a layer without scales is all bfloat16");
@@ -98,14 +92,26 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes};
 }
 
-// oneDNN's product.
+// PyTorch's product of matrices: of bfloat16 ones or, where processors are slow at it, of float32 copies, made of so many
+// rows of the weight at a time that they stay in the cache.
 void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M) {
   const auto tensor = [](const BFloat16* from, at::IntArrayRef sizes) {
     return at::from_blob(const_cast<BFloat16*>(from), sizes, at::kBFloat16);
   };
   Tensor out = tensor(y, {M, layer.N});
+  const Tensor rows = tensor(x, {M, layer.K}), weight = tensor(layer.weight, {layer.N, layer.K});
   const OptionalTensor bias = layer.bias ? OptionalTensor(tensor(layer.bias, {layer.N})) : std::nullopt;
-  at::linear_out(out, tensor(x, {M, layer.K}), tensor(layer.weight, {layer.N, layer.K}), bias);
+  if (kHasBf16Matrices) {
+    at::linear_out(out, rows, weight, bias);
+    return;
+  }
+  const Tensor wide_rows = rows.to(at::kFloat);
+  const int64_t at_once = std::max<int64_t>(1, (1 << 20) / layer.K);
+  for (int64_t n = 0; n < layer.N; n += at_once) {
+    const int64_t count = std::min(at_once, layer.N - n);
+    const OptionalTensor part = bias ? OptionalTensor(bias->narrow(0, n, count).to(at::kFloat)) : std::nullopt;
+    out.narrow(1, n, count).copy_(at::linear(wide_rows, weight.narrow(0, n, count).to(at::kFloat), part));
+  }
 }
 
 Tensor contiguous(const Tensor& tensor) { return tensor.contiguous(); }
@@ -123,12 +129,13 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   const OptionalTensor bc = contiguous(bias);
   const Linear layer = layer_of(wc, std::nullopt, bc, x.size(-1), Dtype::bfloat16, "linear_bf16");
   const int64_t M = x.numel() / layer.in;
-  if (M > kFewRows) return at::linear(x, weight, bias);
   auto shape = x.sizes().vec();
   shape.back() = layer.out;
   Tensor y = at::empty(shape, x.options());
-  Bf16Product{.layer = layer.bf16, .x = data<BFloat16>(xc), .y = static_cast<BFloat16*>(y.mutable_data_ptr()), .M = M}
-      .multiply_all(all_threads());
+  const auto* rows = data<BFloat16>(xc);
+  auto* to = static_cast<BFloat16*>(y.mutable_data_ptr());
+  if (M > kFewRows) product_of_many_rows(layer.bf16, rows, to, M);
+  else Bf16Product{.layer = layer.bf16, .x = rows, .y = to, .M = M}.multiply_all(all_threads());
   return y;
 }
 

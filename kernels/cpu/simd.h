@@ -1,5 +1,5 @@
 // Vectors of 16 lanes and what the algorithms do with them. The primitives are each processor's own; everything else is
-// written with them and with the operators that the compiler has for vectors: + - * / & >> < and ?:, lane by lane.
+// written with them and with the operators that every vector has: + - * / & < and ==, lane by lane.
 #pragma once
 
 #include <cmath>
@@ -25,6 +25,8 @@ struct BFloat16 {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "avx2.h"
 #else
 #error "The flags of the compiler choose none of the levels of instructions that have a file of primitives."
 #endif
@@ -59,24 +61,19 @@ INLINE Ints every_int(const void* from) {
   return every(value);
 }
 
-INLINE Pairs every_pair(const void* from) { return (Pairs)every_int(from); }
+// The two bfloat16 at `from` in every lane.
+INLINE Pairs every_pair(const void* from) {
+  uint32_t pair;
+  std::memcpy(&pair, from, 4);
+  return every(pair);
+}
 
-INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
-INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
-INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
-
-// The codes of the first and of the second four inputs that share bytes, one code in each nibble.
-INLINE Bytes low_nibbles(Bytes both) { return both & 15; }
-INLINE Bytes high_nibbles(Bytes both) { return both >> 4; }
-
-// The indices of 16 lanes.
-INLINE Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+// The lanes below `count`.
+INLINE Ints first_lanes(int64_t count) { return lane_numbers() < every(static_cast<int32_t>(count)); }
 
 // e^x for x <= 0, to one unit in the last place or two: 2^n times a polynomial in what is left of x / ln 2.
 INLINE Floats exp_of(Floats x) {
-  const Floats n = round(x * 1.44269504f);
+  const Floats n = round(x * every(1.44269504f));
   Floats rest = multiply_add(n, every(-0.693145752f), x);  // ln 2 in two parts
   rest = multiply_add(n, every(-1.42860677e-6f), rest);
   Floats power = every(1.0f / 720);

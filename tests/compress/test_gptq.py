@@ -230,7 +230,7 @@ def test_a_model_whose_blocks_are_one_operator_is_rounded_as_any():
     args = replace(TINY, head_dim=64, dim=96)
     table = linear_table(Layout(args).model, QuantSpec(4, 32), None)
     fused, plain = (build(args, random_state(args, torch.bfloat16)) for _ in range(2))
-    assert isinstance(fused.layers, FusedBlocks) or not cpu.has_bf16()
+    assert isinstance(fused.layers, FusedBlocks) or not cpu.available()
     plain.layers = Blocks(plain.layers)
     found = [gptq_(model, calibration(), table, **OPTIONS) for model in (fused, plain)]
     assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from engine.compile import compile_step
-from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.fastest import pack_
 from layers.packed import FEW
 from layers.quantized import QuantSpec, linear_table, quantize_
 from model import Blocks, Context, ModelArgs, Transformer
-from tests.kernels.test_operators import needs_vnni, random
+from tests.kernels.test_operators import needs_operators, random
 
 BLOCKS = ModelArgs(
     dim=192, n_layer=3, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
 )
 FORMS = [(dtype, bits) for dtype in (torch.float32, torch.bfloat16, torch.float16) for bits in (8, 4)]
-FORMS += [(torch.bfloat16, None)] if cpu.has_bf16() else []
+FORMS += [(torch.bfloat16, None)]
 
 
 def model_of(dtype, bits, **fields):
@@ -47,7 +46,7 @@ def run_blocks(model, blocks, tokens, pos, last):
     return logits.clone(), torch.stack([torch.stack((layer.k, layer.v)) for layer in cache.layers])
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["", "extras"])
 @pytest.mark.parametrize("dtype, bits", FORMS, ids=str)
 @torch.inference_mode()
@@ -76,7 +75,7 @@ def test_fused_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
         assert torch.equal(torch.cat(alone, 1), found[0][0])  # no token's result depends on those beside it
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
 def test_fused_blocks_serve_any_tokens_in_bfloat16_and_16_at_most_in_others(dtype, monkeypatch):
@@ -85,10 +84,10 @@ def test_fused_blocks_serve_any_tokens_in_bfloat16_and_16_at_most_in_others(dtyp
     for B, S in ((1, 1), (4, 4), (2, 8), (1, FEW), (1, FEW + 1), (4, 5)):
         tokens, pos = torch.arange(B * S).view(B, S), torch.arange(S).repeat(B, 1)
         model(tokens, pos, model.new_cache(4, 40).view())
-    assert left == ([] if dtype == torch.bfloat16 and cpu.has_bf16() else [17, 20])
+    assert left == ([] if dtype == torch.bfloat16 else [17, 20])
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("any_length", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [None, (2, 0)], ids=["rows in order", "rows chosen"])
@@ -107,14 +106,11 @@ def test_fused_blocks_compile(dtype, any_length, rows):
             assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("S", [1, 3, 20])
 @torch.inference_mode()
 def test_blocks_use_the_rows_of_the_cache_that_are_chosen(S):
-    dtype = torch.bfloat16 if cpu.has_bf16() else torch.float32
-    if S > FEW and not cpu.has_bf16():
-        pytest.skip("many queries need AVX512 BF16")
-    model, B = model_of(dtype, 8), 3
+    model, B = model_of(dtype := torch.bfloat16, 8), 3
     run, blocks = torch.ops.gpt_faster.run_blocks, model.layers.fused
     x, pos = random(B, S, 192, seed=5).to(dtype), 9 + torch.arange(S).repeat(B, 1)
     mask = torch.zeros(B, S, 40, dtype=dtype).masked_fill(torch.arange(40) > pos[..., None], float("-inf"))
@@ -132,7 +128,7 @@ def test_blocks_use_the_rows_of_the_cache_that_are_chosen(S):
     assert torch.equal(keys[:, 1], untouched)
 
 
-@needs_vnni
+@needs_operators
 @torch.inference_mode()
 def test_fused_blocks_refuse_what_would_leave_their_memory():
     model = model_of(torch.float32, 8)
@@ -173,7 +169,7 @@ def test_fused_blocks_refuse_what_would_leave_their_memory():
             run(*wrong)
 
 
-@needs_vnni
+@needs_operators
 def test_caches_that_do_not_fit_each_other_are_refused():
     k, join = torch.zeros(2, 1, 8, 64), torch.ops.gpt_faster.join_cache
     assert join([k, k], [k, k]).dtype == torch.uint8
@@ -188,7 +184,7 @@ def test_caches_that_do_not_fit_each_other_are_refused():
             join(keys, values)
 
 
-@needs_vnni
+@needs_operators
 @torch.inference_mode()
 def test_copies_of_a_model_fuse_blocks_of_their_own():
     model = model_of(torch.float32, 8)
@@ -203,7 +199,7 @@ def test_copies_of_a_model_fuse_blocks_of_their_own():
     torch.testing.assert_close(other(tokens, pos, other.new_cache(1, 40).view()), theirs)
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize(
     "fields",
     [
@@ -230,7 +226,7 @@ def test_other_models_run_layer_by_layer(fields):
     assert model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), cache).isfinite().all()
 
 
-@needs_vnni
+@needs_operators
 @torch.inference_mode()
 def test_gates_of_any_size_neither_overflow_nor_vanish():
     model = model_of(torch.float32, 8, n_layer=1)

@@ -28,12 +28,7 @@ TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96, vocab_size=128, max_seq_length=64
 )
 
-needs_bf16 = pytest.mark.skipif(
-    not cpu.has_bf16(), reason="this processor lacks AVX-512 BF16, or the operators could not be built"
-)
-needs_vnni = pytest.mark.skipif(
-    not cpu.has_vnni(), reason="this processor lacks AVX-512, or the operators could not be built"
-)
+needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 
 
 def random(*shape, seed):
@@ -47,7 +42,7 @@ def assert_right(y, x, weight, bias):
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4 * weight.shape[1] ** 0.5)
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 16, 17])
 @pytest.mark.parametrize("K, N", [(32, 8), (64, 7), (37, 30), (1, 5), (31, 1), (576, 1001), (40000, 6)])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
@@ -57,7 +52,7 @@ def test_linear_equals_float64(M, K, N, has_bias):
     assert_right(torch.ops.gpt_faster.linear_bf16(x, weight, bias), x, weight, bias)
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("K", [64, 50])
 def test_inputs_need_not_be_contiguous(K):
     weight, bias = random(K, 2 * 20, seed=1).T[::2], random(40, seed=2)[::2]
@@ -72,7 +67,7 @@ def chosen_experts(T, K, n_expert):
     return torch.stack([torch.randperm(n_expert, generator=generator)[:K] for _ in range(T)])
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("T, K, n_expert", [(1, 2, 8), (5, 1, 3), (7, 3, 4), (40, 2, 4), (100, 4, 64)])
 @pytest.mark.parametrize("n_in, n_out", [(64, 32), (96, 40)])
@@ -97,7 +92,7 @@ def test_experts_equal_float64(T, K, n_expert, n_in, n_out, bits):
             assert torch.equal(found[t, k], alone[0]) or (not bits and n_row > FEW)
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("bits", [8, 4])
 def test_experts_of_codes_are_exact_in_float32(bits):
     spec, chosen = QuantSpec(bits, 32), chosen_experts(20, 2, 4)
@@ -106,7 +101,7 @@ def test_experts_of_codes_are_exact_in_float32(bits):
     torch.testing.assert_close(fastest(layer)(layer)(x, chosen), layer(x, chosen), rtol=1e-5, atol=1e-5)
 
 
-@needs_bf16
+@needs_operators
 def test_mistakes_with_experts_are_errors():
     x, weight, chosen = random(3, 1, 32, seed=0), random(4, 16, 32, seed=1), torch.zeros(3, 2, dtype=torch.long)
     run = torch.ops.gpt_faster.linear_experts
@@ -123,7 +118,7 @@ def test_mistakes_with_experts_are_errors():
             run(*wrong, None)
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("fast", [True, False], ids=["C++", "plain"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @torch.inference_mode()
@@ -138,7 +133,7 @@ def test_experts_compile(bits, fast):
         assert torch.equal(compiled(x, chosen), packed(x, chosen))
 
 
-@needs_bf16
+@needs_operators
 def test_shape_mistakes_are_errors():
     x, weight = random(1, 32, seed=0), random(8, 32, seed=1)
     for wrong in (x.float(), x[:, :31]):
@@ -146,7 +141,7 @@ def test_shape_mistakes_are_errors():
             torch.ops.gpt_faster.linear_bf16(wrong, weight, None)
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("M", [1, 5, 17])
 def test_linear_compiles_whole(M):
     weight, bias = random(30, 50, seed=1), random(30, seed=2)
@@ -159,7 +154,7 @@ def test_linear_compiles_whole(M):
     assert_right(doubled(x), x * 2, weight, bias)
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize("S", [1, 2, 5])
@@ -184,7 +179,7 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
         assert torch.equal(torch.cat(alone, dim=1), y)
 
 
-@needs_bf16
+@needs_operators
 @pytest.mark.parametrize("window", [None, 40], ids=["causal", "window"])
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize(
@@ -211,21 +206,18 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
         assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("S", [1, 5, 40])
 def test_attention_to_chosen_rows_equals_attention_to_copies_of_them(S):
-    dtype = torch.bfloat16 if cpu.has_bf16() or S > FEW else torch.float32
-    if S > FEW and not cpu.has_bf16():
-        pytest.skip("many queries need AVX512 BF16")
-    k, v = (random(5, 2, 70, 64, seed=i).to(dtype) for i in (1, 2))
-    q, mask = random(4, S, 6, 64, seed=0).to(dtype), torch.zeros(4, S, 60, dtype=dtype)
+    k, v = (random(5, 2, 70, 64, seed=i) for i in (1, 2))
+    q, mask = random(4, S, 6, 64, seed=0), torch.zeros(4, S, 60, dtype=torch.bfloat16)
     mask[:, :, 50:] = float("-inf")
     for rows in (torch.tensor([3, 0, 4, 1]), torch.tensor([2, 2, 0, 2])):
         found = torch.ops.gpt_faster.attend(q, k, v, rows, mask, 0.1)
         assert torch.equal(found, torch.ops.gpt_faster.attend(q, k[rows], v[rows], None, mask, 0.1))
 
 
-@needs_vnni
+@needs_operators
 def test_mistakes_with_attention_are_errors():
     q, k, mask, rows = torch.ones(2, 1, 4, 64), torch.ones(3, 2, 9, 64), torch.zeros(2, 1, 9), torch.tensor([2, 0])
     run = torch.ops.gpt_faster.attend
@@ -264,8 +256,8 @@ def logits_of_tiny():
 @torch.inference_mode()
 def test_model_works_without_the_operators(monkeypatch):
     model, logits = logits_of_tiny()
-    assert any(isinstance(layer, FewRowsLinear) for layer in model.modules()) == cpu.has_bf16()
-    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    assert any(isinstance(layer, FewRowsLinear) for layer in model.modules()) == cpu.available()
+    monkeypatch.setattr(cpu, "available", lambda: False)
     plain, expected = logits_of_tiny()
     assert not any(isinstance(layer, FewRowsLinear) for layer in plain.modules())
     assert expected.std() > 0.1
@@ -276,53 +268,42 @@ def run_python(code, **env):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@needs_vnni
-def test_operators_for_bfloat16_raise_where_its_instructions_are_missing():
-    code = """
-        import torch
-        from kernels import cpu
-        cpu.level = lambda: "avx512vnni"
-        assert cpu.available() and cpu.has_vnni() and not cpu.has_bf16()
-        run, x = torch.ops.gpt_faster, torch.ones(1, 64, dtype=torch.bfloat16)
-        weight, scales = torch.zeros(2, 1024, dtype=torch.uint8), torch.ones(2, 1, 1, 16)
-        assert (run.linear_codes(x, weight, scales, None) == -128 * 64).all()
-        cache, zero = torch.ones(1, 1, 17, 64, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.long)
-        for raises in (
-            lambda: run.linear_bf16(x, x, None),
-            lambda: run.linear_experts(x[None], zero, x[None], None),
-            lambda: run.attend(cache.view(1, 17, 1, 64), cache, cache, None, x.new_zeros(1, 17, 17), 1.0),
-        ):
-            try:
-                raises()
-            except RuntimeError as error:
-                assert "AVX512 BF16" in str(error), error
-            else:
-                raise AssertionError("no error")
-    """
-    result = run_python(textwrap.dedent(code), **os.environ)
-    assert result.returncode == 0, result.stderr
-
-
 def test_processors_without_a_level_build_nothing_and_have_no_operators(tmp_path):
     code = """
         import torch
         from kernels import cpu
         cpu.level = lambda: None
-        print(cpu.available(), cpu.has_bf16(), cpu.has_vnni(), hasattr(torch.ops.gpt_faster, "linear_codes"))
+        print(cpu.available(), cpu.isa(), hasattr(torch.ops.gpt_faster, "linear_codes"))
     """
     result = run_python(textwrap.dedent(code), XDG_CACHE_HOME=str(tmp_path), PATH=os.environ["PATH"])
-    assert result.stdout.split() == ["False"] * 4 and not result.stderr and not list(tmp_path.iterdir())
+    assert result.stdout.split() == ["False", "plain", "False"] and not result.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
-    avx512 = {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx2"}
-    for has, expected in (
-        (avx512 | {"avx512_bf16"}, "avx512"),
-        (avx512, "avx512vnni"),
-        (avx512 - {"avx512_vnni"}, None),
+    avx2 = {"avx2", "fma3", "f16c"}
+    avx512 = avx2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"}
+    monkeypatch.delenv("GPT_FASTER_ISA", raising=False)
+    for has, asked, expected in (
+        (avx512 | {"avx512_bf16"}, "", "avx512.bf16"),
+        (avx512, "", "avx512"),
+        (avx512 | {"avx512_bf16"}, "avx512", "avx512.bf16"),
+        (avx512 - {"avx512_vnni"}, "", "avx2"),
+        (avx2 | {"avx_vnni"}, "", "avx2.vnni"),
+        (avx512 | {"avx512_bf16"}, "avx2", "avx2"),
+        (avx512, "plain", None),
+        (avx2 - {"fma3"}, "", None),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
+        monkeypatch.setenv("GPT_FASTER_ISA", asked)
         assert cpu.level.__wrapped__() == expected
+    for has, asked, words in (
+        (avx2, "avx512", "GPT_FASTER_ISA is 'avx512'; this processor has avx2, plain"),
+        (avx512, "AVX2", "GPT_FASTER_ISA is 'AVX2'; this processor has avx512, avx2, plain"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
+        monkeypatch.setenv("GPT_FASTER_ISA", asked)
+        with pytest.raises(ValueError, match=words):
+            cpu.level.__wrapped__()
 
 
 def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
@@ -335,7 +316,7 @@ def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
     (folder / "simd.h").write_text("changed")
     for owner, name, value in (
         (cpu, "compiler_version", lambda: "c++ 2"),
-        (cpu, "LEVELS", {"avx512": replace(cpu.LEVELS["avx512"], flags=("-mavx512f",))}),
+        (cpu, "LEVELS", {"avx512": replace(cpu.AVX512, flags=("-mavx512f",))}),
         (cpu, "FOLDER", folder),
         (torch, "__version__", "0"),
     ):
@@ -363,16 +344,16 @@ def test_a_library_that_is_damaged_or_not_ours_is_built_again(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("compiler, reason", [("/bin/false", ""), ("/no/such/compiler", "no C++ compiler")])
 def test_a_failing_build_says_so_in_one_line_and_goes_on(compiler, reason, tmp_path):
-    code = "from kernels import cpu; cpu.level = lambda: 'avx512'; print(cpu.available(), cpu.has_bf16())"
+    code = "from kernels import cpu; cpu.level = lambda: 'avx512'; print(cpu.available(), cpu.isa())"
     result = run_python(code, CXX=compiler, XDG_CACHE_HOME=str(tmp_path), PATH="/usr/bin:/bin")
-    assert result.stdout.split() == ["False", "False"], result.stderr
+    assert result.stdout.split() == ["False", "plain"], result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "CPU operators cannot be built" in line]
     assert line.startswith("PyTorch's own linear layers are used") and reason in line
     assert len(result.stderr.splitlines()) <= 2, result.stderr  # the other: that a build was begun
     assert not list(tmp_path.rglob("*.so"))
 
 
-@needs_bf16
+@needs_operators
 def test_the_build_needs_only_a_compiler_on_the_path(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -10,7 +10,7 @@ from layers.packed import CodesLinear
 from layers.quantized import GROUPSIZES, LAYERS, QuantSpec, quantize_weight
 
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
-needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this processor lacks VNNI, or the operators are not built")
+needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -40,7 +40,7 @@ def assert_right(y, expected):
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6 * expected.abs().max().item())
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_operator_equals_float64(spec, dtype):
@@ -63,7 +63,7 @@ def test_operator_equals_float64(spec, dtype):
             assert ((packed(x).double() - exactly(layer, x)).abs() <= bound).all()
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [1, 31, 33, 100, 2000])
 def test_operator_with_inputs_that_are_no_multiple(features, dtype):
@@ -73,7 +73,7 @@ def test_operator_with_inputs_that_are_no_multiple(features, dtype):
         assert_right(CodesLinear(layer)(x), exactly(layer, x))
 
 
-@needs_vnni
+@needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(spec, dtype):
         assert torch.equal(layer(x[:M]), together[:M])
 
 
-@needs_vnni
+@needs_operators
 def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
     int8, packed = (CodesLinear(rounded(random(32, 64), spec)) for spec in (QuantSpec(8), QuantSpec(4, 32)))
     assert packed(torch.zeros(2, 64)).tolist() == [[0.0] * 32] * 2
@@ -104,7 +104,7 @@ def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
         packed(random(2, 64).double())
 
 
-@needs_vnni
+@needs_operators
 def test_float32_scales_are_used_as_they_are():
     layer = rounded(random(32, 64), QuantSpec(4, 32))
     layer.scales, layer.zeros = layer.scales.float() * 1.0001, layer.zeros.float() * 0.9999

@@ -267,7 +267,7 @@ def test_model_agrees_with_the_dequantised_one(spec, head, tied, gptq, tmp_path,
     assert_close_logits(logits(load_model(path, dtype=torch.float32), IDS[2]), expected, 1e-5)
     # bfloat16 itself costs 2 %, activations rounded to int8 as much again in each of these random layers
     assert_close_logits(logits(load_model(path), IDS[2]), expected, 0.1)
-    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     model = load_model(path, dtype=torch.float32)
     kind = {"int8": LAYERS[8], "int4": LAYERS[spec.bits], "float": nn.Linear}[head]
     assert type(model.output) is kind and isinstance(model.tok_embeddings, nn.Embedding)
@@ -296,7 +296,7 @@ def test_ragged_batch_equals_each_row_alone(spec, tmp_path):
 )
 def test_compiled_equals_eager(spec, plain, tmp_path, monkeypatch):
     if plain:
-        monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+        monkeypatch.setattr(cpu, "available", lambda: False)
     saved(tmp_path / "model.pth", TINY, spec)
     model = load_model(tmp_path / "model.pth", dtype=torch.float32)
     functions = compiled()

@@ -757,7 +757,7 @@ from pathlib import Path
 import torch
 from weights.checkpoint import load_model
 from kernels import cpu
-cpu.has_bf16()  # loaded before the watch begins, like every import
+cpu.available()  # loaded before the watch begins, like every import
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
