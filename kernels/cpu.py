@@ -37,7 +37,9 @@ AVX512 = Level(
     ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
 )
-AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+# with 16 registers, what GCC moves and sums in another order ends on the stack: half as many products a cycle
+IN_ORDER = ("-fno-tree-reassoc", "-fno-tree-ter")
+AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c", *IN_ORDER))
 PLAIN = "plain"  # no operators
 LEVELS = {  # the first one that the processor has is used
     "avx512.bf16": AVX512.with_more("avx512_bf16", "-mavx512bf16"),

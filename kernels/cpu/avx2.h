@@ -20,7 +20,7 @@ struct Pairs : Whole {};  // 16 x 2: two bfloat16 for each sum, the first low
 constexpr bool kHasBf16Matrices = false;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
 
 // How much of a product is kept in registers at a time: rows of activations, ...
-constexpr int kCodesRows = 4, kBf16Rows = 1, kScoreRows = 3;
+constexpr int kCodesRows = 2, kBf16Rows = 1, kScoreRows = 2;
 // ... tiles of codes, of several rows or of one, and vectors of a sum of values.
 constexpr int kCodesTiles = 1, kCodesStreams = 2, kValueVectors = 6;
 
