@@ -275,7 +275,7 @@ def test_facts_and_report(folder, text, capsys):
     lines = out.splitlines()
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     assert (facts["file_before"], facts["file_after"]) == (path.stat().st_size, target.stat().st_size)
-    for line, what, kind in ((lines[1], "in bfloat16", "bytes"), (lines[2], "file", "file")):
+    for line, what, kind in ((lines[1], "weights", "bytes"), (lines[2], "file", "file")):
         old, new = facts[f"{kind}_before"], facts[f"{kind}_after"]
         assert line.split() == f"{what} {old / 1e3:.1f} kB {new / 1e3:.1f} kB {old / new:.2f} x smaller".split()
     assert lines[3].split() == [
