@@ -168,15 +168,20 @@ def test_output_jsonl_goes_on_where_it_stopped(talk, tiny, tmp_path, monkeypatch
     prompts, out, report = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "out.json"
     prompts.write_text("\n".join(texts))
     flags = ("--prompt_file", prompts, "--batch_size", 2, "--output_jsonl", out, "--output_json", report, *GREEDY)
-    end, count = Answers.end, itertools.count(1)
+    end, write_report, count = Answers.end, Answers.write_report, itertools.count(1)
 
     def interrupted(answers, row, request):
         end(answers, row, request)
         if next(count) == 3:
             raise KeyboardInterrupt
 
+    def interrupted_again(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        write_report(*arguments)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Answers, "end", interrupted)
+        patch.setattr(Answers, "write_report", interrupted_again)
         talk(*flags)
     done = [json.loads(line) for line in out.read_text().splitlines()]
     (sample,) = json.loads(report.read_text())["samples"]
