@@ -201,9 +201,9 @@ class DraftModel(Drafter):
             places = places[:, -1:] + 1
         self.filled = min(self.lengths)
         self.drawn = from_first(self.ranks, torch.cat(draft, 1).to(device))
-        return self.drawn.clamp(min=0), None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(
-            device
-        )
+        certain = probs[0] is None
+        probs = None if certain else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
+        return self.drawn.clamp(min=0), probs
 
     def skip(self, recent: Tensor) -> None:
         self.skipped.append(recent[:, :1].to(self.model.device).clamp(max=self.model.args.vocab_size - 1))

@@ -214,8 +214,10 @@ def test_hugging_face_folder(tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(config.to_dict()))
     save_file(hf_names(tensors, args), tmp_path / "hf/model.safetensors")
     for path in (tmp_path / "hf", tmp_path / "hf/model.safetensors"):
-        target = Path(quantise(path)["target"])
+        facts = quantise(path)
+        target = Path(facts["target"])
         assert target == tmp_path / "hf/model_int8.pth"
+        assert facts["file_before"] == (tmp_path / "hf/model.safetensors").stat().st_size
         for name, weight in weights(target).items():
             torch.testing.assert_close(weight, tensors[f"{name}.weight"], atol=0.02, rtol=0.01)
         target.unlink()

@@ -8,9 +8,8 @@ from pathlib import Path
 from text.settings import special_names
 from weights.files import refuse_pointer
 
-NO_PREFIX = (
-    b"\x1a\x02\x18\x00"  # at the end of a serialised sentencepiece model: normalizer_spec.add_dummy_prefix false
-)
+# appended to a serialised sentencepiece model, it sets normalizer_spec.add_dummy_prefix to false
+NO_PREFIX = b"\x1a\x02\x18\x00"
 PADDING = re.compile(r"\[PAD\d+\]|<dummy\d+>")  # with which converters fill a vocabulary up to the model's rows
 
 
