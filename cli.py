@@ -64,6 +64,17 @@ def terminate(*_) -> None:
 ENDINGS = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM in the block: torchrun sends its ranks again what the terminal has sent them."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS.values()}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def send_again(ignored) -> None:
     """A `sys.unraisablehook`: Python drops every exception raised in a `__del__`, a Ctrl-C too."""
     if ignored.exc_type in ENDINGS:

@@ -279,7 +279,8 @@ def answer(
         run_samples(answers, args)
     except (KeyboardInterrupt, cli.Terminated):
         if args.output_json is not None:
-            answers.write_report(args.output_json, facts | summarise(answers.timings, engine))
+            with cli.undisturbed():
+                answers.write_report(args.output_json, facts | summarise(answers.timings, engine))
         raise
     summary = summarise(answers.timings, engine)
     say_summary(summary, engine)

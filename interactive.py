@@ -71,7 +71,7 @@ def obey(conversation: Conversation, name: str, text: str, inputs: list[str | Pa
         conversation.reset()
         return "[conversation cleared]"
     if name == "stats":
-        used, turns = len(conversation.prompt_ids("")), len(conversation.turns)
+        used, turns = shared(ranks, lambda: len(conversation.prompt_ids(""))), len(conversation.turns)
         return f"[turns: {turns}, tokens: {used} of {conversation.limits.context}]"
     if name == "system":
         if conversation.tokenizer.chat_template is None:

@@ -65,7 +65,7 @@ def main(**flags) -> None:
         "torch": torch.__version__,
         "bytes_before": job.bytes_before,
         "bytes_after": job.bytes_after,
-        "file_before": source_size(job),
+        "file_before": sum(path.stat().st_size for path in job.source.paths),
         "file_after": job.target.stat().st_size,
         "layers": layers,
         "perplexity_before": None if text is None else perplexity_of(job.path, job.model_name, text, job),
@@ -225,12 +225,6 @@ def layer_facts(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
     return facts
 
 
-def source_size(job: Job) -> int | None:
-    """Bytes of the file that the model came in, whatever its types; None: a folder of Hugging Face files."""
-    path = job.source.gguf or (job.path if job.path.is_file() else job.path / "model.pth")
-    return path.stat().st_size if path.is_file() and path.suffix != ".safetensors" else None  # a shard is not all
-
-
 def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
     """||rounded - weight|| / ||weight|| of a layer [out, in], or of experts [E, out, in], some rows at a time."""
     weight, *rounded = (tensor.flatten(0, -2) for tensor in (weight, *rounded))
@@ -253,9 +247,8 @@ def perplexity_of(path: Path, model_name: str | None, ids: list[int], job: Job) 
 def report(facts: dict) -> None:
     """The table at the end, on standard output."""
     print(f"{'':12}{'before':>12}{'after':>12}")
-    report_size(f"in {facts['args']['dtype']}", facts["bytes_before"], facts["bytes_after"])
-    if facts["file_before"] is not None:
-        report_size("file", facts["file_before"], facts["file_after"])
+    report_size("weights", facts["bytes_before"], facts["bytes_after"])
+    report_size("file", facts["file_before"], facts["file_after"])
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     if before is not None:
         print(f"{'perplexity':12}{before:12.4f}{after:12.4f}   {100 * (after / before - 1):+.2f} %")

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import allocate, prefix_length
 from engine.decode import forward_chunk, prefill
 from engine.guess_length import LENGTHS
-from engine.sampling import Sampling, logits_to_probs, sample
+from engine.sampling import NO_TOKEN, Sampling, logits_to_probs, require_finite, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
@@ -120,16 +120,17 @@ def draft_one_token(
 ) -> tuple[Tensor, Tensor | None]:
     """The token [B, 1] after tokens [B, n] at pos [B, n], and its distribution [B, V], None if it is certain.
 
-    barred [V], bool: tokens that are not drawn.
+    barred [V], bool: tokens that are not drawn. NO_TOKEN is read as any token.
     """
+    tokens = tokens.clamp(min=0)
     last = torch.full_like(tokens[:, :1], tokens.shape[1] - 1)
     logits = model(tokens, pos, cache, last)[:, 0]
     if barred is not None:
         logits = logits.masked_fill(barred, float("-inf"))
     if sampling.is_greedy:
-        return logits.argmax(-1, keepdim=True), None
+        return valid(logits.argmax(-1), logits)[:, None], None
     probs = logits_to_probs(logits, sampling)
-    return sample(probs)[:, None], probs
+    return valid(sample(probs), probs)[:, None], probs
 
 
 class DraftModel(Drafter):
@@ -141,6 +142,7 @@ class DraftModel(Drafter):
         self.cache: KVCache | None = None
         self.filled = 0  # slots of the cache that hold the text, in every row
         self.skipped: list[Tensor] = []  # tokens [B, 1] that it has not read
+        self.drawn: Tensor | None = None  # the last draft [B, k]
 
     @property
     def behind(self) -> int:
@@ -169,10 +171,12 @@ class DraftModel(Drafter):
         self.ranks = model.ranks
         unread = [[min(token, own - 1) for token in prompt[start:]] for prompt in prompts]
         prefill(self.model, self.cache, unread, Sampling(temperature=0), start, self.forward)
-        self.lengths, self.skipped = [len(prompt) for prompt in prompts], []
+        self.lengths, self.skipped, self.drawn = [len(prompt) for prompt in prompts], [], None
         self.filled = min(self.lengths)
 
     def extend(self, rows: list[list[int]]) -> None:
+        # only now, because the host has just waited for the round
+        require_finite(self.model, self.drawn is None or NO_TOKEN not in self.drawn, "draft model")
         self.lengths = [length + len(ids) for length, ids in zip(self.lengths, rows, strict=True)]
 
     def grades(self) -> list[int]:
@@ -196,8 +200,10 @@ class DraftModel(Drafter):
             probs.append(distribution)
             places = places[:, -1:] + 1
         self.filled = min(self.lengths)
-        draft = from_first(self.ranks, torch.cat(draft, 1).to(device))
-        return draft, None if probs[0] is None else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
+        self.drawn = from_first(self.ranks, torch.cat(draft, 1).to(device))
+        certain = probs[0] is None
+        probs = None if certain else torch.stack(probs, 1)[..., : self.vocab_size].to(device)
+        return self.drawn.clamp(min=0), probs
 
     def skip(self, recent: Tensor) -> None:
         self.skipped.append(recent[:, :1].to(self.model.device).clamp(max=self.model.args.vocab_size - 1))

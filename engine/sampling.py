@@ -88,13 +88,13 @@ def valid(token: Tensor, values: Tensor) -> Tensor:  # [...], [..., V] -> [...]
     return token.where(values.gather(-1, token[..., None])[..., 0].isfinite(), NO_TOKEN)
 
 
-def require_finite(model: Transformer, is_finite: bool) -> None:
-    """Refuse to go on with logits that are NaN or infinite."""
+def require_finite(model: Transformer, is_finite: bool, what: str = "model") -> None:
+    """Refuse to go on with logits that are NaN or infinite; what: the role of the model, for the error."""
     if not is_finite:
         dtype = str(model.dtype).removeprefix("torch.")
         larger = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
         advice = f"use --dtype {larger}" if larger else "its weights or its config are damaged; fetch them again"
-        raise ValueError(f"the model's logits are NaN or infinite in {dtype}; {advice}")
+        raise ValueError(f"the {what}'s logits are NaN or infinite in {dtype}; {advice}")
 
 
 def next_token(model: Transformer, logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]

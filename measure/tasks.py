@@ -44,7 +44,7 @@ def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> 
     try:
         tasks.leaves()
     except ValueError as error:  # a group and its member
-        raise ValueError(_line(error)) from None
+        raise ValueError(f"{_line(error)}; name the group or its tasks, not both") from None
     return tasks
 
 

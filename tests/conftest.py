@@ -115,3 +115,41 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_thread)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    from tests.tiny import make_tiny_checkpoint  # imports transformers, which few files need
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def drafts(tiny, tmp_path_factory):
+    """Drafts for the tiny model: of the same weights, of other ones, with a short context, with another tokenizer."""
+    from tests.tiny import make_tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("drafts")
+    drafts = {"SAME": tiny, "OTHER": make_tiny_checkpoint(root / "other", seed=1)}
+    drafts["SHORT"] = make_tiny_checkpoint(root / "short", context=64)
+    drafts["FOREIGN"] = make_tiny_checkpoint(root / "foreign")
+    tokenizer = root / "foreign" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|im_start|>", "<|start|>"))
+    return drafts
+
+
+@pytest.fixture
+def talk(tiny, drafts, capsys, monkeypatch, tmp_path_factory):
+    """talk("--prompt", "Hi") calls main on the tiny model; returns what it printed on stdout (out) and stderr (err)."""
+    from generate import build_parser, main
+
+    def call(*flags, input=""):
+        (tmp_path_factory.getbasetemp() / "input").write_text(input)
+        monkeypatch.setattr(sys, "stdin", (tmp_path_factory.getbasetemp() / "input").open())
+        where = () if {"--random_weights", "--checkpoint_path"} & set(flags) else ("--checkpoint_path", tiny)
+        flags = [str(drafts.get(flag, flag)) for flag in (*where, "--max_new_tokens", 12, *flags)]
+        torch._dynamo.reset()
+        main(**vars(build_parser().parse_args(flags)))
+        return capsys.readouterr()
+
+    return call

@@ -6,10 +6,8 @@ What is about text, numbers or JSON calls main in this process; a process is sta
 import itertools
 import json
 import os
-import pty
 import re
 import resource
-import select
 import shlex
 import shutil
 import signal
@@ -17,8 +15,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,70 +24,16 @@ import eval as evaluation
 import generate as generation
 import quantize
 from answers import Answers
-from engine.engine import Engine, generate
-from engine.sampling import Sampling
+from engine.engine import Engine
 from generate import NEW_TOKENS, build_parser, main
 from layers.quantized import QuantSpec
-from tests.tiny import make_tiny_checkpoint
+from tests.tiny import GREEDY_FLAGS as GREEDY
+from tests.tiny import ROOT, greedy_text, make_tiny_checkpoint, start
 from text.prompts import read_standard_input
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, random_model
 
-ROOT = Path(__file__).resolve().parent.parent
-GREEDY = ("--temperature", 0, "--dtype", "float32")
 FOREVER = ("--prompt", "he", "--num_samples", 100_000, "--ignore_eos")
-
-
-def greedy_text(path, prompt, budget=12):
-    """The answer by way of the library, whose own tests compare it with transformers."""
-    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-    new = []
-    for [token] in (chunk[0] for chunk in generate(Engine(model), [ids], budget, Sampling(temperature=0))):
-        new.append(token)
-        if token in tokenizer.eos_ids:
-            break
-    return tokenizer.decode(new)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def drafts(tiny, tmp_path_factory):
-    """Drafts for the tiny model: of the same weights, of other ones, with a short context, with another tokenizer."""
-    root = tmp_path_factory.mktemp("drafts")
-    drafts = {"SAME": tiny, "OTHER": make_tiny_checkpoint(root / "other", seed=1)}
-    drafts["SHORT"] = make_tiny_checkpoint(root / "short", context=64)
-    drafts["FOREIGN"] = make_tiny_checkpoint(root / "foreign")
-    tokenizer = root / "foreign" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace("<|im_start|>", "<|start|>"))
-    return drafts
-
-
-@pytest.fixture
-def talk(tiny, drafts, capsys, monkeypatch, tmp_path_factory):
-    """talk("--prompt", "Hi") calls main on the tiny model; returns what it printed on stdout (out) and stderr (err)."""
-
-    def call(*flags, input=""):
-        (tmp_path_factory.getbasetemp() / "input").write_text(input)
-        monkeypatch.setattr(sys, "stdin", (tmp_path_factory.getbasetemp() / "input").open())
-        where = () if {"--random_weights", "--checkpoint_path"} & set(flags) else ("--checkpoint_path", tiny)
-        flags = [str(drafts.get(flag, flag)) for flag in (*where, "--max_new_tokens", 12, *flags)]
-        torch._dynamo.reset()
-        main(**vars(build_parser().parse_args(flags)))
-        return capsys.readouterr()
-
-    return call
-
-
-def start(*flags, python=(), **options):
-    """generate.py as a process of its own group, as a terminal would start it."""
-    command = [sys.executable, *python, "generate.py", *map(str, flags)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **{**pipes, **options})
 
 
 def bash(command, **options):
@@ -168,15 +110,20 @@ def test_output_jsonl_goes_on_where_it_stopped(talk, tiny, tmp_path, monkeypatch
     prompts, out, report = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "out.json"
     prompts.write_text("\n".join(texts))
     flags = ("--prompt_file", prompts, "--batch_size", 2, "--output_jsonl", out, "--output_json", report, *GREEDY)
-    end, count = Answers.end, itertools.count(1)
+    end, write_report, count = Answers.end, Answers.write_report, itertools.count(1)
 
     def interrupted(answers, row, request):
         end(answers, row, request)
         if next(count) == 3:
             raise KeyboardInterrupt
 
+    def interrupted_again(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        write_report(*arguments)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Answers, "end", interrupted)
+        patch.setattr(Answers, "write_report", interrupted_again)
         talk(*flags)
     done = [json.loads(line) for line in out.read_text().splitlines()]
     (sample,) = json.loads(report.read_text())["samples"]
@@ -412,20 +359,6 @@ def test_speculation_in_batches_gives_the_same_ids(talk, tiny, tmp_path, flags):
     assert f"Mean Accepted: {statistics.mean(lengths):.2f}" in result.err
 
 
-@pytest.mark.parametrize(
-    "flags, request_",
-    [
-        ("--speculate ngram --speculate_k 4", "--batch_size 2"),
-        ("--draft_checkpoint_path SAME", "--batch_size 2"),
-        ("--speculate ngram", "--chat --system sat"),
-        ("--draft_checkpoint_path SAME --speculate_k 4", "--chat --system sat"),
-    ],
-)
-def test_speculation_gives_the_same_text(talk, flags, request_):
-    request_ = ("--prompt", "he", *request_.split(), "--num_samples", 2, *GREEDY)
-    assert talk(*request_, *flags.split()).out == talk(*request_).out != ""
-
-
 @pytest.mark.parametrize("flags", ["--speculate ngram", "--draft_checkpoint_path SAME --speculate_k 3"])
 def test_conversation_with_speculation_equals_plain(talk, flags):
     turns = "the cat\nthe dog\n/reset\nthe cat\nhe said\n"
@@ -643,7 +576,6 @@ MOMENTS = {
     "loading": (FOREVER, (), "Using device"),
     "decoding": (FOREVER, (), "Time for inference 2"),
     "tracing for the compiler": (["--compile", "--prompt", "he"], (), "Compiling"),
-    "decoding compiled": (["--compile", *FOREVER], (), "Time for inference 2"),
     "waiting for a message": (["--interactive"], (), "Type a message"),
     "writing": (
         ["--prompt", "he", "--num_samples", 1, "--output_json", "FIFO"],
@@ -686,123 +618,3 @@ def test_interrupt_at_exit(tiny):
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     interrupted(process, wait_for(process, "leaving"))
-
-
-# ---------------------------------------------------------------- interactive
-
-
-def test_conversation_through_a_pipe(talk, tiny):
-    lines = "the cat\nthe dog\n/reset\n\nthe cat\n/exit\nno\n"
-    result = talk("--interactive", "--system", "he said", *GREEDY, input=lines)
-    messages, answers = [{"role": "system", "content": "he said"}], []
-    for text in ("the cat", "the dog"):
-        messages.append({"role": "user", "content": text})
-        answers.append(greedy_text(tiny, messages))
-        messages.append({"role": "assistant", "content": answers[-1]})
-    assert result.out == "".join(f"{answer}\n" for answer in [*answers, answers[0]])
-    assert result.err.count("tokens/sec, first token after") == 3
-    assert "[conversation cleared]" in result.err
-
-
-def test_conversation_in_a_small_context(talk):
-    long = "the dog ate the hat " * 30
-    result = talk("--interactive", "--max_seq_length", 48, "--ignore_eos", input=f"the cat\n{long}\nhe\nthe cat")
-    assert "the context has 48; shorten it" in result.err and result.err.count("tokens/sec") == 3
-    assert "oldest turns dropped for want of context: " in result.err
-
-
-@pytest.mark.parametrize(
-    "lines, says",
-    [
-        ("/help", "goes on in the next one."),
-        ("/reste", "error: there is no command /reste; /help lists the commands"),
-        ("the cat\n/stats", "[turns: 1, tokens: "),
-        ("/etc/passwd is", "tokens/sec"),  # a message
-        ("the cat\\\n\\\nhe\n/stats", "[turns: 1, "),  # one message of three lines
-        ("/quit\n/stats", "/help lists the commands."),
-        ("/save", "error: /save needs a file, such as /save talk.json"),
-        ("/save /no/such/folder/a", "error: cannot write /no/such/folder/a: there is no folder"),
-        ("/load nowhere.json", "error: nowhere.json is missing"),
-        ("/load WRONG", "error: the messages must be texts of user and assistant in turn"),
-    ],
-)
-def test_commands_of_a_conversation(talk, tmp_path, lines, says):
-    (tmp_path / "wrong.json").write_text('{"messages": [{"role": "user", "content": 5}]}')
-    err = talk("--interactive", input=lines.replace("WRONG", str(tmp_path / "wrong.json"))).err
-    assert says in err.splitlines()[-1], err
-
-
-def test_a_conversation_is_saved_and_loaded(talk, tiny, tmp_path):
-    file, flags = tmp_path / "talk.json", ("--interactive", *GREEDY)
-    whole = talk(*flags, input=f"/system he said\nthe cat\n/save {file}\nthe dog\n").out
-    messages = json.loads(file.read_text())["messages"]
-    assert messages[:2] == [{"role": "system", "content": "he said"}, {"role": "user", "content": "the cat"}]
-    assert messages[2:] == [{"role": "assistant", "content": greedy_text(tiny, messages[:2])}]
-    assert messages[2]["content"] + "\n" + talk(*flags, input=f"/load {file}\nthe dog\n").out == whole
-
-
-class Terminal:
-    """generate.py on a pseudo-terminal."""
-
-    def __init__(self, *flags, state):
-        self.master, slave = pty.openpty()
-        take = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-        )
-        python = ("-c", take, sys.executable)
-        env = os.environ | {"XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-        self.process = start(*flags, python=python, env=env, stdin=slave, stdout=slave, stderr=slave)
-        os.close(slave)
-        self.seen = ""
-
-    def expect(self, text, timeout=60):
-        """Read on until `text` comes; return what came before it."""
-        until = time.monotonic() + timeout
-        while text not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], max(0, until - time.monotonic()))
-            assert ready, f"no {text!r} in {self.seen!r}"
-            try:
-                self.seen += os.read(self.master, 65536).decode(errors="replace")
-            except OSError:  # the other side has closed
-                raise AssertionError(f"ended without {text!r}: {self.seen!r}") from None
-        before, self.seen = self.seen.split(text, 1)
-        return before
-
-    def type(self, text):
-        os.write(self.master, text.encode())
-
-
-PASTES = "\x1b[?2004h"  # the prompt is there: it takes pasted lines as one
-
-
-def test_a_conversation_at_a_terminal(tiny, tmp_path):
-    flags = ("--interactive", "--checkpoint_path", tiny, "--temperature", 0, "--ignore_eos", "--max_seq_length", 500)
-    terminal = Terminal(*flags, state=tmp_path)
-    terminal.expect(PASTES)
-    terminal.type("forgotten\x03")
-    terminal.expect("[Ctrl-C again, or Ctrl-D, ends]")
-    terminal.type("the cat\\\r")
-    terminal.expect("..")
-    terminal.type("he said\r")
-    time.sleep(0.5)
-    terminal.type("\x03")
-    terminal.expect("[interrupted]")
-    terminal.expect(PASTES)
-    terminal.type("\x1b[200~the dog\nthe hat\x1b[201~\r")  # a paste
-    terminal.expect("tokens/sec")
-    terminal.type("/stats\r")
-    terminal.expect("[turns: ")
-    assert terminal.expect(", tokens: ") in ("1", "2")  # a paste is one; the first may have been dropped
-    terminal.expect(PASTES)
-    terminal.type("\x03")
-    terminal.expect("[Ctrl-C again, or Ctrl-D, ends]")
-    terminal.type("\x03")
-    assert terminal.process.wait(timeout=20) == 130
-    history = (tmp_path / "gpt-faster" / "history").read_text()
-    assert "+the dog\n+the hat\n" in history and "forgotten" not in history
-    terminal = Terminal(*flags, state=tmp_path)
-    terminal.expect(PASTES)
-    terminal.type("\x1b[A")  # the last line of the session before
-    terminal.expect("/stats")
-    terminal.type("\x15\x04")
-    assert terminal.process.wait(timeout=20) == 0

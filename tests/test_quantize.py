@@ -214,8 +214,10 @@ def test_hugging_face_folder(tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(config.to_dict()))
     save_file(hf_names(tensors, args), tmp_path / "hf/model.safetensors")
     for path in (tmp_path / "hf", tmp_path / "hf/model.safetensors"):
-        target = Path(quantise(path)["target"])
+        facts = quantise(path)
+        target = Path(facts["target"])
         assert target == tmp_path / "hf/model_int8.pth"
+        assert facts["file_before"] == (tmp_path / "hf/model.safetensors").stat().st_size
         for name, weight in weights(target).items():
             torch.testing.assert_close(weight, tensors[f"{name}.weight"], atol=0.02, rtol=0.01)
         target.unlink()
@@ -275,7 +277,7 @@ def test_facts_and_report(folder, text, capsys):
     lines = out.splitlines()
     before, after = facts["perplexity_before"], facts["perplexity_after"]
     assert (facts["file_before"], facts["file_after"]) == (path.stat().st_size, target.stat().st_size)
-    for line, what, kind in ((lines[1], "in bfloat16", "bytes"), (lines[2], "file", "file")):
+    for line, what, kind in ((lines[1], "weights", "bytes"), (lines[2], "file", "file")):
         old, new = facts[f"{kind}_before"], facts[f"{kind}_after"]
         assert line.split() == f"{what} {old / 1e3:.1f} kB {new / 1e3:.1f} kB {old / new:.2f} x smaller".split()
     assert lines[3].split() == [

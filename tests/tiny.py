@@ -20,12 +20,14 @@ from engine.sampling import Sampling
 from engine.speculative import Speculation
 from layers.quantized import LAYERS
 from model import ModelArgs, Transformer
+from text.tokenizer import load_tokenizer
 from weights.checkpoint import build, load_model, save_checkpoint
 from weights.huggingface import HF_MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
+GREEDY_FLAGS = ("--temperature", 0, "--dtype", "float32")
 
 
 CHATML = (
@@ -184,6 +186,13 @@ ENV = {name: value for name, value in os.environ.items() if name not in ("RANK",
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def start(*flags, python=(), **options):
+    """generate.py as a process of its own group, as a terminal would start it."""
+    command = [sys.executable, *python, "generate.py", *map(str, flags)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **{**pipes, **options})
+
+
 def torchrun(n_rank, *args, **options):
     """The started command `torchrun --nproc_per_node N ARGS`."""
     launch = [sys.executable, "-m", "torch.distributed.run", *options.pop("how", ["--standalone"])]
@@ -218,6 +227,18 @@ def ids_of(engine, prompts, budget, start=0):
             assert ids
             row += ids
     return rows
+
+
+def greedy_text(path, prompt, budget=12):
+    """The answer by way of the library, whose own tests compare it with transformers."""
+    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    new = []
+    for [token] in (chunk[0] for chunk in generate(Engine(model), [ids], budget, Sampling(temperature=0))):
+        new.append(token)
+        if token in tokenizer.eos_ids:
+            break
+    return tokenizer.decode(new)
 
 
 SOURCES = ["ngram", "same", "near", "other"]  # the text itself; drafts that always, sometimes and never agree

@@ -66,5 +66,6 @@ def named_templates(value) -> dict[str, str]:
 
 
 def id_list(value) -> list[int]:
-    """Configurations write one id, a list of ids or null."""
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    """Configurations write one id, a list of ids or null; -1 is none too, as in files of Llama 1."""
+    ids = value if isinstance(value, list) else [value]
+    return [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]

@@ -10,14 +10,15 @@ from cli import listed, say
 from text.chat import render
 from text.files import read_utf8, require_utf8
 from text.gguf_vocabulary import gguf_settings, gguf_vocabulary, has_ordinary_tokens, read_gguf_fields
-from text.settings import named_templates, read_settings, token_text
+from text.settings import id_list, named_templates, read_settings, token_text
 from text.vocabulary import library_errors, read_sentencepiece, read_tokenizer_json
 from weights.files import atomic_path
 from weights.gguf_file import is_gguf
 
 # tokens that end a text, whether or not the model's files say so
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
-END_MARKERS += ("<|end_of_text|>", "<|endoftext|>", "</s>")
+END_MARKERS += ("<|end_of_text|>", "<|endoftext|>")
+END_OR_HTML = "</s>"  # ends a text where it is special; Gemma's vocabulary has it as the end of struck-out text
 
 
 class Tokenizer:
@@ -32,11 +33,13 @@ class Tokenizer:
         self.backend = backend
         self._names = {**backend.names, **{key: text for key, text in texts.items() if text is not None}}
         self.vocab_size: int = backend.vocab_size
-        bos_id = backend.token_id(self._names.get("bos_token", ""))
-        self.bos_id: int | None = ids["bos_token_id"] if bos_id is None else bos_id
-        end = backend.token_id(self._names.get("eos_token", ""))
-        self.eos_id: int | None = next(iter(ids["eos_token_id"]), None) if end is None else end
+        begin, end = (backend.token_id(self._names.get(f"{role}_token", "")) for role in ("bos", "eos"))
+        # the ids stand in other files than the vocabulary, which may have fewer tokens
+        known = {key: [i for i in id_list(value) if i < backend.vocab_size] for key, value in ids.items()}
+        self.bos_id: int | None = next(iter(known["bos_token_id"]), None) if begin is None else begin
+        self.eos_id: int | None = next(iter(known["eos_token_id"]), None) if end is None else end
         markers = [backend.marker_id(marker) for marker in END_MARKERS]
+        markers += [token for token, text in backend.special.items() if text == END_OR_HTML]
         self.declared_eos_ids: frozenset[int] = frozenset({*ids["eos_token_id"], end} - {None})
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
         self.templates: dict[str, str] = named_templates(config.get("chat_template"))

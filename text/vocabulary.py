@@ -8,6 +8,8 @@ from pathlib import Path
 from text.settings import special_names
 from weights.files import refuse_pointer
 
+# appended to a serialised sentencepiece model, it sets normalizer_spec.add_dummy_prefix to false
+NO_PREFIX = b"\x1a\x02\x18\x00"
 PADDING = re.compile(r"\[PAD\d+\]|<dummy\d+>")  # with which converters fill a vocabulary up to the model's rows
 
 
@@ -60,11 +62,14 @@ class HuggingFaceVocabulary:
 class SentencePieceVocabulary:
     """A vocabulary of the `sentencepiece` library; the text is searched first for control pieces and added tokens.
 
-    added: `AddedToken` of the `tokenizers` library, by id.
+    bare: the model without the space that it puts before a text. added: `AddedToken` of the `tokenizers` library, by
+    id. config: see `read_settings`.
     """
 
-    def __init__(self, model, added: dict):
-        self.model = model
+    def __init__(self, model, bare, added: dict, config: dict):
+        self.model, self.bare = model, bare
+        self.prefixes_first = config.get("add_prefix_space") is not False
+        self.prefixes_all = self.prefixes_first and config.get("legacy") is not False
         self.pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
         self.ids = {piece: i for i, piece in self.pieces.items()}
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
@@ -74,7 +79,7 @@ class SentencePieceVocabulary:
         patterns = {i: re.escape(piece) for i, piece in self.special.items()}
         for i, token in added.items():
             given, piece = self.ids.setdefault(token.content, i), self.pieces.setdefault(i, token.content)
-            require_listed(token, i, given == i and piece == token.content)
+            require_listed(token, i, given == i >= 0 and piece == token.content)
             patterns[i] = added_pattern(token)
         self.special |= {i: token.content for i, token in added.items() if token.special}
         self.unused = {i for i in range(model.get_piece_size()) if model.is_unused(i)}
@@ -87,9 +92,14 @@ class SentencePieceVocabulary:
         ids = [self.model.bos_id()] if add_special_tokens and self.model.bos_id() >= 0 else []
         end = 0
         for match in self.pattern.finditer(text):
-            ids += [*self.model.encode(text[end : match.start()]), self.whole[match.lastindex - 1]]
+            ids += [*self.encode_part(text[end : match.start()], end), self.whole[match.lastindex - 1]]
             end = match.end()
-        return ids + self.model.encode(text[end:])
+        return ids + self.encode_part(text[end:], end)
+
+    def encode_part(self, part: str, start: int) -> list[int]:
+        """The ids of a part of the text, which begins at `start`, with the space before it that transformers puts."""
+        is_prefixed = self.prefixes_all or (self.prefixes_first and start == 0 and not part.startswith((" ", "▁")))
+        return (self.model if is_prefixed else self.bare).encode(part)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode_pieces([self.pieces[token] for token in ids if not self.skips(token)])
@@ -136,11 +146,11 @@ def read_sentencepiece(path: Path, config: dict) -> SentencePieceVocabulary:
     try:
         if not data:
             raise RuntimeError("it is empty")
-        model = SentencePieceProcessor(model_proto=data)
+        model, bare = (SentencePieceProcessor(model_proto=proto) for proto in (data, data + NO_PREFIX))
     except (RuntimeError, ValueError):
         raise ValueError(f"{path} is not a sentencepiece model; fetch it again, or put tokenizer.json there") from None
     with library_errors(f"the tokens added to {path}"):
-        return SentencePieceVocabulary(model, added_tokens(config))
+        return SentencePieceVocabulary(model, bare, added_tokens(config), config)
 
 
 def require_listed(token, i: int, is_possible: bool) -> None:

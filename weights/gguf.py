@@ -194,4 +194,4 @@ def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
     if keep_quantized:
         table, codes = kept_layers(file, layout, modules)
         raw, layout = raw | codes, layout.quantized(table)
-    return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), gguf=path)
+    return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), (path,), gguf=path)

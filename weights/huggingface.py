@@ -57,6 +57,7 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
 QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; the last is MLX's
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
 
@@ -68,7 +69,7 @@ def hf_modules(model_type: str) -> dict[str, tuple[str, ...]]:
 def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     """A Hugging Face model as downloaded; None if the folder holds no weights of one.
 
-    file: the one of its .safetensors files to read, with the others of its set.
+    file: the one of its files to read, with the others of its set.
     """
     paths = weight_files(folder) if file is None else files_with(file)
     if not paths:
@@ -89,7 +90,7 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
     )
     layout = Layout(args)
-    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), where))
+    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), where), tuple(paths))
 
 
 def text_config(config: dict) -> dict:
@@ -125,10 +126,10 @@ def weight_files(folder: Path) -> list[Path]:
 
     Like transformers we take a whole file before an index, which may be left from another save.
     """
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).is_file():
-            return [folder / stem]
-        if (index := folder / f"{stem}.index.json").exists():
+    for name in WHOLE_FILES.values():
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
             return [present(folder / name, index) for name in named_in(index)]
     paths = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter")]
     if len(paths) > 1:
@@ -140,8 +141,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def files_with(file: Path) -> list[Path]:
-    """A .safetensors file, and the others of its set if the index beside it names it."""
-    index = file.with_name("model.safetensors.index.json")
+    """A file of weights, and the others of its set if the index beside it names it."""
+    index = file.with_name(f"{WHOLE_FILES.get(file.suffix, file.name)}.index.json")
     names = named_in(index) if index.exists() else []
     return [present(file.with_name(name), index) for name in names] if file.name in names else [file]
 

@@ -66,6 +66,7 @@ class ModelFile:
 
     layout: Layout
     tensors: Readers  # by our names
+    paths: tuple[Path, ...] = ()  # of the files that hold them
     gguf: Path | None = None  # a GGUF file, whose metadata holds the tokenizer too
 
     @property

@@ -7,6 +7,7 @@ from layers.quantized import QuantSpec, linear_table, table_from_json
 from model import ModelArgs
 from weights.families import Config, args_from_config
 from weights.files import read_json, read_torch
+from weights.huggingface import open_hf
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
 from weights.registry import REGISTRY, args_from_name
 
@@ -33,7 +34,7 @@ LLAMA2C_KEYS = {  # of Hugging Face's config -> of the model_args that llama2.c'
 
 
 def open_torch(path: Path, model_name: str | None) -> ModelFile:
-    """Our self-describing file, a gpt-fast one (a bare state dict) or a llama2.c one."""
+    """Our self-describing file, a gpt-fast one (a bare state dict), a llama2.c one or one of a Hugging Face folder."""
     content = read_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
@@ -41,6 +42,8 @@ def open_torch(path: Path, model_name: str | None) -> ModelFile:
         return open_ours(content, path)
     raw = readers(content["model"] if isinstance(content.get("model"), dict) else content, path)
     raw = {name.removeprefix("_orig_mod."): read for name, read in raw.items()}
+    if any(".self_attn." in name or "embed_tokens." in name for name in raw):
+        return open_hf(path.parent, path)
     if "tok_embeddings.weight" not in raw:
         raise ValueError(f"{path} is not a model this toolkit knows: it has no tok_embeddings.weight")
     if any(name.endswith("scales_and_zeros") for name in raw):
@@ -62,7 +65,7 @@ def open_ours(content: dict, path: Path) -> ModelFile:
         layout = Layout(args, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return ModelFile(layout, rename(layout, raw, {}, path))
+    return ModelFile(layout, rename(layout, raw, {}, path), (path,))
 
 
 def open_bare(layout: Layout, raw: Readers, path: Path) -> ModelFile:
@@ -77,7 +80,7 @@ def open_bare(layout: Layout, raw: Readers, path: Path) -> ModelFile:
         layout = layout.quantized(linear_table(layout.model, QuantSpec(8), QuantSpec(8)))
         columns = {n: lambda read=read: read().unsqueeze(-1) for n, read in raw.items() if n.endswith(".scales")}
         raw = raw | columns
-    return ModelFile(layout, rename(layout, raw, modules, path, interleaved=True))
+    return ModelFile(layout, rename(layout, raw, modules, path, interleaved=True), (path,))
 
 
 def args_from_llama2c(model_args: dict, raw: Readers, path: Path) -> ModelArgs:

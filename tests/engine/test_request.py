@@ -243,6 +243,16 @@ def test_logits_that_are_nan_end_the_run_with_the_dtypes_that_would_do(tiny, dra
     assert ids == plain[: len(ids)] and (source or ids[-1] == bad) and bad not in ids[:-1]
 
 
+@pytest.mark.parametrize("k", [3, "auto"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_logits_of_a_draft_that_are_nan_end_the_run(tiny, drafts, sampling, k):
+    draft = deepcopy(drafts["same"])
+    draft.norm.weight.data[0] = math.nan
+    engine = Engine(tiny.model, speculation=Speculation(DraftModel(draft), k))
+    with pytest.raises(ValueError, match="^the draft model's logits are NaN or infinite in float32; its weights"):
+        list(generate(engine, PROMPTS, 24, sampling))
+
+
 def test_a_model_that_float16_cannot_hold(tiny):
     model = deepcopy(tiny.model)
     for block in model.layers:

@@ -606,12 +606,15 @@ def test_numbers_among_the_choices(evaluate, tmp_path, tasks, capsys):
 
 
 def test_a_group_beside_its_member(evaluate, tmp_path, tasks, capsys):
-    (tmp_path / "group.yaml").write_text("group: both\ntask: [mine_choice, mine_open]")
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [mine_choice, mine_open]")
     for name in ("mine_choice", "mine_open"):
         (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text())
-    twice = "Duplicate task 'mine_choice'"
-    assert_refused(evaluate, twice, capsys, "both", "mine_choice", folder=tmp_path, path=tmp_path / "none.pth")
-    evaluate("both", "both", folder=tmp_path, flags=["--limit", 2])
+    twice = (
+        "Duplicate task 'mine_choice': found in both 'mine' and 'mine_choice'; name the group or its tasks, not both"
+    )
+    for names in (["mine", "mine_choice"], ["mine*"]):
+        assert_refused(evaluate, twice, capsys, *names, folder=tmp_path, path=tmp_path / "none.pth")
+    evaluate("mine", "mine", folder=tmp_path, flags=["--limit", 2])
     assert "| - mine_open" in capsys.readouterr().out
 
 

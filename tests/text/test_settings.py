@@ -70,7 +70,9 @@ def test_tokens_beside_sentencepiece(tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("added", [{"<s>": SIZE}, {"<|a|>": 0}, {"<|a|>": "x"}, {"<|a|>": None}], ids=str)
+@pytest.mark.parametrize(
+    "added", [{"<s>": SIZE}, {"<|a|>": 0}, {"<|a|>": -5}, {"<|a|>": "x"}, {"<|a|>": None}], ids=str
+)
 def test_added_tokens_that_cannot_be(tmp_path, name, added):
     train_sentencepiece(tmp_path) if name == "tokenizer.model" else write_folder(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))

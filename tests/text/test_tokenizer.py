@@ -208,6 +208,22 @@ def test_sentencepiece_equals_the_library(backends, tmp_path):
         assert backends["sentencepiece"].decode(ids) == model.decode(ids)
 
 
+@pytest.mark.parametrize("config", [{"legacy": False}, {"legacy": False, "add_prefix_space": False}], ids=str)
+def test_sentencepiece_that_is_not_legacy(tmp_path, config):
+    """Not legacy: no space is put before what follows a special token, nor before a space."""
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    model = train_sentencepiece(tmp_path, user_defined_symbols=[])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    scores = {model.id_to_piece(i): model.get_score(i) for i in range(model.get_piece_size())}
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    ours, theirs = load_tokenizer(tmp_path), LlamaTokenizer(vocab, generate_merges(vocab, scores), **config)
+    for text in [*TEXTS, " the", "  the", "▁the", "the<s>the <s> the</s></s>the", "<s>the", "the ", " "]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+
+
 def test_sentencepiece_parses_control_pieces(backends):
     tokenizer = backends["sentencepiece"]
     assert tokenizer.encode("<s>the</s>", add_special_tokens=False) == [1, *tokenizer.encode("the")[1:], 2]
@@ -398,6 +414,25 @@ def test_end_of_text_set(tmp_path):
     tokenizer = load_tokenizer(write_folder(tmp_path, **files))
     assert tokenizer.eos_ids == {0, 2, 3, 7, 8, 9}  # <s>; <|im_end|> and <|endoftext|> by themselves; the files'
     assert tokenizer.bos_id == 5
+
+
+@pytest.mark.parametrize("odd", [-1, True, 10**6, 2.0, "1"])
+def test_ids_that_are_none(tmp_path, odd):
+    """An id that no token has, or that is no number: then BOS is not added, as where transformers knows none."""
+    files = {"config": {"bos_token_id": odd}, "generation_config": {"eos_token_id": [odd, 7]}}
+    tokenizer = load_tokenizer(write_folder(tmp_path, **files, tokenizer_config={"add_bos_token": True}))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 7)
+    assert tokenizer.encode("the") == tokenizer.encode("the", add_special_tokens=False)
+    assert {7} <= tokenizer.eos_ids <= {2, 3, 7, 10**6}
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_the_end_of_struck_out_text_is_no_end_of_text(tmp_path, is_special):
+    """In Gemma's vocabulary </s> is an HTML tag, so the file does not mark it as special."""
+    size = train_byte_level().get_vocab_size()
+    added = {size: {"content": "</s>", "special": is_special}}
+    tokenizer = load_tokenizer(write_folder(tmp_path, tokenizer_config={"added_tokens_decoder": added}))
+    assert (size in tokenizer.eos_ids) == is_special
 
 
 def test_limits_of_training_are_lifted(tmp_path):

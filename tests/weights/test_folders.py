@@ -205,5 +205,14 @@ def test_the_named_file_is_read(tmp_path):
         load_model(tmp_path / "model.safetensors")
     (tmp_path / "tuned.safetensors").rename(tmp_path / "model.safetensors")
     sharded()(tmp_path)
-    ours = load_model(tmp_path / "model-2.safetensors", dtype=torch.float32)  # one of a set, which is read whole
+    for path in tmp_path.glob("model*.safetensors"):
+        torch.save(load_file(path), tmp_path / f"pytorch_{path.stem}.bin")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    index = index.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    for name in ("model-2.safetensors", "pytorch_model-2.bin"):  # one of a set, which is read whole
+        ours = load_model(tmp_path / name, dtype=torch.float32)
+        torch.testing.assert_close(ours(IDS, IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    torch.save(theirs.state_dict(), tmp_path / "some.pth")  # what it holds decides, not its name
+    ours = load_model(tmp_path / "some.pth", dtype=torch.float32)
     torch.testing.assert_close(ours(IDS, IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
