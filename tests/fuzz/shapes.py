@@ -1,7 +1,9 @@
 """Strategies for damaged files: JSON trees with other values, bytes cut and flipped, GGUF files that lie."""
 
 import copy
+import json
 import struct
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -105,3 +107,21 @@ def gguf_bytes(fields: dict, tensors: dict[str, tuple[list[int], int, int]], dat
         sizes = [size % (1 << 64) for size in shape]
         out += packed_string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
     return out + bytes(-len(out) % 32) + data
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def text_of(tree) -> str:
+    return json.dumps(tree, default=lambda value: None)
+
+
+def link(source: Path, folder: Path, *without: str) -> None:
+    """The files of `source`, but for some."""
+    for path in source.iterdir():
+        if path.name not in without:
+            (folder / path.name).symlink_to(path)
