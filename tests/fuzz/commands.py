@@ -17,11 +17,8 @@ COMMANDS = {"generate": generate, "eval": evaluate, "quantize": quantize}
 PATHS = ["", ".", "model.pth", "missing", "no/such/folder/file", "text", "tokenizer.json", "out.json", "\n", "a" * 300]
 SLOW = {"--compile", "--compile_prefill", "--help", "--version", "--tasks", "--calibration_tasks"}
 SPECIFIC = {"--random_weights": ["stories15M", "", "nothing"], "--device": ["cpu", "mps", "cuda", "cuda:9", "x", ""]}
-SPECIFIC |= {
-    "--mode": ["int8", "int4", "x"],
-    "--threads": ["0", "1", "-1", "9999999"],
-    "--max_new_tokens": ["0", "1", "3", "-1", "600", "1e3"],
-}
+SPECIFIC |= {"--mode": ["int8", "int4", "x"], "--threads": ["0", "1", "-1", "9999999"]}
+SPECIFIC |= {"--max_new_tokens": ["0", "1", "3", "-1", "600", "1e3"]}
 ARGUMENTS = [
     "0",
     "1",

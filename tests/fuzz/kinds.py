@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
+HEALTH = list(HealthCheck)
 KINDS_OF = {
     "damaged_weights": ["config", "safetensors", "index", "pth", "gguf"],
     "damaged_text": ["tokenizer", "template", "prompts"],
@@ -24,13 +25,7 @@ def draw(kind: str, valid: Path, n_cases: int, seed: int) -> list:
     cases = []
 
     @seeded(seed)
-    @settings(
-        max_examples=n_cases,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=n_cases, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=HEALTH)
     @given(getattr(import_module(KINDS[kind]), f"draw_{kind}")(valid))
     def keep(case):
         cases.append(case)

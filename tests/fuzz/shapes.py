@@ -41,8 +41,10 @@ def changed(draw, tree, others=()):
     """The tree with one to four values replaced, left out or added. others: keys that may be added at the top."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 4))):
-        known = places(tree)
-        *way, last = draw(st.sampled_from([*known, *((key,) for key in others)] or [("a",)]))
+        known = [*places(tree), *((key,) for key in others)]
+        if not known:  # all has been left out
+            break
+        *way, last = draw(st.sampled_from(known))
         parent = tree
         for key in way:
             parent = parent[key]
