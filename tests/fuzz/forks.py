@@ -125,4 +125,4 @@ def judged(work) -> tuple[str, str]:
         is_line = text.isprintable() and 0 < len(text) < 1000 and type(error) is ValueError
         return ("refused" if is_line else "unreadable"), f"{type(error).__name__}: {text!r}"
     except BaseException:
-        return "crash", traceback.format_exc()[-3000:]
+        return "crash", "\n".join(line[:300] for line in traceback.format_exc().splitlines())[-3000:]
