@@ -1,6 +1,8 @@
 """Draws many damaged files of every kind, and keeps what was neither an answer nor one line of words.
 
-    python scripts/fuzz.py --cases 10000 --seed 1
+    TMPDIR=/dev/shm python scripts/fuzz.py --cases 10000 --seed 1
+
+(a folder a case, which a disk takes longer to remove than most cases take to run).
 
 A line for each batch of cases goes to fuzz-SEED.jsonl, and a second run goes on after the last one. In a finding,
 `cases` is what makes it happen again, pickled: the case, or all that one child had run.
