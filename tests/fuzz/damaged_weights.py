@@ -82,7 +82,6 @@ def draw_pth(valid: Path):
     path = valid / "ours" / "model.pth"
     tree, data = torch.load(path), path.read_bytes()
     names = sorted(tree["model"])
-
     tensors = odd_tensors()
     places = st.tuples(st.sampled_from([*names, "extra"]), st.integers(0, len(tensors) - 1))
     odd = places.map(lambda place: saved({**tree, "model": {**tree["model"], place[0]: tensors[place[1]]}}))
