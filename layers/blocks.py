@@ -26,7 +26,7 @@ class RegionBlocks(Blocks):
 
     @staticmethod
     def fits_cuda_graph(blocks: Blocks, _: ModelArgs | None) -> bool:
-        """Whether nothing in these blocks reads values on the host: inductor cannot leave part of a region uncaptured."""
+        """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
         return not any(isinstance(layer, AnyExperts) for layer in blocks.modules())
 
     def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:

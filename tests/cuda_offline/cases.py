@@ -48,7 +48,7 @@ FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
 
 
 def fake_model(args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    """The product's own model of these sizes on fake CUDA tensors, packed for the device; the head is int8 if not float."""
+    """The product's own model on fake CUDA tensors, packed for the device; a quantised one has an int8 head."""
     allow_fake_tensors()
     layout = Layout(args)  # not under the fake mode: real meta tensors are cached there
     if spec is not None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path

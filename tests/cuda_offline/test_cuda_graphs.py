@@ -8,9 +8,9 @@ from tests.tiny import pairwise
 
 pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
-from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model  # noqa: E402
-from tests.cuda_offline.generated import generated  # noqa: E402
-from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded, written_inputs  # noqa: E402
+from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model
+from tests.cuda_offline.generated import generated
+from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded, written_inputs
 
 CHOICES = {
     "family": FAMILIES,

@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
-from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model  # noqa: E402
-from tests.cuda_offline.generated import generated  # noqa: E402
-from tests.cuda_offline.machine_code import compile_generated  # noqa: E402
-from tests.cuda_offline.wrapper import recorded  # noqa: E402
+from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model
+from tests.cuda_offline.generated import generated
+from tests.cuda_offline.machine_code import compile_generated
+from tests.cuda_offline.wrapper import recorded
 
 
 def check(family, form, n_rows, sm):

@@ -1,7 +1,6 @@
 """The wrapper that inductor wrote, run: its kernels and its memory are replaced by those that are handed in."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
@@ -12,7 +11,6 @@ from torch._inductor import async_compile
 from torch._inductor.codecache import PyCodeCache
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from triton.runtime.jit import JITFunction
 
 from model import Transformer
