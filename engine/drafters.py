@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import allocate, prefix_length
 from engine.decode import forward_chunk, prefill
 from engine.guess_length import LENGTHS
-from engine.sampling import Sampling, logits_to_probs, sample
+from engine.sampling import Sampling, argmax, logits_to_probs, sample
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
@@ -127,7 +127,7 @@ def draft_one_token(
     if barred is not None:
         logits = logits.masked_fill(barred, float("-inf"))
     if sampling.is_greedy:
-        return logits.argmax(-1, keepdim=True), None
+        return argmax(logits)[:, None], None
     probs = logits_to_probs(logits, sampling)
     return sample(probs)[:, None], probs
 

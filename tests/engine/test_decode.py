@@ -11,7 +11,7 @@ from transformers.generation import logits_process as hf
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import NO_TOKEN, Sampling, choose, logits_to_probs, sample
+from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, sample
 from engine.speculative import accept
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 from tp import full_logits
@@ -130,6 +130,32 @@ def test_samples_follow_the_distribution():
     assert counts[6] == 0
     chi_square = ((counts - n * probs)[:6] ** 2 / (n * probs[:6])).sum()
     assert chi_square < 20.5  # 5 degrees of freedom: beyond it once in a thousand seeds
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7, 40), Sampling(1.0, 0), Sampling(1.0, 50, 0.8, 0.02)], ids=str)
+def test_choices_follow_the_distribution_of_transformers(sampling):
+    """3000 tokens, of which some cannot be drawn, in bins of one expected draw or more."""
+    logits, n = torch.randn(3000, generator=torch.Generator().manual_seed(4)) * 2, 20_000
+    warpers = [hf.TemperatureLogitsWarper(sampling.temperature), hf.TopKLogitsWarper(sampling.top_k or 3000)]
+    warpers += [hf.TopPLogitsWarper(sampling.top_p), hf.MinPLogitsWarper(sampling.min_p)]
+    expected = n * hf.LogitsProcessorList(warpers)(None, logits[None]).softmax(-1)[0].double()
+    torch.manual_seed(0)
+    counts = torch.cat([choose(logits.expand(1000, -1), sampling) for _ in range(n // 1000)])[:, 0].bincount(
+        minlength=3000
+    )
+    assert not counts[expected == 0].any()
+    large = expected >= 5
+    counts, expected = (torch.cat((x[large], x[~large].sum()[None])) for x in (counts, expected))
+    freedom = int(large.sum())
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 10
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
+def test_argmax_is_the_one_of_torch(size):
+    values = torch.randint(-9, 9, (6, size), generator=torch.Generator().manual_seed(size)).float()
+    values[1], values[2], values[3, size // 2 :] = -math.inf, math.inf, math.nan
+    assert torch.equal(argmax(values), values.argmax(-1))
 
 
 def test_the_compiled_draw_follows_the_distribution():
