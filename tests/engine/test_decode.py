@@ -8,7 +8,7 @@ import torch
 from torch import tensor
 from transformers.generation import logits_process as hf
 
-from engine.cache import prefix_length
+from engine.cache import prefix_length, slots_for
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, sample
@@ -247,6 +247,21 @@ def test_a_step_attends_to_a_prefix_of_the_cache_that_holds_all_used_slots(count
     cache = model.new_cache(1, 1024)
     assert prefix_length(cache, count) == slots
     assert cache.view(length=slots).slots.tolist() == list(range(slots))
+
+
+@pytest.mark.parametrize("length, filled, slots", [(9, 9, 512), (513, 512, 512), (513, 513, 1024), (1990, 1990, 2000)])
+def test_on_cuda_prefixes_double_and_are_aligned(length, filled, slots):
+    n_slots = slots_for(tiny_model(max_seq_length=2000).args, length)
+    cache = SimpleNamespace(slots=SimpleNamespace(is_cuda=True), n_slots=n_slots)
+    assert prefix_length(cache, filled) == slots < n_slots
+
+
+def test_the_head_is_computed_only_where_a_row_ends(monkeypatch):
+    monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
+    model, heads = tiny_model(), []
+    model.output.register_forward_hook(lambda *_: heads.append(1))
+    prefill(model, model.new_cache(2, 64), random_ids(30, 12), GREEDY)
+    assert len(heads) == 2  # in the second and the fourth of four chunks
 
 
 def test_bucket_sizes_do_not_change_the_tokens():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import engine.engine
-from engine.cache import check_fit
+from engine.cache import ALIGNED, check_fit
 from engine.decode import Chunk
 from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
@@ -43,7 +43,7 @@ def test_budget_is_exact(tiny, budget):
 
 def test_prompt_and_budget_may_fill_the_context_exactly():
     prompt, engine = list(range(10, 50)), Engine(tiny_model(max_seq_length=100))
-    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100
+    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100 + ALIGNED
 
 
 def test_one_token_more_than_the_context_is_an_error():
