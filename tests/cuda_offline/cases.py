@@ -1,9 +1,13 @@
 """Models and calls for the tests of the CUDA path."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.cache import prefix_length
 from engine.compile import compile_step
@@ -13,7 +17,9 @@ from engine.sampling import Sampling
 from engine.speculative import verify
 from layers.quantized import QuantSpec, linear_table
 from model import ModelArgs, Transformer
+from ranks import Ranks
 from tests.cuda_offline.imagined_gpu import CUDA, FAKE, allow_fake_tensors
+from tp import rank_args
 from weights.checkpoint import fill
 from weights.layout import Layout
 
@@ -47,18 +53,30 @@ FAMILIES = {
 FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
 
 
-def fake_model(args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+def fake_model(
+    args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype = torch.bfloat16, ranks: Ranks | None = None
+) -> Transformer:
     """The product's own model on fake CUDA tensors, packed for the device; a quantised one has an int8 head."""
     allow_fake_tensors()
-    layout = Layout(args)  # not under the fake mode: real meta tensors are cached there
+    layout = Layout(args if ranks is None else rank_args(args, ranks.size))  # its meta tensors are real, and cached
     if spec is not None:
         layout = layout.quantized(linear_table(layout.model, spec, QuantSpec(8)))
-    with FAKE:
+    with FAKE, mock.patch("model.has_finite_rope", lambda args: True):  # fake tables have no values
         state = {
             name: torch.empty(like.shape, dtype=like.dtype if layout.keeps_dtype(name) else dtype, device=CUDA)
             for name, like in layout.tensors.items()
         }
-        return fill(layout, state, args, None)
+        return fill(layout, state, args, ranks)
+
+
+@contextlib.contextmanager
+def fake_ranks(size: int) -> Iterator[Ranks]:
+    """The first of `size` ranks; the others are not there, and collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield Ranks(0, size, 0, size, None)
+    finally:
+        dist.destroy_process_group()
 
 
 def zeros(*shape: int) -> torch.Tensor:
