@@ -438,10 +438,14 @@ class Transformer(nn.Module):
         logits [B, R, V] are wanted. In a model that several ranks share they are the logits of this rank's part of the
         vocabulary, see `tp.full_logits`.
         """
-        x = self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
+        x = self.hidden(tokens, pos, cache)
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
+
+    def hidden(self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None) -> Tensor:
+        """What the blocks make of the tokens [B, S, dim], before the last norm and the head."""
+        return self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
 
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
         return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))

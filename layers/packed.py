@@ -131,14 +131,15 @@ class AnyExperts(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait for the choice of experts
+        # a CUDA graph cannot wait for the choice of experts; without one, copies of weights cost more than to wait
+        if x.is_cuda and torch.compiler.is_compiling() and surely_few(chosen.numel()):
             return self.by_copies(x, chosen)
         # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
         each = each_expert_operator if torch.compiler.is_compiling() else each_expert
         return each(x, chosen, list(self.buffers()), self.bits)
 
     def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """The same, each row with a copy of its weight, which the compiler may fuse away."""
+        """The same, each row with a copy of its weight, which the compiler fuses away."""
         copies = [tensor[chosen.flatten()] for tensor in self.buffers()]  # [T * K, out, ...]
         weight = copies[0] if self.bits is None else LAYERS[self.bits](*copies).dequantize()
         rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
@@ -150,7 +151,10 @@ def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | No
     return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
 
 
-each_expert_operator = torch.library.custom_op("gpt_faster::each_expert", each_expert, mutates_args=())
+# the choice of experts is read on the host, so no CUDA graph can hold this operator
+each_expert_operator = torch.library.custom_op(
+    "gpt_faster::each_expert", each_expert, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 
 
 @each_expert_operator.register_fake
