@@ -9,9 +9,10 @@ import torch.nn as nn
 from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
+from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs
+from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs, TransformerBlock
 
 
 class Row(NamedTuple):
@@ -29,17 +30,20 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
     return layer.weight.ndim == 3
 
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtype  processor         fits                 fast
     Row(FLOAT,                  "cpu",  BF16,  ("bf16",),        None,                FewRowsLinear),
     Row(CODES,                  "cpu",  None,  ("vnni",),        None,                CodesLinear),
-    Row((Int4Linear,),          "cuda", None,  (),               TinygemmLinear.fits, TinygemmLinear),
+    Row((Int8Linear,),          "cuda", None,  (),               Int8OnGpu.fits,      Int8OnGpu),
+    Row((Int4Linear,),          "cuda", None,  (),               Int4OnGpu.fits,      Int4OnGpu),
     Row((ExpertLinear, *CODES), None,   None,  (),               is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  ("vnni", "bf16"), ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  ("vnni",),        OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  (),               None,                StepAttend),
+    Row((TransformerBlock,),    "cuda", BF16,  (),               GpuBlock.fits,       GpuBlock),
+    Row((TransformerBlock,),    "cuda", FP16,  (),               GpuBlock.fits,       GpuBlock),
     Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
 ]  # fmt: skip

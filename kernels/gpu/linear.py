@@ -111,7 +111,6 @@ def gemv(
     finish(total, r, m, M, N, scales, bias, residual, y, GROUP, ACTIVATION)
 
 
-
 @triton.jit
 def as_operand(t, WARPS: tl.constexpr):
     """t [rows, 4 chunks, inputs] as [rows, all inputs], in an order of the inputs that suits the tensor cores.
@@ -204,19 +203,27 @@ FEW = {16: 4, 8: 4, 4: 2}  # bits -> rows up to which sums in registers keep up 
 PROGRAMS = 528  # four for each of 132 multiprocessors: enough reads in flight
 
 
-def shape_of(bits: int, rows: int, out: int, inputs: int) -> dict[str, int]:
-    """The sizes of the programs for a layer of this format: of `gemv` or, where they name SPLIT, of `product`."""
+def before_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+def shape_of(bits: int, rows: int, out: int, inputs: int, old: bool = False) -> dict[str, int]:
+    """The sizes of the programs for a layer of this format: of `gemv` or, where they name SPLIT, of `product`.
+
+    old: the tensor cores take x from registers, which do not hold the largest tiles.
+    """
     chunks = inputs * bits // 128
     if rows <= FEW[bits]:
         few_programs = out < 8 * PROGRAMS
         return {"BM": triton.next_power_of_2(rows), "BN": 4 if few_programs else 8, "CHUNKS": 64 if chunks > 32 else 32}
     if rows > 64:
-        return {"BM": 128, "BN": 128, "SPLIT": 1, "STAGES": 2 if bits == 4 else 3}
+        return {"BM": 64 if old else 128, "BN": 128, "SPLIT": 1, "STAGES": 3 if old or bits == 8 else 2}
     BM = max(16, triton.next_power_of_2(rows))
-    wanted = PROGRAMS // triton.cdiv(out, 64)
+    BN = 128 if BM == 64 else 64
+    wanted = PROGRAMS // triton.cdiv(out, BN)
     affordable = chunks // BM  # the sums, written and read, then are half the bytes of the weight
     split = 1 << max(1, min(wanted, affordable, chunks // 4)).bit_length() - 1
-    return {"BM": BM, "BN": 64, "SPLIT": split, "STAGES": 4 if BM == 16 else 3}
+    return {"BM": BM, "BN": BN, "SPLIT": split, "STAGES": 4 if BM == 16 else 3}
 
 
 def new_counters(weight: Tensor) -> Tensor:
@@ -232,7 +239,7 @@ def launch(
     (rows, K), N = x.shape, weight.shape[0]
     bits = 16 if scales is None else 8 if zeros is None else 4
     group = K // scales.shape[1] if scales is not None and scales.shape[1] > 1 else None
-    sizes = shape_of(bits, max(1, rows), N, K)
+    sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
     y = x.new_empty(rows, N if activation is None else N // 2)
     tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "bias": bias, "norm": norm, "residual": residual}
     numbers = {"M": rows, "N": N, "eps": eps, "K": K, "BITS": bits, "GROUP": group, "OFFSET": norm_offset}

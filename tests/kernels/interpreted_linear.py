@@ -1,4 +1,4 @@
-"""The Triton linear kernels against float64, in Triton's interpreter: run by test_gpu_linear.py with TRITON_INTERPRET=1.
+"""The Triton linear kernels in Triton's interpreter against float64: test_gpu_linear.py starts it in a process.
 
 Activations are float32 here where the layers give the kernels half precision: a wrong sum cannot hide in rounding.
 """
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gpu import linear as gpu
-from layers.quantized import LAYERS, QuantSpec, quantize_weight
+from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
+from model import ModelArgs, Transformer
 
 FORMATS = {"float": None, "int8": QuantSpec(8), "int8.g64": QuantSpec(8, 64)}
 FORMATS |= {"int4.g32": QuantSpec(4, 32), "int4.g256": QuantSpec(4, 256)}
@@ -18,9 +20,8 @@ ROWS = (1, 2, 5, 16, 33, 64, 70)
 SHAPES = ((40, 768), (70, 1280))  # out, in: neither is a multiple of the programs' blocks
 LASTS = ("nothing", "bias", "residual", "silu", "gelu_tanh")
 NORMS = (None, False, True)  # whether there is one, and whether it multiplies by 1 + weight
-CASES = [
-    (*each, *others) for each, *others in zip(product(FORMATS, ROWS), cycle(SHAPES), cycle(LASTS), cycle((*NORMS, False)))
-]  # fmt: skip
+OTHERS = zip(cycle(SHAPES), cycle(LASTS), cycle((*NORMS, False)))  # of lengths that make all pairs meet
+CASES = [(*each, *others) for each, others in zip(product(FORMATS, ROWS), OTHERS, strict=False)]
 
 
 def random(*shape, seed=0):
@@ -100,3 +101,31 @@ def test_the_operator_keeps_its_promises():
     (x, *others), _ = case("int8", 1, SHAPES[0], "bias", None)
     assert gpu.linear(x[:0], *others).shape == (0, 40)
     torch.testing.assert_close(gpu.linear(x.expand(2, 3, -1), *others), gpu.linear(x, *others).expand(2, 3, -1))
+
+
+OTHER_FIELDS = {"activation": "gelu_tanh", "norm_offset": True, "qkv_bias": True, "qk_norm": True}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("spec, fields", [(None, {}), (QuantSpec(4, 32), {}), (QuantSpec(8), OTHER_FIELDS)], ids=str)
+def test_block_equals_plain_one(spec, fields):
+    torch.manual_seed(0)
+    args = ModelArgs(64, 1, 2, 1, 32, 96, 8, 64, **fields)
+    plain, fused = (Transformer(args).eval() for _ in range(2))
+    for parameter in plain.parameters():
+        parameter.copy_(torch.randn_like(parameter).half() / 8 + (parameter.ndim == 1 and not args.norm_offset))
+    fused.load_state_dict(plain.state_dict())
+    for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2") if spec else ():
+        layer = plain.layers[0].get_submodule(name)
+        rounded = LAYERS[spec.bits](**quantize_weight(layer.weight, spec), bias=layer.bias)
+        layer.weight.copy_(rounded.dequantize())
+        replace_(fused.layers[0], name, (Int8OnGpu if spec.bits == 8 else Int4OnGpu)(rounded))
+    fused.half()
+    assert GpuBlock.fits(fused.layers[0], args)
+    fused.layers[0] = GpuBlock(fused.layers[0])
+    plain.double()
+    for n_token in (1, 9):
+        x, pos = random(1, n_token, 64, seed=n_token).half(), torch.arange(n_token)[None]
+        expected = plain.layers[0](x.double(), pos, *plain.contexts(pos, None)[0])
+        y = fused.layers[0](x, pos, *fused.contexts(pos, None)[0])
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=4e-3 * expected.abs().max().item())
