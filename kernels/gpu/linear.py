@@ -217,7 +217,7 @@ def shape_of(bits: int, rows: int, out: int, inputs: int, old: bool = False) -> 
         few_programs = out < 8 * PROGRAMS
         return {"BM": triton.next_power_of_2(rows), "BN": 4 if few_programs else 8, "CHUNKS": 64 if chunks > 32 else 32}
     if rows > 64:
-        return {"BM": 64 if old else 128, "BN": 128, "SPLIT": 1, "STAGES": 3 if old or bits == 8 else 2}
+        return {"BM": 32 if old else 128, "BN": 128, "SPLIT": 1, "STAGES": 3 if old or bits == 8 else 2}
     BM = max(16, triton.next_power_of_2(rows))
     BN = 128 if BM == 64 else 64
     wanted = PROGRAMS // triton.cdiv(out, BN)
