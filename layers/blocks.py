@@ -16,6 +16,11 @@ HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "sliding_window", "window_
 HONOURED |= {"attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "tie_embeddings"}
 
 
+def honours(args: ModelArgs, names: set[str]) -> bool:
+    """Whether a form of a model that honours the fields of these names honours all that differ from their defaults."""
+    return all(each.name in names or getattr(args, each.name) == each.default for each in fields(args))
+
+
 @torch.compiler.nested_compile_region
 def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
     return block(*inputs)
@@ -46,8 +51,7 @@ class FusedBlocks(RegionBlocks):
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:
         """Whether the operator can do the work of these blocks, whose layers are packed."""
-        others = [each for each in fields(args) if each.name not in HONOURED]
-        if any(getattr(args, each.name) != each.default for each in others):
+        if not honours(args, HONOURED):
             return False
         if not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
             return False

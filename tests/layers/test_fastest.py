@@ -10,7 +10,7 @@ import torch.nn as nn
 from kernels import cpu
 from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, TinygemmLinear
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.rope_scaling import RopeScaling
 from model import Blocks, ExpertLinear, Gate, ModelArgs, Transformer
@@ -131,4 +131,3 @@ def test_the_table_by_hand(monkeypatch, any_processor):
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert [fastest(layer) for layer in floats] == [None, None, AnyExperts]
     assert [fastest(layer) for layer in codes + experts] == [None, None, AnyExperts, AnyExperts]
-    assert TinygemmLinear.fits(codes[1], None) and not TinygemmLinear.fits(experts[1], None)
