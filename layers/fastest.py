@@ -9,9 +9,10 @@ import torch.nn as nn
 from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
+from layers.gpu_attention import GpuAttention
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs
+from model import Attend, Attention, Blocks, ExpertLinear, Gate, ModelArgs
 
 
 class Row(NamedTuple):
@@ -29,7 +30,7 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
     return layer.weight.ndim == 3
 
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtype  processor         fits                 fast
@@ -40,6 +41,8 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Attend,),              "cpu",  BF16,  ("vnni", "bf16"), ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  ("vnni",),        OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  (),               None,                StepAttend),
+    Row((Attention,),           "cuda", BF16,  (),               GpuAttention.fits,   GpuAttention),
+    Row((Attention,),           "cuda", FP16,  (),               GpuAttention.fits,   GpuAttention),
     Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
 ]  # fmt: skip

@@ -12,11 +12,11 @@ from model import Attend, ExpertLinear, ModelArgs, by_expert, softcap
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
-def surely_few(size: int) -> bool:
-    """Whether a size is at most 16, in every call that a compiled form with this size serves."""
+def surely_few(size: int, most: int = FEW) -> bool:
+    """Whether a size is at most `most`, in every call that a compiled form with this size serves."""
     if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
-    return size <= FEW
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= most)
+    return size <= most
 
 
 class StepAttend(Attend):
