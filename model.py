@@ -346,10 +346,13 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = self.gate(rows).float().softmax(-1).topk(self.n_used)  # [T, K]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        gate, up = self.w13(rows[:, None], chosen).chunk(2, dim=-1)
-        made = self.w2(self.activation(gate) * up, chosen)  # [T, K, dim]
-        y = (made.float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
         return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
+
+    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
+        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
+        return self.w2(self.activation(gate) * up, chosen)
 
 
 class TransformerBlock(nn.Module):

@@ -10,9 +10,10 @@ from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu_attention import GpuAttention
+from layers.gpu_experts import GpuExperts
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Attention, Blocks, ExpertLinear, Gate, ModelArgs
+from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs
 
 
 class Row(NamedTuple):
@@ -43,6 +44,8 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Attend,),              None,   None,  (),               None,                StepAttend),
     Row((Attention,),           "cuda", BF16,  (),               GpuAttention.fits,   GpuAttention),
     Row((Attention,),           "cuda", FP16,  (),               GpuAttention.fits,   GpuAttention),
+    Row((MixtureOfExperts,),    "cuda", BF16,  (),               GpuExperts.fits,     GpuExperts),
+    Row((MixtureOfExperts,),    "cuda", FP16,  (),               GpuExperts.fits,     GpuExperts),
     Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
 ]  # fmt: skip

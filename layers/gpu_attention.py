@@ -10,6 +10,10 @@ from layers.packed import surely_few
 from model import Attention, ModelArgs, RMSNorm
 
 
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 class GpuAttention(Attention):
     """Self-attention over the cache for few tokens a row as two kernels; anything else takes the plain form.
 
@@ -24,21 +28,19 @@ class GpuAttention(Attention):
 
         self.n_head, self.n_kv_head, self.head_dim = attention.n_head, attention.n_kv_head, attention.head_dim
         self.window = attention.window
-        for name, layer in attention.named_children():
-            self.add_module(name, layer)
+        self.wqkv, self.wo, self.attend = attention.wqkv, attention.wo, attention.attend
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         norm = attention.q_norm
-        normalized = isinstance(norm, RMSNorm)
-        self.norm_offset, self.norm_eps = (norm.offset, norm.eps) if normalized else (False, 0.0)
+        self.norm = (norm.offset, norm.eps) if isinstance(norm, RMSNorm) else (False, 0.0)
 
     @staticmethod
     def fits(_: Attention, args: ModelArgs) -> bool:
-        sizes = range(32, 257, 16)
-        return args.head_dim in sizes and not args.joint_qk_norm and importlib.util.find_spec("triton") is not None
+        return args.head_dim in range(32, 257, 16) and not args.joint_qk_norm and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache: Tensor | None) -> Tensor:
         if not cache or not surely_few(x.shape[1], self.MOST):
             return super().forward(x, pos, cos, sin, mask, *cache)
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2 Hkv, D]
         norms = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
-        how = (*norms, self.norm_offset, self.norm_eps, self.attend.scale, self.attend.cap, self.window)
+        how = (*norms, *self.norm, self.attend.scale, self.attend.cap, self.window)
         return self.wo(torch.ops.gpt_faster.attend_cached(qkv, *cache, pos, cos, sin, *how, mask.shape[-1]))

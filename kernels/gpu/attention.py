@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.dot import dot
+
 PROGRAMS = 256  # of one row: two for each multiprocessor of a large GPU
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -85,7 +87,8 @@ def _cached(cache, slot, end, D: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _attended(q1, q2, k1, k2, v1, v2, seen, top, total, y1, y2, SCALE: tl.constexpr, CAP: tl.constexpr):
     """One more block of slots in a running softmax (Milakov and Gimelshein 2018): top, total, and two halves of y."""
-    scores = tl.dot(q2, k2.T, tl.dot(q1, k1.T)) * SCALE
+    nothing = tl.zeros((q1.shape[0], k1.shape[0]), tl.float32)
+    scores = dot(q2, k2.T, dot(q1, k1.T, nothing)) * SCALE
     if CAP is not None:
         scores = CAP * (2 * tl.sigmoid(2 * scores / CAP) - 1)  # tanh
     scores = tl.where(seen, scores * LOG2_E, float("-inf"))
@@ -94,7 +97,7 @@ def _attended(q1, q2, k1, k2, v1, v2, seen, top, total, y1, y2, SCALE: tl.conste
     kept, p = tl.exp2(top - anchor), tl.exp2(scores - anchor[:, None])
     total = total * kept + tl.sum(p, 1)
     p = p.to(v1.dtype)
-    return higher, total, tl.dot(p, v1, y1 * kept[:, None]), tl.dot(p, v2, y2 * kept[:, None])
+    return higher, total, dot(p, v1, y1 * kept[:, None]), dot(p, v2, y2 * kept[:, None])
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.dot import dot
+
 
 @triton.jit
 def sort_pairs(chosen, order, ends, n_pair, n_expert, ITEMS: tl.constexpr, OTHERS: tl.constexpr):
@@ -44,16 +46,26 @@ def _block(ends, block, n_expert, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _of_groups(tensor, row, inside, group, n_group: tl.constexpr, GROUPS: tl.constexpr):
+    """The values of `tensor` [rows, n_group] for GROUPS groups of rows [OUT], in float32 [OUT, GROUPS, 1]."""
+    if tensor.dtype.element_ty == tl.int32:  # two bfloat16 values each
+        g = group // 2 + tl.arange(0, GROUPS // 2)[None]
+        pair = tl.load(tensor + row[:, None] * (n_group // 2) + g, (g < n_group // 2) & inside[:, None], 0)
+        values = tl.join(pair << 16, pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        g = group + tl.arange(0, GROUPS)[None]
+        values = tl.load(tensor + row[:, None] * n_group + g, (g < n_group) & inside[:, None], 0.0).to(tl.float32)
+    return values.reshape(row.shape[0], GROUPS, 1)
+
+
+@triton.jit
 def _scaled(codes, scales, zeros, row, inside, group, n_group: tl.constexpr, GROUP: tl.constexpr):
     """Codes [OUT, n] of rows [OUT], times scales plus zeros [rows, n_group], GROUP codes for each from `group` on."""
-    OUT: tl.constexpr = codes.shape[0]
     GROUPS: tl.constexpr = codes.shape[1] // GROUP
-    g = group + tl.arange(0, GROUPS)[None]
-    at, mask = row[:, None] * n_group + g, (g < n_group) & inside[:, None]
-    w = codes.reshape(OUT, GROUPS, GROUP) * tl.load(scales + at, mask, 0.0).to(tl.float32)[:, :, None]
+    w = codes.reshape(codes.shape[0], GROUPS, GROUP) * _of_groups(scales, row, inside, group, n_group, GROUPS)
     if zeros is not None:
-        w += tl.load(zeros + at, mask, 0.0).to(tl.float32)[:, :, None]
-    return w.reshape(OUT, GROUPS * GROUP)
+        w += _of_groups(zeros, row, inside, group, n_group, GROUPS)
+    return w.reshape(codes.shape[0], GROUPS * GROUP)
 
 
 @triton.jit
@@ -67,12 +79,12 @@ def _product(weight, scales, zeros, row, inside, k, x, y, K: tl.constexpr, GROUP
         low = _scaled(low, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP // 2).to(x.dtype)
         high = _scaled(high, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP // 2).to(x.dtype)
         even, odd = x.reshape(x.shape[0], IN // 2, 2).split()
-        return tl.dot(high, odd.T, tl.dot(low, even.T, y))
+        return dot(high, odd.T, dot(low, even.T, y))
     i = k + tl.arange(0, IN)
     w = tl.load(weight + row[:, None] * K + i[None], inside[:, None] & (i < K)[None], 0)
     if GROUP is not None:
         w = _scaled(w.to(tl.float32), scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP)
-    return tl.dot(w.to(x.dtype), x.T, y)
+    return dot(w.to(x.dtype), x.T, y)
 
 
 @triton.jit
@@ -88,22 +100,17 @@ def linear_pairs(x, weight, scales, zeros, order, ends, y, n_expert, N, K: tl.co
     pair = tl.load(order + place, present, 0)
     o = tl.program_id(1) * OUT + tl.arange(0, OUT)
     inside = o < N
-    rows = N if ACTIVATION is None else 2 * N
-    weight += expert.to(tl.int64) * rows * (K // 2 if weight.dtype.element_ty == tl.uint8 else K)
-    if scales is not None:
-        scales += expert * rows * (1 if GROUP is None else K // GROUP)
-    if zeros is not None:
-        zeros += expert * rows * (K // GROUP)
+    row = expert.to(tl.int64) * (N if ACTIVATION is None else 2 * N) + o
     made, up = tl.zeros((OUT, PAIRS), tl.float32), tl.zeros((OUT, PAIRS), tl.float32)
     for k in tl.range(0, K, IN):
         i = k + tl.arange(0, IN)
         its = tl.load(x + (pair // SHARED)[:, None] * K + i[None], present[:, None] & (i < K)[None], 0.0)
-        made = _product(weight, scales, zeros, o, inside, k, its, made, K, GROUP)
+        made = _product(weight, scales, zeros, row, inside, k, its, made, K, GROUP)
         if ACTIVATION is not None:
-            up = _product(weight, scales, zeros, o + N, inside, k, its, up, K, GROUP)
+            up = _product(weight, scales, zeros, row + N, inside, k, its, up, K, GROUP)
     if scales is not None and GROUP is None:
-        made *= tl.load(scales + o, inside, 0.0).to(tl.float32)[:, None]
-        up *= tl.load(scales + o + N, inside & (ACTIVATION is not None), 0.0).to(tl.float32)[:, None]
+        made *= tl.load(scales + row, inside, 0.0).to(tl.float32)[:, None]
+        up *= tl.load(scales + row + N, inside & (ACTIVATION is not None), 0.0).to(tl.float32)[:, None]
     if ACTIVATION == "silu":
         made *= tl.sigmoid(made) * up
     if ACTIVATION == "gelu_tanh":
@@ -120,16 +127,21 @@ def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Te
     weight, scales, zeros = layer
     n_pair, n_expert, K = len(order), len(ends), x.shape[1]
     N = weight.shape[1] // (1 if activation is None else 2)
-    y = x.new_empty(n_pair, N)
-    # as many pairs as an expert has on average, and few outputs where there are few programs
-    pairs = min(max(16, triton.next_power_of_2(n_pair // n_expert)), 64)
-    out = 32 if pairs == 16 else 64
     # one scale a row, without a zero, multiplies the sums
     group = None if scales is None or (zeros is None and scales.shape[2] == 1) else K // scales.shape[2]
-    n_block = min(n_pair, n_pair // pairs + n_expert)
-    linear_pairs[n_block, -(-N // out)](
+    pairs = min(max(16, triton.next_power_of_2(n_pair // n_expert)), 64)  # as an expert has on average
+    inputs = min(max(128, 2 * (group or 0)), 256)
+    if pairs == 16:  # small blocks of outputs, because there are few programs
+        out, warps = 32, 2 if inputs == 128 else 4
+    else:
+        out, inputs, warps = 64, 64 if scales is None else max(128, group or 0), 8
+    # the compiler prefetches nothing narrower than 4 bytes
+    if group and 2 * group <= inputs and scales.dtype == torch.bfloat16 and scales.shape[2] % 2 == 0:
+        scales, zeros = (each if each is None else each.view(torch.int32) for each in (scales, zeros))
+    y = x.new_empty(n_pair, N)
+    linear_pairs[min(n_pair, n_pair // pairs + n_expert), -(-N // out)](
         x, weight, scales, zeros, order, ends, y, n_expert, N, K, n_pair // len(x), activation, group,
-        pairs, out, max(128, group or 0), triton.next_power_of_2(n_expert),
+        pairs, out, inputs, triton.next_power_of_2(n_expert), num_warps=warps,
     )  # fmt: skip
     return y
 
