@@ -6,8 +6,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, OperatorAttend, surely_few
-from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
+from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
+from model import Blocks, CacheView, Context, KVCache, MixtureOfExperts, ModelArgs, RMSNorm, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.
@@ -32,7 +32,7 @@ class RegionBlocks(Blocks):
     @staticmethod
     def fits_cuda_graph(blocks: Blocks, _: ModelArgs | None) -> bool:
         """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
-        return not any(isinstance(layer, AnyExperts) for layer in blocks.modules())
+        return not any(type(layer) is MixtureOfExperts for layer in blocks.modules())
 
     def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
         return _region(block, *inputs)

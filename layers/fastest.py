@@ -9,10 +9,12 @@ import torch.nn as nn
 from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
+from layers.gpu_attention import GpuAttention
+from layers.gpu_experts import GpuExperts
 from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs, TransformerBlock
+from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, TransformerBlock
 
 
 class Row(NamedTuple):
@@ -43,6 +45,8 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  False,     None,                StepAttend),
+    Row((Attention,),           "cuda", HALF,  False,     GpuAttention.fits,   GpuAttention),
+    Row((MixtureOfExperts,),    "cuda", HALF,  False,     GpuExperts.fits,     GpuExperts),
     Row((TransformerBlock,),    "cuda", HALF,  False,     GpuBlock.fits,       GpuBlock),
     Row((Blocks,),              "cpu",  None,  True,      FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  False,     None,                RegionBlocks),
