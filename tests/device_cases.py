@@ -253,15 +253,16 @@ def run(group: str, device: torch.device, dtype: torch.dtype, seconds: float) ->
     for name in (name for name in CASES if group_of(name) == group):
         began = time.perf_counter()
         if began - start > seconds:
-            print(f"{name}: left out", flush=True)
+            print(f"left out: {name}", flush=True)
             continue
         torch._dynamo.reset()
+        verdict, words = "passed", ""
         try:
             CASES[name](device, dtype)
-            words = "passed"
         except Exception as error:  # whatever it is, the other cases are run
-            passed, words = False, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
-        print(f"{name}: {words} ({time.perf_counter() - began:.1f} s)", flush=True)
+            passed, verdict = False, "FAILED"
+            words = f": {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+        print(f"{verdict}: {name} ({time.perf_counter() - began:.1f} s){words}", flush=True)
     return passed
 
 
@@ -283,7 +284,7 @@ def finish(group: str, process: subprocess.Popen, seconds: float) -> bool:
         return process.wait(None if seconds == math.inf else max(0, seconds) + LAST_CASE) == 0
     except subprocess.TimeoutExpired:
         process.kill()
-        print(f"{group}: FAILED: a case did not end", flush=True)
+        print(f"FAILED: {group}: a case did not end", flush=True)
         return False
 
 
