@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, OperatorAttend, surely_few
 from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
@@ -22,7 +22,12 @@ def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
 
 
 class RegionBlocks(Blocks):
-    """Blocks of which the compiler compiles one for all, in a quarter of the time. Measured on CPUs."""
+    """Blocks of which the compiler compiles one for all, in a quarter of the time."""
+
+    @staticmethod
+    def fits_cuda_graph(blocks: Blocks, _: ModelArgs | None) -> bool:
+        """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
+        return not any(isinstance(layer, AnyExperts) for layer in blocks.modules())
 
     def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
         return _region(block, *inputs)

@@ -30,6 +30,7 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
 
 
 BF16 = torch.bfloat16
+CUDA_REGIONS = RegionBlocks.fits_cuda_graph
 FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtype  processor         fits                 fast
@@ -42,6 +43,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Attend,),              None,   None,  (),               None,                StepAttend),
     Row((Blocks,),              "cpu",  None,  ("vnni",),        FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  (),               None,                RegionBlocks),
+    Row((Blocks,),              "cuda", None,  (),               CUDA_REGIONS,        RegionBlocks),
 ]  # fmt: skip
 
 

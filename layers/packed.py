@@ -150,7 +150,10 @@ def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | No
     return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
 
 
-each_expert_operator = torch.library.custom_op("gpt_faster::each_expert", each_expert, mutates_args=())
+# the choice of experts is read on the host, so no CUDA graph can hold this operator
+each_expert_operator = torch.library.custom_op(
+    "gpt_faster::each_expert", each_expert, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 
 
 @each_expert_operator.register_fake

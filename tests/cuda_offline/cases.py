@@ -1,0 +1,82 @@
+"""Models and calls for the tests of the CUDA path."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from engine.cache import prefix_length
+from engine.compile import compile_step
+from engine.decode import decode_one_token, forward_chunk
+from engine.drafters import draft_one_token
+from engine.sampling import Sampling
+from engine.speculative import verify
+from layers.quantized import QuantSpec, linear_table
+from model import ModelArgs, Transformer
+from tests.cuda_offline.imagined_gpu import CUDA, FAKE, allow_fake_tensors
+from weights.checkpoint import fill
+from weights.layout import Layout
+
+GREEDY, SAMPLED = Sampling(temperature=0), Sampling()
+PLAIN = ModelArgs(
+    dim=256,
+    n_layer=2,
+    n_head=8,
+    n_kv_head=4,
+    head_dim=32,
+    intermediate_size=512,
+    vocab_size=1024,
+    max_seq_length=4096,
+)
+FAMILIES = {
+    "plain": PLAIN,
+    "experts": replace(PLAIN, n_expert=8, n_expert_used=2),
+    "biased": replace(PLAIN, qkv_bias=True, qk_norm=True),
+    "capped": replace(
+        PLAIN,
+        sliding_window=128,
+        full_layers=(1,),
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        norm_offset=True,
+        post_norm=True,
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    ),
+}
+FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
+
+
+def fake_model(args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """The product's own model on fake CUDA tensors, packed for the device; a quantised one has an int8 head."""
+    allow_fake_tensors()
+    layout = Layout(args)  # not under the fake mode: real meta tensors are cached there
+    if spec is not None:
+        layout = layout.quantized(linear_table(layout.model, spec, QuantSpec(8)))
+    with FAKE:
+        state = {
+            name: torch.empty(like.shape, dtype=like.dtype if layout.keeps_dtype(name) else dtype, device=CUDA)
+            for name, like in layout.tensors.items()
+        }
+        return fill(layout, state, args, None)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    with FAKE, torch.inference_mode():
+        return torch.zeros(shape, dtype=torch.long, device=CUDA)
+
+
+def call_of(name: str, model: Transformer, n_rows: int, sampling: Sampling = SAMPLED) -> tuple[Callable, tuple]:
+    """A compiled function of the engine, and its arguments for n_rows rows of 300 tokens in a cache of 1024 slots."""
+    with FAKE, torch.inference_mode():
+        cache = model.new_cache(n_rows, 1024)
+        view = cache.view(length=prefix_length(cache, 300))
+    token, pos = zeros(n_rows, 1), zeros(n_rows, 1)
+    calls = {
+        "step": (decode_one_token, (token, pos, view, sampling)),
+        "verification": (verify, (zeros(n_rows, 2 + 4), pos, view, zeros(n_rows, 1), None, sampling)),
+        "draft": (draft_one_token, (zeros(n_rows, 2), zeros(n_rows, 2), view, None, sampling)),
+        "prompt": (forward_chunk, (zeros(n_rows, 250), zeros(n_rows, 250), view, zeros(n_rows, 1))),
+    }
+    function, arguments = calls[name]
+    return compile_step(function, CUDA, any_length=name == "prompt"), (model, *arguments)

@@ -1,0 +1,174 @@
+"""The wrapper that inductor wrote, run: its kernels and its memory are replaced by those that are handed in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._inductor import async_compile
+from torch._inductor.codecache import PyCodeCache
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from model import Transformer
+from tests.cuda_offline.generated import Generated
+from tests.cuda_offline.imagined_gpu import CUDA, FAKE, imagined_gpu
+from weights.layout import Layout
+
+aten = torch.ops.aten
+VIEWS = {aten.as_strided.default, aten.view.default, aten.t.default, aten.select.int, aten.alias.default}
+
+
+class Kernels:
+    """Stands in for inductor's AsyncCompile: every Triton kernel, loaded but not compiled, goes through `launch`."""
+
+    def __init__(self, launch: Callable):
+        self.launch = launch
+
+    def triton(self, name: str, source: str, device_str: str | None = None) -> "Kernels.Kernel":
+        return self.Kernel(name, getattr(PyCodeCache.load(source), name), self.launch)
+
+    def wait(self, scope: dict) -> None:
+        pass
+
+    @dataclass
+    class Kernel:
+        name: str
+        tuner: object  # inductor's CachingAutotuner
+        launch: Callable
+
+        def run(self, *args, stream=None, **kwargs) -> None:
+            self.launch(self, args)
+
+
+def load(code: str, launch: Callable, device: torch.device) -> dict:
+    """The names of the wrapper, whose kernels call `launch(kernel, args)` and whose buffers are on `device`."""
+    code = code.replace("device='cuda:0'", f"device='{device}'")
+    names = {"__name__": "wrapper"}
+    with (
+        mock.patch.object(async_compile, "AsyncCompile", lambda: Kernels(launch)),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+    ):
+        exec(compile(code, "wrapper", "exec"), names)
+    names |= {
+        "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device),
+        "reinterpret_tensor": torch.as_strided,
+        "assert_size_stride": lambda *_: None,
+        "assert_alignment": lambda *_: None,
+    }
+    return names
+
+
+@dataclass
+class Launch:
+    """One kernel or operator that the wrapper calls."""
+
+    name: str
+    part: int | None  # the captured part of the graph it is in; None: it is not captured
+    written: list[Tensor]
+
+
+@dataclass
+class Record:
+    """What one call of the wrapper does."""
+
+    launches: list[Launch] = field(default_factory=list)
+    buffers: list[tuple[int, ...]] = field(default_factory=list)  # the shapes it allocates
+    tuners: dict[str, object] = field(default_factory=dict)  # of each Triton kernel
+    n_parts: int = 0
+    part: int | None = None  # that is running
+
+    def launch(self, kernel: Kernels.Kernel, args: tuple) -> None:
+        names = kernel.tuner.fn.arg_names
+        outputs = {name for name in names if "out_ptr" in name} | set(kernel.tuner.mutated_arg_names)
+        written = [arg for name, arg in zip(names, args, strict=False) if name in outputs and isinstance(arg, Tensor)]
+        self.launches.append(Launch(kernel.name, self.part, written))
+        self.tuners[kernel.name] = kernel.tuner
+
+    def launch_of_ours(self, function: JITFunction, *args, **kwargs) -> None:
+        """Of a kernel of `kernels/` that an operator of ours launches."""
+        self.launches.append(Launch(function.__name__, self.part, [arg for arg in args if isinstance(arg, Tensor)]))
+
+    def capture(self, part: int, function: Callable) -> Callable:
+        def captured(args):
+            self.part = part
+            try:
+                return function(args)
+            finally:
+                self.part = None
+
+        return captured
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of PyTorch that a wrapper calls, and what it allocates.
+
+    An operator of ours is looked into: what its implementation does is noted, and cannot wait for the device, because
+    fake tensors have no values. One that says itself that it cannot be captured is taken as it is.
+    """
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        definition = OPDEFS.get(function.name().removesuffix(".default"))
+        if definition is not None and torch.Tag.cudagraph_unsafe not in function.tags:
+            with self, mock.patch.object(JITFunction, "run", self.record.launch_of_ours):
+                return definition._init_fn(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function in (aten.empty_strided.default, aten.empty.memory_format):
+            self.record.buffers.append(tuple(result.shape))
+        elif function not in VIEWS and function.namespace != "prim":
+            values = {**dict(zip((a.name for a in function._schema.arguments), args, strict=False)), **kwargs}
+            mutable = [a.name for a in function._schema.arguments if a.alias_info and a.alias_info.is_write]
+            written = [values[name] for name in mutable if isinstance(values.get(name), Tensor)]
+            self.record.launches.append(Launch(str(function), self.record.part, written))
+        return result
+
+
+def recorded(made: Generated) -> Record:
+    """What the wrapper does, from a call with fake tensors."""
+    record = Record()
+    with imagined_gpu(made.sm), FAKE, torch.inference_mode():
+        names = load(made.code, record.launch, CUDA)
+        if "runner" in names:
+            record.n_parts = len(names["runner"].partitions)
+            names["recursively_apply_fns"]([partial(record.capture, part) for part in range(record.n_parts)])
+        with Operators(record):
+            names["call"](list(made.inputs))
+    return record
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def written_inputs(made: Generated, record: Record) -> set[int]:
+    """The numbers of the inputs that the wrapper writes to."""
+    numbers = {storage(each): i for i, each in enumerate(made.inputs) if isinstance(each, Tensor)}
+    written = {storage(each) for launch in record.launches for each in launch.written}
+    return {numbers[each] for each in written & numbers.keys()}
+
+
+def kernels_a_layer(made: Generated, record: Record) -> int:
+    """Launches from the first write to a layer's cache to the first write to that of the next."""
+    inputs = {storage(each) for each in made.inputs if isinstance(each, Tensor)}
+    first = {}  # of each cache, keys and values of one layer after the other
+    for i, launch in enumerate(record.launches):
+        for each in launch.written:
+            if storage(each) in inputs:
+                first.setdefault(storage(each), i)
+    begins = list(first.values())
+    return begins[2] - begins[0]
+
+
+def copied_weights(model: Transformer, record: Record) -> list[tuple[int, ...]]:
+    """The shapes of buffers that hold a whole weight, or one for each row."""
+    shapes = {name: tuple(like.shape[-2:]) for name, like in Layout(model.args).tensors.items() if like.ndim > 1}
+    weights = {shape for shape in shapes.values()} | {shape[::-1] for shape in shapes.values()}
+    return [shape for shape in record.buffers if shape[-2:] in weights]
