@@ -11,6 +11,7 @@ from torch._inductor import async_compile
 from torch._inductor.codecache import PyCodeCache
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from model import Transformer
@@ -69,6 +70,7 @@ class Launch:
     name: str
     part: int | None  # the captured part of the graph it is in; None: it is not captured
     written: list[Tensor]
+    read: list[Tensor]
 
 
 @dataclass
@@ -84,13 +86,16 @@ class Record:
     def launch(self, kernel: Kernels.Kernel, args: tuple) -> None:
         names = kernel.tuner.fn.arg_names
         outputs = {name for name in names if "out_ptr" in name} | set(kernel.tuner.mutated_arg_names)
-        written = [arg for name, arg in zip(names, args, strict=False) if name in outputs and isinstance(arg, Tensor)]
-        self.launches.append(Launch(kernel.name, self.part, written))
+        tensors = [(name, arg) for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)]
+        written = [arg for name, arg in tensors if name in outputs]
+        read = [arg for name, arg in tensors if name not in outputs or name.startswith("in_out_ptr")]
+        self.launches.append(Launch(kernel.name, self.part, written, read))
         self.tuners[kernel.name] = kernel.tuner
 
     def launch_of_ours(self, function: JITFunction, *args, **kwargs) -> None:
         """Of a kernel of `kernels/` that an operator of ours launches."""
-        self.launches.append(Launch(function.__name__, self.part, [arg for arg in args if isinstance(arg, Tensor)]))
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]  # any may be written
+        self.launches.append(Launch(function.__name__, self.part, tensors, []))
 
     def capture(self, part: int, function: Callable) -> Callable:
         def captured(args):
@@ -127,7 +132,11 @@ class Operators(TorchDispatchMode):
             values = {**dict(zip((a.name for a in function._schema.arguments), args, strict=False)), **kwargs}
             mutable = [a.name for a in function._schema.arguments if a.alias_info and a.alias_info.is_write]
             written = [values[name] for name in mutable if isinstance(values.get(name), Tensor)]
-            self.record.launches.append(Launch(str(function), self.record.part, written))
+            if not mutable:
+                written = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+            given = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+            read = [each for each in given if all(each is not other for other in written)]
+            self.record.launches.append(Launch(str(function), self.record.part, written, read))
         return result
 
 
@@ -155,7 +164,7 @@ def written_inputs(made: Generated, record: Record) -> set[int]:
     return {numbers[each] for each in written & numbers.keys()}
 
 
-def kernels_a_layer(made: Generated, record: Record) -> int:
+def layer_of(made: Generated, record: Record) -> list[Launch]:
     """Launches from the first write to a layer's cache to the first write to that of the next."""
     inputs = {storage(each) for each in made.inputs if isinstance(each, Tensor)}
     first = {}  # of each cache, keys and values of one layer after the other
@@ -164,7 +173,11 @@ def kernels_a_layer(made: Generated, record: Record) -> int:
             if storage(each) in inputs:
                 first.setdefault(storage(each), i)
     begins = list(first.values())
-    return begins[2] - begins[0]
+    return record.launches[begins[0] : begins[2]]
+
+
+def kernels_a_layer(made: Generated, record: Record) -> int:
+    return len(layer_of(made, record))
 
 
 def copied_weights(model: Transformer, record: Record) -> list[tuple[int, ...]]:

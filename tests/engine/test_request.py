@@ -11,8 +11,8 @@ import torch
 
 import engine.engine
 from engine.cache import check_fit
-from engine.drafters import DraftModel, PromptLookup
 from engine.decode import Chunk
+from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
