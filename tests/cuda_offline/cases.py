@@ -15,13 +15,13 @@ from engine.decode import decode_one_token, forward_chunk
 from engine.drafters import draft_one_token
 from engine.sampling import Sampling
 from engine.speculative import verify
-from layers.quantized import QuantSpec, linear_table
+from layers.quantized import QuantSpec
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tests.cuda_offline.imagined_gpu import CUDA, FAKE, allow_fake_tensors
 from tp import rank_args
-from weights.checkpoint import fill
-from weights.layout import Layout
+from weights.checkpoint import fill, new_table
+from weights.layout import Layout, ModelFile
 
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling()
 PLAIN = ModelArgs(
@@ -54,13 +54,16 @@ FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
 
 
 def fake_model(
-    args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype = torch.bfloat16, ranks: Ranks | None = None
+    args: ModelArgs,
+    spec: QuantSpec | None,
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: Ranks | None = None,
+    head: str = "int8",
 ) -> Transformer:
-    """The product's own model on fake CUDA tensors, packed for the device; a quantised one has an int8 head."""
+    """The product's own model on fake CUDA tensors, packed for the device. head: of a quantised one, as `new_table`."""
     allow_fake_tensors()
     layout = Layout(args if ranks is None else rank_args(args, ranks.size))  # its meta tensors are real, and cached
-    if spec is not None:
-        layout = layout.quantized(linear_table(layout.model, spec, QuantSpec(8)))
+    layout = layout.quantized(new_table(ModelFile(layout, {}), spec, "", head))
     with FAKE, mock.patch("model.has_finite_rope", lambda args: True):  # fake tables have no values
         state = {
             name: torch.empty(like.shape, dtype=like.dtype if layout.keeps_dtype(name) else dtype, device=CUDA)

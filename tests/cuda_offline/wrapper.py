@@ -9,16 +9,31 @@ import torch
 from torch import Tensor
 from torch._inductor import async_compile
 from torch._inductor.codecache import PyCodeCache
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from kernels.gpu import attention, experts, linear
 from model import Transformer
 from tests.cuda_offline.generated import Generated
 from tests.cuda_offline.imagined_gpu import CUDA, FAKE, imagined_gpu
 from weights.layout import Layout
 
 aten = torch.ops.aten
+OURS = {
+    torch.ops.gpt_faster.linear_on_gpu.default: linear.linear,
+    torch.ops.gpt_faster.attend_cached.default: attention.attend,
+    torch.ops.gpt_faster.experts.default: experts.experts,
+}
+CACHES = ("k_cache", "v_cache")
+OUTPUTS = {  # of each kernel of ours, the arguments that it writes to
+    "gemv": ("y",),
+    "product": ("y", "partials", "counters"),
+    "attend_part": (*CACHES, "made", "weights"),
+    "merge_parts": ("y",),
+    "sort_pairs": ("order", "ends"),
+    "linear_pairs": ("y",),
+}
 VIEWS = {aten.as_strided.default, aten.view.default, aten.t.default, aten.select.int, aten.alias.default}
 
 
@@ -69,6 +84,7 @@ class Launch:
     name: str
     part: int | None  # the captured part of the graph it is in; None: it is not captured
     written: list[Tensor]
+    read: list[Tensor]
 
 
 @dataclass
@@ -84,13 +100,20 @@ class Record:
     def launch(self, kernel: Kernels.Kernel, args: tuple) -> None:
         names = kernel.tuner.fn.arg_names
         outputs = {name for name in names if "out_ptr" in name} | set(kernel.tuner.mutated_arg_names)
-        written = [arg for name, arg in zip(names, args, strict=False) if name in outputs and isinstance(arg, Tensor)]
-        self.launches.append(Launch(kernel.name, self.part, written))
+        tensors = [(name, arg) for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)]
+        written = [arg for name, arg in tensors if name in outputs]
+        read = [arg for name, arg in tensors if name not in outputs or name.startswith("in_out_ptr")]
+        self.launches.append(Launch(kernel.name, self.part, written, read))
         self.tuners[kernel.name] = kernel.tuner
 
-    def launch_of_ours(self, function: JITFunction, *args, **kwargs) -> None:
-        """Of a kernel of `kernels/` that an operator of ours launches."""
-        self.launches.append(Launch(function.__name__, self.part, [arg for arg in args if isinstance(arg, Tensor)]))
+    def launch_of_ours(self, kernel: JITFunction, *args, **kwargs) -> None:
+        """Of a kernel of `kernels/gpu/` that an operator of ours launches."""
+        values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        tensors = [(name, value) for name, value in values.items() if isinstance(value, Tensor)]
+        outputs = OUTPUTS[kernel.__name__]
+        written = [value for name, value in tensors if name in outputs]
+        read = [value for name, value in tensors if name not in outputs or name in CACHES]
+        self.launches.append(Launch(kernel.__name__, self.part, written, read))
 
     def capture(self, part: int, function: Callable) -> Callable:
         def captured(args):
@@ -106,8 +129,8 @@ class Record:
 class Operators(TorchDispatchMode):
     """Notes the operators of PyTorch that a wrapper calls, and what it allocates.
 
-    An operator of ours is looked into: what its implementation does is noted, and cannot wait for the device, because
-    fake tensors have no values. One that says itself that it cannot be captured is taken as it is.
+    An operator of ours in Triton is looked into: what its implementation does is noted, and cannot wait for the device,
+    because fake tensors have no values.
     """
 
     def __init__(self, record: Record):
@@ -116,10 +139,9 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        definition = OPDEFS.get(function.name().removesuffix(".default"))
-        if definition is not None and torch.Tag.cudagraph_unsafe not in function.tags:
+        if function in OURS:
             with self, mock.patch.object(JITFunction, "run", self.record.launch_of_ours):
-                return definition._init_fn(*args, **kwargs)
+                return OURS[function](*args, **kwargs)
         result = function(*args, **kwargs)
         if function in (aten.empty_strided.default, aten.empty.memory_format):
             self.record.buffers.append(tuple(result.shape))
@@ -127,7 +149,11 @@ class Operators(TorchDispatchMode):
             values = {**dict(zip((a.name for a in function._schema.arguments), args, strict=False)), **kwargs}
             mutable = [a.name for a in function._schema.arguments if a.alias_info and a.alias_info.is_write]
             written = [values[name] for name in mutable if isinstance(values.get(name), Tensor)]
-            self.record.launches.append(Launch(str(function), self.record.part, written))
+            if not mutable:
+                written = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+            given = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+            read = [each for each in given if all(each is not other for other in written)]
+            self.record.launches.append(Launch(str(function), self.record.part, written, read))
         return result
 
 
@@ -155,16 +181,20 @@ def written_inputs(made: Generated, record: Record) -> set[int]:
     return {numbers[each] for each in written & numbers.keys()}
 
 
-def kernels_a_layer(made: Generated, record: Record) -> int:
+def layer_of(made: Generated, record: Record) -> list[Launch]:
     """Launches from the first write to a layer's cache to the first write to that of the next."""
     inputs = {storage(each) for each in made.inputs if isinstance(each, Tensor)}
     first = {}  # of each cache, keys and values of one layer after the other
     for i, launch in enumerate(record.launches):
         for each in launch.written:
-            if storage(each) in inputs:
+            if storage(each) in inputs and each.ndim == 4:
                 first.setdefault(storage(each), i)
     begins = list(first.values())
-    return begins[2] - begins[0]
+    return record.launches[begins[0] : begins[2]]
+
+
+def kernels_a_layer(made: Generated, record: Record) -> int:
+    return len(layer_of(made, record))
 
 
 def copied_weights(model: Transformer, record: Record) -> list[tuple[int, ...]]:
