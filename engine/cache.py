@@ -54,7 +54,8 @@ def prefix_length(cache: KVCache, filled: int) -> int:
     if cache.slots.is_cuda:
         size = max(SMALLEST, 1 << (filled - 1).bit_length())
     # never the whole cache: a form compiled for any shorter prefix would not fit it
-    return min(size, max((cache.n_slots - 1) // ALIGNED * ALIGNED, filled))
+    largest = cache.n_slots - 1
+    return min(size, max(largest // ALIGNED * ALIGNED, min(filled, largest)))
 
 
 def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:
