@@ -57,7 +57,10 @@ def case(name, rows, shape, last, offset):
     return (x, *tensors, bias, gpu.new_counters(tensors[0]), norm, 0.1, bool(offset), residual, activation), y
 
 
-@pytest.mark.parametrize("name, rows, shape, last, offset", CASES)
+ONE_GROUP = [("int4.g256", rows, (24, 256), "nothing", None) for rows in (1, 5)]  # a row: it has a zero nevertheless
+
+
+@pytest.mark.parametrize("name, rows, shape, last, offset", CASES + ONE_GROUP)
 def test_kernels_equal_float64(name, rows, shape, last, offset):
     arguments, expected = case(name, rows, shape, last, offset)
     y = torch.ops.gpt_faster.linear_on_gpu(*arguments)
