@@ -71,8 +71,8 @@ def finish(total, r, m, M, N, scales, bias, residual, y, GROUP: tl.constexpr, AC
         gate, up = tl.split(tl.reshape(total, (total.shape[0], total.shape[1] // 2, 2)))
         # the tanh form of GELU is a sigmoid too: (1 + tanh(u)) / 2 = sigmoid(2 u)
         z = gate if ACTIVATION == "silu" else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        total, r = gate * tl.sigmoid(z) * up, tl.max(tl.reshape(r // 2, (r.shape[0] // 2, 2)), 1)
-        N = N // 2
+        total = gate * tl.sigmoid(z) * up
+        r, N = tl.max(tl.reshape(r // 2, (r.shape[0] // 2, 2)), 1), N // 2  # two rows make one output
     at = m.to(tl.int64)[:, None] * N + r[None, :]
     mask = (m < M)[:, None] & (r < N)[None, :]
     if residual is not None:
@@ -238,9 +238,10 @@ def launch(
     """How x [rows, in] makes the argument y [rows, out], see `linear`."""
     (rows, K), N = x.shape, weight.shape[0]
     bits = 16 if scales is None else 8 if zeros is None else 4
-    group = K // scales.shape[1] if scales is not None and scales.shape[1] > 1 else None
+    group = None if bits == 16 or (bits == 8 and scales.shape[1] == 1) else K // scales.shape[1]
     sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
     y = x.new_empty(rows, N if activation is None else N // 2)
+    residual = None if residual is None else residual.contiguous()
     tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "bias": bias, "norm": norm, "residual": residual}
     numbers = {"M": rows, "N": N, "eps": eps, "K": K, "BITS": bits, "GROUP": group, "OFFSET": norm_offset}
     arguments = {**tensors, "y": y, **numbers, "ACTIVATION": activation, **sizes}
