@@ -25,5 +25,7 @@ class GpuExperts(MixtureOfExperts):
         return has_triton()
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
-        tensors = [getattr(layer, name, None) for layer in (self.w13, self.w2) for name in ("weight", "scales", "zeros")]
+        tensors = [
+            getattr(layer, name, None) for layer in (self.w13, self.w2) for name in ("weight", "scales", "zeros")
+        ]
         return torch.ops.gpt_faster.experts(x, chosen, *tensors, self.activation_name)
