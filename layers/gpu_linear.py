@@ -1,13 +1,12 @@
 """Linear layers on CUDA, and blocks made of them; `layers/fastest.py` says where they are used."""
 
-import importlib.util
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from layers.blocks import HONOURED, honours
+from layers.gpu_attention import has_triton
 from layers.packed import surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from model import ACTIVATIONS, ModelArgs, RMSNorm, TransformerBlock
@@ -34,7 +33,7 @@ class OnGpu(nn.Module):
     def fits(layer: nn.Linear | QuantizedLinear, _: ModelArgs | None) -> bool:
         """Whether each row of the weight consists of blocks of 16 bytes, and Triton is installed."""
         whole = layer.weight.ndim == 2 and layer.weight.shape[1] * layer.weight.itemsize % 16 == 0
-        return whole and importlib.util.find_spec("triton") is not None
+        return whole and has_triton()
 
     def forward(
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str | None = None

@@ -122,7 +122,7 @@ class CodesLinear(nn.Module):
 
 
 class AnyExperts(nn.Module):
-    """Experts on any device, compiled or not: the choice of experts hides in an operator, or rows get copies."""
+    """Experts on any device, compiled or not: the choice of experts hides in an operator."""
 
     def __init__(self, layer: ExpertLinear | QuantizedLinear):
         super().__init__()
@@ -131,19 +131,9 @@ class AnyExperts(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        # a CUDA graph cannot wait for the choice of experts; without one, copies of weights cost more than to wait
-        if x.is_cuda and torch.compiler.is_compiling() and surely_few(chosen.numel()):
-            return self.by_copies(x, chosen)
         # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
         each = each_expert_operator if torch.compiler.is_compiling() else each_expert
         return each(x, chosen, list(self.buffers()), self.bits)
-
-    def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """The same, each row with a copy of its weight, which the compiler fuses away."""
-        copies = [tensor[chosen.flatten()] for tensor in self.buffers()]  # [T * K, out, ...]
-        weight = copies[0] if self.bits is None else LAYERS[self.bits](*copies).dequantize()
-        rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
-        return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
 
 
 def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | None) -> Tensor:

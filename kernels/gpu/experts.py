@@ -82,8 +82,10 @@ def _product(weight, scales, zeros, row, inside, k, x, y, K: tl.constexpr, GROUP
         return dot(high, odd.T, dot(low, even.T, y))
     i = k + tl.arange(0, IN)
     w = tl.load(weight + row[:, None] * K + i[None], inside[:, None] & (i < K)[None], 0)
+    if scales is not None:
+        w = w.to(tl.float32)
     if GROUP is not None:
-        w = _scaled(w.to(tl.float32), scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP)
+        w = _scaled(w, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP)
     return dot(w.to(x.dtype), x.T, y)
 
 
@@ -130,11 +132,12 @@ def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Te
     # one scale a row, without a zero, multiplies the sums
     group = None if scales is None or (zeros is None and scales.shape[2] == 1) else K // scales.shape[2]
     pairs = min(max(16, triton.next_power_of_2(n_pair // n_expert)), 64)  # as an expert has on average
-    inputs = min(max(128, 2 * (group or 0)), 256)
-    if pairs == 16:  # small blocks of outputs, because there are few programs
-        out, warps = 32, 2 if inputs == 128 else 4
-    else:
-        out, inputs, warps = 64, 64 if scales is None else max(128, group or 0), 8
+    least = max(128, group or 0)  # inputs at a time
+    if pairs == 64:  # of a prompt
+        out, inputs, warps = 64, 64 if scales is None else least, 8
+    else:  # small blocks of outputs, because there are few programs
+        out, inputs = 32, max(least, min(2 * (group or 0), 256)) if pairs == 16 else least
+        warps = 2 if pairs == 16 and inputs == 128 else 4
     # the compiler prefetches nothing narrower than 4 bytes
     if group and 2 * group <= inputs and scales.dtype == torch.bfloat16 and scales.shape[2] % 2 == 0:
         scales, zeros = (each if each is None else each.view(torch.int32) for each in (scales, zeros))

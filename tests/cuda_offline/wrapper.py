@@ -140,7 +140,8 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in OURS:
-            with self, mock.patch.object(JITFunction, "run", self.record.launch_of_ours):
+            launch = self.record.launch_of_ours
+            with self, mock.patch.object(JITFunction, "run", lambda kernel, *args, **kw: launch(kernel, *args, **kw)):
                 return OURS[function](*args, **kwargs)
         result = function(*args, **kwargs)
         if function in (aten.empty_strided.default, aten.empty.memory_format):

@@ -7,7 +7,7 @@ from kernels.gpu.attention import attend
 from model import Attention, ModelArgs, additive_mask, rope_table
 from tests.tiny import pairwise
 
-KV, N_SLOTS = 2, 140
+KV, N_SLOTS = 2, 80
 
 
 def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
@@ -24,11 +24,11 @@ def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
         for each in (exact.q_norm, exact.k_norm):
             each.weight.data = torch.randn(head_dim).to(dtype).double()
         weights = (exact.q_norm.weight.to(dtype), exact.k_norm.weight.to(dtype))
-    length = 130  # three parts of 64 slots
-    pos = torch.tensor([[129 - tokens], [0], [61]])[:n_row] + torch.arange(tokens)
+    length = 66  # two parts of 64 slots
+    pos = torch.tensor([[65 - tokens], [0]])[:n_row] + torch.arange(tokens)
     qkv = torch.randn(n_row, tokens, (group + 2) * KV, head_dim).to(dtype)
     k, v = (torch.randn(4, KV, N_SLOTS, head_dim).to(dtype) for _ in "kv")
-    cache_rows = torch.tensor([3, 0, 1]) if n_row == 3 else None
+    cache_rows = torch.tensor([3, 0]) if n_row == 2 else None
     cos, sin = (table[:, :, None] for table in rope_table(args, pos))
     seen = torch.arange(length) <= pos[..., None]
     if window:
@@ -40,13 +40,13 @@ def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
 
 
 FEATURES = {
-    "head_dim": [64, 80, 128, 256],
+    "head_dim": [64, 80, 256],
     "group": [1, 3, 8],
-    "tokens": [1, 5, 17],
+    "tokens": [1, 9],
     "window": [None, 20],
     "softcap": [None, 2.0],
     "norm": [None, "weight", "offset"],
-    "n_row": [1, 3],
+    "n_row": [1, 2],
     "dtype": [torch.float16, torch.bfloat16],
 }
 
@@ -64,8 +64,8 @@ def test_attention_equals_float64(head_dim, group, tokens, window, softcap, norm
 
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    (qkv, k, v, cache_rows, *tables), _ = case(64, 3, 2, None, None, None, 3, torch.float16)
+    (qkv, k, v, cache_rows, *tables), _ = case(64, 3, 2, None, None, None, 2, torch.float16)
     together = attend(qkv, k.clone(), v.clone(), cache_rows, *tables)
     pos, cos, sin, *how = tables
-    alone = attend(qkv[2:], k, v, cache_rows[2:], pos[2:], cos[2:], sin[2:], *how)
-    assert torch.equal(alone[0], together[2])
+    alone = attend(qkv[1:], k, v, cache_rows[1:], pos[1:], cos[1:], sin[1:], *how)
+    assert torch.equal(alone[0], together[1])
