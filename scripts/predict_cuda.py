@@ -152,7 +152,8 @@ def model_bytes(model: str, spec: QuantSpec, head: str) -> int:
 def seconds_table(result: dict) -> str:
     rows = [[name, f"{found['1']['seconds']:.0f} s"] for name, found in result["seconds"].items()]
     return (
-        markdown([f"to trace and write the code, on a CPU ({result['machine']['processor']})", "seconds"], rows) + "\n"
+        markdown([f"to trace and write the code, on a CPU ({result['machine']['processor']})", "processor time"], rows)
+        + "\n"
     )
 
 
