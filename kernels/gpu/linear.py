@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, which has no bfloat16 product
+from kernels.gpu.dot import dot
 
 
 @triton.jit
@@ -173,9 +173,7 @@ def product(
             squares += tl.sum(tl.sum(xs * xs, 2), 1)
             xs *= norm_of(norm, chunk, K, BITS, OFFSET)
         left, right = as_operand(weight.to(x.dtype.element_ty), WARPS), as_operand(xs.to(x.dtype.element_ty), None)
-        if INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        acc = tl.dot(left, tl.trans(right), acc)
+        acc = dot(left, tl.trans(right), acc)
     last = True
     if SPLIT > 1:
         last, acc, squares = summed(acc, squares, partials, counters, SPLIT, BM, BN)

@@ -14,7 +14,6 @@ from torch import Tensor
 import layers.fastest
 from engine.compile import compile_step
 from engine.decode import forward_chunk
-from layers.packed import TinygemmLinear
 from layers.quantized import QuantSpec, linear_table
 from model import ModelArgs, Transformer
 from tests.cuda_offline.cases import FAMILIES, FORMATS, fake_model, zeros
@@ -90,8 +89,8 @@ def tied(args: ModelArgs, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cuda_forms(args: ModelArgs, spec: QuantSpec | None, dtype: torch.dtype, state: dict[str, Tensor]) -> Transformer:
-    """The model on the CPU in the forms that its layers have on CUDA; tinygemm's tiles are only made there."""
-    rows = [row for row in layers.fastest.TABLE if row.device != "cpu" and row.fast is not TinygemmLinear]
+    """The model on the CPU in the forms that its layers have on CUDA."""
+    rows = [row for row in layers.fastest.TABLE if row.device != "cpu"]
     layout, _ = random_state(args, spec, dtype)
     with mock.patch.object(layers.fastest, "TABLE", [row._replace(device=None) for row in rows]):
         return fill(layout, state, args, None)
