@@ -34,7 +34,7 @@ OUTPUTS = {  # of each kernel of ours, the arguments that it writes to
     "sort_pairs": ("order", "ends"),
     "linear_pairs": ("y",),
 }
-VIEWS = {aten.as_strided.default, aten.view.default, aten.t.default, aten.select.int, aten.alias.default}
+VIEWS = {aten.as_strided.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int, aten.alias.default}
 
 
 class Kernels:
@@ -144,7 +144,7 @@ class Operators(TorchDispatchMode):
             with self, mock.patch.object(JITFunction, "run", lambda kernel, *args, **kw: launch(kernel, *args, **kw)):
                 return OURS[function](*args, **kwargs)
         result = function(*args, **kwargs)
-        if function in (aten.empty_strided.default, aten.empty.memory_format):
+        if function in (aten.empty_strided.default, aten.empty.memory_format, aten.new_empty.default):
             self.record.buffers.append(tuple(result.shape))
         elif function not in VIEWS and function.namespace != "prim":
             values = {**dict(zip((a.name for a in function._schema.arguments), args, strict=False)), **kwargs}
