@@ -142,7 +142,7 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, OSError):  # a full disk behind standard output, a name that is too long
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         place = error.filename or ("standard output" if is_full and prints_to_a_disk() else None)
-        return f"{error.strerror or error}{f': {place}' if place else ''}"
+        return one_line(f"{error.strerror or error}{f': {place}' if place else ''}")
     return None
 
 

@@ -24,7 +24,7 @@ from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
 from measure.perplexity import WINDOW, perplexity
 from ranks import init_tp
-from text.files import read_text
+from text.files import read_text, require_utf8
 from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, tokenizer_saved
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
@@ -114,6 +114,7 @@ def check_request(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     check_threads(args.threads)
+    require_utf8(args.label or "", "--label")
     if args.label and Path(args.label).name != args.label:
         raise ValueError(f"--label is {args.label!r}; it becomes part of a file's name, so it cannot be a path")
 

@@ -54,6 +54,7 @@ def test_a_closed_stream_is_an_empty_one(closed):
         ("raise ValueError('why')", "", 2, "", "error: why"),
         ("import no_such", "", 2, "", f"error: Python at {sys.executable} has no package no_such; use: "),
         ("raise OSError(28, 'No space left on device', 'a.pth')", "", 2, "", "error: No space left on device: a.pth"),
+        ("raise OSError(2, 'No such file', 'a\\n\\x1b')", "", 2, "", "error: No such file: a \\x1b"),
     ],
 )
 def test_exit_code_and_one_line(body, flags, code, out, error):

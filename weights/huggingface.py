@@ -1,5 +1,6 @@
 """Hugging Face folders: safetensors or .bin files and their config.json."""
 
+import os
 import re
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def named_in(index: Path) -> list[str]:
 
 def present(path: Path, index: Path) -> Path:
     """A file that an index names, which must lie beside it."""
-    if path.parent != index.parent or not path.is_file():
+    if path.parent != index.parent or not os.path.isfile(path):  # of a name too long, path.is_file() raises
         raise ValueError(f"{index.parent} lacks {path.name}, which its index names; download it again")
     return path
 

@@ -34,7 +34,14 @@ OUTPUTS = {  # of each kernel of ours, the arguments that it writes to
     "sort_pairs": ("order", "ends"),
     "linear_pairs": ("y",),
 }
-VIEWS = {aten.as_strided.default, aten.view.default, aten.reshape.default, aten.t.default, aten.select.int, aten.alias.default}
+VIEWS = {
+    aten.as_strided.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.t.default,
+    aten.select.int,
+    aten.alias.default,
+}
 
 
 class Kernels:

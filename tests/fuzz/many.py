@@ -1,8 +1,11 @@
 """Draws many damaged files of every kind, and keeps what was neither an answer nor one line of words.
 
-    python scripts/fuzz.py --cases 10000 --seed 1
+    TMPDIR=/dev/shm python scripts/fuzz.py --cases 10000 --seed 1
 
-A line for each batch of cases goes to fuzz-SEED.jsonl, and a second run goes on after the last one.
+(a folder a case, which a disk takes longer to remove than most cases take to run).
+
+A line for each batch of cases goes to fuzz-SEED.jsonl, and a second run goes on after the last one. In a finding,
+`cases` is what makes it happen again, pickled: the case, or all that one child had run.
 """
 
 import argparse
@@ -12,65 +15,44 @@ import tempfile
 from base64 import b64encode
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
-from tests.fuzz.forks import ALLOWED, Forks
-from tests.fuzz.kinds import KINDS, write_valid
+from tests.fuzz.forks import Forks
+from tests.fuzz.kinds import KINDS, draw
+from tests.fuzz.valid import write_valid
 
 BATCH = 250
 
 
-def run_batch(kind: str, valid: Path, forks: Forks, start: int, n_cases: int) -> list[dict]:
-    """What went wrong: a case for each different text."""
-    findings = {}
-
-    @seed(start)
-    @settings(
-        max_examples=n_cases,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(KINDS[kind].draw(valid))
-    def check(case):
-        outcome, words = forks.outcome(kind, case)
-        if outcome not in ALLOWED:
-            pickled = b64encode(pickle.dumps(case)).decode()
-            findings[words[-200:]] = {"outcome": outcome, "words": words, "case": pickled}
-
-    check()
-    return list(findings.values())
+def run_batch(kind: str, valid: Path, forks: Forks, seed: int, n_cases: int) -> list[dict]:
+    """What went wrong: a finding for each different text."""
+    found = {each.words[-200:]: each for each in forks.findings(kind, draw(kind, valid, n_cases, seed))}
+    return [each._asdict() | {"cases": b64encode(pickle.dumps(each.cases)).decode()} for each in found.values()]
 
 
 def main(cases: int, start: int, kinds: list[str], state: Path) -> int:
     """The number of findings."""
-
-    def cases_of(batch: int) -> int:
-        return min(BATCH, cases - batch * BATCH)
-
+    sizes = [min(BATCH, cases - first) for first in range(0, cases, BATCH)]
     text = state.read_text() if state.exists() else ""
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    done = {
-        (line["kind"], line["batch"]): line["findings"] for line in lines if line["cases"] == cases_of(line["batch"])
-    }
-    done = {key: findings for key, findings in done.items() if key[0] in kinds}
-    batches = [(kind, i) for i in range(-(-cases // BATCH)) for kind in kinds]
+    done = {(line["kind"], line["batch"], line["cases"]): line["findings"] for line in lines}
+    n_findings = 0
     with tempfile.TemporaryDirectory() as folder, state.open("a") as file:
         valid = write_valid(Path(folder))
-        forks = Forks(valid)
-        for kind, i in tqdm([batch for batch in batches if batch not in done], unit="batch"):
-            n_cases = cases_of(i)
-            done[kind, i] = run_batch(kind, valid, forks, start * 1_000_000 + i, n_cases)
-            file.write(json.dumps({"kind": kind, "batch": i, "cases": n_cases, "findings": done[kind, i]}) + "\n")
-            file.flush()
-        forks.close()
-    found = [(kind, each) for (kind, _), findings in done.items() for each in findings]
-    for kind, each in found:
-        print(f"{kind}: {each['outcome']}\n{each['words']}\n")
-    print(f"{cases} cases of each of {len(kinds)} kinds, {len(found)} findings; the cases are in {state}")
-    return len(found)
+        for kind in kinds:
+            forks = Forks(valid, [kind])
+            for i, n_cases in enumerate(tqdm(sizes, desc=kind, unit="batch")):
+                findings = done.get((kind, i, n_cases))
+                if findings is None:
+                    findings = run_batch(kind, valid, forks, start * 1_000_000 + i, n_cases)
+                    line = {"kind": kind, "batch": i, "cases": n_cases, "findings": findings}
+                    print(json.dumps(line), file=file, flush=True)
+                for each in findings:
+                    print(f"{kind}: {each['outcome']}\n{each['words']}\n")
+                n_findings += len(findings)
+            forks.close()
+    print(f"{cases} cases of each of {len(kinds)} kinds, {n_findings} findings; the cases are in {state}")
+    return n_findings
 
 
 if __name__ == "__main__":

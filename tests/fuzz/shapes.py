@@ -1,7 +1,9 @@
 """Strategies for damaged files: JSON trees with other values, bytes cut and flipped, GGUF files that lie."""
 
 import copy
+import json
 import struct
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -39,8 +41,10 @@ def changed(draw, tree, others=()):
     """The tree with one to four values replaced, left out or added. others: keys that may be added at the top."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 4))):
-        known = places(tree)
-        *way, last = draw(st.sampled_from([*known, *((key,) for key in others)] or [("a",)]))
+        known = [*places(tree), *((key,) for key in others)]
+        if not known:  # all has been left out
+            break
+        *way, last = draw(st.sampled_from(known))
         parent = tree
         for key in way:
             parent = parent[key]
@@ -105,3 +109,21 @@ def gguf_bytes(fields: dict, tensors: dict[str, tuple[list[int], int, int]], dat
         sizes = [size % (1 << 64) for size in shape]
         out += packed_string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
     return out + bytes(-len(out) % 32) + data
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def text_of(tree) -> str:
+    return json.dumps(tree, default=lambda value: None)
+
+
+def link(source: Path, folder: Path, *without: str) -> None:
+    """The files of `source`, but for some."""
+    for path in source.iterdir():
+        if path.name not in without:
+            (folder / path.name).symlink_to(path)

@@ -169,6 +169,7 @@ REFUSED = {
     "a tensor of no layer": (tensors(lambda state: state | {"score.weight": state[NORM]}), ["1 tensors", "score"]),
     "yarn of base 1": (config(rope_parameters=BASE_1), ["rope_base 1.0", "not finite"]),
     "eps null": (config(rms_norm_eps=None), ["rms_norm_eps"]),
+    "an index of a name too long": (sharded(lambda listed: dict.fromkeys(listed, "x" * 300)), ["lacks xxx", "index"]),
 }
 
 
