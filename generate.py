@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -240,14 +241,15 @@ def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
     return DraftModel(draft, step, forward)
 
 
-def prepare(warm_up: Callable[[], None], args: argparse.Namespace) -> float:
+def prepare(warm_up: Callable[[], None], engine: Engine, args: argparse.Namespace) -> float:
     """Warm up if that is needed, saying what it waits for; the seconds of compiling."""
     if not (args.compile or args.compile_prefill):
         if speculates(args) and args.speculate_k in (None, "auto"):
             warm_up()  # what a round costs decides how many tokens are guessed
         return 0.0
     first, later = (60, 15) if speculates(args) else (20, 5)
-    say(f"Compiling: about {first} seconds the first time, about {later} from then on ...")
+    timed = f"about {first} seconds the first time, about {later} from then on"
+    say(f"Compiling: {timed if engine.model.device.type == 'cpu' else 'some minutes the first time'} ...")
     began = time.perf_counter()
     warm_up()
     seconds = time.perf_counter() - began
@@ -271,7 +273,7 @@ def answer(
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
     batches = plan(engine, tokenizer, prompts, args, context)
     lengths = [[len(row.ids) for row in batch] for batch in batches]
-    facts["compile_s"] = prepare(lambda: engine.warm_up(lengths, args.max_new_tokens, sampling), args)
+    facts["compile_s"] = prepare(partial(engine.warm_up, lengths, args.max_new_tokens, sampling), engine, args)
     torch.manual_seed(facts["seed"])
     limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
     answers = Answers(engine, tokenizer, limits, sampling, batches, results if speaks(ranks) else None)
@@ -333,7 +335,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
     context = min(context, args.max_seq_length or INTERACTIVE_CONTEXT)
     engine.reserve(1, context)
     length = min(-(-context // 2), 64)
-    prepare(lambda: engine.warm_up([[length]], context - length, sampling), args)
+    prepare(partial(engine.warm_up, [[length]], context - length, sampling), engine, args)
     limits = Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos)
     talk(Conversation(engine, tokenizer, limits, sampling, args.system), [model_path(args)])
 

@@ -82,6 +82,10 @@ class ModelArgs:
         if not has_finite_rope(self):
             raise ValueError(f"rope_base {self.rope_base} with {self.rope_scaling} makes angles that are not finite")
 
+    def windows(self) -> list[int | None]:
+        """The window of each layer; None: it has none."""
+        return [None if i in self.full_layers else self.sliding_window for i in range(self.n_layer)]
+
     def to_dict(self) -> dict:
         """JSON types only."""
         return asdict(self, dict_factory=lambda items: {k: list(v) if type(v) is tuple else v for k, v in items})
@@ -247,11 +251,11 @@ class Attend(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the cache. wqkv holds the rows of q, k and v in this order."""
+    """Self-attention over the cache. wqkv holds the rows of q, k and v in this order. window: see `Context.mask`."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, window: int | None):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
+        self.n_head, self.n_kv_head, self.head_dim, self.window = args.n_head, args.n_kv_head, args.head_dim, window
         rows = (args.n_head + 2 * args.n_kv_head) * args.head_dim
         self.wqkv = nn.Linear(args.dim, rows, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
@@ -342,16 +346,19 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = self.gate(rows).float().softmax(-1).topk(self.n_used)  # [T, K]
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        gate, up = self.w13(rows[:, None], chosen).chunk(2, dim=-1)
-        made = self.w2(self.activation(gate) * up, chosen)  # [T, K, dim]
-        y = (made.float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
         return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
+
+    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
+        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
+        return self.w2(self.activation(gate) * up, chosen)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, window: int | None):
         super().__init__()
-        self.attention = Attention(args)
+        self.attention = Attention(args, window)
         self.feed_forward = MixtureOfExperts(args) if args.n_expert else FeedForward(args, args.intermediate_size)
         self.residual_scale = args.residual_scale
         self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
@@ -404,7 +411,7 @@ class Transformer(nn.Module):
         self.args = args
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = Blocks(TransformerBlock(args) for _ in range(args.n_layer))
+        self.layers = Blocks(TransformerBlock(args, window) for window in args.windows())
         self.norm = RMSNorm(args.dim, args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
@@ -438,10 +445,14 @@ class Transformer(nn.Module):
         logits [B, R, V] are wanted. In a model that several ranks share they are the logits of this rank's part of the
         vocabulary, see `tp.full_logits`.
         """
-        x = self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
+        x = self.hidden(tokens, pos, cache)
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
+
+    def hidden(self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None) -> Tensor:
+        """What the blocks make of the tokens [B, S, dim], before the last norm and the head."""
+        return self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
 
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
         return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
@@ -457,9 +468,9 @@ class Transformer(nn.Module):
             near = seen & (key_pos > pos[..., None] - args.sliding_window) if windowed else seen
             return Context(cos[:, :, None], sin[:, :, None], additive_mask(near, self.dtype))
 
-        windows = [args.sliding_window is not None and i not in args.full_layers for i in range(args.n_layer)]
-        made = {windowed: context(windowed) for windowed in sorted(set(windows))}
-        return [made[windowed] for windowed in windows]
+        windowed = [window is not None for window in args.windows()]
+        made = {each: context(each) for each in sorted(set(windowed))}
+        return [made[each] for each in windowed]
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

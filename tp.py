@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import listed
+from layers.gpu_linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
 from model import HeadsNorm, MixtureOfExperts, ModelArgs, Transformer
 from ranks import Ranks
@@ -192,11 +193,12 @@ class SplitNorm(HeadsNorm):
 
 
 def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
-    """Connect a model that holds one rank's part of the weights to the other ranks; before or after `pack_`.
+    """Connect a model that holds one rank's part of the weights to the other ranks; on CUDA before `pack_`.
 
     args: of the whole model. Afterwards `model.args` has the heads and the FFN width of this rank and the vocabulary of
     the whole; the logits that the model returns are this rank's part, see `full_logits`.
     """
+    assert not any(isinstance(layer, GpuBlock) for layer in model.layers), "these blocks do not sum over ranks"
     model.args = replace(rank_args(args, ranks.size), vocab_size=args.vocab_size)
     model.ranks = ranks
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)

@@ -11,15 +11,17 @@ from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
 MOST_ROWS = 64  # more make a step of a CPU no faster a row, and on CUDA --batch_size asks for more
-STEP = 256  # the prefixes that calls attend to grow by so many slots, on CUDA from here on by doubling
+STEP = 256  # the prefixes that calls attend to grow by so many slots; on CUDA they double, from SMALLEST on
+ALIGNED = 8  # prefixes are multiples of so many slots, so that each row of a mask begins where a GPU reads 16 bytes
 
 
 def slots_for(args: ModelArgs, length: int) -> int:
     """Slots of a cache for sequences of `length` tokens.
 
-    They go in powers of two, so that few forms of the step are ever compiled, and stop at the model's context.
+    They go in powers of two, so that few forms of the step are ever compiled, and stop at the model's context; the
+    last few stay empty, see `prefix_length`.
     """
-    return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length))
+    return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length)) + ALIGNED
 
 
 def row_bytes(model: Transformer, n_slots: int) -> int:
@@ -50,10 +52,10 @@ def prefix_length(cache: KVCache, filled: int) -> int:
     """
     size = -(-filled // STEP) * STEP
     if cache.slots.is_cuda:
-        size = max(STEP, 1 << (filled - 1).bit_length())
-    # never the whole cache: a form compiled for any shorter prefix would not fit it, and its last slot is not needed,
-    # because the last token of a row is drawn but not stored
-    return min(size, cache.n_slots - 1)
+        size = max(SMALLEST, 1 << (filled - 1).bit_length())
+    # never the whole cache: a form compiled for any shorter prefix would not fit it
+    largest = cache.n_slots - 1
+    return min(size, max(largest // ALIGNED * ALIGNED, min(filled, largest)))
 
 
 def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:

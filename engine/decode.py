@@ -75,6 +75,10 @@ def read_prompts(
         chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
         view = cache.view(cache_rows, prefix_length(cache, start + begin + chunk.shape[1]))
+        a_row_ends = any(begin < len(prompt) <= begin + PREFILL_CHUNK for prompt in prompts)
+        if forward is forward_chunk and not a_row_ends:  # compiled, a call without the head would be one more form
+            model.hidden(chunk, pos, view)
+            continue
         last = lengths - 1 - begin  # of each row, counted from this chunk's first
         rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
         new = forward(model, chunk, pos, view, rows)[:, 0]

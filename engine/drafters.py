@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import allocate, prefix_length
 from engine.decode import forward_chunk, prefill
 from engine.guess_length import LENGTHS
-from engine.sampling import NO_TOKEN, Sampling, logits_to_probs, require_finite, sample, valid
+from engine.sampling import NO_TOKEN, Sampling, argmax, logits_to_probs, require_finite, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
@@ -128,7 +128,7 @@ def draft_one_token(
     if barred is not None:
         logits = logits.masked_fill(barred, float("-inf"))
     if sampling.is_greedy:
-        return valid(logits.argmax(-1), logits)[:, None], None
+        return valid(argmax(logits), logits)[:, None], None
     probs = logits_to_probs(logits, sampling)
     return valid(sample(probs), probs)[:, None], probs
 

@@ -144,11 +144,31 @@ def chunks(
         yield tokens, counts
 
 
-def read_behind(chunks: Iterator, distance: int) -> Iterator:
-    """The same chunks, each after `distance` more have been launched, so that reading one never stalls the device."""
-    launched = []
+def read_behind(chunks: Iterator[Chunk], distance: int) -> Iterator[Chunk]:
+    """The same chunks on the host, each after `distance` more have been launched: reading one never stalls the device.
+
+    Each is copied before the next step is launched, because a stream runs what it is given in order.
+    """
+    copies = []
     for chunk in chunks:
-        launched.append(chunk)
-        if len(launched) > distance:
-            yield launched.pop(0)
-    yield from launched
+        copies.append(begin_copy(chunk))
+        if len(copies) > distance:
+            yield finish_copy(*copies.pop(0))
+    yield from (finish_copy(*copy) for copy in copies)
+
+
+def begin_copy(chunk: Chunk) -> tuple[Chunk, torch.cuda.Event | None]:
+    """Queue a copy of the chunk to pinned memory, and an event that tells when it is there."""
+    tokens = chunk.tokens
+    if not tokens.is_cuda:
+        return chunk, None
+    copied = torch.cuda.Event()
+    chunk = chunk._replace(tokens=tokens.to("cpu", non_blocking=True))  # to the host this takes pinned memory
+    copied.record(torch.cuda.current_stream(tokens.device))
+    return chunk, copied
+
+
+def finish_copy(chunk: Chunk, copied: torch.cuda.Event | None) -> Chunk:
+    if copied is not None:
+        copied.synchronize()  # waits for this copy alone, not for the steps after it
+    return chunk

@@ -10,12 +10,16 @@ from model import Transformer
 from ranks import from_first
 from tp import full_logits
 
+PART = 1024  # values of a row that one block of a GPU compares
 NO_TOKEN = -1  # drawn from logits that are not finite: whoever reads the ids notices it, without another transfer
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0: off. ValueError out of range."""
+    """How a token is drawn. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0: off. ValueError out of range.
+
+    Of tokens that are as likely as the last of top_k, as many are left out as are too many.
+    """
 
     temperature: float = 0.8
     top_k: int = 200
@@ -44,48 +48,64 @@ class Sampling:
 
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V] float32
-    """The distribution that is sampled from: temperature, then top-k, top-p and min-p, each on what the last left."""
+    """The distribution that is sampled from."""
     if sampling.is_greedy:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        return F.one_hot(argmax(logits), logits.shape[-1]).float()
+    probs, ids = candidates(logits, sampling)
+    return probs if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(-1, ids, probs)
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Probabilities [..., k] in float32 of the tokens that can be drawn, likeliest first, and their ids.
+
+    None: they are all V, in order. Temperature, then top-k, top-p (Holtzman et al. 2019; the likeliest tokens that
+    together reach it) and min-p, each on what the last left.
+    """
+    logits, ids = logits.float() / sampling.temperature, None
+    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    if k < logits.shape[-1] or sampling.top_p < 1:
+        logits, ids = logits.topk(k)
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
-        probs = keep_top_p(probs, sampling)
+        before = probs.cumsum(-1) - probs  # mass of those ahead of each
+        probs = probs.masked_fill(before >= sampling.top_p, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
     if sampling.min_p > 0:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
-    return probs / probs.sum(-1, keepdim=True)
+    return probs / probs.sum(-1, keepdim=True), ids
 
 
-def keep_top_p(probs: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V], not normalised
-    """The likeliest tokens that together reach top_p (Holtzman et al. 2019); the first always stays."""
-    # with top-k on, only k can be non-zero: a topk is an order cheaper than a sort of the vocabulary
-    k = min(sampling.top_k or probs.shape[-1], probs.shape[-1])
-    descending = probs.topk(k).values
-    before = descending.cumsum(-1) - descending  # mass of those ahead of each
-    least = descending.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
-    return probs.masked_fill(probs < least, 0)
+def argmax(values: Tensor) -> Tensor:  # [..., V] -> [...]
+    """The place of the largest value, of equal ones the first, and of a NaN if there is one.
+
+    In two stages: the compiler gives a row of V values to one block of a GPU, and its other processors idle.
+    """
+    parts = F.pad(values, (0, -values.shape[-1] % PART), value=float("-inf")).unflatten(-1, (-1, PART))
+    largest, places = parts.max(-1)
+    part = largest.argmax(-1, keepdim=True)
+    return (part * PART + places.gather(-1, part))[..., 0]
 
 
 def sample(probs: Tensor) -> Tensor:  # [..., V] -> [...]
     """Draw one token from each distribution."""
     # exponential race: the same draw as multinomial, but without a host sync per token
     noise = torch.empty_like(probs).exponential_()
-    return (probs / noise).argmax(-1)
+    return argmax(probs / noise)
 
 
 def choose(logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
     if sampling.is_greedy:
-        return valid(logits.argmax(-1), logits)[:, None]
-    probs = logits_to_probs(logits, sampling)
-    return valid(sample(probs), probs)[:, None]
+        return valid(argmax(logits), logits)[:, None]
+    probs, ids = candidates(logits, sampling)
+    drawn = sample(probs)
+    token = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
+    return valid(token, probs, drawn)[:, None]
 
 
-def valid(token: Tensor, values: Tensor) -> Tensor:  # [...], [..., V] -> [...]
-    """The token; NO_TOKEN where its logit or probability is not finite. An argmax is at a NaN if there is one."""
-    return token.where(values.gather(-1, token[..., None])[..., 0].isfinite(), NO_TOKEN)
+def valid(token: Tensor, values: Tensor, place: Tensor | None = None) -> Tensor:  # [...], [..., V], [...] -> [...]
+    """The token; NO_TOKEN where the value at its place (None: its id) is not finite. An argmax is at a NaN, if any."""
+    place = token if place is None else place
+    return token.where(values.gather(-1, place[..., None])[..., 0].isfinite(), NO_TOKEN)
 
 
 def require_finite(model: Transformer, is_finite: bool, what: str = "model") -> None:

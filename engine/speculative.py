@@ -17,7 +17,7 @@ from engine.cache import prefix_length
 from engine.decode import Chunk
 from engine.drafters import Drafter
 from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length
-from engine.sampling import Sampling, logits_to_probs, sample, valid
+from engine.sampling import Sampling, argmax, logits_to_probs, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
@@ -32,7 +32,7 @@ def accept(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: 
     """
     k, vocab_size = draft.shape[1], logits.shape[-1]
     if sampling.is_greedy:  # p and q are 1 or 0: accepted is what the model would have said
-        new = valid(logits.argmax(-1), logits)
+        new = valid(argmax(logits), logits)
         return new, 1 + (new[:, :k] == draft).long().cumprod(1).sum(1, keepdim=True)
     p = logits_to_probs(logits, sampling)  # [B, k + 1, V]
     if draft_probs is None:

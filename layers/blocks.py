@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
-from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
+from model import Blocks, CacheView, Context, KVCache, MixtureOfExperts, ModelArgs, RMSNorm, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.
@@ -16,13 +16,23 @@ HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "sliding_window", "window_
 HONOURED |= {"attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "tie_embeddings"}
 
 
+def honours(args: ModelArgs, names: set[str]) -> bool:
+    """Whether a form of a model that honours the fields of these names honours all that differ from their defaults."""
+    return all(each.name in names or getattr(args, each.name) == each.default for each in fields(args))
+
+
 @torch.compiler.nested_compile_region
 def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
     return block(*inputs)
 
 
 class RegionBlocks(Blocks):
-    """Blocks of which the compiler compiles one for all, in a quarter of the time. Measured on CPUs."""
+    """Blocks of which the compiler compiles one for all, in a quarter of the time."""
+
+    @staticmethod
+    def fits_cuda_graph(blocks: Blocks, _: ModelArgs | None) -> bool:
+        """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
+        return not any(type(layer) is MixtureOfExperts for layer in blocks.modules())
 
     def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
         return _region(block, *inputs)
@@ -41,8 +51,7 @@ class FusedBlocks(RegionBlocks):
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:
         """Whether the operator can do the work of these blocks, whose layers are packed."""
-        others = [each for each in fields(args) if each.name not in HONOURED]
-        if any(getattr(args, each.name) != each.default for each in others):
+        if not honours(args, HONOURED):
             return False
         if not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
             return False

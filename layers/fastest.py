@@ -9,9 +9,12 @@ import torch.nn as nn
 from cli import progress
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend, TinygemmLinear
+from layers.gpu_attention import GpuAttention
+from layers.gpu_experts import GpuExperts
+from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Blocks, ExpertLinear, Gate, ModelArgs
+from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, TransformerBlock
 
 
 class Row(NamedTuple):
@@ -19,7 +22,7 @@ class Row(NamedTuple):
 
     plain: tuple[type[nn.Module], ...]  # the plain classes; that of a quantised layer is its format
     device: str | None
-    dtype: torch.dtype | None  # of the weight, or, of what has none, of the model
+    dtypes: tuple[torch.dtype, ...] | None  # of the weight, or, of what has none, of the model
     operators: bool  # whether it needs those of `kernels/cpu.py`
     fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
     fast: type[nn.Module]  # made from the plain layer
@@ -29,19 +32,25 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
     return layer.weight.ndim == 3
 
 
-BF16 = torch.bfloat16
 FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
+BF16, HALF = (torch.bfloat16,), (torch.bfloat16, torch.float16)
+CUDA_REGIONS = RegionBlocks.fits_cuda_graph
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
-    #   plain                   device  dtype  operators  fits                 fast
+    #   plain                   device  dtypes operators  fits                 fast
     Row(FLOAT,                  "cpu",  BF16,  True,      None,                FewRowsLinear),
     Row(CODES,                  "cpu",  None,  True,      None,                CodesLinear),
-    Row((Int4Linear,),          "cuda", None,  False,     TinygemmLinear.fits, TinygemmLinear),
+    Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),
+    Row((Int4Linear,),          "cuda", None,  False,     Int4OnGpu.fits,      Int4OnGpu),
     Row((ExpertLinear, *CODES), None,   None,  False,     is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  False,     None,                StepAttend),
+    Row((Attention,),           "cuda", HALF,  False,     GpuAttention.fits,   GpuAttention),
+    Row((MixtureOfExperts,),    "cuda", HALF,  False,     GpuExperts.fits,     GpuExperts),
+    Row((TransformerBlock,),    "cuda", HALF,  False,     GpuBlock.fits,       GpuBlock),
     Row((Blocks,),              "cpu",  None,  True,      FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  False,     None,                RegionBlocks),
+    Row((Blocks,),              "cuda", None,  False,     CUDA_REGIONS,        RegionBlocks),
 ]  # fmt: skip
 
 
@@ -53,7 +62,7 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module]
         if (
             type(layer) in row.plain
             and row.device in (None, where.device.type)
-            and row.dtype in (None, where.dtype)
+            and (row.dtypes is None or where.dtype in row.dtypes)
             and (cpu.available() or not row.operators)
             and (row.fits is None or row.fits(layer, args))
         ):

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.quantized import LAYERS, Int4Linear, QuantizedLinear
+from layers.quantized import LAYERS, QuantizedLinear
 from model import Attend, ExpertLinear, ModelArgs, by_expert, softcap
 
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
-def surely_few(size: int) -> bool:
-    """Whether a size is at most 16, in every call that a compiled form with this size serves."""
+def surely_few(size: int, most: int = FEW) -> bool:
+    """Whether a size is at most `most`, in every call that a compiled form with this size serves."""
     if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= FEW)
-    return size <= FEW
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= most)
+    return size <= most
 
 
 class StepAttend(Attend):
@@ -122,7 +122,7 @@ class CodesLinear(nn.Module):
 
 
 class AnyExperts(nn.Module):
-    """Experts on any device, compiled or not: the choice of experts hides in an operator, or rows get copies."""
+    """Experts on any device, compiled or not: the choice of experts hides in an operator."""
 
     def __init__(self, layer: ExpertLinear | QuantizedLinear):
         super().__init__()
@@ -131,18 +131,9 @@ class AnyExperts(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
-        if x.is_cuda and surely_few(chosen.numel()):  # a CUDA graph cannot wait for the choice of experts
-            return self.by_copies(x, chosen)
         # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
         each = each_expert_operator if torch.compiler.is_compiling() else each_expert
         return each(x, chosen, list(self.buffers()), self.bits)
-
-    def by_copies(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """The same, each row with a copy of its weight, which the compiler may fuse away."""
-        copies = [tensor[chosen.flatten()] for tensor in self.buffers()]  # [T * K, out, ...]
-        weight = copies[0] if self.bits is None else LAYERS[self.bits](*copies).dequantize()
-        rows = x.expand(-1, chosen.shape[1], -1).reshape(len(weight), -1, 1)
-        return (weight.to(x.dtype) @ rows).view(*chosen.shape, -1)
 
 
 def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | None) -> Tensor:
@@ -150,44 +141,12 @@ def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | No
     return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
 
 
-each_expert_operator = torch.library.custom_op("gpt_faster::each_expert", each_expert, mutates_args=())
+# the choice of experts is read on the host, so no CUDA graph can hold this operator
+each_expert_operator = torch.library.custom_op(
+    "gpt_faster::each_expert", each_expert, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 
 
 @each_expert_operator.register_fake
 def _(x, chosen, tensors, bits):
     return x.new_empty(*chosen.shape, tensors[0].shape[1])
-
-
-class TinygemmLinear(Int4Linear):
-    """An int4 layer on CUDA: PyTorch's tinygemm kernel for few rows, in bfloat16; for more the weight is dequantised.
-
-    The kernel's tiles, int32 [out/8, in/(16 t), 32, t/2], stand beside the layer's own codes.
-    """
-
-    def __init__(self, layer: Int4Linear):
-        super().__init__(layer.weight, layer.scales, layer.zeros, layer.bias)
-        swapped = layer.weight << 4 | layer.weight >> 4  # the kernel reads the even input in the high nibble
-        tiles = torch.ops.aten._convert_weight_to_int4pack(swapped, self.inner_k_tiles(layer))
-        scales_and_zeros = torch.stack((layer.scales, layer.zeros), dim=2).transpose(0, 1).bfloat16().contiguous()
-        # not saved, and not counted by weight_bytes: a step reads either the tiles or the codes
-        self.register_buffer("tiles", tiles, persistent=False)
-        self.register_buffer("scales_and_zeros", scales_and_zeros, persistent=False)  # [in/g, out, 2]
-        self.groupsize = layer.in_features // layer.scales.shape[1]
-
-    @staticmethod
-    def inner_k_tiles(layer: Int4Linear) -> int | None:
-        """The largest tile that divides the layer; None if the kernel cannot take it."""
-        if layer.weight.ndim == 3 or layer.weight.shape[0] % 8:
-            return None
-        return next((tiles for tiles in (8, 4, 2) if layer.in_features % (16 * tiles) == 0), None)
-
-    @classmethod
-    def fits(cls, layer: Int4Linear, _: ModelArgs | None) -> bool:
-        return cls.inner_k_tiles(layer) is not None
-
-    def linear(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if len(rows) > FEW or x.dtype != torch.bfloat16:
-            return super().linear(x)
-        y = torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.groupsize, self.scales_and_zeros)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)

@@ -29,19 +29,32 @@ def peak_memory(device: torch.device) -> int | None:
 
 @torch.inference_mode()
 def measured_bandwidth(device: torch.device) -> float | None:
-    """GB/s this machine moves: the median of five reads of 256 MiB on a CPU, of copies (read + write) on CUDA."""
+    """GB/s this machine moves: the median of five reads of 256 MiB on a CPU, of ten copies (read + write) on CUDA."""
     if device.type not in ("cpu", "cuda"):
         return None
     size = 256 << 20
     buffer = torch.ones(size // 8192, 4096, dtype=torch.bfloat16, device=device)
     other = torch.empty_like(buffer) if device.type == "cuda" else torch.ones(1, 4096, dtype=torch.bfloat16)
     if device.type == "cuda":
-        moved, work = 2 * size, lambda: (other.copy_(buffer), torch.cuda.synchronize(device))
+
+        def work():
+            for _ in range(10):  # so that waiting for the last takes a small share
+                other.copy_(buffer)
+            torch.cuda.synchronize(device)
+
+        moved = 10 * 2 * size
     elif cpu.available():
         moved, work = size, lambda: torch.ops.gpt_faster.linear_bf16(other, buffer, None)
     else:
         moved, work = size, lambda: buffer.view(torch.int64).sum()
     return moved / median_seconds(work, 5) / GB
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations/s of a product of two square matrices, random because a GPU is faster with equal numbers."""
+    n = 8192 if device.type == "cuda" else 256  # seconds on a CPU that has no instructions for bfloat16
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: (a @ b)[0, 0].item(), 5)
 
 
 def median_seconds(work: Callable, times: int) -> float:

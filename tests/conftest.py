@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="what tests/test_device.py compares with the CPU")
 
 
-PROCESSES_AND_COMPILERS = {"subprocess", "multiprocessing", "torchrun", "compile_step", "compile", "spawn"}
+PROCESSES_AND_COMPILERS = {"subprocess", "multiprocessing", "torchrun", "compile_step", "compile", "generated", "spawn"}
 
 
 def pytest_collection_modifyitems(items):

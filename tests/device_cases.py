@@ -1,26 +1,29 @@
 """A device against float32 on the CPU: cases for tests/test_device.py, and a plain loop where pytest is missing.
 
-python -m tests.device_cases --device cuda           # every case, each group in a process of its own
-python -m tests.device_cases --device cuda model     # the cases of one group
+python -m tests.device_cases --device cuda                     # every case, each group in a process of its own
+python -m tests.device_cases --device cuda "model, compiled"   # the cases of one group
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import forward_chunk, read_prompts
-from engine.drafters import DraftModel, draft_one_token
+from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import build_engine, generate
-from engine.sampling import Sampling
+from engine.sampling import Sampling, choose, logits_to_probs
 from engine.speculative import Speculation, verify
 from layers.fastest import fastest
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
@@ -30,14 +33,18 @@ from weights.device import parse_dtype
 from weights.layout import Layout
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
-ROWS = (1, 2, 5, 16, 17, 512)  # of a layer's inputs
+ROWS = (1, 2, 5, 16, 17, 64, 65, 512)  # of a layer's inputs
+BATCHES = (1, 2, 8, 16, 17, 32, 64)  # rows that decode together
 ARGS = ModelArgs(
     dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=512, vocab_size=1000, max_seq_length=2048
 )
 CAPPED = replace(ARGS, sliding_window=20, full_layers=(1,), attention_softcap=5.0, logit_softcap=9.0, qk_norm=True)
 EXPERTS = replace(ARGS, n_expert=4, n_expert_used=2)
+ALL_USED = replace(EXPERTS, n_expert=2)  # else rounding chooses other experts
+LLAMA_HEADS = replace(ARGS, dim=512, n_head=8, head_dim=128, qkv_bias=True)  # four query heads share a key head
 PROMPT_LENGTHS, NEW = (530, 1, 40), 4  # longer than a chunk of the prefill, a single token, and between
 GREEDY = Sampling(temperature=0)
+LAST_CASE = 60.0  # seconds that a case may take which begins in the last second
 
 
 def random_state(args: ModelArgs) -> dict[str, Tensor]:
@@ -74,11 +81,8 @@ def plain_step(model, token, pos, cache):
 
 
 @torch.inference_mode()
-def check_model(
-    args: ModelArgs, spec: QuantSpec | None, compiled: bool, device, dtype, in_float32: bool = False
-) -> None:
+def check_model(args: ModelArgs, spec: QuantSpec | None, compiled: bool, device, dtype) -> None:
     """The prefill of a ragged batch and the steps after it, against one full forward of each row."""
-    dtype = torch.float32 if in_float32 else dtype
     reference, model = two_models(args, spec, device, dtype)
     step = compile_step(plain_step, device) if compiled else plain_step
     forward = compile_step(forward_chunk, device, any_length=True) if compiled else forward_chunk
@@ -94,6 +98,60 @@ def check_model(
     for row, (text, length) in enumerate(zip(texts, PROMPT_LENGTHS, strict=True)):
         whole = reference(torch.tensor([text]), torch.arange(len(text))[None])[0, length - 1 :]
         require_close(torch.stack([each[row] for each in found]), whole, TOLERANCE[dtype])
+
+
+def check_model_in_float32(args: ModelArgs, compiled: bool, device, dtype) -> None:
+    check_model(args, None, compiled, device, torch.float32)
+
+
+@torch.inference_mode()
+def check_batches(args: ModelArgs, spec: QuantSpec | None, compiled: bool, device, dtype) -> None:
+    """Steps of 1 to 64 rows, each at a position of its own, against one full forward of all."""
+    reference, model = two_models(args, spec, device, dtype)
+    step = compile_step(plain_step, device) if compiled else plain_step
+    texts = torch.randint(args.vocab_size, (max(BATCHES), 8))
+    whole = reference(texts, torch.arange(8).expand_as(texts))
+    cache = model.new_cache(len(texts), 512)
+    _, pos = read_prompts(model, cache, [ids[: 1 + row % 5].tolist() for row, ids in enumerate(texts)])
+    for n_row, n in product(BATCHES, range(3)):  # a CUDA graph warms up, is captured, then replayed
+        here = pos[:n_row].cpu() + n
+        token = texts[:n_row].gather(1, here).to(device)
+        found = step(model, token, here.to(device), cache.view(length=256))
+        require_close(found, whole[torch.arange(n_row), here[:, 0]], TOLERANCE[dtype])
+
+
+@torch.inference_mode()
+def check_graphs(spec: QuantSpec | None, device, dtype) -> None:
+    """Steps that CUDA graphs replay, of two caches in turn, against the plain step of the same model."""
+    counters.clear()
+    _, model = two_models(ARGS, spec, device, dtype)
+    step = compile_step(plain_step, device)
+    ours, theirs = ([model.new_cache(2, 512) for _ in range(2)] for _ in range(2))
+    for n in range(5):  # the first runs warm up, the next are captured, the last replayed
+        token = torch.randint(ARGS.vocab_size, (2, 1)).to(device)
+        for cache, other in zip(ours, theirs, strict=True):
+            found = step(model, token, torch.full_like(token, n), cache.view(length=256))
+            wanted = plain_step(model, token, torch.full_like(token, n), other.view(length=256))
+            require_close(found, wanted.float().cpu(), TOLERANCE[dtype])
+    skipped = counters["inductor"]["cudagraph_skips"]
+    assert not skipped, f"inductor made no CUDA graph of {skipped} calls"
+
+
+@torch.inference_mode()
+def check_draws(compiled: bool, device, dtype) -> None:
+    """Tokens that 8 rows draw from a large vocabulary, against the probabilities of float64 logits on the CPU."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, 128256, dtype=torch.float64).expand(8, -1)
+    draw = torch.compile(choose, fullgraph=True, dynamic=False) if compiled else choose
+    assert draw(logits.to(device, torch.float32), GREEDY).tolist() == [[logits[0].argmax().item()]] * 8
+    for sampling in (Sampling(top_k=4), Sampling(top_k=50, top_p=0.5)):
+        probs = logits_to_probs(logits[:1], sampling)[0]
+        found = torch.cat([draw(logits.to(device, torch.float32), sampling).flatten().cpu() for _ in range(32)])
+        counts = torch.bincount(found, minlength=len(probs))
+        assert not counts[probs == 0].any(), f"{sampling} drew tokens whose probability is 0"
+        # three standard deviations of the likeliest token's count
+        n, p = len(found), probs.max().item()
+        assert abs(counts[probs.argmax()] - n * p) < 3 * (n * p * (1 - p)) ** 0.5 + 1
 
 
 @torch.inference_mode()
@@ -116,7 +174,7 @@ def check_experts(spec: QuantSpec | None, compiled: bool, device, dtype) -> None
     tensors = quantize_weight(weight, spec) if spec else {"weight": weight}
     exact = LAYERS[spec.bits](**tensors).dequantize() if spec else weight.float()
     work = fast_layer(spec, tensors, compiled, device)
-    for n_token in (1, 2, 8, 9, 300):
+    for n_token in (1, 2, 8, 9, 64, 300):
         x, chosen = torch.randn(n_token, 1, 256).to(dtype), torch.rand(n_token, 8).argsort(1)[:, :2]
         wanted = torch.einsum("tkoi,ti->tko", exact[chosen], x[:, 0].float())
         require_close(work(x.to(device), chosen.to(device)), wanted, 2e-2)
@@ -139,79 +197,107 @@ def tokens_of(engine, prompts: list[list[int]]) -> list[list[int]]:
     return rows
 
 
-def check_tokens(k: int | str | None, compiled: bool, device, dtype) -> None:
-    """Greedy float32 tokens of a ragged batch, with a draft model or not, equal those of each row alone on the CPU."""
+def check_tokens(draft: str | None, k: int | str, compiled: bool, device, dtype) -> None:
+    """Greedy float32 tokens of a ragged batch, with guesses or not, equal those of each row alone on the CPU.
+
+    draft: "model", "ngram" or None.
+    """
     reference, model = two_models(ARGS, None, device, torch.float32)
     prompts = [[5, 6, 7, 8, 9], [11], list(range(100, 140))]
     alone = [tokens_of(build_engine(reference), [prompt])[0] for prompt in prompts]
     speculation = None
-    if k is not None:
-        draft = build(ARGS, {name: w + 0.05 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()})
+    if draft is not None:
         step, check = (compile_step(each, device) if compiled else each for each in (draft_one_token, verify))
-        speculation = Speculation(DraftModel(draft, step), k, check)
+        noisy = {name: w + 0.05 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()}
+        drafter = PromptLookup() if draft == "ngram" else DraftModel(build(ARGS, noisy), step)
+        speculation = Speculation(drafter, k, check)
     found = tokens_of(build_engine(model, compiled, compiled, speculation), prompts)
     assert found == alone, f"{found} and not {alone}"
 
 
 def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
-    """Each case by a name whose first word is its group."""
+    """Each case by a name that begins with its group."""
     int8, int4 = QuantSpec(8), QuantSpec(4, 32)
-    all_used = replace(EXPERTS, n_expert=2)  # else rounding chooses other experts
-    models = {
-        "float": (ARGS, None),
-        "int8": (ARGS, int8),
-        "int4": (ARGS, int4),
-        "with windows and caps": (CAPPED, None),
-    }
-    models |= {"with experts": (all_used, None), "with int4 experts": (all_used, int4)}
-    found = {}
-    for compiled in (False, True):
-        how = "compiled" if compiled else "eager"
-        found |= {f"model {name}, {how}": partial(check_model, *each, compiled) for name, each in models.items()}
+    specs = {"float": None, "int8": int8, "int4": int4}
+    models = {name: (ARGS, spec) for name, spec in specs.items()}
+    models |= {"with windows and caps": (CAPPED, None), "with Llama's heads and biases": (LLAMA_HEADS, int4)}
+    models |= {"with experts": (ALL_USED, None), "with int4 experts": (ALL_USED, int4)}
+    found = {f"graphs: {name}": partial(check_graphs, spec) for name, spec in specs.items()}
+    for how, compiled in (("eager", False), ("compiled", True)):
+        found |= {f"model, {how}: {name}": partial(check_model, *each, compiled) for name, each in models.items()}
         for name, args in (("float", ARGS), ("with experts", EXPERTS)):
-            found[f"model {name} in float32, {how}"] = partial(check_model, args, None, compiled, in_float32=True)
+            found[f"model, {how}: {name} in float32"] = partial(check_model_in_float32, args, compiled)
         for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256))):
-            found[f"layer {spec}, {how}"] = partial(check_layer, spec, compiled)
-        found |= {
-            f"experts {spec or 'float'}, {how}": partial(check_experts, spec, compiled) for spec in (None, int8, int4)
-        }
-        for k in (None, 1, 4, "auto"):
-            name = "plain" if k is None else f"with a draft, k {k}"
-            found[f"tokens {name}, {how}"] = partial(check_tokens, k, compiled)
+            found[f"layer, {how}: {spec}"] = partial(check_layer, spec, compiled)
+        for name, spec in specs.items():
+            found[f"experts, {how}: {name}"] = partial(check_experts, spec, compiled)
+        for name in (*specs, "with experts", "with int4 experts"):
+            found[f"batches, {how}: {name}"] = partial(check_batches, *models[name], compiled)
+        found[f"draws, {how}"] = partial(check_draws, compiled)
+        for draft, k in ((None, 0), ("model", 4), ("model", "auto"), ("ngram", 4)):
+            name = "plain" if draft is None else f"guesses of {draft}, k {k}"
+            found[f"tokens, {how}: {name}"] = partial(check_tokens, draft, k, compiled)
     return found
 
 
 CASES = named_cases()
 
 
-def run(group: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Run the cases of a group and say of each whether it passed."""
-    passed = True
-    for name, case in CASES.items():
-        if name.startswith(group):
-            began = time.perf_counter()
-            torch._dynamo.reset()
-            try:
-                case(device, dtype)
-                words = "passed"
-            except Exception as error:  # whatever it is, the other cases are run
-                passed, words = False, f"FAILED: {type(error).__name__}: {str(error).strip()[:2000]}"
-            print(f"{name}: {words} ({time.perf_counter() - began:.1f} s)", flush=True)
+def group_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def run(group: str, device: torch.device, dtype: torch.dtype, seconds: float) -> bool:
+    """Run the cases of a group, as many as are begun within the seconds, and say of each whether it passed."""
+    passed, start = True, time.perf_counter()
+    for name in (name for name in CASES if group_of(name) == group):
+        began = time.perf_counter()
+        if began - start > seconds:
+            print(f"left out: {name}", flush=True)
+            continue
+        torch._dynamo.reset()
+        verdict, words = "passed", ""
+        try:
+            CASES[name](device, dtype)
+        except Exception as error:  # whatever it is, the other cases are run
+            passed, verdict = False, "FAILED"
+            words = f": {type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+        print(f"{verdict}: {name} ({time.perf_counter() - began:.1f} s){words}", flush=True)
     return passed
 
 
-def main(group: str | None, device: str, dtype: str) -> bool:
-    if group is not None:
-        return run(group, torch.device(device), parse_dtype(dtype))
-    # processes of their own, because an error on a GPU can leave a process unusable
+def run_all(device: str, dtype: str, seconds: float) -> bool:
+    """Each group in a process of its own, because an error on a GPU can leave a process unusable."""
     command = [sys.executable, "-m", "tests.device_cases", "--device", device, "--dtype", dtype]
-    groups = dict.fromkeys(name.split()[0] for name in CASES)
-    return not any([subprocess.run([*command, group]).returncode for group in groups])
+    processes, start = {}, time.perf_counter()
+    for group in dict.fromkeys(map(group_of, CASES)):
+        left = max(0.0, seconds - (time.perf_counter() - start))
+        processes[group] = subprocess.Popen([*command, "--seconds", str(left), group])
+        if device == "cpu":  # on a GPU groups run side by side, because most of the time goes to compiling
+            processes[group].wait()
+    return all([finish(*each, seconds - (time.perf_counter() - start)) for each in processes.items()])
+
+
+def finish(group: str, process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a group, and end it if a case hangs, as a kernel on a GPU can."""
+    try:
+        return process.wait(None if seconds == math.inf else max(0, seconds) + LAST_CASE) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        print(f"FAILED: {group}: a case did not end", flush=True)
+        return False
+
+
+def main(group: str | None, device: str, dtype: str, seconds: float) -> bool:
+    if group is None:
+        return run_all(device, dtype, seconds)
+    return run(group, torch.device(device), parse_dtype(dtype), seconds)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Check a device against float32 on the CPU.")
-    parser.add_argument("group", nargs="?", help="the first word of the cases to run (default: all)")
+    parser.add_argument("group", nargs="?", help="what stands before the colon in names of cases (default: all)")
     parser.add_argument("--device", default="cpu", help="cuda, mps or cpu (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case later (default: no limit)")
     sys.exit(not main(**vars(parser.parse_args())))

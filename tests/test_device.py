@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import device_cases
 from tests.device_cases import CASES
 
 
@@ -14,4 +15,5 @@ def test_agrees_with_float32_on_the_cpu(name, request, monkeypatch, one_thread):
         compile = torch.compile
         traced = {"backend": "eager", "options": None}
         monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, **how | traced))
+        monkeypatch.setattr(device_cases, "BATCHES", (2, 64))
     CASES[name](device, torch.bfloat16)

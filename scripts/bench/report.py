@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,11 +19,11 @@ import torch
 
 from cli import say
 from weights.checkpoint import DEFAULT_CHECKPOINT
-from weights.files import atomic_path, read_json, require_writable, write_json
+from weights.files import GB, atomic_path, read_json, require_writable, write_json
 from weights.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "lm_eval")  # whose versions are noted
+PACKAGES = ("torch", "triton", "transformers", "llama-cpp-python", "lm_eval")  # whose versions are noted
 
 
 def shared_flags(parser: argparse.ArgumentParser, output: str, rounds: int = 0, model: str = "a checkpoint") -> None:
@@ -68,7 +69,7 @@ def open_report(output: str, fresh: bool, parts: tuple[str, ...], facts: dict) -
     """The result so far, or one whose parts are empty. Raises ValueError if it was measured in other circumstances."""
     require_writable(output)
     facts = {"machine": machine()} | {key: name_of(fact) if key == "model" else fact for key, fact in facts.items()}
-    noted = {"command": shlex.join(["python", "scripts/bench/run.py", *sys.argv[1:]])} | facts
+    noted = {"command": shlex.join(["python", *sys.argv])} | facts
     if fresh or not Path(output).exists():
         return Report(output, noted | {part: {} for part in parts})
     before = read_json(output)
@@ -93,6 +94,10 @@ def machine() -> dict:
     facts = {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today())}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / GB, 1)
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts["driver"] = subprocess.run(asked, capture_output=True, text=True).stdout.partition("\n")[0]
     there = {each.name: each.version for each in distributions()}
     return facts | {name: there[name] for name in PACKAGES if name in there}
 

@@ -1,36 +1,50 @@
 """The engines that are compared, each behind one class; as a program, one of them that serves a parent.
 
-    python -m scripts.bench.sides SIDE PRECISION MODEL THREADS
+    python -m scripts.bench.sides SIDE PRECISION MODEL THREADS DEVICE
 
 Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
-{"bandwidth": true} asks how fast the side reads memory. Each answer is a line of output; {} says that it has loaded.
+{"bandwidth": true} asks how fast the side reads memory, {"profile": PATH} for the kernels of one step, and a trace of
+them in a file. Each answer is a line of output; {} says that it has loaded.
 """
 
 import contextlib
 import json
+import math
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine.cache import slots_for
+from engine.compile import compile_step
+from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
-from layers.quantized import quant_spec
+from engine.speculative import Speculation, verify
+from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth, peak_memory
+from model import ModelArgs
 from scripts.bench.report import ROOT
 from weights.checkpoint import load_model, random_model
+from weights.files import GB
 from weights.layout import weight_bytes
-from weights.registry import REGISTRY
+from weights.registry import REGISTRY, args_from_name
 
+PRECISIONS = {  # of the linear layers, and of the output head
+    "bf16": (None, "float"),
+    "int8": (QuantSpec(8), "int8"),
+    "int4": (QuantSpec(4, 32), "int8"),
+    "int4, head too": (QuantSpec(4, 32), "int4"),  # of random weights only
+}
 LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
 UBATCH = 512  # prompt tokens that llama.cpp takes at once
 GREEDY = Sampling(temperature=0)
@@ -69,17 +83,36 @@ def measure_case(engine: Engine, case: Case) -> dict[str, float]:
         engine.reserve(case.batch, case.length)
     prompts, times = case.prompts(engine.model.args.vocab_size), [time.perf_counter()]
     times += [time.perf_counter() for _ in generate(engine, prompts, case.new_tokens, GREEDY)]
-    return case.rates(times[1] - times[0], times[-1] - times[1])
+    rates = case.rates(times[1] - times[0], times[-1] - times[1])
+    if engine.speculation:
+        rates["tokens_a_round"] = (case.new_tokens - 1) / (len(times) - 2)
+    return rates
 
 
 class Ours:
-    """gpt-faster as `generate.py --compile --compile_prefill --quantize PRECISION` runs it."""
+    """gpt-faster as `generate.py --compile --compile_prefill --quantize PRECISION` runs it.
 
-    def __init__(self, model: str, precision: str, threads: int, compiled: bool = True):
+    guesses: tokens that prompt lookup guesses a round; 0: it does not speculate.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        precision: str,
+        threads: int,
+        device: str,
+        compiled: bool = True,
+        compiled_prefill: bool = True,
+        guesses: int = 0,
+    ):
         torch.set_num_threads(threads)
-        spec = None if precision == "bf16" else quant_spec(precision, None)
-        load = random_model if model in REGISTRY else load_model
-        self.engine = build_engine(load(model, quantize=spec), compiled, compiled)
+        spec, head = PRECISIONS[precision]
+        load = partial(random_model, head=head) if model in REGISTRY else load_model
+        loaded = load(model, torch.device(device), quantize=spec)
+        speculation = None
+        if guesses:
+            speculation = Speculation(PromptLookup(), guesses, compile_step(verify, loaded.device))
+        self.engine = build_engine(loaded, compiled, compiled_prefill, speculation)
 
     def measure(self, case: Case) -> dict[str, float]:
         return measure_case(self.engine, case)
@@ -92,38 +125,89 @@ class Ours:
             "kv_bytes_per_position": 2 * args.n_layer * args.n_kv_head * args.head_dim * model.dtype.itemsize,
         }
 
+    def profile(self, path: str) -> dict[str, list]:
+        """The kernels of one step of one row (on a CPU its operators): name, calls, microseconds in all."""
+        on_gpu = self.engine.model.device.type == "cuda"
+        steps = generate(self.engine, Case(1, 8, 0).prompts(self.engine.model.args.vocab_size), 24, GREEDY)
+        for _ in range(16):  # compiled, captured
+            next(steps)
+        with torch.profiler.profile() as profiler:
+            next(steps)
+            if on_gpu:
+                torch.cuda.synchronize()
+        profiler.export_chrome_trace(path)
+        events, time = profiler.key_averages(), f"self_{'device' if on_gpu else 'cpu'}_time_total"
+        kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+        found = [[each.key, each.count, getattr(each, time)] for each in events if each.device_type == kind]
+        return {"kernels": sorted(found, key=lambda each: -each[-1])}
+
 
 class Transformers:
-    """transformers' own generate on the weights of the GGUF file, eager; or static, compiled with a static cache."""
+    """transformers' own generate, eager; or static, with a static cache and compiled.
 
-    def __init__(self, model: str, precision: str, threads: int, static: bool = False):
-        from transformers import AutoModelForCausalLM
+    Its weights are those of the GGUF file beside the model, or random ones of a registry size.
+    """
 
+    def __init__(self, model: str, precision: str, threads: int, device: str, static: bool = False):
         torch.set_num_threads(threads)
-        file = gguf_of(model)
-        self.model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        self.model = random_llama(model, device) if model in REGISTRY else read_by_transformers(model).to(device)
         if static:
             self.model.generation_config.cache_implementation = "static"
+        if static and device == "cpu":  # on a GPU generate compiles by itself
             self.model.forward = torch.compile(self.model.forward, fullgraph=True)
 
     def measure(self, case: Case) -> dict[str, float]:
-        ids, times = torch.tensor(case.prompts(self.model.config.vocab_size)), []
+        ids, times = torch.tensor(case.prompts(self.model.config.vocab_size), device=self.model.device), []
 
-        def note_the_time(ids, scores, **_):
-            times.append(time.perf_counter())
-            return torch.zeros(len(ids), dtype=torch.bool)
+        def note_the_first(ids, scores, **_):
+            if not times:
+                ids.tolist()  # waits for the device
+                times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         lengths = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
-        options = lengths | {"do_sample": False, "pad_token_id": 0, "stopping_criteria": [note_the_time]}
+        options = lengths | {"do_sample": False, "pad_token_id": 0, "stopping_criteria": [note_the_first]}
         began = time.perf_counter()
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return case.rates(times[0] - began, times[-1] - times[0])
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
+        return case.rates(times[0] - began, time.perf_counter() - times[0])
+
+
+def read_by_transformers(model: str):
+    from transformers import AutoModelForCausalLM
+
+    file = gguf_of(model)
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+
+
+def random_llama(name: str, device: str):
+    """transformers' Llama of a registry size; the scale of rope, which costs no time, is left out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = args_from_name(name)
+    plain = {"rope_base", "rope_scaling", "tie_embeddings", "norm_eps"}
+    others = [each for each in fields(ModelArgs) if each.default is not MISSING and each.name not in plain]
+    if any(getattr(args, each.name) != each.default for each in others):
+        raise ValueError(f"{name} is no plain Llama, of which alone transformers is measured with random weights")
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layer,
+        num_attention_heads=args.n_head,
+        num_key_value_heads=args.n_kv_head,
+        head_dim=args.head_dim,
+        intermediate_size=args.intermediate_size,
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.max_seq_length,
+        tie_word_embeddings=args.tie_embeddings,
+        dtype=torch.bfloat16,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 class LlamaCpp:
     """llama.cpp through its own batches, with flash attention, its faster setting on a CPU."""
 
-    def __init__(self, model: str, precision: str, threads: int):
+    def __init__(self, model: str, precision: str, threads: int, device: str):
         import llama_cpp
 
         self.api, self.threads, self.context = llama_cpp, threads, None
@@ -207,18 +291,33 @@ SIDES = {
     "llama.cpp": LlamaCpp,
     "transformers": Transformers,
     "transformers, static cache + compile": partial(Transformers, static=True),
-    "eager": partial(Ours, compiled=False),
+    "eager": partial(Ours, compiled=False, compiled_prefill=False),
+    "compiled step": partial(Ours, compiled_prefill=False),
+    "compiled prefill": partial(Ours, compiled=False),
+    "compiled step, ngram guesses": partial(Ours, compiled_prefill=False, guesses=4),
 }
 
 
 class SideProcess(contextlib.AbstractContextManager):
-    """A process that serves one side, stopped but for the time of a question."""
+    """A process that serves one side, stopped but for the time of a question.
 
-    def __init__(self, model: str, threads: int, side: str, precision: str, environment: dict[str, str] | None = None):
-        self.name = f"{side}, {precision}"
+    deadline: of time.monotonic(), at which an answer is no longer waited for: TimeoutError.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        threads: int,
+        side: str,
+        precision: str,
+        environment: dict[str, str] | None = None,
+        device: str = "cpu",
+        deadline: float = math.inf,
+    ):
+        self.name, self.deadline = f"{side}, {precision}", deadline
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.bench.sides", side, precision, model, str(threads)],
+            [sys.executable, "-m", "scripts.bench.sides", side, precision, model, str(threads), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -226,7 +325,15 @@ class SideProcess(contextlib.AbstractContextManager):
             cwd=ROOT,
             env=os.environ | (environment or {}),
         )
-        self.answer()  # it has loaded
+
+    def __enter__(self) -> "SideProcess":
+        """Wait until it has loaded."""
+        try:
+            self.answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def __exit__(self, *_) -> None:
         self.process.kill()
@@ -241,6 +348,10 @@ class SideProcess(contextlib.AbstractContextManager):
 
     def answer(self) -> dict:
         """Its next answer, after which it is stopped. Raises ValueError with its last words if it ended."""
+        if self.deadline < math.inf:
+            seconds = max(0.0, self.deadline - time.monotonic())
+            if not select.select([self.process.stdout], [], [], seconds)[0]:
+                raise TimeoutError(f"{self.name} did not answer in time")
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
@@ -252,15 +363,20 @@ class SideProcess(contextlib.AbstractContextManager):
         return json.loads(line)
 
 
-def serve(side: str, precision: str, model: str, threads: str) -> None:
+def serve(side: str, precision: str, model: str, threads: str, device: str) -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
-        engine = SIDES[side](model, precision, int(threads))
+        engine = SIDES[side](model, precision, int(threads), device)
         print("{}", file=answers, flush=True)
         for line in sys.stdin:
             asked = json.loads(line)
-            answer = engine.bandwidth() if "bandwidth" in asked else engine.measure(Case(**asked))
-            memory = {"peak_memory_gb": peak_memory(torch.device("cpu")) / 1e9}
+            if "profile" in asked:
+                answer = engine.profile(asked["profile"])
+            elif "bandwidth" in asked:
+                answer = engine.bandwidth()
+            else:
+                answer = engine.measure(Case(**asked))
+            memory = {"peak_memory_gb": peak_memory(torch.device(device)) / GB}
             print(json.dumps(answer | memory), file=answers, flush=True)
 
 

@@ -19,14 +19,14 @@ from functools import cache, partial
 
 from cli import say
 from scripts.bench.report import ROOT, Report, shared_flags, take_turns
-from scripts.bench.sides import SIDES, Case, SideProcess, gguf_of
+from scripts.bench.sides import Case, SideProcess, gguf_of
 from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, headline, key_of, write_files
 from weights.registry import REGISTRY
 
 PARTS, SAME = ("cases", "in_turn", "waterfall", "start_up"), ("threads", "model")
-PEERS = [side for side in SIDES if side != "eager"]
-MORE_ROUNDS = 2  # of cases that take seconds, and scatter most
 COMPILED_PEER = "transformers, static cache + compile"
+PEERS = ["gpt-faster", "llama.cpp", "transformers", COMPILED_PEER]
+MORE_ROUNDS = 2  # of cases that take seconds, and scatter most
 LONGEST_EAGER = 8192  # prompt tokens in all, of which transformers takes minutes
 NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
 # one technique a row: what it is called, the side, the precision, the environment

@@ -8,10 +8,10 @@ import torch
 from torch import tensor
 from transformers.generation import logits_process as hf
 
-from engine.cache import prefix_length
+from engine.cache import prefix_length, slots_for
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import NO_TOKEN, Sampling, choose, logits_to_probs, sample
+from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, sample
 from engine.speculative import accept
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 from tp import full_logits
@@ -132,6 +132,32 @@ def test_samples_follow_the_distribution():
     assert chi_square < 20.5  # 5 degrees of freedom: beyond it once in a thousand seeds
 
 
+@pytest.mark.parametrize("sampling", [Sampling(0.7, 40), Sampling(1.0, 0), Sampling(1.0, 50, 0.8, 0.02)], ids=str)
+def test_choices_follow_the_distribution_of_transformers(sampling):
+    """3000 tokens, of which some cannot be drawn, in bins of one expected draw or more."""
+    logits, n = torch.randn(3000, generator=torch.Generator().manual_seed(4)) * 2, 20_000
+    warpers = [hf.TemperatureLogitsWarper(sampling.temperature), hf.TopKLogitsWarper(sampling.top_k or 3000)]
+    warpers += [hf.TopPLogitsWarper(sampling.top_p), hf.MinPLogitsWarper(sampling.min_p)]
+    expected = n * hf.LogitsProcessorList(warpers)(None, logits[None]).softmax(-1)[0].double()
+    torch.manual_seed(0)
+    counts = torch.cat([choose(logits.expand(1000, -1), sampling) for _ in range(n // 1000)])[:, 0].bincount(
+        minlength=3000
+    )
+    assert not counts[expected == 0].any()
+    large = expected >= 5
+    counts, expected = (torch.cat((x[large], x[~large].sum()[None])) for x in (counts, expected))
+    freedom = int(large.sum())
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 10
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
+def test_argmax_is_the_one_of_torch(size):
+    values = torch.randint(-9, 9, (6, size), generator=torch.Generator().manual_seed(size)).float()
+    values[1], values[2], values[3, size // 2 :] = -math.inf, math.inf, math.nan
+    assert torch.equal(argmax(values), values.argmax(-1))
+
+
 def test_the_compiled_draw_follows_the_distribution():
     logits = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log().repeat(50_000, 1)
     torch.manual_seed(0)
@@ -221,6 +247,21 @@ def test_a_step_attends_to_a_prefix_of_the_cache_that_holds_all_used_slots(count
     cache = model.new_cache(1, 1024)
     assert prefix_length(cache, count) == slots
     assert cache.view(length=slots).slots.tolist() == list(range(slots))
+
+
+@pytest.mark.parametrize("length, filled, slots", [(9, 9, 512), (513, 512, 512), (513, 513, 1024), (1990, 1990, 2000)])
+def test_on_cuda_prefixes_double_and_are_aligned(length, filled, slots):
+    n_slots = slots_for(tiny_model(max_seq_length=2000).args, length)
+    cache = SimpleNamespace(slots=SimpleNamespace(is_cuda=True), n_slots=n_slots)
+    assert prefix_length(cache, filled) == slots < n_slots
+
+
+def test_the_head_is_computed_only_where_a_row_ends(monkeypatch):
+    monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
+    model, heads = tiny_model(), []
+    model.output.register_forward_hook(lambda *_: heads.append(1))
+    prefill(model, model.new_cache(2, 64), random_ids(30, 12), GREEDY)
+    assert len(heads) == 2  # in the second and the fourth of four chunks
 
 
 def test_bucket_sizes_do_not_change_the_tokens():

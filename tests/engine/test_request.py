@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import engine.engine
-from engine.cache import check_fit
+from engine.cache import ALIGNED, check_fit
+from engine.decode import Chunk
 from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
@@ -42,7 +43,7 @@ def test_budget_is_exact(tiny, budget):
 
 def test_prompt_and_budget_may_fill_the_context_exactly():
     prompt, engine = list(range(10, 50)), Engine(tiny_model(max_seq_length=100))
-    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100
+    assert ids_of(engine, [prompt], 60) == ids_of(tiny_model(), [prompt], 60) and engine.cache.n_slots == 100 + ALIGNED
 
 
 def test_one_token_more_than_the_context_is_an_error():
@@ -64,12 +65,44 @@ def test_rows_of_a_ragged_batch_equal_each_row_alone(tiny):
 @pytest.mark.parametrize("distance", [0, 1, 3])
 def test_reading_behind_keeps_order_and_loses_nothing(distance):
     launched = []
-    source = (launched.append(i) or i for i in range(6))
+    source = (launched.append(i) or Chunk(torch.tensor([[i]]), torch.ones(1)) for i in range(6))
     read = []
     for chunk in read_behind(source, distance):
-        read.append(chunk)
+        read.append(int(chunk.tokens))
         assert len(launched) == min(len(read) + distance, 6)
     assert read == list(range(6))
+
+
+def test_a_step_is_read_while_the_next_one_runs(monkeypatch):
+    """The order in which a GPU gets its work: the copy of a step and its event stand before the next step."""
+    queue = []
+
+    class Tokens:
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, n):
+            self.n = n
+            queue.append(f"step {n}")
+
+        def to(self, device, non_blocking):
+            assert (device, non_blocking) == ("cpu", True)
+            queue.append(f"copy {self.n}")
+            return torch.tensor([[self.n]])
+
+    class Event:
+        def record(self, stream):
+            self.after = queue[-1]
+
+        def synchronize(self):
+            queue.append(f"wait for {self.after}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    for chunk in read_behind((Chunk(Tokens(n), torch.ones(1)) for n in range(3)), 1):
+        queue.append(f"read {chunk.tokens.item()}")
+    steps = ["step 0", "copy 0", "step 1", "copy 1", "wait for copy 0", "read 0"]
+    steps += ["step 2", "copy 2", "wait for copy 1", "read 1", "wait for copy 2", "read 2"]
+    assert queue == steps
 
 
 # ---------------------------------------------------------------- how a row ends

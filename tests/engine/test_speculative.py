@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import tensor
 
+from engine.cache import ALIGNED
 from engine.compile import compile_step
 from engine.decode import decode, forward_chunk, prefill
 from engine.drafters import DraftModel, PromptLookup, draft_one_token
@@ -181,7 +182,7 @@ def test_prompt_and_budget_may_fill_the_cache_exactly(lengths, k, source):
     speculation = Speculation(SOURCES[source](model), k)  # where k is auto, measuring costs takes the most slots
     engine = Engine(model, speculation=speculation)
     assert speculated(engine, prompts, 28)[0] == plain
-    assert engine.cache.n_slots == 48 + speculation.look_ahead
+    assert engine.cache.n_slots == 48 + ALIGNED + speculation.look_ahead
 
 
 @pytest.mark.parametrize("lengths", [(243,), (3, 244)])

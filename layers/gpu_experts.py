@@ -1,0 +1,31 @@
+"""Experts on CUDA; `layers/fastest.py` says where they are used."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from layers.gpu_attention import has_triton
+from model import ACTIVATIONS, MixtureOfExperts, ModelArgs
+
+
+class GpuExperts(MixtureOfExperts):
+    """A mixture of experts as three kernels: nothing waits for the choice of experts, so CUDA graphs stay whole."""
+
+    def __init__(self, mixture: MixtureOfExperts):
+        nn.Module.__init__(self)
+        import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton
+
+        self.n_used, self.normalize, self.activation = mixture.n_used, mixture.normalize, mixture.activation
+        self.activation_name = next(name for name, each in ACTIVATIONS.items() if each is mixture.activation)
+        self.gate, self.w13, self.w2 = mixture.gate, mixture.w13, mixture.w2
+        self.shared, self.shared_gate = mixture.shared, mixture.shared_gate
+
+    @staticmethod
+    def fits(_: MixtureOfExperts, __: ModelArgs) -> bool:
+        return has_triton()
+
+    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
+        tensors = [
+            getattr(layer, name, None) for layer in (self.w13, self.w2) for name in ("weight", "scales", "zeros")
+        ]
+        return torch.ops.gpt_faster.experts(x, chosen, *tensors, self.activation_name)

@@ -1,0 +1,111 @@
+"""Linear layers on CUDA, and blocks made of them; `layers/fastest.py` says where they are used."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.blocks import HONOURED, honours
+from layers.gpu_attention import has_triton
+from layers.packed import surely_few
+from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
+from model import ACTIVATIONS, ModelArgs, RMSNorm, TransformerBlock
+
+
+class OnGpu(nn.Module):
+    """A linear layer as one Triton kernel, which reads the weight where and as it is stored.
+
+    float32 activations, and prompts of a float layer, take the plain form.
+    """
+
+    MOST = 64  # rows for which a kernel reads a float weight as fast as the memory gives it
+
+    def __init__(self, layer: nn.Linear | QuantizedLinear):
+        nn.Module.__init__(self)
+        from kernels.gpu.linear import new_counters  # registers the operator; it needs Triton
+
+        for name in ("weight", "scales", "zeros", "bias"):
+            tensor = getattr(layer, name, None)
+            self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
+        self.register_buffer("counters", new_counters(self.weight), persistent=False)
+
+    @staticmethod
+    def fits(layer: nn.Linear | QuantizedLinear, _: ModelArgs | None) -> bool:
+        """Whether each row of the weight consists of blocks of 16 bytes, and Triton is installed."""
+        whole = layer.weight.ndim == 2 and layer.weight.shape[1] * layer.weight.itemsize % 16 == 0
+        return whole and has_triton()
+
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """x [..., in] -> [..., out]: the layer of norm(x), or of it activation(gate) * up, plus residual."""
+        is_half = x.dtype in (torch.bfloat16, torch.float16)
+        if is_half and (self.scales is not None or surely_few(x[..., 0].numel(), self.MOST)):
+            how = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.offset)
+            tensors = (self.weight, self.scales, self.zeros, self.bias, self.counters)
+            return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation)
+        y = self.linear(x if norm is None else norm(x))
+        if activation is not None:
+            gate, up = y.chunk(2, dim=-1)
+            y = ACTIVATIONS[activation](gate) * up
+        return y if residual is None else residual + y
+
+
+class FloatOnGpu(OnGpu):
+    """Only as a part of a block: alone, the compiler's own form of the layer takes in what stands beside it."""
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Int8OnGpu(OnGpu, Int8Linear):
+    pass
+
+
+class Int4OnGpu(OnGpu, Int4Linear):
+    pass
+
+
+# The fields of ModelArgs that `GpuBlock` honours, or that do not concern it, as those of attention
+BLOCK_FIELDS = HONOURED | {"full_layers", "joint_qk_norm", "attention_softcap", "activation", "norm_offset"}
+
+
+class NormedLinear(nn.Module):
+    """A layer and the norm before it."""
+
+    def __init__(self, norm: RMSNorm, layer: OnGpu):
+        super().__init__()
+        self.norm, self.layer = norm, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.norm)
+
+
+class GpuBlock(nn.Module):
+    """A block in which norms, residual sums and the activation are parts of the four linear layers."""
+
+    def __init__(self, block: TransformerBlock):
+        super().__init__()
+        attention, feed_forward = block.attention, block.feed_forward
+        self.wo, self.w13, self.w2 = (on_gpu(each) for each in (attention.wo, feed_forward.w13, feed_forward.w2))
+        attention.wqkv, attention.wo = NormedLinear(block.attention_norm, on_gpu(attention.wqkv)), nn.Identity()
+        self.attention, self.ffn_norm = attention, block.ffn_norm
+        self.activation = next(name for name, each in ACTIVATIONS.items() if each is feed_forward.activation)
+
+    @staticmethod
+    def fits(block: TransformerBlock, args: ModelArgs) -> bool:
+        """Whether the kernels can do the work of this block, whose layers are packed."""
+        if not honours(args, BLOCK_FIELDS):
+            return False
+        layers = (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2)
+        return all(  # of a rank, one that is summed is none of these
+            isinstance(layer, OnGpu) or (type(layer) is nn.Linear and OnGpu.fits(layer, args)) for layer in layers
+        )
+
+    def forward(self, x: Tensor, pos: Tensor, *context_and_cache: Tensor | None) -> Tensor:  # as TransformerBlock
+        x = self.wo(self.attention(x, pos, *context_and_cache), residual=x)
+        return self.w2(self.w13(x, self.ffn_norm, activation=self.activation), residual=x)
+
+
+def on_gpu(layer: nn.Linear | OnGpu) -> OnGpu:
+    return layer if isinstance(layer, OnGpu) else FloatOnGpu(layer)

@@ -1,0 +1,103 @@
+"""Models and calls for the tests of the CUDA path."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from engine.cache import prefix_length
+from engine.compile import compile_step
+from engine.decode import decode_one_token, forward_chunk
+from engine.drafters import draft_one_token
+from engine.sampling import Sampling
+from engine.speculative import verify
+from layers.quantized import QuantSpec
+from model import ModelArgs, Transformer
+from ranks import Ranks
+from tests.cuda_offline.imagined_gpu import CUDA, FAKE, allow_fake_tensors
+from tp import rank_args
+from weights.checkpoint import fill, new_table
+from weights.layout import Layout, ModelFile
+
+GREEDY, SAMPLED = Sampling(temperature=0), Sampling()
+PLAIN = ModelArgs(
+    dim=256,
+    n_layer=2,
+    n_head=8,
+    n_kv_head=4,
+    head_dim=32,
+    intermediate_size=512,
+    vocab_size=1024,
+    max_seq_length=4096,
+)
+FAMILIES = {
+    "plain": PLAIN,
+    "experts": replace(PLAIN, n_expert=8, n_expert_used=2),
+    "biased": replace(PLAIN, qkv_bias=True, qk_norm=True),
+    "capped": replace(
+        PLAIN,
+        sliding_window=128,
+        full_layers=(1,),
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        norm_offset=True,
+        post_norm=True,
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    ),
+}
+FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
+
+
+def fake_model(
+    args: ModelArgs,
+    spec: QuantSpec | None,
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: Ranks | None = None,
+    head: str = "int8",
+) -> Transformer:
+    """The product's own model on fake CUDA tensors, packed for the device. head: of a quantised one, as `new_table`."""
+    allow_fake_tensors()
+    layout = Layout(args if ranks is None else rank_args(args, ranks.size))  # its meta tensors are real, and cached
+    layout = layout.quantized(new_table(ModelFile(layout, {}), spec, "", head))
+    with FAKE, mock.patch("model.has_finite_rope", lambda args: True):  # fake tables have no values
+        state = {
+            name: torch.empty(like.shape, dtype=like.dtype if layout.keeps_dtype(name) else dtype, device=CUDA)
+            for name, like in layout.tensors.items()
+        }
+        return fill(layout, state, args, ranks)
+
+
+@contextlib.contextmanager
+def fake_ranks(size: int) -> Iterator[Ranks]:
+    """The first of `size` ranks; the others are not there, and collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield Ranks(0, size, 0, size, None)
+    finally:
+        dist.destroy_process_group()
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    with FAKE, torch.inference_mode():
+        return torch.zeros(shape, dtype=torch.long, device=CUDA)
+
+
+def call_of(name: str, model: Transformer, n_rows: int, sampling: Sampling = SAMPLED) -> tuple[Callable, tuple]:
+    """A compiled function of the engine, and its arguments for n_rows rows of 300 tokens in a cache of 1024 slots."""
+    with FAKE, torch.inference_mode():
+        cache = model.new_cache(n_rows, 1024)
+        view = cache.view(length=prefix_length(cache, 300))
+    token, pos = zeros(n_rows, 1), zeros(n_rows, 1)
+    calls = {
+        "step": (decode_one_token, (token, pos, view, sampling)),
+        "verification": (verify, (zeros(n_rows, 2 + 4), pos, view, zeros(n_rows, 1), None, sampling)),
+        "draft": (draft_one_token, (zeros(n_rows, 2), zeros(n_rows, 2), view, None, sampling)),
+        "prompt": (forward_chunk, (zeros(n_rows, 250), zeros(n_rows, 250), view, zeros(n_rows, 1))),
+    }
+    function, arguments = calls[name]
+    return compile_step(function, CUDA, any_length=name == "prompt"), (model, *arguments)

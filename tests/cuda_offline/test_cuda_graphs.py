@@ -1,0 +1,66 @@
+"""The graphs of the CUDA path: whole, captured, few kernels, no copies of weights. No GPU is needed."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from tests.tiny import pairwise
+
+pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
+
+from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model, fake_ranks
+from tests.cuda_offline.generated import generated
+from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded, written_inputs
+
+CHOICES = {
+    "family": FAMILIES,
+    "form": FORMATS,
+    "call": ("step", "verification", "draft", "prompt"),
+    "n_rows": (1, 2, 16, 32),
+}
+MOST_KERNELS = {"plain": 6, "experts": 13, "biased": 6, "capped": 12}  # a layer, but for prompts
+FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
+
+
+def check(family, form, call, n_rows, sm=90, ranks=None):
+    """One graph; all on the device; only caches written; nothing captured waits; few kernels; no copies of weights."""
+    model = fake_model(FAMILIES[family], FORMATS[form], ranks=ranks)
+    function, arguments = call_of(call, model, n_rows)
+    made = generated(function, *arguments, sm=sm)
+    record = recorded(made)  # an operator that waits cannot be recorded
+    assert made.device_types == {"cuda"}
+    caches = {i for i, each in enumerate(made.inputs) if isinstance(each, torch.Tensor) and each.ndim == 4}
+    assert len(caches) == 2 * model.args.n_layer and caches <= written_inputs(made, record) <= made.static
+    if call != "prompt":
+        assert made.why_no_cuda_graph is None
+        assert all(launch.part is not None for launch in record.launches)
+        assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
+    assert not copied_weights(model, record)
+
+
+@pytest.mark.parametrize(*pairwise(**CHOICES))
+def test_a_graph_can_be_captured(family, form, call, n_rows):
+    check(family, form, call, n_rows)
+
+
+@pytest.mark.cuda_offline
+@pytest.mark.parametrize("family,form,call,n_rows", list(product(*CHOICES.values())))
+def test_every_graph_can_be_captured(family, form, call, n_rows):
+    check(family, form, call, n_rows)
+
+
+@pytest.mark.cuda_offline
+@pytest.mark.parametrize("sm", [80, 100])
+@pytest.mark.parametrize(*pairwise(**CHOICES))
+def test_graphs_of_other_gpus_can_be_captured(family, form, call, n_rows, sm):
+    check(family, form, call, n_rows, sm)
+
+
+@pytest.mark.cuda_offline
+@pytest.mark.parametrize("call", ["step", "verification"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_of_ranks_can_be_captured(family, form, call):
+    with fake_ranks(2) as ranks:
+        check(family, form, call, 2, ranks=ranks)

@@ -1,0 +1,66 @@
+"""Which layers and blocks the kernels for GPUs take, and what these do with float32, in the plain form."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from layers.gpu_linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
+from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
+from model import Blocks, RMSNorm
+from tests.layers.test_fastest import REFUSED, SIZES, TAKEN, TINY, quantised
+
+ATTENTION = ("full_layers", "joint_qk_norm", "attention_softcap")
+TAKEN = TAKEN | {name: REFUSED[name] for name in (*ATTENTION, "activation", "norm_offset")}
+REFUSED = {name: fields for name, fields in REFUSED.items() if name not in TAKEN}
+KINDS = {None: FloatOnGpu, 8: Int8OnGpu, 4: Int4OnGpu}
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_float32_takes_the_plain_form(bits):
+    plain = nn.Linear(64, 48, dtype=torch.float32).requires_grad_(False)
+    if bits is not None:
+        plain = LAYERS[bits](**quantize_weight(random(48, 64), QuantSpec(bits, 32)), bias=random(48, seed=1))
+    layer, x, norm = KINDS[bits](plain), random(3, 5, 64, seed=2), RMSNorm(64, TINY).requires_grad_(False)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    residual = random(3, 5, 24, seed=3)
+    gate, up = plain(norm(x)).chunk(2, dim=-1)
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer(x, norm, residual, "silu"), residual + F.silu(gate) * up)
+
+
+def test_every_field_is_honoured_or_refused_by_blocks():
+    assert SIZES | TAKEN.keys() == BLOCK_FIELDS
+
+
+@pytest.mark.parametrize("name", [*TAKEN, *REFUSED])
+def test_blocks_take_only_models_whose_fields_they_honour(name):
+    """In float32, in which they compute as plain ones do."""
+    model, packed = quantised((TAKEN | REFUSED)[name]), quantised((TAKEN | REFUSED)[name])
+    for layer in packed.layers:
+        for module in list(layer.modules()):
+            for child, each in list(module.named_children()):
+                kind = {Int8Linear: Int8OnGpu, Int4Linear: Int4OnGpu}.get(type(each))
+                if kind is not None and kind.fits(each, packed.args):
+                    setattr(module, child, kind(each))
+    assert [GpuBlock.fits(layer, packed.args) for layer in packed.layers] == [name in TAKEN] * len(packed.layers)
+    if name in TAKEN:
+        packed.layers = Blocks(GpuBlock(layer) for layer in packed.layers)
+        assert isinstance(packed.layers[0].attention.wqkv, NormedLinear)
+        tokens, pos = torch.arange(7)[None], torch.arange(7)[None]
+        torch.testing.assert_close(packed(tokens, pos), model(tokens, pos), rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_that_kernels_do_not_take():
+    def layer(bits, out, inputs):
+        return LAYERS[bits](**quantize_weight(torch.ones(out, inputs), QuantSpec(bits, None if bits == 8 else 32)))
+
+    assert OnGpu.fits(layer(4, 7, 96), None) and OnGpu.fits(layer(8, 7, 96), None)
+    assert not OnGpu.fits(layer(8, 7, 100), None), "a row is no multiple of 16 bytes"
+    experts = LAYERS[8](**quantize_weight(torch.ones(2, 7, 96), QuantSpec(8)))
+    assert not OnGpu.fits(experts, None)
