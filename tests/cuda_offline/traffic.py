@@ -54,10 +54,7 @@ class Traffic:
             each.nbytes // each.shape[0] * self.n_rows if storage(each) == self.embedding else each.nbytes
             for each in launch.read
         )
-        by_inductor = launch.name.startswith(
-            "triton_"
-        )  # which writes one slot of each row, and reads a cache by itself
-        slots = (SLOTS if by_inductor and each.shape[2:3] == (SLOTS,) else 1 for each in launch.written)
+        slots = (SLOTS if each.shape[2:3] == (SLOTS,) else 1 for each in launch.written)  # of a cache, one of each row
         return sum(read) + sum(each.nbytes // n for each, n in zip(launch.written, slots, strict=True))
 
     def by_kind(self, launches: list[Launch]) -> dict[str, list[int]]:

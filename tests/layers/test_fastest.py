@@ -80,7 +80,10 @@ def assert_equals_plain(changes, kind):
     plain, packed = quantised(changes), quantised(changes)
     pack_(packed)
     assert type(packed.layers) is kind
-    found, wanted = logits(packed), logits(plain)  # sums of float32 in two orders, each off by up to 1e-5 from the truth
+    found, wanted = (
+        logits(packed),
+        logits(plain),
+    )  # sums of float32 in two orders, each off by up to 1e-5 from the truth
     assert (found - wanted).abs().max() < 3e-5 * wanted.abs().max()
 
 
