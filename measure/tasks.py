@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MOST_REPEATS = 1024  # of a question: the harness makes the requests of all of them at once
+
 
 def require_harness(flag: str, instead: str) -> None:
     """Refuse a flag that needs lm-eval where it is missing, with what installs it or does without."""
@@ -42,9 +44,13 @@ def load_tasks(names: list[str], include_path: str | None, advice: str = "") -> 
         loaded += [some["groups"][name]] if name in some["groups"] else some["tasks"].values()
     tasks = Tasks(manager, loaded)
     try:
-        tasks.leaves()
+        leaves = tasks.leaves()
     except ValueError as error:  # a group and its member
         raise ValueError(f"{_line(error)}; name the group or its tasks, not both") from None
+    for task in leaves:
+        repeats = getattr(task.config, "repeats", 1)
+        if not isinstance(repeats, int) or not 0 < repeats <= MOST_REPEATS:
+            raise ValueError(f"the task {task.task_name} has repeats {repeats!r}; from 1 to {MOST_REPEATS} are run")
     return tasks
 
 

@@ -583,6 +583,7 @@ def test_tasks_are_checked_before_the_model_is_loaded(evaluate, tmp_path, tasks,
         ("dataset_path: json", "dataset_path: no/such_data", "no/such_data"),
         ("output_type: multiple_choice", "output_type: guessing", "guessing"),
         ("validation_split: validation", "validation_split: test", "the task mine or its data cannot be loaded"),
+        ("task: mine", "task: mine\nrepeats: 2147483648", "the task mine has repeats 2147483648; from 1 to 1024"),
     ]:
         assert old in good
         (folder / "broken.yaml").write_text(good.replace(old, new))
