@@ -63,7 +63,7 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module]
             type(layer) in row.plain
             and row.device in (None, where.device.type)
             and (row.dtypes is None or where.dtype in row.dtypes)
-            and (cpu.available() or not row.operators)
+            and (not row.operators or cpu.available())
             and (row.fits is None or row.fits(layer, args))
         ):
             return row.fast
