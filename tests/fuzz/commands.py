@@ -19,6 +19,7 @@ SLOW = {"--compile", "--compile_prefill", "--help", "--version", "--tasks", "--c
 SPECIFIC = {"--random_weights": ["stories15M", "", "nothing"], "--device": ["cpu", "mps", "cuda", "cuda:9", "x", ""]}
 SPECIFIC |= {"--mode": ["int8", "int4", "x"], "--threads": ["0", "1", "-1", "9999999"]}
 SPECIFIC |= {"--max_new_tokens": ["0", "1", "3", "-1", "600", "1e3"]}
+SPECIFIC |= {"--num_samples": ["0", "1", "3", "-1", "1e3"]}  # a thousand would be a thousand answers
 ARGUMENTS = [
     "0",
     "1",
