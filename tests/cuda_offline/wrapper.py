@@ -206,7 +206,8 @@ def kernels_a_layer(made: Generated, record: Record) -> int:
 
 
 def copied_weights(model: Transformer, record: Record) -> list[tuple[int, ...]]:
-    """The shapes of buffers that hold a whole weight, or one for each row."""
-    shapes = {name: tuple(like.shape[-2:]) for name, like in Layout(model.args).tensors.items() if like.ndim > 1}
-    weights = {shape for shape in shapes.values()} | {shape[::-1] for shape in shapes.values()}
+    """The shapes of buffers that hold a whole weight, or one for each row; a gate is as small as activations are."""
+    tensors = Layout(model.args).tensors.items()
+    shapes = {tuple(like.shape[-2:]) for name, like in tensors if like.ndim > 1 and not name.endswith("gate.weight")}
+    weights = shapes | {shape[::-1] for shape in shapes}
     return [shape for shape in record.buffers if shape[-2:] in weights]
