@@ -4,8 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.gpu import attention, experts  # noqa: E402
+from tests.cuda_offline.disassembly import disassembled  # noqa: E402
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 KINDS |= {torch.int8: "*i8", torch.uint8: "*u8", int: "i32"}
 
@@ -77,15 +75,7 @@ def machine_code(kernel, values, how, architecture):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=how)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        tools = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
-        used, code = (
-            subprocess.run([TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for name, *flags in tools
-        )
-    return made.metadata.shared, used, code
+    return made.metadata.shared, *disassembled(made.asm["cubin"])
 
 
 ATTENTION = [(64, 3, 1), (128, 4, 1), (128, 8, 8), (80, 1, 64), (96, 1, 33), (256, 2, 1), (256, 2, 32)]

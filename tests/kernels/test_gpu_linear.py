@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.gpu import linear as gpu  # noqa: E402
+from tests.cuda_offline.disassembly import disassembled  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 NAMES |= {torch.int8: "*i8", torch.uint8: "*u8"}
 FORMATS = {"float": (16, None), "int8": (8, None), "int8.g64": (8, 64), "int4.g32": (4, 32), "int4.g128": (4, 128)}
@@ -78,18 +77,11 @@ def compiled(launch, architecture):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def tool(name, *arguments):
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def check_machine_code(architecture, name, rows, layer, monkeypatch):
     """No value is spilled, the shared memory of a small GPU suffices, and weights are read 16 bytes at a time."""
     monkeypatch.setattr(gpu, "before_hopper", lambda device: architecture < 90)
     kernel = compiled(launch_of(name, rows, layer), architecture)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        used, code = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-c", file.name)
+    used, code = disassembled(kernel.asm["cubin"])
     assert "STACK:0 " in used and not re.search(r"\b(STL|LDL)\b", code), used
     assert kernel.metadata.shared <= 99 << 10
     reads = set(re.findall(r"\bLDG(?:STS)?\.E\S*", code))
