@@ -1,17 +1,11 @@
 """Attention on CUDA; `layers/fastest.py` says where it is used."""
 
-import importlib.util
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import surely_few
+from layers.packed import has_triton, surely_few
 from model import Attention, ModelArgs, RMSNorm
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class GpuAttention(Attention):

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.gpu_attention import has_triton
+from layers.packed import has_triton
 from model import ACTIVATIONS, MixtureOfExperts, ModelArgs
 
 

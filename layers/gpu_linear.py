@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.blocks import HONOURED, honours
-from layers.gpu_attention import has_triton
-from layers.packed import surely_few
+from layers.packed import has_triton, surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from model import ACTIVATIONS, ModelArgs, RMSNorm, TransformerBlock
 

@@ -1,5 +1,7 @@
 """Forms of layers that are faster on one device than the plain form; `layers/fastest.py` says where each is used."""
 
+import importlib.util
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,6 +19,11 @@ def surely_few(size: int, most: int = FEW) -> bool:
     if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
         return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= most)
     return size <= most
+
+
+def has_triton() -> bool:
+    """Whether the kernels for GPUs can be compiled."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class StepAttend(Attend):

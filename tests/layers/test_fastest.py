@@ -11,9 +11,9 @@ import torch.nn as nn
 from kernels import cpu
 from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
-from layers.gpu_attention import GpuAttention, has_triton
+from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear
+from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, has_triton
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.rope_scaling import RopeScaling
 from model import Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, Transformer
