@@ -4,19 +4,21 @@ Shapes: B rows, k tokens proposed a row, V vocabulary.
 """
 
 import time
+from bisect import bisect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from engine.cache import allocate, prefix_length
+from engine.cache import allocate, prefix_length, shared_prefix
 from engine.decode import forward_chunk, prefill
 from engine.guess_length import LENGTHS
 from engine.sampling import NO_TOKEN, Sampling, argmax, logits_to_probs, require_finite, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
-LONGEST_MATCH = 3  # tokens that prompt lookup compares, and from there down to 1
+PLACES = (1, 1, 64)  # of the latest places after the last 1, 2 and 3 tokens, so many are compared further back
+GRADES = (0, 1, 2, 3, 8, 16, 32)  # of matches: the largest that a match reaches; beyond the last none is compared
 
 
 class Drafter:
@@ -59,23 +61,31 @@ class Drafter:
 
 
 class PromptLookup(Drafter):
-    """Proposes what followed the latest earlier occurrence of the last 3, 2 or 1 tokens in prompt and output.
+    """Proposes what followed where the last tokens, at most 32, have the longest match in prompt and output.
 
     As Saxena 2023, prompt-lookup-decoding.
     """
 
     may_be_silent = True
 
+    def __init__(self):
+        self.rows: list[_History] = []
+
     def begin(self, model: Transformer, prompts: list[list[int]], start: int = 0) -> None:
-        self.rows = [_History(prompt) for prompt in prompts]
+        if len(self.rows) != len(prompts):
+            self.rows = [_History() for _ in prompts]
+        for row, prompt in zip(self.rows, prompts, strict=True):  # the next turn of a conversation adds a message
+            kept = shared_prefix(row.ids, prompt)
+            row.cut(kept)
+            row.extend(prompt[kept:])
 
     def extend(self, rows: list[list[int]]) -> None:
         for row, ids in zip(self.rows, rows, strict=True):
             row.extend(ids)
 
     def grades(self) -> list[int]:
-        """The number of tokens that match."""
-        return [row.match()[0] for row in self.rows]
+        """The number of tokens that match, rounded down to one of GRADES."""
+        return [GRADES[bisect(GRADES, row.matched) - 1] for row in self.rows]
 
     def propose(self, recent: Tensor, pos: Tensor, filled: int, k: int, sampling: Sampling) -> tuple[Tensor, None]:
         """A row without a match, which is computed in any case, guesses that its last token goes on."""
@@ -84,34 +94,63 @@ class PromptLookup(Drafter):
 
 
 class _History:
-    """One row's tokens, and where what follows each run of 1 to 3 of them last began."""
+    """One row's tokens, the place that follows each run of 1 to 3 of them, and which earlier place the last ones match.
 
-    def __init__(self, ids: list[int]):
+    A place is an index of ids. after: of each run, the latest place. before: for each place, what `after` held for the
+    runs of 1, 2 and 3 tokens that end there.
+    """
+
+    def __init__(self):
         self.ids: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}
-        self.extend(ids)
+        self.before: list[tuple[int | None, ...]] = []
+        self.matched, self.place = 0, 0
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """The last token, the last two, the last three."""
+        return [tuple(self.ids[-n:]) for n in range(1, min(len(PLACES), len(self.ids)) + 1)]
 
     def extend(self, ids: list[int]) -> None:
         for token in ids:
-            at = len(self.ids)
-            for n in range(1, min(LONGEST_MATCH, at) + 1):
-                self.after[tuple(self.ids[at - n :])] = at
+            runs = self.runs()
+            self.before.append(tuple(map(self.after.get, runs)))
+            self.after.update(dict.fromkeys(runs, len(self.ids)))
             self.ids.append(token)
+        self.matched, self.place = self.match()
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        while len(self.ids) > length:
+            self.ids.pop()
+            for run, place in zip(self.runs(), self.before.pop(), strict=True):
+                if place is None:
+                    del self.after[run]
+                else:
+                    self.after[run] = place
 
     def match(self) -> tuple[int, int]:
         """How many of the last tokens match, and the place after the match; (0, the last place) if none do."""
-        for n in range(min(LONGEST_MATCH, len(self.ids)), 0, -1):
-            at = self.after.get(tuple(self.ids[-n:]))
-            if at is not None:
-                return n, at
+        for n, run in reversed([*enumerate(self.runs())]):
+            found, place = [], self.after.get(run)
+            while place is not None and len(found) < PLACES[n]:
+                found.append((self.common(place), place))
+                place = self.before[place][n]
+            if found:
+                return max(found)  # of equals the latest
         return 0, len(self.ids) - 1
+
+    def common(self, place: int) -> int:
+        """How many tokens before the place equal the last ones, at most the last of GRADES."""
+        most, n = min(GRADES[-1], place), 0
+        while n < most and self.ids[place - 1 - n] == self.ids[-1 - n]:
+            n += 1
+        return n
 
     def continuation(self, k: int) -> list[int]:
         """The k tokens after the match; where they reach the end of the text, they go on with themselves."""
-        _, at = self.match()
-        ids = self.ids[at : at + k]
+        ids = self.ids[self.place : self.place + k]
         while len(ids) < k:
-            ids.append(ids[len(ids) - (len(self.ids) - at)])
+            ids.append(ids[len(ids) - (len(self.ids) - self.place)])
         return ids
 
 

@@ -54,7 +54,7 @@ class Engine:
         """
         times = 3 if self.model.device.type == "cuda" else 1  # a CUDA graph warms up, is captured, then replayed
         longest = [max(lengths) for lengths in batches]
-        ahead = self.speculation.look_ahead if self.speculation else 0
+        ahead = max(self.speculation.lengths) + 1 if self.speculation else 0
         counts = range(min(longest) + 1, max(longest) + n_new + ahead + 1)
         counts = {prefix_length(self.cache, count): count for count in counts}.values()  # one for each form
         for n_rows in {len(lengths) for lengths in batches}:
@@ -66,7 +66,7 @@ class Engine:
                 self.speculation.drafter.begin(self.model, prompts)
             for count in counts:
                 if self.speculation:
-                    filled = min(count, self.cache.n_slots - ahead - 1)
+                    filled = min(count, self.cache.n_slots - self.speculation.look_ahead - 1)
                     pos = token + filled - 1
                     text = Text(token.repeat(1, 2), pos, pos + n_new, filled)
                     self.speculation.measure(self.model, self.cache, text, sampling)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.cache import prefix_length
 from engine.decode import Chunk
 from engine.drafters import Drafter
-from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length
+from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
 from engine.sampling import Sampling, argmax, logits_to_probs, sample, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
@@ -85,9 +85,10 @@ class Speculation:
     k: int | str = "auto"
     verify: Callable = verify
     costs: dict[int, Costs] = field(default_factory=dict)  # of each batch size, once measured
+    device: torch.device = torch.device("cpu")  # of the model that verifies
 
     def __post_init__(self):
-        check_length(self.k)
+        check_length(self.k, self.device)
 
     @property
     def adapts(self) -> bool:
@@ -95,7 +96,7 @@ class Speculation:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Every number of proposals that a round may have."""
+        """The numbers of proposals of rounds that are compiled, or measured, before the first token."""
         if self.adapts:
             return (0, *LENGTHS)
         return (0, self.k) if self.drafter.may_be_silent else (self.k,)
@@ -103,7 +104,7 @@ class Speculation:
     @property
     def look_ahead(self) -> int:
         """Cache slots that a round may use beyond the text's last."""
-        return max(self.lengths) + 1
+        return (longest(self.device) if self.adapts else self.k) + 1
 
     def chooser(
         self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
@@ -124,7 +125,9 @@ class Speculation:
             draft, probs = self.drafter.propose(text.recent, text.pos, text.filled, k, sampling)
             tokens = torch.cat((text.recent, draft), 1)
         view = cache.view(length=prefix_length(cache, text.filled + k))
-        return self.verify(model, tokens, text.pos, view, text.limit, probs, sampling)
+        # a long pass gains little by being compiled, and text would wait for the compiler
+        check = self.verify if k in self.lengths else verify
+        return check(model, tokens, text.pos, view, text.limit, probs, sampling)
 
     def measure(self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling, times: int = 5) -> None:
         """Run rounds of every length, which compiles them, and note what each costs.
@@ -140,7 +143,13 @@ class Speculation:
                     seconds[k] = min(seconds[k], time.perf_counter() - began)  # a busy machine only adds
         behind = self.drafter.seconds_behind(text.pos, text.filled) if self.adapts else 0.0
         # ranks must choose alike, so theirs stay as they are
-        self.costs[len(text.pos)] = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
+        costs = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
+        if self.adapts and costs.drift:  # rounds will tell what longer ones cost
+            costs = costs.with_longer(longest(self.device))
+        if self.device.type == "cuda":  # Triton builds its kernels for them here, so that no text waits for that
+            for k in costs.rounds.keys() - seconds.keys():
+                self.round(model, cache, text, k, sampling)
+        self.costs[len(text.pos)] = costs
 
 
 class Text(NamedTuple):
@@ -181,7 +190,7 @@ def speculate(
     while places != ends:
         began = time.perf_counter()
         grades, behind = drafter.grades(), drafter.behind
-        k = length.choose(grades, behind)
+        k = length.choose(grades, behind, max(end - place for end, place in zip(ends, places, strict=True)))
         if k == 0:
             drafter.skip(text.recent)
         new, recent, pos = speculation.round(model, cache, text, k, sampling)

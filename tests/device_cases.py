@@ -210,7 +210,7 @@ def check_tokens(draft: str | None, k: int | str, compiled: bool, device, dtype)
         step, check = (compile_step(each, device) if compiled else each for each in (draft_one_token, verify))
         noisy = {name: w + 0.05 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()}
         drafter = PromptLookup() if draft == "ngram" else DraftModel(build(ARGS, noisy), step)
-        speculation = Speculation(drafter, k, check)
+        speculation = Speculation(drafter, k, check, device=device)
     found = tokens_of(build_engine(model, compiled, compiled, speculation), prompts)
     assert found == alone, f"{found} and not {alone}"
 

@@ -438,7 +438,7 @@ BAD_FLAGS = {  # and what the error says
     "--prompt x --interactive": "argument --interactive: not allowed with argument --prompt",
     "--interactive --output_json /tmp/x.json": "--output_json does not go with --interactive; leave it out",
     "--no_such_flag": "unrecognized arguments",
-    "--speculate ngram --speculate_k 0": "speculate_k is 0; it must be from 1 to 64, or auto",
+    "--speculate ngram --speculate_k 33": "speculate_k is 33; on cpu it must be from 1 to 32, or auto",
     "--speculate ngram --speculate_k foo": "speculate_k is foo",
     "--speculate_k 5": "--speculate_k needs --draft_checkpoint_path or --speculate ngram",
     "--speculate bigram": "invalid choice: 'bigram'",

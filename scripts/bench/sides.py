@@ -111,7 +111,8 @@ class Ours:
         loaded = load(model, torch.device(device), quantize=spec)
         speculation = None
         if guesses:
-            speculation = Speculation(PromptLookup(), guesses, compile_step(verify, loaded.device))
+            check = compile_step(verify, loaded.device)
+            speculation = Speculation(PromptLookup(), guesses, check, device=loaded.device)
         self.engine = build_engine(loaded, compiled, compiled_prefill, speculation)
 
     def measure(self, case: Case) -> dict[str, float]:

@@ -50,7 +50,7 @@ def make_engines(plain: Engine, model: str, ways: list[str]) -> dict[str, Engine
         name, _, k = way.partition(" ")
         if name not in drafters:
             drafters[name] = make_drafter(name, plain, model)
-        speculation = Speculation(drafters[name], k if k == "auto" else int(k), check)
+        speculation = Speculation(drafters[name], k if k == "auto" else int(k), check, device=plain.model.device)
         engines[way] = Engine(plain.model, plain.step, plain.forward, speculation)
     return engines
 

@@ -16,7 +16,7 @@ from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded
 CHOICES = {
     "family": FAMILIES,
     "form": FORMATS,
-    "call": ("step", "verification", "draft", "prompt"),
+    "call": ("step", "verification", "long verification", "draft", "prompt"),
     "n_rows": (1, 2, 16, 32),
 }
 MOST_KERNELS = {"plain": 6, "experts": 13, "biased": 6, "capped": 12}  # a layer, but for prompts

@@ -26,7 +26,7 @@ def simulated(costs, accepted, tokens, truth=None):
     """
     length, seconds, done, behind, rounds = AdaptiveLength(costs), 0.0, 0, 0, []
     while done < tokens:
-        k = length.choose([1], behind)
+        k = length.choose([1], behind, tokens - done)
         count = min(1 + min(k, accepted(done)), tokens - done)
         took = (truth(done) if truth else costs).of(k, behind)
         length.learn([1], k, behind, [count], took)
@@ -61,8 +61,44 @@ def test_the_loss_is_bounded_whatever_is_accepted(odds, draft_step):
 @pytest.mark.parametrize("draft_step", [0.0, 0.1, 0.3])
 def test_speculation_that_always_succeeds_settles_on_8(draft_step):
     seconds, rounds = simulated(costs_of(draft_step), lambda done: 8, 500)
-    assert {k for done, k in rounds if done >= 50} == {8}
+    assert {k for done, k in rounds if 50 <= done < 490} == {8}
     assert seconds < 500 * (1 + 8 * (0.05 + draft_step)) / 9 + 5
+
+
+# rounds of 1 + k * each steps; a match of n brings 1 + p + ... + p^k tokens, p = (n + 1) / (n + 2): of 8, for example,
+# 6.1, 8.3 and 9.7 tokens with k = 8, 16 and 32, which are 4.4, 4.6 and 3.7 a step where rounds take 1.4, 1.8 and 2.6
+@pytest.mark.parametrize("each, lengths", [(0.05, [4, 8, 8, 16, 16, 32]), (0.1, [4, 4, 8, 8, 16, 16])])
+def test_the_length_of_a_guess_by_that_of_the_match(each, lengths):
+    costs = Costs({k: 1 + each * k for k in (0, *LENGTHS)}).with_longer(32)
+    length = AdaptiveLength(costs)
+    assert [length.choose([grade], 0, 99) for grade in (3, 32)] == [8, 8]  # it risks no more than a step and a half
+    length.credit = 4
+    assert [length.choose([grade], 0, 99) for grade in (1, 2, 3, 8, 16, 32)] == lengths
+
+
+def test_no_more_is_guessed_than_a_row_may_get():
+    """Where all is accepted and 16 are left, 32 bring 16 / 2.6 tokens a step, 16 bring 16 / 1.8, 8 bring 9 / 1.4."""
+    length = AdaptiveLength(Costs({k: 1 + 0.05 * k for k in (0, *LENGTHS)}).with_longer(32))
+    length.credit = 4
+    for _ in range(50):
+        length.odds_of(32).learn(32, 32)
+    assert [length.choose([32], 0, left) for left in (99, 30, 16, 9, 4, 1)] == [32, 32, 16, 8, 4, 1]
+
+
+def test_longer_lengths_cost_as_much_more_as_measured_ones():
+    costs = Costs({0: 1.0, 1: 1.25, 2: 1.25, 4: 1.5, 8: 2.5})  # from 4 to 8 a quarter of a step a token
+    assert costs.with_longer(32).rounds == costs.rounds | {16: 4.5, 32: 8.5}
+    assert costs.with_longer(63).rounds == costs.rounds | {16: 4.5, 32: 8.5, 63: 16.25}
+
+
+@pytest.mark.parametrize("each, settled", [(0.05, 32), (1.0, 8)])
+def test_longer_lengths_are_taken_where_rounds_show_that_they_pay(each, settled):
+    """Beyond 8 a token costs `each` step, and not the 0.05 that shorter ones do."""
+    costs = drifting(costs_of(0.0)).with_longer(32)
+    late = Costs(costs.rounds | {k: 1.4 + each * (k - 8) for k in (16, 32)})
+    seconds, rounds = simulated(costs, lambda done: 32, 2000, lambda done: late)
+    assert {k for done, k in rounds if 200 <= done < 1960} == {0, settled}  # 0: a look at what a plain step costs
+    assert seconds < 1.1 * 2000 * late.rounds[settled] / (settled + 1) + 30
 
 
 def test_longer_proposals_that_cost_more_than_they_bring_are_not_made():
@@ -125,15 +161,15 @@ def test_a_hiccup_now_and_then_does_not_change_the_length(every):
 
 def test_nothing_is_proposed_where_no_row_has_anything():
     length = AdaptiveLength(CHEAP)
-    assert length.choose([0, 0], 0) == 0
-    assert length.choose([0, 3], 0) == 8
+    assert length.choose([0, 0], 0, 99) == 0
+    assert length.choose([0, 3], 0, 99) == 8
 
 
 def test_each_kind_of_proposal_has_its_own_odds():
     length = AdaptiveLength(costs_of(0.0))
     for _ in range(30):
         length.learn([3, 1], 8, 0, [9, 1], 1.0)  # three tokens that match tell much, one tells nothing
-    assert length.choose([3, 3], 0) == 8
+    assert length.choose([3, 3], 0, 99) == 8
     assert length.tokens([3], 8) > 8 > 1.3 > length.tokens([1], 8) > length.tokens([0], 8) == 1
     assert length.tokens([3, 0], 8) == (length.tokens([3], 8) + 1) / 2
 
@@ -155,7 +191,7 @@ def test_a_round_earns_what_the_rows_that_go_on_gain_on_average():
 
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])
 def test_odds_settle_on_what_is_accepted(chance):
-    generator, odds, found = torch.Generator().manual_seed(0), Odds(), []
+    generator, odds, found = torch.Generator().manual_seed(0), Odds(1), []
     for _ in range(3000):
         odds.learn(int((torch.rand(8, generator=generator) < chance).long().cumprod(0).sum()), 8)
         expected = [odds.expected(k) for k in LENGTHS]
@@ -165,13 +201,15 @@ def test_odds_settle_on_what_is_accepted(chance):
     assert torch.tensor(found).mean(0).tolist() == pytest.approx(truth, rel=0.15)
 
 
-@pytest.mark.parametrize("k", [0, -1, 65, "many", 2.5])
-def test_lengths_out_of_range_are_refused(k):
-    with pytest.raises(ValueError, match=f"speculate_k is {k}; it must be from 1 to 64, or auto"):
-        check_length(k)
-    with pytest.raises(ValueError, match=f"speculate_k is {k};"):
-        Speculation(PromptLookup(), k)
-
-
-def test_lengths_in_range_are_taken():
-    assert [Speculation(PromptLookup(), k).k for k in (1, 64, "auto")] == [1, 64, "auto"]
+@pytest.mark.parametrize("device, longest", [("cpu", 32), ("cuda", 63)])
+def test_lengths_out_of_range_are_refused(device, longest):
+    device = torch.device(device)
+    for k in (0, -1, longest + 1, "many", 2.5):
+        with pytest.raises(
+            ValueError, match=f"speculate_k is {k}; on {device} it must be from 1 to {longest}, or auto"
+        ):
+            check_length(k, device)
+        with pytest.raises(ValueError, match=f"speculate_k is {k};"):
+            Speculation(PromptLookup(), k, device=device)
+    for k, slots in ((1, 2), (longest, longest + 1), ("auto", longest + 1)):
+        assert Speculation(PromptLookup(), k, device=device).look_ahead == slots

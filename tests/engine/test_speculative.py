@@ -13,7 +13,7 @@ from torch import tensor
 from engine.cache import ALIGNED
 from engine.compile import compile_step
 from engine.decode import decode, forward_chunk, prefill
-from engine.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.drafters import GRADES, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, chunks
 from engine.guess_length import LENGTHS, Costs
 from engine.sampling import Sampling, logits_to_probs
@@ -24,6 +24,7 @@ from tests.tiny import CPU, GREEDY, continuation, pairwise, random_ids, tiny_mod
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHEAP = Costs({k: 1 + 0.01 * k for k in (0, *LENGTHS)})  # proposing costs next to nothing
+LONG = CHEAP.with_longer(32)
 
 
 def nearly(model, noise=0.01):
@@ -82,7 +83,7 @@ def assert_all_accepted(rounds, budget):
 
 
 @pytest.mark.parametrize(
-    *pairwise(k=[1, 2, 4, 7, "auto"], source=SOURCES, lengths=[(12,), (1, 17, 6)], sliding_window=[None, 8])
+    *pairwise(k=[1, 2, 4, 7, 16, 32, "auto"], source=SOURCES, lengths=[(12,), (1, 17, 6)], sliding_window=[None, 8])
 )
 def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_window):
     model, prompts = tiny_model(sliding_window=sliding_window), random_ids(*lengths)
@@ -117,6 +118,19 @@ def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
         begun = [sum(counts) for counts in zip(*(counts for _, counts in rounds[:8]), strict=True)]
         assert_all_accepted(rounds[8:], [99 - count for count in begun])
         assert {proposed for proposed, _ in rounds[8:]} == {8 if k == "auto" else k}
+
+
+def test_guesses_grow_with_the_match_and_rows_that_match_less_stay_exact():
+    """One row soon goes in circles, the other has nothing that repeats."""
+    model, prompts = tiny_model(), [[7, 3] * 4, random_ids(40)[0]]
+    for layer in model.layers:  # each token follows from the one before alone
+        layer.attention.wo.weight.data.zero_()
+    plain = plainly(model, prompts, 150)
+    for some in ([0, 1], [1], [0]):
+        speculation = Speculation(PromptLookup(), costs={len(some): LONG})
+        rows, rounds = speculated(model, [prompts[i] for i in some], 150, speculation)
+        assert rows == [plain[i] for i in some]
+        assert {16, 32} <= {proposed for proposed, _ in rounds}
 
 
 def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
@@ -279,7 +293,7 @@ class InTurn:
     def __init__(self, lengths):
         self.lengths, self.behind = cycle(lengths), []
 
-    def choose(self, grades, behind):
+    def choose(self, grades, behind, left):
         self.behind.append(behind)
         return next(self.lengths)
 
@@ -678,9 +692,9 @@ def test_lookup_by_hand(text, match, continuation):
 
 def looked_up(text, k):
     """By trying every place: how many tokens match, and what follows."""
-    for n in (3, 2, 1):
+    for n in range(min(GRADES[-1], len(text) - 1), 0, -1):
         for after in range(len(text) - 1, n - 1, -1):
-            if len(text) > n and text[after - n : after] == text[-n:]:
+            if text[after - n : after] == text[-n:]:
                 return n, [text[after + i % (len(text) - after)] for i in range(k)]
     return 0, [text[-1]] * k
 
@@ -697,9 +711,34 @@ def test_lookup_equals_trying_every_place_as_the_texts_grow():
             source.extend(new)
             texts = [text + ids for text, ids in zip(texts, new, strict=True)]
             draft, _ = source.propose(torch.zeros(3, 2), torch.zeros(3, 1), 0, 7, GREEDY)
-            assert list(zip(source.grades(), draft.tolist(), strict=True)) == [looked_up(text, 7) for text in texts]
+            found = [(row.matched, ids) for row, ids in zip(source.rows, draft.tolist(), strict=True)]
+            assert found == [looked_up(text, 7) for text in texts]
             matches.update(source.grades())
-    assert matches == {0, 1, 2, 3}
+    assert matches == set(GRADES)
+
+
+@pytest.mark.parametrize(
+    "match, grade", [(1, 1), (2, 2), (3, 3), (7, 3), (8, 8), (15, 8), (16, 16), (32, 32), (50, 32)]
+)
+def test_grades_by_hand(match, grade):
+    source = PromptLookup()
+    source.begin(None, [[*range(60), 99, *range(60 - match, 60), 98, *range(60 - match, 60)]])
+    assert source.grades() == [grade]
+
+
+def test_the_table_of_a_lookup_is_kept_over_turns(monkeypatch):
+    """What it holds for the next turn, or for another one from an earlier place, is what a new one would."""
+    kept, prompt = PromptLookup(), random_ids(300)[0] * 2
+    kept.begin(None, [prompt])
+    kept.extend([prompt[:50] + [5, 6]])
+    row, read = kept.rows[0], []
+    for turn in (prompt + prompt[:50] + [9] * 40, prompt + [1, 2, 3], prompt[:400], [7, 8, *prompt]):
+        monkeypatch.setattr(row, "extend", lambda ids: (read.append(len(ids)), type(row).extend(row, ids)))
+        kept.begin(None, [turn])
+        new = PromptLookup()
+        new.begin(None, [turn])
+        assert vars(row) | {"extend": 0} == vars(new.rows[0]) | {"extend": 0}
+    assert read == [40, 3, 0, 602]
 
 
 def test_the_prompts_given_to_a_lookup_stay_as_they_are():
