@@ -28,7 +28,6 @@ BF16, F32 = torch.bfloat16, torch.float32
 CASES = {  # family, format, dtype, rows, tokens a row
     "plain": ("plain", "bf16", F32, 1, 1),
     "plain in bf16": ("plain", "bf16", BF16, 4, 1),
-    "a guess of 63": ("plain", "bf16", BF16, 1, 64),
     "int8": ("plain", "int8", F32, 1, 1),
     "int8 in bf16": ("plain", "int8", BF16, 2, 3),
     "int4": ("plain", "int4", F32, 1, 1),

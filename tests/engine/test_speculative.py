@@ -117,11 +117,11 @@ def test_lookup_of_texts_that_repeat_themselves(forgetful, k):
     if forgetful:
         begun = [sum(counts) for counts in zip(*(counts for _, counts in rounds[:8]), strict=True)]
         assert_all_accepted(rounds[8:], [99 - count for count in begun])
-        assert {proposed for proposed, _ in rounds[8:]} == {8 if k == "auto" else k}
+        assert {proposed for proposed, _ in rounds[8:-1]} == {8 if k == "auto" else k}
 
 
 def test_guesses_grow_with_the_match_and_rows_that_match_less_stay_exact():
-    """One row soon goes in circles, the other has nothing that repeats."""
+    """One row soon goes in circles, the other later."""
     model, prompts = tiny_model(), [[7, 3] * 4, random_ids(40)[0]]
     for layer in model.layers:  # each token follows from the one before alone
         layer.attention.wo.weight.data.zero_()
@@ -130,7 +130,7 @@ def test_guesses_grow_with_the_match_and_rows_that_match_less_stay_exact():
         speculation = Speculation(PromptLookup(), costs={len(some): LONG})
         rows, rounds = speculated(model, [prompts[i] for i in some], 150, speculation)
         assert rows == [plain[i] for i in some]
-        assert {16, 32} <= {proposed for proposed, _ in rounds}
+        assert max(proposed for proposed, _ in rounds) == 32
 
 
 def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
@@ -389,7 +389,7 @@ def test_measuring_costs_leaves_the_text_as_it_is():
     assert rows == plain
     assert_all_accepted(rounds, 29)
     costs = speculation.costs[3]
-    assert set(costs.rounds) == {0, 1, 2, 4, 8}
+    assert set(costs.rounds) == {0, 1, 2, 4, 8, 16, 32}
     assert 0 < costs.rounds[0] < costs.rounds[2] < costs.rounds[8]
     assert 0 < costs.behind < costs.rounds[8]
 

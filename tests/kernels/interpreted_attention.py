@@ -42,7 +42,7 @@ def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
 FEATURES = {
     "head_dim": [64, 80, 256],
     "group": [1, 3, 8],
-    "tokens": [1, 9],
+    "tokens": [1, 9, 64],
     "window": [None, 20],
     "softcap": [None, 2.0],
     "norm": [None, "weight", "offset"],
