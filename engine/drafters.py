@@ -18,7 +18,7 @@ from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
 PLACES = (1, 1, 64)  # of the latest places after the last 1, 2 and 3 tokens, so many are compared further back
-GRADES = (0, 1, 2, 3, 8, 16, 32)  # of matches: the largest that a match reaches; beyond the last none is compared
+GRADES = (0, 1, 2, 3, 8, 16, 32)  # a match has the largest of these that it reaches; no more tokens are compared
 
 
 class Drafter:

@@ -96,7 +96,7 @@ class Speculation:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The numbers of proposals of rounds that are compiled, or measured, before the first token."""
+        """The numbers of proposals that rounds are compiled for, or measured with, before the first token."""
         if self.adapts:
             return (0, *LENGTHS)
         return (0, self.k) if self.drafter.may_be_silent else (self.k,)
@@ -125,7 +125,7 @@ class Speculation:
             draft, probs = self.drafter.propose(text.recent, text.pos, text.filled, k, sampling)
             tokens = torch.cat((text.recent, draft), 1)
         view = cache.view(length=prefix_length(cache, text.filled + k))
-        # a long pass gains little by being compiled, and text would wait for the compiler
+        # a longer pass runs eagerly: it gains little by being compiled, for which the text would wait
         check = self.verify if k in self.lengths else verify
         return check(model, tokens, text.pos, view, text.limit, probs, sampling)
 

@@ -125,12 +125,18 @@ def test_guesses_grow_with_the_match_and_rows_that_match_less_stay_exact():
     model, prompts = tiny_model(), [[7, 3] * 4, random_ids(40)[0]]
     for layer in model.layers:  # each token follows from the one before alone
         layer.attention.wo.weight.data.zero_()
-    plain = plainly(model, prompts, 150)
+    plain, compiled = plainly(model, prompts, 150), set()
+
+    def noting(model, tokens, *others):
+        compiled.add(tokens.shape[1] - 2)
+        return verify(model, tokens, *others)
+
     for some in ([0, 1], [1], [0]):
-        speculation = Speculation(PromptLookup(), costs={len(some): LONG})
+        speculation = Speculation(PromptLookup(), "auto", noting, {len(some): LONG})
         rows, rounds = speculated(model, [prompts[i] for i in some], 150, speculation)
         assert rows == [plain[i] for i in some]
         assert max(proposed for proposed, _ in rounds) == 32
+    assert compiled <= {0, *LENGTHS}  # the function that may be compiled sees no other length
 
 
 def test_lookup_reads_the_text_and_proposes_nothing_until_a_token_comes_again():
