@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import glob
 import os
 import platform
@@ -231,6 +232,9 @@ def remove(path: Path) -> None:
 
 def say(*parts) -> None:
     print(*parts, file=sys.stderr, flush=True)
+
+
+say_once = functools.cache(say)  # a command may pick a device, or open a folder, several times
 
 
 def write(text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from cli import say
+from kernels import cpu
 from ranks import Ranks
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint
 from weights.device import DTYPES
@@ -38,7 +39,8 @@ def template_flag(group) -> None:
 
 
 def say_device(device: torch.device, ranks: Ranks | None) -> None:
-    say(f"Using device={device}" if ranks is None else f"Using device={device.type} on {ranks.size} ranks")
+    isa = f", isa={cpu.isa()}" if device.type == "cpu" else ""
+    say(f"Using device={device}{isa}" if ranks is None else f"Using device={device.type}{isa} on {ranks.size} ranks")
 
 
 def check_counts(flags: dict, *names: str) -> None:

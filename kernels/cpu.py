@@ -7,6 +7,7 @@ what runs is what is named. The algorithms are the same; what differs is the fil
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cli import scratch
+from cli import in_words, one_line, scratch
 
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
@@ -73,7 +74,7 @@ def compiler_version() -> str:
     """The first line that the C++ compiler says of itself. Raises RuntimeError if there is none."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        raise RuntimeError("no C++ compiler")
+        raise RuntimeError(f"there is no C++ compiler {compiler}; install g++, or name another in CXX")
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     return f"{compiler} {said.splitlines()[:1]}"
 
@@ -83,10 +84,14 @@ def build_flags(name: str) -> list[str]:
 
 
 def library_folder(name: str) -> Path:
-    """Where the operators for a level are kept: a folder for each text of the sources, torch, platform and build."""
+    """Where the operators for a level are kept: a folder for each text of the sources, torch, platform and build.
+
+    Machines that share a home folder find each other's libraries only where they can run them.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
-    key = repr((texts, torch.__version__, sys.platform, name, compiler_version(), build_flags(name)))
+    runs_on = sys.platform, *platform.libc_ver()
+    key = repr((texts, torch.__version__, runs_on, name, compiler_version(), build_flags(name)))
     return cache / "gpt-faster" / "kernels" / digest(key.encode())
 
 
@@ -110,7 +115,10 @@ def build(name: str, folder: Path) -> Path:
     print("Building the CPU operators, once, half a minute ...", file=sys.stderr, flush=True)
     # ninja is installed beside this Python, whose folder is on the path only in an activated environment
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"{in_words(error)}; set XDG_CACHE_HOME to a folder where you can write") from None
     for library in folder.glob("*.so"):
         if not is_whole(library):
             library.unlink(missing_ok=True)
@@ -136,7 +144,8 @@ def available() -> bool:
         folder = library_folder(name)
         torch.ops.load_library(str(find_library(folder) or build(name, folder)))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        lines = str(error).strip().splitlines() or [repr(error)]
+        reason = one_line(next((line for line in lines if "error: " in line), lines[0]))  # what the compiler says
         print(f"PyTorch's own linear layers are used: the CPU operators cannot be built ({reason})", file=sys.stderr)
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)

@@ -6,13 +6,24 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from cli import progress
+from cli import progress, say
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
 from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend
+from layers.packed import (
+    AnyExperts,
+    CodesLinear,
+    FewRowsLinear,
+    FloatLinear,
+    ManyAttend,
+    OperatorAttend,
+    StepAttend,
+    by_torch,
+    fits_torch,
+    float_copy,
+)
 from layers.quantized import Int4Linear, Int8Linear, replace_
 from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, TransformerBlock
 
@@ -22,10 +33,10 @@ class Row(NamedTuple):
 
     plain: tuple[type[nn.Module], ...]  # the plain classes; that of a quantised layer is its format
     device: str | None
-    dtypes: tuple[torch.dtype, ...] | None  # of the weight, or, of what has none, of the model
+    dtypes: tuple[torch.dtype, ...] | None  # of the model, or of a layer's weight where no model is given
     operators: bool  # whether it needs those of `kernels/cpu.py`
     fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
-    fast: type[nn.Module]  # made from the plain layer
+    fast: Callable[[nn.Module], nn.Module]  # makes it from the plain layer
 
 
 def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
@@ -39,6 +50,8 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     #   plain                   device  dtypes operators  fits                 fast
     Row(FLOAT,                  "cpu",  BF16,  True,      None,                FewRowsLinear),
     Row(CODES,                  "cpu",  None,  True,      None,                CodesLinear),
+    Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
+    Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),
     Row((Int4Linear,),          "cuda", None,  False,     Int4OnGpu.fits,      Int4OnGpu),
     Row((ExpertLinear, *CODES), None,   None,  False,     is_experts,          AnyExperts),
@@ -54,15 +67,15 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
 ]  # fmt: skip
 
 
-def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module] | None:
-    """The class of the first row that fits `layer`, a part of `model`; None: the layer itself is the fastest."""
+def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable[[nn.Module], nn.Module] | None:
+    """What makes the form of the first row that fits `layer`, a part of `model`; None: the layer is the fastest."""
     where = getattr(layer, "weight", model)  # a tensor or a model: both have a device and a dtype
-    args = getattr(model, "args", None)
+    dtype, args = (layer.weight if model is None else model).dtype, getattr(model, "args", None)
     for row in TABLE:
         if (
             type(layer) in row.plain
             and row.device in (None, where.device.type)
-            and (row.dtypes is None or where.dtype in row.dtypes)
+            and (row.dtypes is None or dtype in row.dtypes)
             and (not row.operators or cpu.available())
             and (row.fits is None or row.fits(layer, args))
         ):
@@ -70,8 +83,28 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module]
     return None
 
 
-def pack_(model: nn.Module) -> None:
-    """Give every layer of a model its fastest form; once, after the weights are in place."""
+def copy_as_float_(model: nn.Module, memory: int | None) -> None:
+    """Replace each quantised layer of which no form reads the codes by a float copy, if twice the copies fit in memory.
+
+    As much is then left for the cache. memory: bytes that are free; None: nobody knows.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in CODES}
+    layers = {name: layer for name, layer in layers.items() if fastest(layer, model) in (None, AnyExperts)}
+    weights = sum(layer.scales[..., 0].numel() * layer.in_features for layer in layers.values())
+    size = weights * model.dtype.itemsize
+    if memory is not None and 2 * size > memory:
+        return say(f"Decoding is slow: {len(layers)} layers are unpacked at each step; copies take {size / 1e9:.1f} GB")
+    for name in list(layers):
+        replace_(model, name, float_copy(layers.pop(name), model.dtype))
+
+
+def pack_(model: nn.Module, memory: int | None = None) -> None:
+    """Give every layer of a model its fastest form; once, after the weights are in place.
+
+    memory: bytes that are free, as in `copy_as_float_`.
+    """
+    if model.device.type == "cpu" and not cpu.available():
+        copy_as_float_(model, memory)
     # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of
     names = [name for name, _ in model.named_modules() if name]
     for name in progress(names[::-1], desc="Packing", unit="layer"):

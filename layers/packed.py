@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.quantized import LAYERS, QuantizedLinear
+from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
 from model import Attend, ExpertLinear, ModelArgs, by_expert, softcap
 
+HAS_HALF = {  # whether a CPU has instructions for products in a dtype
+    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
@@ -22,8 +26,8 @@ def surely_few(size: int, most: int = FEW) -> bool:
 
 
 def has_triton() -> bool:
-    """Whether the kernels for GPUs can be compiled."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the kernels for NVIDIA GPUs can be compiled; those of AMD take PyTorch's path."""
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
 
 class StepAttend(Attend):
@@ -128,24 +132,114 @@ class CodesLinear(nn.Module):
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
 
 
+class FloatLinear(nn.Module):
+    """A float linear layer of any number of rows, on a CPU.
+
+    PyTorch multiplies matrices in half precision eight times slower than in float32, if there are no instructions.
+    """
+
+    FEW = 4  # rows for which a float32 copy of the weight costs more than it saves
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "FloatLinear":
+        return cls(layer.weight, layer.bias)
+
+    @staticmethod
+    def fits(layer: nn.Linear, _: ModelArgs | None) -> bool:
+        return not HAS_HALF.get(layer.weight.dtype, True)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        few = surely_few(x[..., 0].numel(), self.FEW)
+        return (F.linear if few else product)(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for many rows in the dtype that is fastest here; weight may have any."""
+    dtype = x.dtype if HAS_HALF.get(x.dtype) else torch.float32
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+class TorchInt8(Int8Linear):
+    """An int8 layer, as it is stored, that PyTorch's own kernel reads for few bfloat16 rows."""
+
+    FEW = 64  # rows for which the kernel is faster than a product of matrices
+
+    def linear(self, x: Tensor) -> Tensor:
+        if surely_few(x[..., 0].numel(), self.FEW):
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales[:, 0])
+            y = y.view(*x.shape[:-1], len(self.weight))
+        else:
+            y = product(x, self.weight) * self.scales[:, 0]
+        return y if self.bias is None else y + self.bias
+
+
+class TorchInt4(QuantizedLinear):
+    """An int4 layer in the order in which PyTorch's own kernel reads it on this processor.
+
+    weight: uint8 [out, in/2]. scales: bfloat16 [groups, out, 2], with the zeros. Of experts, [E, ...].
+    """
+
+    bits = 4
+
+    @classmethod
+    def packed(cls, layer: QuantizedLinear) -> "TorchInt4":
+        if layer.weight.ndim == 3:
+            each = [cls.packed(layer.expert(e)) for e in range(len(layer.weight))]
+            return cls(*(torch.stack([getattr(one, name) for one in each]) for name in ("weight", "scales")))
+        n_rows = max(64, PART // layer.in_features // 64 * 64)  # whole tiles, whose int32 codes are not large
+        parts = (layer.codes() + 8).split(n_rows)
+        weight = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
+        scales = torch.stack((layer.scales.T, layer.zeros.T), -1).contiguous()
+        return cls(weight, scales, bias=layer.bias)
+
+    def linear(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        groupsize = x.shape[-1] // len(self.scales)
+        run = int4_product_operator if torch.compiler.is_compiling() else int4_product
+        y = run(rows, self.weight, groupsize, self.scales)
+        y = y.view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+def int4_product(x: Tensor, weight: Tensor, groupsize: int, scales: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, groupsize, scales)
+
+
+# in a compiled region, inductor loses the groupsize of PyTorch's own operator
+int4_product_operator = torch.library.custom_op("gpt_faster::int4_product", int4_product, mutates_args=())
+
+
+@int4_product_operator.register_fake
+def _(x, weight, groupsize, scales):
+    return x.new_empty(len(x), len(weight))
+
+
 class AnyExperts(nn.Module):
     """Experts on any device, compiled or not: the choice of experts hides in an operator."""
 
     def __init__(self, layer: ExpertLinear | QuantizedLinear):
         super().__init__()
-        self.bits = getattr(layer, "bits", None)  # None: float
+        self.kind = type(layer).__name__
         for name, tensor in layer.state_dict().items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
         # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
         each = each_expert_operator if torch.compiler.is_compiling() else each_expert
-        return each(x, chosen, list(self.buffers()), self.bits)
+        return each(x, chosen, list(self.buffers()), self.kind)
 
 
-def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], bits: int | None) -> Tensor:
-    """`by_expert` of the layer that has these tensors."""
-    return by_expert(ExpertLinear(*tensors) if bits is None else LAYERS[bits](*tensors), x, chosen)
+KINDS = {kind.__name__: kind for kind in (ExpertLinear, Int8Linear, Int4Linear, TorchInt8, TorchInt4)}
+
+
+def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], kind: str) -> Tensor:
+    """`by_expert` of the layer of this kind that has these tensors."""
+    return by_expert(KINDS[kind](*tensors), x, chosen)
 
 
 # the choice of experts is read on the host, so no CUDA graph can hold this operator
@@ -155,5 +249,26 @@ each_expert_operator = torch.library.custom_op(
 
 
 @each_expert_operator.register_fake
-def _(x, chosen, tensors, bits):
+def _(x, chosen, tensors, kind):
     return x.new_empty(*chosen.shape, tensors[0].shape[1])
+
+
+def fits_torch(layer: QuantizedLinear, _: ModelArgs | None) -> bool:
+    """Whether PyTorch has a kernel for a layer of a bfloat16 model: of int8 only with one scale a row."""
+    if layer.scales.dtype != torch.bfloat16:
+        return False
+    if layer.bits == 8:
+        return layer.scales.shape[-1] == 1 and layer.in_features % 16 == 0  # what its loads are aligned to
+    return layer.weight.shape[-2] % 16 == 0
+
+
+def by_torch(layer: QuantizedLinear) -> nn.Module:
+    """The form of a layer, or of one for each of E experts, that PyTorch's kernels read."""
+    packed = TorchInt8(**dict(layer.named_buffers())) if layer.bits == 8 else TorchInt4.packed(layer)
+    return AnyExperts(packed) if layer.weight.ndim == 3 else packed
+
+
+def float_copy(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    """A layer, or one for each of E experts, with float weights."""
+    weight = layer.dequantize().to(dtype)
+    return AnyExperts(ExpertLinear(weight)) if weight.ndim == 3 else FloatLinear(weight, layer.bias)

@@ -26,6 +26,7 @@ import quantize
 from answers import Answers
 from engine.engine import Engine
 from generate import NEW_TOKENS, build_parser, main
+from kernels import cpu
 from layers.quantized import QuantSpec
 from tests.tiny import GREEDY_FLAGS as GREEDY
 from tests.tiny import ROOT, greedy_text, make_tiny_checkpoint, start
@@ -53,6 +54,7 @@ def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(run_cli, tiny):
     advice = "This model has a chat template"
     expected = ["Using device", advice, "Time to load model", *sample, *sample, *end]
     assert [re.match(r"[^:=\d]+(?<! )", line)[0] for line in result.stderr.splitlines()] == expected
+    assert result.stderr.startswith(f"Using device=cpu, isa={cpu.isa()}\n")
 
 
 def test_defaults_are_gpt_fasts():

@@ -5,19 +5,18 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cli import ROOT, progress, say
+from cli import ROOT, progress, say_once
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard
-from weights.device import DTYPES, require_memory
+from weights.device import DTYPES, free_memory, require_memory
 from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
@@ -27,7 +26,6 @@ from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
 CHECKPOINTS = ROOT / "checkpoints"
-say_once = cache(say)  # a command may open a folder several times
 MERGE = "merge it into its base model with merge_and_unload of peft"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 
@@ -216,7 +214,7 @@ def fill(layout: Layout, state: dict[str, Tensor], args: ModelArgs, ranks: Ranks
         model.tie()
     if ranks is not None:
         apply_tp(model, args, ranks)
-    pack_(model)
+    pack_(model, free_memory(model.device))
     return model.requires_grad_(False).eval()
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from cli import say_once
+from kernels import cpu
 from ranks import Ranks
 from weights.files import size_text
 
@@ -24,6 +26,10 @@ def pick_device(name: str | None, ranks: Ranks | None = None) -> torch.device:
         raise ValueError(f"device {name!r} is unknown; use one of {', '.join(there)}, or cuda:N")
     if not there[device_type] or (index and int(index) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not on this machine; use {pick_device(None).type}")
+    if device_type == "cpu":
+        cpu.level()  # a GPT_FASTER_ISA that is not there is refused before anything slow
+    elif device_type == "mps":
+        say_once("Nothing here has ever run on an MPS device: compare the text with that of --device cpu")
     return torch.device(name) if ranks is None else ranks.place(name)
 
 

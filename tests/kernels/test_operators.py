@@ -307,11 +307,10 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
 
 
 def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
-    """One for each level, flag, compiler, torch and text of the sources; the flags never depend on the processor."""
+    """One for each level, flag, compiler, torch, C library and text of the sources."""
     monkeypatch.setattr(cpu, "compiler_version", lambda: "c++ 1")
     paths = {cpu.library_folder(name) for name in cpu.LEVELS}
     assert len(paths) == len(cpu.LEVELS) and cpu.library_folder("avx512") in paths
-    assert not any("native" in flag for level in cpu.LEVELS.values() for flag in level.flags)
     folder = shutil.copytree(cpu.FOLDER, tmp_path / "cpu")
     (folder / "simd.h").write_text("changed")
     for owner, name, value in (
@@ -319,6 +318,7 @@ def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
         (cpu, "LEVELS", {"avx512": replace(cpu.AVX512, flags=("-mavx512f",))}),
         (cpu, "FOLDER", folder),
         (torch, "__version__", "0"),
+        (platform, "libc_ver", lambda: ("glibc", "0")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -342,15 +342,55 @@ def test_a_library_that_is_damaged_or_not_ours_is_built_again(monkeypatch, tmp_p
         assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("compiler, reason", [("/bin/false", ""), ("/no/such/compiler", "no C++ compiler")])
-def test_a_failing_build_says_so_in_one_line_and_goes_on(compiler, reason, tmp_path):
-    code = "from kernels import cpu; cpu.level = lambda: 'avx512'; print(cpu.available(), cpu.isa())"
-    result = run_python(code, CXX=compiler, XDG_CACHE_HOME=str(tmp_path), PATH="/usr/bin:/bin")
-    assert result.stdout.split() == ["False", "plain"], result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if "CPU operators cannot be built" in line]
-    assert line.startswith("PyTorch's own linear layers are used") and reason in line
-    assert len(result.stderr.splitlines()) <= 2, result.stderr  # the other: that a build was begun
-    assert not list(tmp_path.rglob("*.so"))
+KILLED = """#!/bin/sh
+[ "$1" = --version ] && echo c++ 1 && exit
+echo "$@" >> $0.log
+echo "c++: fatal error: Killed signal terminated program cc1plus" >&2
+exit 1
+"""
+FAILURES = {  # the compiler, where libraries are kept, and what is said
+    ("/bin/false", "."): "'/bin/false', '--version'",
+    ("/no/such/compiler", "."): "there is no C++ compiler /no/such/compiler; install g++, or name another in CXX",
+    ("{}/killed", "."): "(c++: fatal error: Killed signal terminated program cc1plus)",
+    ("c++", "/dev/null"): "(Not a directory: /dev/null/gpt-faster",
+}
+
+
+@pytest.fixture
+def killed_compiler(tmp_path):
+    """A compiler that fails half-way; it writes what it is told to a file beside it."""
+    path = tmp_path / "killed"
+    path.write_text(KILLED)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", cpu.LEVELS)
+def test_a_build_uses_the_instructions_of_its_level_and_no_others(name, killed_compiler, monkeypatch, tmp_path):
+    """-march=native would make libraries that another machine with the same home folder cannot run."""
+    monkeypatch.setenv("CXX", str(killed_compiler))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # to which the build adds
+    with pytest.raises(RuntimeError, match="Killed"):
+        cpu.build(name, tmp_path)
+    told = killed_compiler.with_suffix(".log").read_text().split()
+    assert [flag for flag in told if flag.startswith("-m")] == [f for f in cpu.LEVELS[name].flags if f[1] == "m"]
+
+
+@pytest.mark.parametrize("compiler, cache", FAILURES)
+def test_a_failing_build_says_so_in_one_line_and_goes_on(
+    compiler, cache, killed_compiler, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setattr(cpu, "level", lambda: "avx512")
+    monkeypatch.setattr(cpu, "compiler_version", cpu.compiler_version.__wrapped__)
+    monkeypatch.setenv("CXX", compiler.format(killed_compiler.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    assert not cpu.available.__wrapped__()
+    printed = capfd.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "CPU operators cannot be built" in line]
+    assert line.startswith("PyTorch's own linear layers are used") and FAILURES[compiler, cache] in line
+    assert len(printed.err.splitlines()) <= 2, printed.err  # the other: that a build was begun
+    assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.tmp"))
 
 
 @needs_operators

@@ -8,12 +8,23 @@ import pytest
 import torch
 import torch.nn as nn
 
+from engine.compile import compile_step
 from kernels import cpu
 from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
-from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, has_triton
+from layers.packed import (
+    HAS_HALF,
+    AnyExperts,
+    CodesLinear,
+    FewRowsLinear,
+    FloatLinear,
+    TorchInt4,
+    TorchInt8,
+    by_torch,
+    has_triton,
+)
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.rope_scaling import RopeScaling
 from model import Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, Transformer
@@ -21,6 +32,7 @@ from model import Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, Model
 TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
 )
+INT4 = QuantSpec(4, 32)
 SIZES = {field.name for field in fields(ModelArgs) if field.default is MISSING}
 # a value other than the default for each field, with what it needs beside it; of models that fused blocks take ...
 TAKEN = {
@@ -57,13 +69,13 @@ needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no o
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def quantised(changes):
-    """A float32 model of random int8 and int4 layers, nothing packed."""
+def quantised(changes, spec=INT4):
+    """A float32 model of random int8 and, by default, int4 layers, nothing packed."""
     torch.manual_seed(0)
     model = Transformer(replace(TINY, **changes)).requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) / 4 + (parameter.ndim == 1))
-    quantize_(model, linear_table(model, QuantSpec(4, 32), QuantSpec(8)))
+    quantize_(model, linear_table(model, spec, QuantSpec(8)))
     return model
 
 
@@ -85,6 +97,58 @@ def assert_equals_plain(changes, kind):
         logits(plain),
     )  # sums of float32 in two orders, each off by up to 1e-5 from the truth
     assert (found - wanted).abs().max() < 3e-5 * wanted.abs().max()
+
+
+WITHOUT_OPERATORS = {  # the dtype, how layers are quantised, and the forms they get
+    "int4": (torch.bfloat16, QuantSpec(4, 32), {TorchInt4, TorchInt8}),
+    "int8": (torch.bfloat16, QuantSpec(8), {TorchInt8}),
+    "int8 in groups": (torch.bfloat16, QuantSpec(8, 32), {FloatLinear, TorchInt8}),
+    "float16": (torch.float16, QuantSpec(4, 32), {FloatLinear}),
+    "float32": (torch.float32, QuantSpec(4, 32), {FloatLinear}),
+}
+
+
+def without_operators(monkeypatch, dtype, spec, memory=None, **changes):
+    """A quantised model in plain form, and packed on a processor that has no operators."""
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    pair = []
+    for _ in range(2):
+        model = quantised(changes, spec)
+        for layer in model.modules():  # not the scales, whose dtype stays
+            for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+                if name in ("weight", "bias") and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+        pair.append(model)
+    pack_(pair[1], memory)
+    return pair
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, EXPERTS], ids=str)
+@pytest.mark.parametrize("case", WITHOUT_OPERATORS)
+def test_quantised_models_without_operators_equal_plain_ones(case, changes, monkeypatch):
+    dtype, spec, kinds = WITHOUT_OPERATORS[case]
+    plain, packed = without_operators(monkeypatch, dtype, spec, **changes)
+    found, wanted = logits(packed).double(), logits(plain).double()
+    forms = {type(layer) for layer in packed.modules()}
+    assert kinds - {TorchInt4} <= forms and not forms & set(LAYERS.values())
+    # a norm: one rounding may choose another expert for a token
+    assert (found - wanted).norm() < {torch.float32: 3e-5}.get(dtype, 0.04) * wanted.norm()
+
+
+def test_layers_are_not_copied_where_memory_is_short(monkeypatch, capsys):
+    _, packed = without_operators(monkeypatch, torch.float32, QuantSpec(4, 32), memory=100_000)
+    assert type(packed.output) is LAYERS[8] and type(packed.layers[0].attention.wo) is LAYERS[4]
+    assert capsys.readouterr().err.startswith("Decoding is slow: 9 layers are unpacked at each step")
+
+
+def test_compiled_models_without_operators_equal_eager_ones(monkeypatch):
+    """The step of one token, in which blocks are compiled once for all layers."""
+    _, packed = without_operators(monkeypatch, torch.bfloat16, QuantSpec(4, 32), **EXPERTS)
+    step = compile_step(lambda model, tokens, pos, cache: model(tokens, pos, cache), torch.device("cpu"))
+    with torch.inference_mode():
+        token, cache = torch.tensor([[7]]), packed.new_cache(1, 8)
+        found, wanted = (run(packed, token, token * 0, cache.view(length=4)) for run in (step, Transformer.__call__))
+    assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
 @pytest.fixture
@@ -136,8 +200,12 @@ def test_the_table_by_hand(monkeypatch, any_processor):
     elsewhere = [copy.deepcopy(layer).to("meta") for layer in floats + codes + experts]
     assert [fastest(layer) for layer in elsewhere] == [None, None, AnyExperts, None, None, AnyExperts, AnyExperts]
     monkeypatch.setattr(cpu, "available", lambda: False)
-    assert [fastest(layer) for layer in floats] == [None, None, AnyExperts]
     assert [fastest(layer) for layer in codes + experts] == [None, None, AnyExperts, AnyExperts]
+    model = SimpleNamespace(args=None, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert [fastest(layer, model) for layer in codes + experts] == [None, by_torch, AnyExperts, by_torch]
+    for has, kind in ((True, None), (False, FloatLinear.of)):  # instructions for bfloat16
+        monkeypatch.setitem(HAS_HALF, torch.bfloat16, has)
+        assert [fastest(layer) for layer in floats] == [kind, kind, AnyExperts]
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
