@@ -16,6 +16,7 @@
 namespace gpt_faster {
 
 constexpr int64_t kLanes = 16, kGroup = 32;  // outputs of a tile; inputs that are quantised together
+constexpr int64_t kAhead = 1536;             // bytes, which a stream that is read alone is fetched ahead
 
 struct CodesWeight {
   const uint8_t* codes;  // [tiles, K * 16], or half as many bytes of int4; K is `in` rounded up to whole groups of 32
@@ -202,6 +203,9 @@ struct CodesProduct {
     for (int64_t g = 0, b = 0; g < weight.groups; g++) {
       if constexpr (Format::kHasGroups) load_scales<T>(scale, zero, n, stride, g);
       for (; b < (g + 1) * blocks_a_group; b++, codes.from += kBytes) {
+        if constexpr (R == 1 && T == 1) {  // the hardware follows a stream only to the end of its page
+          UNROLL for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(codes.from + kAhead + i);
+        }
         Floats product[R][T];
         if constexpr (EXACT) multiply_group_exactly<Format, R, T>(product, x, r, b, codes);
         else multiply_group<Format, R, T>(product, x, r, b, codes);
