@@ -52,7 +52,7 @@ def run_experts(bits, groupsize, n_token):
 ATTENTION = [(64, 3, 1), (128, 4, 1), (128, 8, 8), (80, 1, 64), (96, 1, 33), (256, 2, 1), (256, 2, 32)]
 EXPERTS = [
     (bits, size, n) for bits, size in ((None, None), (8, None), (8, 32), (4, 32), (4, 128)) for n in (1, 400, 2000)
-]
+] + [(4, 256, 2000)]
 CALLS = [(attend, sizes) for sizes in ATTENTION] + [(run_experts, sizes) for sizes in EXPERTS]
 QUICK = [(90, attend, (128, 4, 1)), (90, run_experts, (4, 32, 1))]
 ALL = [(sm, *call) for sm in PROCESSORS for call in CALLS]
