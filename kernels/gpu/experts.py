@@ -140,7 +140,7 @@ def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Te
         inputs, warps = 64 if scales is None else least, 8
     else:  # small blocks of outputs, because there are few programs
         out, inputs = 32, max(least, min(2 * (group or 0), 256)) if pairs == 16 else least
-        warps = 2 if pairs == 16 and inputs == 128 else 8 if old and pairs == 32 else 4
+        warps = 2 if pairs == 16 and inputs == 128 else 8 if old and pairs == 32 and scales is None else 4
     # the compiler prefetches nothing narrower than 4 bytes
     if group and 2 * group <= inputs and scales.dtype == torch.bfloat16 and scales.shape[2] % 2 == 0:
         scales, zeros = (each if each is None else each.view(torch.int32) for each in (scales, zeros))
