@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=1
 if [[ ${1:-} == --quick ]]; then
     set -- -m "not slow and not cuda_offline" "${@:2}"
 elif [[ ${1:-} == --cuda-offline ]]; then
-    set -- -m "cuda_offline or not cuda_offline" tests/cuda_offline "${@:2}"
+    set -- -m "cuda_offline or not cuda_offline" tests/cuda_offline tests/kernels/test_gpu_*.py "${@:2}"
 fi
 # one cache of compiled code for all of this run, and for no other: a run that was killed may leave half a library in it
 TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
@@ -96,16 +97,25 @@ def save_tiny(config, folder):
     return model
 
 
-def pairwise(**choices):
-    """For parametrize: few cases in which every two choices for two of the names meet."""
+def covering(strength, **choices):
+    """For parametrize: few cases in which every so many choices for different names meet."""
     cases = list(product(*(range(len(values)) for values in choices.values())))
-    pairs = {case: set(combinations(enumerate(case), 2)) for case in cases}
-    left, taken = set().union(*pairs.values()), []
+    meetings = {case: set(combinations(enumerate(case), strength)) for case in cases}
+    left, taken = set().union(*meetings.values()), []
     while left:
-        taken.append(max(cases, key=lambda case: len(pairs[case] & left)))
-        left -= pairs[taken[-1]]
+        taken.append(max(cases, key=lambda case: len(meetings[case] & left)))
+        left -= meetings[taken[-1]]
     values = [list(values) for values in choices.values()]
     return ",".join(choices), [[values[at][i] for at, i in enumerate(case)] for case in taken]
+
+
+pairwise = partial(covering, 2)
+
+
+def all_offline(cases, quick):
+    """For parametrize: `quick` in every run, the others only with scripts/test.sh --cuda-offline."""
+    assert all(each in cases for each in quick)
+    return [pytest.param(*each, marks=() if each in quick else pytest.mark.cuda_offline) for each in cases]
 
 
 def random_prompts(*lengths):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.dot import dot
+from kernels.gpu.linear import before_hopper
 
 
 @triton.jit
@@ -133,11 +134,13 @@ def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Te
     group = None if scales is None or (zeros is None and scales.shape[2] == 1) else K // scales.shape[2]
     pairs = min(max(16, triton.next_power_of_2(n_pair // n_expert)), 64)  # as an expert has on average
     least = max(128, group or 0)  # inputs at a time
+    old = before_hopper(x.device)  # its tensor cores take weights from registers, which do not hold the largest blocks
     if pairs == 64:  # of a prompt
-        out, inputs, warps = 64, 64 if scales is None else least, 8
+        out = 32 if group and (old or group > 128) else 64
+        inputs, warps = 64 if scales is None else least, 8
     else:  # small blocks of outputs, because there are few programs
         out, inputs = 32, max(least, min(2 * (group or 0), 256)) if pairs == 16 else least
-        warps = 2 if pairs == 16 and inputs == 128 else 4
+        warps = 2 if pairs == 16 and inputs == 128 else 8 if old and pairs == 32 and scales is None else 4
     # the compiler prefetches nothing narrower than 4 bytes
     if group and 2 * group <= inputs and scales.dtype == torch.bfloat16 and scales.shape[2] % 2 == 0:
         scales, zeros = (each if each is None else each.view(torch.int32) for each in (scales, zeros))

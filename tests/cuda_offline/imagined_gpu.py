@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 CUDA = torch.device("cuda", 0)
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200
 FAKE = FakeTensorMode()  # one for all models: its tensors do not mix with those of another
+FAKE.cache_enabled = False  # keeping results costs more than they save: few operators come twice
 
 
 @functools.cache

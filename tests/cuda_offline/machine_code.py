@@ -1,41 +1,62 @@
-"""The machine code of Triton kernels for a GPU that is not there: registers, spills, shared memory, widths of loads."""
+"""The machine code of Triton kernels for a GPU that is not there, read back by the tools in Triton's wheels."""
 
+import contextlib
+import functools
 import re
-from collections import Counter
-from dataclasses import dataclass
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction, MockTensor
 
-from tests.cuda_offline.disassembly import disassembled
 from tests.cuda_offline.imagined_gpu import imagined_gpu
 
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What the assembler made of one kernel. registers, spilled and loads are None where the tools are missing."""
-
-    shared: int  # bytes a block
-    registers: int | None  # a thread
-    spilled: int | None  # bytes a thread on the stack
-    loads: Counter | None  # instructions that read global memory, by their bits a thread: 8, 16, 32, 64, 128
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_generated(tuner, sm: int) -> MachineCode:
+@contextlib.contextmanager
+def compiled_launches(sm: int) -> Iterator[list[CompiledKernel]]:
+    """While this lasts, what launches a Triton kernel compiles it for the imagined GPU, and does not run it."""
+    made, run = [], JITFunction.run
+
+    def compile_launch(kernel, *args, grid, warmup, **kwargs):
+        kernel.device_caches.clear()  # they may be of another GPU
+        args, kwargs = map(mocked, args), {name: mocked(value) for name, value in kwargs.items()}
+        made.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    with imagined_gpu(sm), mock.patch.object(JITFunction, "run", compile_launch):
+        yield made
+
+
+def mocked(value):
+    """A fake tensor has no address, which Triton wants to know."""
+    return MockTensor(value.dtype) if isinstance(value, Tensor) else value
+
+
+@functools.cache
+def compile_generated(tuner, sm: int) -> CompiledKernel:
     """The code of a kernel of inductor, a `CachingAutotuner`, in its first configuration."""
     with imagined_gpu(sm), torch._inductor.config.patch(use_static_cuda_launcher=False):
-        return describe(tuner._precompile_config(tuner.configs[0]).kernel)
+        return tuner._precompile_config(tuner.configs[0]).kernel
 
 
-def describe(kernel) -> MachineCode:
-    shared = kernel.metadata.shared
-    try:
-        usage, assembly = disassembled(kernel.asm["cubin"])
-    except FileNotFoundError:
-        return MachineCode(shared, None, None, None)
-    registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return MachineCode(shared, registers, spilled, Counter(map(width, re.findall(r"\bLDG\.E([\w.]*)", assembly))))
+def spilled(kernel: CompiledKernel) -> int:
+    """Bytes a thread that registers do not hold."""
+    return int(re.search(r"STACK:(\d+)", output("cuobjdump", "--dump-resource-usage", kernel))[1])
 
 
-def width(suffixes: str) -> int:
-    """Bits a thread of a load such as LDG.E.EL.128.CONSTANT."""
-    return next((int(found[1]) for found in re.finditer(r"\.[US]?(8|16|64|128|256)\b", suffixes)), 32)
+def instructions(kernel: CompiledKernel) -> str:
+    return output("nvdisasm", "-c", kernel)
+
+
+def output(tool: str, option: str, kernel: CompiledKernel) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout

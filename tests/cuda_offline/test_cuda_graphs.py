@@ -1,16 +1,22 @@
-"""The graphs of the CUDA path: whole, captured, few kernels, no copies of weights. No GPU is needed."""
+"""The graphs of the CUDA path: whole, captured, few kernels without spills, no copies of weights. No GPU is needed.
+
+In every run, every two choices meet: of a family, a form of weights, a call, its rows. Offline, every three meet, of
+these and of three GPUs; and so does every family with every form in every step on an H100.
+"""
 
 from itertools import product
 
 import pytest
 import torch
 
-from tests.tiny import pairwise
+from tests.tiny import covering, pairwise
 
 pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
 from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model, fake_ranks
 from tests.cuda_offline.generated import generated
+from tests.cuda_offline.imagined_gpu import PROCESSORS
+from tests.cuda_offline.machine_code import compile_generated, spilled
 from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded, written_inputs
 
 CHOICES = {
@@ -19,12 +25,17 @@ CHOICES = {
     "call": ("step", "verification", "long verification", "draft", "prompt"),
     "n_rows": (1, 2, 16, 32),
 }
+NAMES, TRIPLES = covering(3, **CHOICES, sm=PROCESSORS)
+STEPS = product(FAMILIES, FORMATS, ["step"], CHOICES["n_rows"], [90])
 MOST_KERNELS = {"plain": 6, "experts": 13, "biased": 6, "capped": 12}  # a layer, but for prompts
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
 
 def check(family, form, call, n_rows, sm=90, ranks=None):
-    """One graph; all on the device; only caches written; nothing captured waits; few kernels; no copies of weights."""
+    """One graph; all on the device; only caches written; nothing captured waits; few kernels; no copies of weights.
+
+    Returns its kernels.
+    """
     model = fake_model(FAMILIES[family], FORMATS[form], ranks=ranks)
     function, arguments = call_of(call, model, n_rows)
     made = generated(function, *arguments, sm=sm)
@@ -37,6 +48,7 @@ def check(family, form, call, n_rows, sm=90, ranks=None):
         assert all(launch.part is not None for launch in record.launches)
         assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
     assert not copied_weights(model, record)
+    return record.tuners
 
 
 @pytest.mark.parametrize(*pairwise(**CHOICES))
@@ -44,17 +56,19 @@ def test_a_graph_can_be_captured(family, form, call, n_rows):
     check(family, form, call, n_rows)
 
 
-@pytest.mark.cuda_offline
-@pytest.mark.parametrize("family,form,call,n_rows", list(product(*CHOICES.values())))
-def test_every_graph_can_be_captured(family, form, call, n_rows):
-    check(family, form, call, n_rows)
+def check_machine_code(kernels, sm):
+    for name, tuner in kernels.items():
+        assert not spilled(compile_generated(tuner, sm)), name
+
+
+def test_a_step_compiles_without_spills():
+    check_machine_code(check("plain", "int4", "step", 1), 90)
 
 
 @pytest.mark.cuda_offline
-@pytest.mark.parametrize("sm", [80, 100])
-@pytest.mark.parametrize(*pairwise(**CHOICES))
-def test_graphs_of_other_gpus_can_be_captured(family, form, call, n_rows, sm):
-    check(family, form, call, n_rows, sm)
+@pytest.mark.parametrize(NAMES, dict.fromkeys([*STEPS, *map(tuple, TRIPLES)]))
+def test_every_graph_can_be_captured_and_compiles_without_spills(family, form, call, n_rows, sm):
+    check_machine_code(check(family, form, call, n_rows, sm), sm)
 
 
 @pytest.mark.cuda_offline

@@ -51,7 +51,8 @@ class Kernels:
         self.launch = launch
 
     def triton(self, name: str, source: str, device_str: str | None = None) -> "Kernels.Kernel":
-        return self.Kernel(name, getattr(PyCodeCache.load(source), name), self.launch)
+        source = source.replace(name, "kernel")  # equal kernels of several graphs are loaded, and compiled, once
+        return self.Kernel(name, PyCodeCache.load(source).kernel, self.launch)
 
     def wait(self, scope: dict) -> None:
         pass

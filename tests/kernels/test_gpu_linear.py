@@ -4,34 +4,31 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from tests.tiny import ROOT, all_offline
 
-from kernels.gpu import linear as gpu  # noqa: E402
-from tests.cuda_offline.disassembly import disassembled  # noqa: E402
+pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
-ROOT = Path(__file__).resolve().parents[2]
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-NAMES |= {torch.int8: "*i8", torch.uint8: "*u8"}
+from kernels.gpu import linear as gpu
+from tests.cuda_offline.imagined_gpu import CUDA, FAKE, PROCESSORS
+from tests.cuda_offline.machine_code import compiled_launches, instructions, spilled
+
 FORMATS = {"float": (16, None), "int8": (8, None), "int8.g64": (8, 64), "int4.g32": (4, 32), "int4.g128": (4, 128)}
 ROWS = (1, 2, 4, 16, 32, 64, 100)  # one for each launch of the table; float prompts are cuBLAS's
 # the layers of Llama 3.1 8B: out, in, activation; of which the first adds a residual, the second has a norm
 LAYERS = {"w2": (4096, 14336, None), "w13": (28672, 4096, "silu")}
 ALL = [
-    (architecture, name, rows, layer)
-    for architecture in (80, 90, 100)
+    (sm, name, rows, layer)
+    for sm in PROCESSORS
     for name in FORMATS
     for rows in ROWS
     for layer in LAYERS
     if name != "float" or rows <= 64
 ]
-FEW = [(90, "int4.g32", 1, "w13"), (90, "int8", 4, "w13"), (90, "float", 16, "w2"), (90, "int4.g32", 16, "w2")]
+QUICK = [(90, "int4.g32", 1, "w13"), (90, "int8", 4, "w13"), (90, "float", 16, "w2"), (90, "int4.g32", 16, "w2")]
 
 
 def test_kernels_in_the_interpreter():
@@ -42,62 +39,33 @@ def test_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def launch_of(name, rows, layer):
-    """How the product would start a layer of bfloat16, on meta tensors."""
+def run_linear(name, rows, layer):
+    """A layer of bfloat16 on fake tensors."""
     (bits, group), (out, inputs, activation) = FORMATS[name], LAYERS[layer]
 
     def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=CUDA)
 
-    weight = {16: empty(out, inputs), 8: empty(out, inputs, dtype=torch.int8)}.get(bits)
-    weight = empty(out, inputs // 2, dtype=torch.uint8) if weight is None else weight
+    packed = {4: empty(out, inputs // 2, dtype=torch.uint8), 8: empty(out, inputs, dtype=torch.int8)}
+    weight = packed.get(bits, empty(out, inputs))
     scales = None if bits == 16 else empty(out, inputs // group if group else 1)
     zeros = scales if bits == 4 else None
     norm, residual = (empty(inputs), None) if activation else (None, empty(rows, out))
-    counters = gpu.new_counters(weight)
-    x = empty(rows, inputs)
-    return gpu.launch(x, weight, scales, zeros, None, counters, norm, 1e-5, False, residual, activation)
+    tensors = (empty(rows, inputs), weight, scales, zeros, None, gpu.new_counters(weight))
+    gpu.linear(*tensors, norm, 1e-5, False, residual, activation)
 
 
-def compiled(launch, architecture):
-    """A launch as the JIT compiles it: Triton's kernel for one architecture."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor) or name == "N":
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        if isinstance(value, torch.Tensor):
-            signature[name] = NAMES[value.dtype]
-        elif name in ("M", "N", "eps"):
-            signature[name] = "fp32" if name == "eps" else "i32"
-        else:
-            signature[name], constants[(i,)] = "constexpr", value
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def check_machine_code(architecture, name, rows, layer, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("sm, name, rows, layer", all_offline(ALL, QUICK))
+def test_machine_code(sm, name, rows, layer):
     """No value is spilled, the shared memory of a small GPU suffices, and weights are read 16 bytes at a time."""
-    monkeypatch.setattr(gpu, "before_hopper", lambda device: architecture < 90)
-    kernel = compiled(launch_of(name, rows, layer), architecture)
-    used, code = disassembled(kernel.asm["cubin"])
-    assert "STACK:0 " in used and not re.search(r"\b(STL|LDL)\b", code), used
+    with compiled_launches(sm) as kernels, FAKE:
+        run_linear(name, rows, layer)
+    (kernel,) = kernels
+    assert not spilled(kernel)
     assert kernel.metadata.shared <= 99 << 10
-    reads = set(re.findall(r"\bLDG(?:STS)?\.E\S*", code))
+    reads = set(re.findall(r"\bLDG(?:STS)?\.E\S*", instructions(kernel)))
     assert any(".128" in read for read in reads)
     # two bytes: a scale or a zero; the sums of programs are no weights either; of float, 8 bytes of x
     narrow = [read for read in reads if ".128" not in read and "U16" not in read and "STRONG" not in read]
     assert all(name == "float" and ".64" in read for read in narrow), narrow
-
-
-@pytest.mark.parametrize("architecture, name, rows, layer", FEW)
-def test_machine_code(architecture, name, rows, layer, monkeypatch):
-    check_machine_code(architecture, name, rows, layer, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.cuda_offline
-@pytest.mark.parametrize("architecture, name, rows, layer", [each for each in ALL if each not in FEW])
-def test_machine_code_of_every_launch(architecture, name, rows, layer, monkeypatch):
-    check_machine_code(architecture, name, rows, layer, monkeypatch)
