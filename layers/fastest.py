@@ -11,10 +11,20 @@ from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
-from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
 from layers.packed import AnyExperts, CodesLinear, FewRowsLinear, ManyAttend, OperatorAttend, StepAttend
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, TransformerBlock
+from model import (
+    Attend,
+    Attention,
+    Blocks,
+    ExpertLinear,
+    Gate,
+    MixtureOfExperts,
+    ModelArgs,
+    Transformer,
+    TransformerBlock,
+)
 
 
 class Row(NamedTuple):
@@ -25,7 +35,7 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None  # of the weight, or, of what has none, of the model
     operators: bool  # whether it needs those of `kernels/cpu.py`
     fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
-    fast: type[nn.Module]  # made from the plain layer
+    fast: Callable[[nn.Module], nn.Module | None]  # the class that is made from the plain one; a model is changed
 
 
 def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
@@ -51,11 +61,12 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Blocks,),              "cpu",  None,  True,      FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  False,     None,                RegionBlocks),
     Row((Blocks,),              "cuda", None,  False,     CUDA_REGIONS,        RegionBlocks),
+    Row((Transformer,),         "cuda", HALF,  False,     has_head_for_gpu,    join_head_),
 ]  # fmt: skip
 
 
-def fastest(layer: nn.Module, model: nn.Module | None = None) -> type[nn.Module] | None:
-    """The class of the first row that fits `layer`, a part of `model`; None: the layer itself is the fastest."""
+def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable | None:
+    """What the first row that fits `layer`, a part of `model`, makes of it; None: the layer itself is the fastest."""
     where = getattr(layer, "weight", model)  # a tensor or a model: both have a device and a dtype
     args = getattr(model, "args", None)
     for row in TABLE:
@@ -79,3 +90,6 @@ def pack_(model: nn.Module) -> None:
         fast = fastest(layer, model)
         if fast is not None:
             replace_(model, name, fast(layer))
+    join = fastest(model, model)
+    if join is not None:
+        join(model)
