@@ -21,12 +21,13 @@ class OnGpu(nn.Module):
 
     def __init__(self, layer: nn.Linear | QuantizedLinear):
         nn.Module.__init__(self)
-        from kernels.gpu.linear import new_counters  # registers the operator; it needs Triton
+        from kernels.gpu.linear import FEW, new_counters  # registers the operator; it needs Triton
 
         for name in ("weight", "scales", "zeros", "bias"):
             tensor = getattr(layer, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.register_buffer("counters", new_counters(self.weight), persistent=False)
+        self.few = FEW[getattr(layer, "bits", 16)]
 
     @staticmethod
     def fits(layer: nn.Linear | QuantizedLinear, _: ModelArgs | None) -> bool:
@@ -38,8 +39,10 @@ class OnGpu(nn.Module):
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         """x [..., in] -> [..., out]: the layer of norm(x), or of it activation(gate) * up, plus residual."""
-        is_half = x.dtype in (torch.bfloat16, torch.float16)
-        if is_half and (self.scales is not None or surely_few(x[..., 0].numel(), self.MOST)):
+        rows, is_half = x[..., 0].numel(), x.dtype in (torch.bfloat16, torch.float16)
+        if is_half and (self.scales is not None or surely_few(rows, self.MOST)):
+            if norm is not None and x.dtype == torch.float16 and not surely_few(rows, self.few):
+                x, norm = norm(x), None  # x times the norm's weight alone may be more than the tensor cores' float16
             how = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.offset)
             tensors = (self.weight, self.scales, self.zeros, self.bias, self.counters)
             return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation)
