@@ -1,5 +1,6 @@
 """Machine code read back by the tools in Triton's wheels for x86."""
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,6 +16,13 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         return output("cuobjdump", "--dump-resource-usage", file.name), output("nvdisasm", "-c", file.name)
+
+
+def hands_over(ptx: str) -> bool:
+    """Whether all threads of a program have written before one of them counts, and read only after it has."""
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add", ptx)  # one counter
+    has_written = before.rindex("bar.sync") > before.rindex("st.global")
+    return has_written and after.index("bar.sync") < after.index("ld.global.cg")
 
 
 def output(tool: str, *args: str) -> str:

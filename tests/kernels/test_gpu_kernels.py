@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.gpu import attention, experts  # noqa: E402
-from tests.cuda_offline.disassembly import disassembled  # noqa: E402
+from tests.cuda_offline.disassembly import disassembled, hands_over  # noqa: E402
 
 KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 KINDS |= {torch.int8: "*i8", torch.uint8: "*u8", int: "i32"}
@@ -39,7 +39,8 @@ def attend(head_dim, group, tokens):
     cache, pos = meta(4, 8, 4096, head_dim), meta(4, tokens, dtype=torch.int64)
     tables = [meta(4, tokens, 1, head_dim // 2, dtype=torch.float32)] * 2
     qkv, rows, norm = meta(4, tokens, (group + 2) * 8, head_dim), meta(4, dtype=torch.int64), meta(head_dim)
-    attention.attend(qkv, cache, cache, rows, pos, *tables, norm, norm, False, 1e-5, 0.1, 50.0, 1024, 2048)
+    counters = attention.new_counters(group * 8, torch.device("meta"))
+    attention.attend(qkv, cache, cache, rows, pos, *tables, norm, norm, counters, False, 1e-5, 0.1, 50.0, 1024, 2048)
 
 
 def run_experts(bits, groupsize, n_token):
@@ -75,6 +76,7 @@ def machine_code(kernel, values, how, architecture):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=how)
+    assert "counters" not in signature or hands_over(made.asm["ptx"])
     return made.metadata.shared, *disassembled(made.asm["cubin"])
 
 
@@ -95,7 +97,7 @@ def check_machine_code(architecture, call, sizes, monkeypatch):
     Scales are narrower, and so are codes of the experts of a prompt.
     """
     launches = []
-    for module, name in ((attention, "attend_part"), (attention, "merge_parts"), (experts, "linear_pairs")):
+    for module, name in ((attention, "attend_part"), (experts, "linear_pairs")):
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     monkeypatch.setattr(experts, "sort_pairs", Recorder(experts.sort_pairs, []))  # small
     call(*sizes)
@@ -105,7 +107,7 @@ def check_machine_code(architecture, call, sizes, monkeypatch):
         assert shared <= 99 << 10
         loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
         assert not [load for load in loads if re.search(r"[US]8", load)]
-        if kernel.fn.__name__ != "merge_parts" and 2000 not in sizes:
+        if 2000 not in sizes:
             prefetched = [load for load in loads if load.startswith("LDGSTS") and load != "LDGSTS.E"]
             assert prefetched and all(load.endswith(".128") for load in prefetched), prefetched
 
