@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.gpu import linear as gpu  # noqa: E402
-from tests.cuda_offline.disassembly import disassembled  # noqa: E402
+from tests.cuda_offline.disassembly import disassembled, hands_over  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -73,14 +73,15 @@ def compiled(launch, architecture):
         else:
             signature[name], constants[(i,)] = "constexpr", value
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
 
 
 def check_machine_code(architecture, name, rows, layer, monkeypatch):
     """No value is spilled, the shared memory of a small GPU suffices, and weights are read 16 bytes at a time."""
     monkeypatch.setattr(gpu, "before_hopper", lambda device: architecture < 90)
-    kernel = compiled(launch_of(name, rows, layer), architecture)
+    launch = launch_of(name, rows, layer)
+    kernel = compiled(launch, architecture)
+    assert launch.arguments.get("SPLIT", 1) == 1 or hands_over(kernel.asm["ptx"])
     used, code = disassembled(kernel.asm["cubin"])
     assert "STACK:0 " in used and not re.search(r"\b(STL|LDL)\b", code), used
     assert kernel.metadata.shared <= 99 << 10
@@ -89,6 +90,31 @@ def check_machine_code(architecture, name, rows, layer, monkeypatch):
     # two bytes: a scale or a zero; the sums of programs are no weights either; of float, 8 bytes of x
     narrow = [read for read in reads if ".128" not in read and "U16" not in read and "STRONG" not in read]
     assert all(name == "float" and ".64" in read for read in narrow), narrow
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_kernel_that_begins_early_requests_weights_before_it_waits(pdl, monkeypatch):
+    monkeypatch.setattr(gpu, "overlaps", lambda device: pdl)
+    kernel = compiled(launch_of("int4.g32", 1, "w13"), 90)
+    assert kernel.metadata.launch_pdl == pdl
+    _, code = disassembled(kernel.asm["cubin"])
+    found = re.findall(r"\bLDG\.E\S*|\bACQBULK|\bPREEXIT", code)  # loads, the wait, the start of the next kernel
+    assert ("ACQBULK" in found) == ("PREEXIT" in found) == pdl
+    if pdl:
+        before = found[: found.index("ACQBULK")]
+        assert before and all(".128" in load for load in before)
+
+
+def test_who_asks_for_early_kernels(monkeypatch):
+    for asked, found in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("GPT_FASTER_PDL", asked)
+        assert gpu.overlaps.__wrapped__(torch.device("meta")) == found
+    monkeypatch.setattr(gpu, "before_hopper", lambda device: True)
+    with pytest.raises(ValueError, match="GPT_FASTER_PDL=1 needs a GPU of compute capability 9.0"):
+        gpu.overlaps.__wrapped__(torch.device("cuda"))
+    monkeypatch.setenv("GPT_FASTER_PDL", "yes")
+    with pytest.raises(ValueError, match="GPT_FASTER_PDL is 'yes'; use 1"):
+        gpu.overlaps.__wrapped__(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("architecture, name, rows, layer", FEW)
