@@ -113,7 +113,7 @@ def _merged(made, weights, at, present, n_part, n_row, D: tl.constexpr, WIDTH: t
     for part in tl.range(n_part, loop_unroll_factor=4):
         top = tl.maximum(top, tl.load(weights + part * n_row + at, present, 0.0, cache_modifier=".cg"))
     total, sums = tl.zeros(at.shape, tl.float32), tl.zeros((at.shape[0], WIDTH), tl.float32)
-    for part in tl.range(n_part, loop_unroll_factor=4):
+    for part in tl.range(n_part, loop_unroll_factor=64 // at.shape[0]):  # registers hold no more
         p = tl.exp2(tl.load(weights + part * n_row + at, present, 0.0, cache_modifier=".cg") - top)
         its = tl.load(made + (part * n_row + at)[:, None].to(tl.int64) * D + d, mask, 0.0, cache_modifier=".cg")
         total, sums = total + p, sums + p[:, None] * its
