@@ -445,14 +445,17 @@ class Transformer(nn.Module):
         logits [B, R, V] are wanted. In a model that several ranks share they are the logits of this rank's part of the
         vocabulary, see `tp.full_logits`.
         """
-        x = self.hidden(tokens, pos, cache)
-        if rows is not None:
-            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-        return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
+        return self.logits(self.hidden(tokens, pos, cache), rows)
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None) -> Tensor:
         """What the blocks make of the tokens [B, S, dim], before the last norm and the head."""
         return self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
+
+    def logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The last norm and the head of what `hidden` returned; rows as in `forward`."""
+        if rows is not None:
+            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+        return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
 
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
         return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))

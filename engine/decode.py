@@ -31,9 +31,9 @@ def decode_one_token(
     return next_token(model, model(token, pos, cache)[:, -1], sampling), pos + 1
 
 
-def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView, rows: Tensor) -> Tensor:
-    """Logits [B, R, V] of the places rows [B, R] in each row of tokens [B, S]."""
-    return model(tokens, pos, cache, rows)
+def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:
+    """What the blocks make of a chunk of prompts [B, S]. The head is no part of it: few chunks, and places, need it."""
+    return model.hidden(tokens, pos, cache)
 
 
 @torch.inference_mode()
@@ -75,14 +75,11 @@ def read_prompts(
         chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
         view = cache.view(cache_rows, prefix_length(cache, start + begin + chunk.shape[1]))
-        a_row_ends = any(begin < len(prompt) <= begin + PREFILL_CHUNK for prompt in prompts)
-        if forward is forward_chunk and not a_row_ends:  # compiled, a call without the head would be one more form
-            model.hidden(chunk, pos, view)
-            continue
-        last = lengths - 1 - begin  # of each row, counted from this chunk's first
-        rows = last.clamp(0, chunk.shape[1] - 1)[:, None]
-        new = forward(model, chunk, pos, view, rows)[:, 0]
-        logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
+        hidden = forward(model, chunk, pos, view)
+        if any(begin < len(prompt) <= begin + PREFILL_CHUNK for prompt in prompts):
+            last = lengths - 1 - begin  # of each row, counted from this chunk's first
+            new = model.logits(hidden, last.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0]
+            logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)
     return logits, start + lengths[:, None]
 
 

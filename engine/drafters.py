@@ -258,8 +258,8 @@ class DraftModel(Drafter):
         return min(seconds)
 
     def catch_up(self, tokens: Tensor, pos: Tensor, filled: int) -> Tensor:
-        """Read tokens [B, n], which stand before pos [B, 1]; logits [B, V] of the first."""
+        """Read tokens [B, n], which stand before pos [B, 1]; what the blocks make of them."""
         places = pos + torch.arange(-tokens.shape[1], 0, device=pos.device)
         places = places.clamp(min=0)  # a row that has ended stays at its position, and needs none of them
         view = self.cache.view(length=prefix_length(self.cache, filled))
-        return self.forward(self.model, tokens, places, view, torch.zeros_like(pos))
+        return self.forward(self.model, tokens, places, view)

@@ -11,7 +11,7 @@ from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
-from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
 from layers.packed import (
     AnyExperts,
     CodesLinear,
@@ -25,7 +25,17 @@ from layers.packed import (
     float_copy,
 )
 from layers.quantized import Int4Linear, Int8Linear, replace_
-from model import Attend, Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, TransformerBlock
+from model import (
+    Attend,
+    Attention,
+    Blocks,
+    ExpertLinear,
+    Gate,
+    MixtureOfExperts,
+    ModelArgs,
+    Transformer,
+    TransformerBlock,
+)
 
 
 class Row(NamedTuple):
@@ -36,7 +46,7 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None  # of the model, or of a layer's weight where no model is given
     operators: bool  # whether it needs those of `kernels/cpu.py`
     fits: Callable[[nn.Module, ModelArgs | None], bool] | None  # whether it takes this layer of this model
-    fast: Callable[[nn.Module], nn.Module]  # makes it from the plain layer
+    fast: Callable[[nn.Module], nn.Module | None]  # the class that is made from the plain one; a model is changed
 
 
 def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
@@ -64,11 +74,12 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Blocks,),              "cpu",  None,  True,      FusedBlocks.fits,    FusedBlocks),
     Row((Blocks,),              "cpu",  None,  False,     None,                RegionBlocks),
     Row((Blocks,),              "cuda", None,  False,     CUDA_REGIONS,        RegionBlocks),
+    Row((Transformer,),         "cuda", HALF,  False,     has_head_for_gpu,    join_head_),
 ]  # fmt: skip
 
 
-def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable[[nn.Module], nn.Module] | None:
-    """What makes the form of the first row that fits `layer`, a part of `model`; None: the layer is the fastest."""
+def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable | None:
+    """What the first row that fits `layer`, a part of `model`, makes of it; None: the layer itself is the fastest."""
     where = getattr(layer, "weight", model)  # a tensor or a model: both have a device and a dtype
     dtype, args = (layer.weight if model is None else model).dtype, getattr(model, "args", None)
     for row in TABLE:
@@ -112,3 +123,6 @@ def pack_(model: nn.Module, memory: int | None = None) -> None:
         fast = fastest(layer, model)
         if fast is not None:
             replace_(model, name, fast(layer))
+    join = fastest(model, model)
+    if join is not None:
+        join(model)

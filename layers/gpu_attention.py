@@ -9,17 +9,18 @@ from model import Attention, ModelArgs, RMSNorm
 
 
 class GpuAttention(Attention):
-    """Self-attention over the cache for few tokens a row as two kernels; anything else takes the plain form.
+    """Self-attention over the cache for few tokens a row as one kernel; anything else takes the plain form.
 
-    They hold the norms of heads, rope, the write to the cache, soft cap and window.
+    It holds the norms of heads, rope, the write to the cache, soft cap and window.
     """
-
-    MOST = 64  # tokens a row
 
     def __init__(self, attention: Attention):
         nn.Module.__init__(self)
-        import kernels.gpu.attention  # noqa: F401  registers the operator; it needs Triton
+        from kernels.gpu.attention import MOST_ROWS, MOST_TOKENS, new_counters  # it needs Triton
 
+        self.most_rows, self.most_tokens = MOST_ROWS, MOST_TOKENS
+        counters = new_counters(attention.n_head, attention.wqkv.weight.device)
+        self.register_buffer("counters", counters, persistent=False)
         self.n_head, self.n_kv_head, self.head_dim = attention.n_head, attention.n_kv_head, attention.head_dim
         self.window = attention.window
         self.wqkv, self.wo, self.attend = attention.wqkv, attention.wo, attention.attend
@@ -32,9 +33,10 @@ class GpuAttention(Attention):
         return args.head_dim in range(32, 257, 16) and not args.joint_qk_norm and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache: Tensor | None) -> Tensor:
-        if not cache or not surely_few(x.shape[1], self.MOST):
+        few = surely_few(x.shape[0], self.most_rows) and surely_few(x.shape[1], self.most_tokens)
+        if not cache or not few:
             return super().forward(x, pos, cos, sin, mask, *cache)
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2 Hkv, D]
         norms = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
-        how = (*norms, *self.norm, self.attend.scale, self.attend.cap, self.window)
+        how = (*norms, self.counters, *self.norm, self.attend.scale, self.attend.cap, self.window)
         return self.wo(torch.ops.gpt_faster.attend_cached(qkv, *cache, pos, cos, sin, *how, mask.shape[-1]))

@@ -8,7 +8,7 @@ from torch import Tensor
 from layers.blocks import HONOURED, honours
 from layers.packed import has_triton, surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
-from model import ACTIVATIONS, ModelArgs, RMSNorm, TransformerBlock
+from model import ACTIVATIONS, ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 
 class OnGpu(nn.Module):
@@ -21,12 +21,13 @@ class OnGpu(nn.Module):
 
     def __init__(self, layer: nn.Linear | QuantizedLinear):
         nn.Module.__init__(self)
-        from kernels.gpu.linear import new_counters  # registers the operator; it needs Triton
+        from kernels.gpu.linear import FEW, new_counters  # registers the operator; it needs Triton
 
         for name in ("weight", "scales", "zeros", "bias"):
             tensor = getattr(layer, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.register_buffer("counters", new_counters(self.weight), persistent=False)
+        self.few = FEW[getattr(layer, "bits", 16)]
 
     @staticmethod
     def fits(layer: nn.Linear | QuantizedLinear, _: ModelArgs | None) -> bool:
@@ -38,8 +39,10 @@ class OnGpu(nn.Module):
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         """x [..., in] -> [..., out]: the layer of norm(x), or of it activation(gate) * up, plus residual."""
-        is_half = x.dtype in (torch.bfloat16, torch.float16)
-        if is_half and (self.scales is not None or surely_few(x[..., 0].numel(), self.MOST)):
+        rows, is_half = x[..., 0].numel(), x.dtype in (torch.bfloat16, torch.float16)
+        if is_half and (self.scales is not None or surely_few(rows, self.MOST)):
+            if norm is not None and x.dtype == torch.float16 and not surely_few(rows, self.few):
+                x, norm = norm(x), None  # x times the norm's weight alone may be more than the tensor cores' float16
             how = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.offset)
             tensors = (self.weight, self.scales, self.zeros, self.bias, self.counters)
             return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation)
@@ -51,7 +54,7 @@ class OnGpu(nn.Module):
 
 
 class FloatOnGpu(OnGpu):
-    """Only as a part of a block: alone, the compiler's own form of the layer takes in what stands beside it."""
+    """Only with what stands beside it, in a block or with the last norm: the compiler's own form takes in that too."""
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -97,14 +100,26 @@ class GpuBlock(nn.Module):
         if not honours(args, BLOCK_FIELDS):
             return False
         layers = (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2)
-        return all(  # of a rank, one that is summed is none of these
-            isinstance(layer, OnGpu) or (type(layer) is nn.Linear and OnGpu.fits(layer, args)) for layer in layers
-        )
+        return all(can_be_on_gpu(layer) for layer in layers)
 
     def forward(self, x: Tensor, pos: Tensor, *context_and_cache: Tensor | None) -> Tensor:  # as TransformerBlock
         x = self.wo(self.attention(x, pos, *context_and_cache), residual=x)
         return self.w2(self.w13(x, self.ffn_norm, activation=self.activation), residual=x)
 
 
+def can_be_on_gpu(layer: nn.Module) -> bool:
+    """Whether `on_gpu` takes this layer; of a rank, one that is summed is no linear layer."""
+    return isinstance(layer, OnGpu) or (type(layer) is nn.Linear and OnGpu.fits(layer, None))
+
+
 def on_gpu(layer: nn.Linear | OnGpu) -> OnGpu:
     return layer if isinstance(layer, OnGpu) else FloatOnGpu(layer)
+
+
+def has_head_for_gpu(model: Transformer, _: ModelArgs) -> bool:
+    return can_be_on_gpu(model.output)
+
+
+def join_head_(model: Transformer) -> None:
+    """Make the last norm a part of the head's kernel."""
+    model.norm, model.output = nn.Identity(), NormedLinear(model.norm, on_gpu(model.output))

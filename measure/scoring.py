@@ -36,7 +36,8 @@ def token_logprobs(
         columns = torch.arange(end - begin, device=tokens.device)[first:].repeat(n_rows, 1)
         view = engine.cache.view(cache_rows, int(pos[:, begin:end].max()) + 1)
         some = (each[:, begin:end].clone(memory_format=torch.contiguous_format) for each in (tokens, pos))
-        logits = engine.forward(model, *some, view, columns)  # copies, because the compiled form depends on strides
+        hidden = engine.forward(model, *some, view)  # copies, because the compiled form depends on strides
+        logits = model.logits(hidden, columns)
         wanted = targets[:, begin:end][:, first:]
         found = logprobs_of(full_logits(model, logits.flatten(0, 1)), wanted.flatten())
         logprobs.append(found[0].view(wanted.shape))

@@ -100,9 +100,9 @@ def measure_rows(report: Report, rows: list[Row], side: Callable, deadline: floa
             try:
                 if time.monotonic() > deadline:
                     raise TimeoutError
-                if serves != (row.side, row.precision):
+                if serves != (row.side, row.precision, dict(row.environment)):
                     stack.close()
-                    serves = row.side, row.precision
+                    serves = row.side, row.precision, dict(row.environment)
                     process = stack.enter_context(side(*serves))
                 trace = Path(report.output).resolve().with_suffix(f".{as_name(row.precision)}.trace.json.gz")
                 report.once(result["rows"], row.name, partial(measure, process, row, trace))

@@ -1,8 +1,10 @@
 """What `scripts/check_device.py` measures, in order of importance, and how it is told in Markdown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+
+import torch
 
 from model import ModelArgs
 from scripts.bench.report import markdown
@@ -15,6 +17,7 @@ NEW_TOKENS = 100  # of each row
 BATCHES, PROMPTS, POSITIONS = (1, 8, 32, 128), (512, 2048), (8192, 32768)
 STEP, PREFILL, GUESSES = "compiled step", "compiled prefill", "compiled step, ngram guesses"
 ALL = "int4, head too"
+PDL = (("GPT_FASTER_PDL", "1"),)
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,12 @@ class Row:
     side: str
     precision: str
     case: Case | None
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
         what = f"batch {self.case.batch}, prompt {self.case.prompt}" if self.case else "profile"
-        return f"{self.side}, {self.precision}, {what}"
+        return ", ".join([self.side, self.precision, what, *map("=".join, self.environment)])
 
     def missing(self, args: ModelArgs) -> str | None:
         """What it needs and is not there."""
@@ -36,7 +40,13 @@ class Row:
             return f"needs {self.case.length} positions, and the model has {args.max_seq_length}"
         if self.side == COMPILED_PEER and find_spec("transformers") is None:
             return "transformers is not installed"
+        if self.environment == PDL and not has_dependent_launch():
+            return "a GPU of compute capability 9.0 or more is not there"
         return None
+
+
+def has_dependent_launch() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def step(precision: str, batch: int = 1, position: int = 8) -> Row:
@@ -56,6 +66,7 @@ def waterfall() -> dict[str, Row]:
         "compiled, int8": step("int8"),
         "compiled, int8, 4 guesses a round": Row(GUESSES, "int8", short),
         "compiled, int4": step("int4"),
+        "compiled, int4, kernels that begin early": replace(step("int4"), environment=PDL),
         "all: compiled, int4 with its head, 4 guesses a round": Row(GUESSES, ALL, short),
         f"peer: {COMPILED_PEER}, bf16": Row(COMPILED_PEER, "bf16", short),
     }

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from engine.compile import compile_step
-from engine.decode import forward_chunk
 from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine, generate
 from engine.guess_length import Costs
@@ -151,7 +150,7 @@ def logits_of(engine, prompts):
     tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in prompts])
     rows = torch.tensor([[len(ids) - 1] for ids in prompts])
     pos = torch.arange(length).repeat(len(prompts), 1)
-    logits = forward_chunk(engine.model, tokens, pos, engine.cache.view(length=length), rows)
+    logits = engine.model(tokens, pos, engine.cache.view(length=length), rows)
     return full_logits(engine.model, logits).float()[:, 0]
 
 

@@ -1,7 +1,7 @@
-"""Attention of few queries a row on CUDA: two Triton kernels between the output of wqkv and the input of wo.
+"""Attention of few queries a row on CUDA: one Triton kernel between the output of wqkv and the input of wo.
 
-The first kernel takes a part of the cache's slots. It normalises and rotates q and k, writes k and v to the cache and
-attends; the query heads of a key head share one reading of its keys and values. The second kernel merges the parts by
+A program takes a part of the cache's slots. It normalises and rotates q and k, writes k and v to the cache and attends;
+the query heads of a key head share one reading of its keys and values. The program that ends last merges the parts by
 their log-sum-exp (split-KV: Dao et al. 2023). Parts depend on the sizes of the model and on the prefix alone: a row's
 result depends neither on the other rows nor on their number.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.gpu.dot import dot
 
 PROGRAMS = 256  # of one row: two for each multiprocessor of a large GPU
+MOST_ROWS, MOST_TOKENS = 256, 64  # of a call, and of each row
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -101,8 +102,42 @@ def _attended(q1, q2, k1, k2, v1, v2, seen, top, total, y1, y2, SCALE: tl.conste
 
 
 @triton.jit
-def attend_part(qkv, k_cache, v_cache, cache_rows, pos, cos, sin, q_norm, k_norm, made, weights, S, n_slots,
-                H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERIES: tl.constexpr,
+def _merged(made, weights, at, present, n_part, n_row, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums [R, WIDTH] of the rows `at` [R] of made [n_part, n_row, D], weighted by softmax(weights [n_part, n_row]).
+
+    Other programs have written both, so they are read past the cache of this multiprocessor.
+    """
+    d = tl.arange(0, WIDTH)[None]
+    mask = present[:, None] & (d < D)
+    top = tl.full(at.shape, float("-inf"), tl.float32)
+    for part in tl.range(n_part, loop_unroll_factor=4):
+        top = tl.maximum(top, tl.load(weights + part * n_row + at, present, 0.0, cache_modifier=".cg"))
+    total, sums = tl.zeros(at.shape, tl.float32), tl.zeros((at.shape[0], WIDTH), tl.float32)
+    for part in tl.range(n_part, loop_unroll_factor=64 // at.shape[0]):  # registers hold no more
+        p = tl.exp2(tl.load(weights + part * n_row + at, present, 0.0, cache_modifier=".cg") - top)
+        its = tl.load(made + (part * n_row + at)[:, None].to(tl.int64) * D + d, mask, 0.0, cache_modifier=".cg")
+        total, sums = total + p, sums + p[:, None] * its
+    return sums / total[:, None]
+
+
+@triton.jit
+def _hand_over(y1, y2, weight, made, weights, counters, y, at, present, n_row, D: tl.constexpr, HALF: tl.constexpr):
+    """Write what a part makes of the rows `at` [R]; the last part to do so merges all of them into y [n_row, D]."""
+    n_part, own = tl.num_programs(0), tl.program_id(0) * n_row + at
+    tl.store(weights + own, weight, present)
+    _store(made + own[:, None].to(tl.int64) * D, y1, y2, present, D, HALF)
+    counter = counters + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.debug_barrier()  # every thread has written before one says so
+    if tl.atomic_add(counter, 1, sem="acq_rel") == n_part - 1:
+        d = tl.arange(0, 2 * HALF)[None]
+        merged = _merged(made, weights, at, present, n_part, n_row, D, 2 * HALF)
+        tl.store(y + at[:, None] * D + d, merged, present[:, None] & (d < D))
+        tl.store(counter, 0)
+
+
+@triton.jit
+def attend_part(qkv, k_cache, v_cache, cache_rows, pos, cos, sin, q_norm, k_norm, made, weights, counters, y, S,
+                n_slots, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERIES: tl.constexpr,
                 TOKENS: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
                 WINDOW: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """A part of the slots for up to QUERIES queries of one key head of one row: see `attend`."""
@@ -135,40 +170,30 @@ def attend_part(qkv, k_cache, v_cache, cache_rows, pos, cos, sin, q_norm, k_norm
         k1, k2 = _cached(k_cache, slot, end, D, HALF)
         v1, v2 = _cached(v_cache, slot, end, D, HALF)
         top, total, y1, y2 = _attended(q1, q2, k1, k2, v1, v2, seen, top, total, y1, y2, SCALE, CAP)
-    at = part * tl.num_programs(2) * S * H + token * H + q_head
-    tl.store(weights + at, top + tl.log2(total), present)
-    _store(made + at[:, None] * D, y1 / total[:, None], y2 / total[:, None], present & (total > 0), D, HALF)
+    kept = tl.where(total > 0, 1 / total, 0.0)[:, None]  # nothing may be seen of a part
+    at, n_row = token * H + q_head, tl.num_programs(2) * S * H
+    _hand_over(y1 * kept, y2 * kept, top + tl.log2(total), made, weights, counters, y, at, present, n_row, D, HALF)
 
 
-@triton.jit
-def merge_parts(made, weights, y, n_row, n_part, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """y [n_row, D]: the sum of made [n_part, n_row, D], weighted by the softmax of weights [n_part, n_row]."""
-    row, part, d = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    all_weights = tl.load(weights + part * n_row + row, part < n_part, float("-inf"))
-    top = tl.max(all_weights, 0)
-    total = tl.sum(tl.exp2(all_weights - top), 0)
-    sums = tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, n_part, 16):
-        some = first + tl.arange(0, 16)
-        w = tl.exp2(tl.load(weights + some * n_row + row, some < n_part, float("-inf")) - top) / total
-        mask = (w > 0)[:, None] & (d < D)[None]  # a part in which nothing is seen was not written
-        sums += tl.sum(tl.load(made + (some[:, None] * n_row + row) * D + d[None], mask, 0.0) * w[:, None], 0)
-    tl.store(y + row * D + d, sums, d < D)
+def new_counters(n_head: int, device: torch.device) -> Tensor:
+    """What the parts are counted in: of a row one for each block of 32 queries or more. They are zero between calls."""
+    return torch.zeros(MOST_ROWS * n_head * MOST_TOKENS // 32, dtype=torch.int32, device=device)
 
 
 def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor | None, pos: Tensor, cos: Tensor,
-           sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, norm_offset: bool, eps: float, scale: float,
-           cap: float | None, window: int | None, length: int) -> Tensor:  # fmt: skip
+           sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, counters: Tensor, norm_offset: bool, eps: float,
+           scale: float, cap: float | None, window: int | None, length: int) -> Tensor:  # fmt: skip
     """Write the keys and values of qkv [B, S, H + 2 Hkv, D] at pos [B, S] to the caches [N, Hkv, C, D], then attend.
 
     cache_rows [B] int64: the row of the cache of each row; None: row b. cos, sin [B, S, 1, D/2] float32; q_norm, k_norm
-    [D]: weights of RMSNorm. window: a query at p sees the slots from p - window + 1 to p; None: from 0. length: of the
-    prefix that holds every slot seen; it decides the parts. Returns [B, S, H * D].
+    [D]: weights of RMSNorm. counters of `new_counters`. window: a query at p sees the slots from p - window + 1 to p;
+    None: from 0. length: of the prefix that holds every slot seen; it decides the parts. Returns [B, S, H * D].
     """
     B, S, rows, D = qkv.shape
     KV, n_slots = k_cache.shape[1:3]
     H = rows - 2 * KV
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and D % 16 == 0
+    assert B <= MOST_ROWS and S <= MOST_TOKENS
     size = max(64, triton.next_power_of_2(-(-length * KV // PROGRAMS)))
     n_part = -(-length // size)
     half = triton.next_power_of_2(D // 2)
@@ -180,18 +205,18 @@ def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor | N
     y = qkv.new_empty(B, S, H * D)
     tensors = [each.contiguous() for each in (pos, cos, sin)]
     grid = (n_part, KV * -(-S * H // KV // queries), B)
-    attend_part[grid](
-        qkv.contiguous(), k_cache, v_cache, cache_rows, *tensors, q_norm, k_norm, made, weights, S, n_slots,
-        H, KV, D, half, queries, min(16, triton.next_power_of_2(S)), size, slots,
-        scale, cap, window, eps, norm_offset, num_warps=4 if half <= 64 else 8,
-    )  # fmt: skip
-    n_row, width, parts = B * S * H, triton.next_power_of_2(D), triton.next_power_of_2(n_part)
-    merge_parts[(n_row,)](made, weights, y, n_row, n_part, D, width, parts)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        attend_part[grid](
+            qkv.contiguous(), k_cache, v_cache, cache_rows, *tensors, q_norm, k_norm, made, weights, counters, y, S,
+            n_slots, H, KV, D, half, queries, min(16, triton.next_power_of_2(S)), size, slots,
+            scale, cap, window, eps, norm_offset, num_warps=4 if half <= 64 else 8,
+        )  # fmt: skip
     return y
 
 
 # The schema does not say that the caches are written, because inductor cannot functionalise such an operator inside a
-# region. Nothing else in a graph reads a cache whose attention is this operator, and it writes before it reads.
+# region. Nothing else in a graph reads a cache whose attention is this operator, and it writes before it reads. Nor
+# does the schema name the counters, which are zero again afterwards.
 torch.library.define("gpt_faster::attend_cached", torch.library.infer_schema(attend, mutates_args=()))
 torch.library.impl("gpt_faster::attend_cached", "CompositeExplicitAutograd", attend)
 

@@ -100,7 +100,7 @@ def linear_pairs(x, weight, scales, zeros, order, ends, y, n_expert, N, K: tl.co
         return
     place = first + tl.arange(0, PAIRS)
     present = place < end
-    pair = tl.load(order + place, present, 0)
+    pair = tl.load(order + place, present, 0).to(tl.int64)  # a prompt's inputs may have more than 2^31 values
     o = tl.program_id(1) * OUT + tl.arange(0, OUT)
     inside = o < N
     row = expert.to(tl.int64) * (N if ACTIVATION is None else 2 * N) + o
@@ -161,9 +161,10 @@ def experts(x: Tensor, chosen: Tensor, w13: Tensor, scales13: Tensor | None, zer
     """
     n_pair, n_expert = chosen.numel(), len(w13)
     order, ends = (torch.empty(size, dtype=torch.int32, device=x.device) for size in (n_pair, n_expert))
-    sort_pairs[(-(-(n_pair + n_expert) // 32),)](chosen.contiguous(), order, ends, n_pair, n_expert, 32, 128)
-    hidden = _linear(x.contiguous(), (w13, scales13, zeros13), order, ends, activation)
-    return _linear(hidden, (w2, scales2, zeros2), order, ends, None).view(*chosen.shape, -1)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        sort_pairs[(-(-(n_pair + n_expert) // 32),)](chosen.contiguous(), order, ends, n_pair, n_expert, 32, 128)
+        hidden = _linear(x.contiguous(), (w13, scales13, zeros13), order, ends, activation)
+        return _linear(hidden, (w2, scales2, zeros2), order, ends, None).view(*chosen.shape, -1)
 
 
 torch.library.define("gpt_faster::experts", torch.library.infer_schema(experts, mutates_args=()))

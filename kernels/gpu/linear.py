@@ -5,6 +5,8 @@ group. `gemv` serves few rows of x by sums in registers, `product` more by the t
 and add a bias, add a residual or apply a gated activation last, so that nothing else need be launched for it.
 """
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +24,20 @@ def rows_of(r, N, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def codes_of(w, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr):
-    """Chunks of rows of the weight, float32 [rows, chunks, inputs of a chunk]; codes of four bits are 0 to 15."""
+def chunks_of(w, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr):
+    """Chunks of rows of the weight as they are stored, [rows, chunks, elements of a chunk]."""
     WIDTH: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth  # elements of a chunk
     at = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = row.to(tl.int64) * (K * BITS // 128 * WIDTH)  # a head may have more than 2^31 bytes
     mask = (row < N)[:, None, None] & (chunk < K * BITS // 128)[None, :, None]
-    q = tl.load(w + start[:, None, None] + at[None], mask=mask, other=0)
+    return tl.load(w + start[:, None, None] + at[None], mask=mask, other=0)
+
+
+@triton.jit
+def codes_of(q, BITS: tl.constexpr):
+    """Chunks in float32 [rows, chunks, inputs of a chunk]; codes of four bits are 0 to 15."""
     if BITS == 4:  # the even input in the low nibble
-        return tl.reshape(tl.join(q & 15, q >> 4), (row.shape[0], chunk.shape[0], 32)).to(tl.float32)
+        return tl.reshape(tl.join(q & 15, q >> 4), (q.shape[0], q.shape[1], 32)).to(tl.float32)
     else:
         return q.to(tl.float32)
 
@@ -84,15 +91,23 @@ def finish(total, r, m, M, N, scales, bias, residual, y, GROUP: tl.constexpr, AC
 def gemv(
     x, w, scales, zeros, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: at most BM rows of x by BN rows of the weight. Sums are kept a chunk, and added up last."""
+    """A program: at most BM rows of x by BN rows of the weight. Sums are kept a chunk, and added up last.
+
+    PDL: it may begin before the kernel before it has ended, and so may the one after it: see `overlaps`.
+    """
     r, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
     row = rows_of(r, N, ACTIVATION is not None)
     sums = tl.zeros((BM, BN, CHUNKS), tl.float32)
     squares = tl.zeros((BM, CHUNKS), tl.float32)
     for first in range(0, K * BITS // 128, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
-        codes = codes_of(w, row, chunk, N, K, BITS)
+        stored = chunks_of(w, row, chunk, N, K, BITS)
+        if PDL and first == 0:  # weights are on their way; all else may be what the kernel before this one writes
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        codes = codes_of(stored, BITS)
         xs = inputs_of(x, m, chunk, M, K, BITS)
         if norm is not None:
             squares += tl.sum(xs * xs, 2)
@@ -162,7 +177,7 @@ def product(
     acc, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
     for first in tl.range(tl.program_id(2) * 4, K * BITS // 128, SPLIT * 4, num_stages=STAGES):
         chunk = first + tl.arange(0, 4)
-        weight = codes_of(w, row, chunk, N, K, BITS)
+        weight = codes_of(chunks_of(w, row, chunk, N, K, BITS), BITS)
         if GROUP is not None:
             scale = of_groups(scales, row, chunk, N, K, BITS, GROUP)
             weight *= scale[:, :, None]
@@ -190,11 +205,11 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    warps: int
-    stages: int
+    options: dict[str, int]  # of the compiler
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        with torch.cuda.device_of(self.arguments["x"]):  # Triton launches on the current device
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 FEW = {16: 4, 8: 4, 4: 2}  # bits -> rows up to which sums in registers keep up with the memory
@@ -203,6 +218,20 @@ PROGRAMS = 528  # four for each of 132 multiprocessors: enough reads in flight
 
 def before_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch).
+
+    GPT_FASTER_PDL=1 asks for it. What another kernel writes is read after `gdc_wait` alone.
+    """
+    asked = os.environ.get("GPT_FASTER_PDL") or "0"
+    if asked not in ("0", "1"):
+        raise ValueError(f"GPT_FASTER_PDL is {asked!r}; use 1, or 0 for none")
+    if asked == "1" and before_hopper(device):
+        raise ValueError("GPT_FASTER_PDL=1 needs a GPU of compute capability 9.0 or more; leave it out")
+    return asked == "1"
 
 
 def shape_of(bits: int, rows: int, out: int, inputs: int, old: bool = False) -> dict[str, int]:
@@ -245,11 +274,13 @@ def launch(
     arguments = {**tensors, "y": y, **numbers, "ACTIVATION": activation, **sizes}
     BM, BN, split = sizes["BM"], sizes["BN"], sizes.get("SPLIT")
     if split is None:
-        return Launch(gemv, (triton.cdiv(N, BN),), arguments, warps=4, stages=1)
+        pdl = overlaps(x.device)
+        options = {"num_warps": 4, "num_stages": 1} | ({"launch_pdl": True} if pdl else {})
+        return Launch(gemv, (triton.cdiv(N, BN),), arguments | {"PDL": pdl}, options)
     grid = (triton.cdiv(rows, BM), triton.cdiv(N, BN), split)
     partials = x.new_empty(split * grid[1] * (BN + 1) * BM, dtype=torch.float32) if split > 1 else None
     arguments |= {"partials": partials, "counters": counters if split > 1 else None}
-    return Launch(product, grid, arguments, warps=BN // 16, stages=sizes["STAGES"])
+    return Launch(product, grid, arguments, {"num_warps": BN // 16, "num_stages": sizes["STAGES"]})
 
 
 # Opaque to the compiler, which would freeze the launch that a prompt got into decoding, and would have to prove that no

@@ -98,7 +98,7 @@ def call_of(name: str, model: Transformer, n_rows: int, sampling: Sampling = SAM
         "verification": (verify, (zeros(n_rows, 2 + 4), pos, view, zeros(n_rows, 1), None, sampling)),
         "long verification": (verify, (zeros(n_rows, 2 + 63), pos, view, zeros(n_rows, 1), None, sampling)),
         "draft": (draft_one_token, (zeros(n_rows, 2), zeros(n_rows, 2), view, None, sampling)),
-        "prompt": (forward_chunk, (zeros(n_rows, 250), zeros(n_rows, 250), view, zeros(n_rows, 1))),
+        "prompt": (forward_chunk, (zeros(n_rows, 250), zeros(n_rows, 250), view)),
     }
     function, arguments = calls[name]
     return compile_step(function, CUDA, any_length=name == "prompt"), (model, *arguments)

@@ -51,6 +51,15 @@ def spilled(kernel: CompiledKernel) -> int:
     return int(re.search(r"STACK:(\d+)", output("cuobjdump", "--dump-resource-usage", kernel))[1])
 
 
+def hands_over(kernel: CompiledKernel) -> bool:
+    """Whether the threads of a program all write before it is counted, if it is, and read what others wrote after it."""
+    before, *after = re.split(r"atom\.global\.gpu\.acq_rel\.add", kernel.asm["ptx"])
+    if not after:
+        return True
+    has_written = before.rindex("bar.sync") > before.rindex("st.global")
+    return has_written and len(after) == 1 and after[0].index("bar.sync") < after[0].index("ld.global.cg")
+
+
 def instructions(kernel: CompiledKernel) -> str:
     return output("nvdisasm", "-c", kernel)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import layers.fastest
 from engine.compile import compile_step
-from engine.decode import forward_chunk
 from layers.quantized import QuantSpec, linear_table
 from model import ModelArgs, Transformer
 from tests.cuda_offline.cases import FAMILIES, FORMATS, fake_model, zeros
@@ -57,8 +56,8 @@ def off(name: str) -> float:
     with FAKE, torch.inference_mode():
         views.append(caches[2].view(length=256))
     with torch.no_grad():
-        wanted = forward_chunk(plain.requires_grad_(False), tokens, pos, views[0], rows)
-        made = generated(compile_step(forward_chunk, CUDA), fake, given[0], given[1], views[2], given[2])
+        wanted = plain.requires_grad_(False)(tokens, pos, views[0], rows)
+        made = generated(compile_step(Transformer.forward, CUDA), fake, given[0], given[1], views[2], given[2])
         pairs = [*zip(given, (tokens, pos, rows), strict=True), (views[2].slots, views[1].slots)]
         pairs += [*same_names(fake, real), *same_names(caches[2], caches[1])]
         values = {id(theirs): ours for theirs, ours in pairs}

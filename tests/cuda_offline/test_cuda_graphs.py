@@ -27,7 +27,7 @@ CHOICES = {
 }
 NAMES, TRIPLES = covering(3, **CHOICES, sm=PROCESSORS)
 STEPS = product(FAMILIES, FORMATS, ["step"], CHOICES["n_rows"], [90])
-MOST_KERNELS = {"plain": 6, "experts": 13, "biased": 6, "capped": 12}  # a layer, but for prompts
+MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "capped": 11}  # a layer, but for prompts
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
 

@@ -18,7 +18,8 @@ def test_bytes_of_a_layer_and_of_the_rest():
     weights = sum(out * size + 2 * out for out, size in inputs.items()) + 1024 * 2048 + 2 * 1024  # and w2; bf16 scales
     assert n_kernel == 4 and weights < codes < 1.01 * weights  # inputs and outputs beside them
     cache = 2 * SLOTS * 2 * 128 * 2
-    assert cache < found["layer"]["bf16"][1] < 1.2 * cache
+    assert found["layer"]["bf16"][0] == 1 and cache < found["layer"]["bf16"][1] < 1.2 * cache
     head = 4096 * 1024 + 2 * 4096
     assert found["rest"]["int8"][0] == 1 and head < found["rest"]["int8"][1] < 1.01 * head
     assert found["rest"]["bf16"][1] < 4096 * 1024  # of the embedding one row
+    assert found["rest"]["bf16"][0] == 6  # embedding, cos, sin, two of the argmax, position: no norm before the head

@@ -26,17 +26,18 @@ OURS = {
     torch.ops.gpt_faster.experts.default: experts.experts,
 }
 CACHES = ("k_cache", "v_cache")
+READ_BACK = (*CACHES, "partials", "made", "weights")  # what a kernel of ours writes and reads
 OUTPUTS = {  # of each kernel of ours, the arguments that it writes to
     "gemv": ("y",),
     "product": ("y", "partials", "counters"),
-    "attend_part": (*CACHES, "made", "weights"),
-    "merge_parts": ("y",),
+    "attend_part": (*CACHES, "made", "weights", "counters", "y"),
     "sort_pairs": ("order", "ends"),
     "linear_pairs": ("y",),
 }
 VIEWS = {
     aten.as_strided.default,
     aten.view.default,
+    aten.view.dtype,
     aten.reshape.default,
     aten.t.default,
     aten.select.int,
@@ -120,7 +121,7 @@ class Record:
         tensors = [(name, value) for name, value in values.items() if isinstance(value, Tensor)]
         outputs = OUTPUTS[kernel.__name__]
         written = [value for name, value in tensors if name in outputs]
-        read = [value for name, value in tensors if name not in outputs or name in CACHES]
+        read = [value for name, value in tensors if name not in outputs or name in READ_BACK]
         self.launches.append(Launch(kernel.__name__, self.part, written, read))
 
     def capture(self, part: int, function: Callable) -> Callable:

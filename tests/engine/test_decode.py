@@ -256,12 +256,14 @@ def test_on_cuda_prefixes_double_and_are_aligned(length, filled, slots):
     assert prefix_length(cache, filled) == slots < n_slots
 
 
-def test_the_head_is_computed_only_where_a_row_ends(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_head_is_computed_only_where_a_row_ends(compiled, monkeypatch):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
     model, heads = tiny_model(), []
-    model.output.register_forward_hook(lambda *_: heads.append(1))
-    prefill(model, model.new_cache(2, 64), random_ids(30, 12), GREEDY)
-    assert len(heads) == 2  # in the second and the fourth of four chunks
+    forward = compile_step(forward_chunk, CPU, any_length=True) if compiled else forward_chunk
+    model.output.register_forward_hook(lambda _module, _inputs, logits: heads.append(logits.shape[1]))
+    prefill(model, model.new_cache(2, 64), random_ids(30, 12), GREEDY, 0, forward)
+    assert heads == [1, 1]  # of one place, in the second and the fourth of four chunks
 
 
 def test_bucket_sizes_do_not_change_the_tokens():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.gpu.attention import attend
+from kernels.gpu.attention import attend, new_counters
 from model import Attention, ModelArgs, additive_mask, rope_table
 from tests.tiny import pairwise
 
@@ -35,7 +35,8 @@ def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
         seen &= torch.arange(length) > pos[..., None] - window
     mask, caches = additive_mask(seen, torch.float64), (k.double(), v.double())
     y = exact(qkv.double().flatten(2), pos, cos.double(), sin.double(), mask, *caches, cache_rows)
-    how = (*weights, args.norm_offset, args.norm_eps, exact.attend.scale, softcap, window, length)
+    counters = new_counters(args.n_head, pos.device)
+    how = (*weights, counters, args.norm_offset, args.norm_eps, exact.attend.scale, softcap, window, length)
     return (qkv, k, v, cache_rows, pos, cos, sin, *how), (y, *caches)
 
 
@@ -60,6 +61,7 @@ CASES = [*CASES, (64, 1, 64, None, None, None, 1, torch.bfloat16)]  # tokens of 
 def test_attention_equals_float64(head_dim, group, tokens, window, softcap, norm, n_row, dtype):
     inputs, wanted = case(head_dim, group, tokens, window, softcap, norm, n_row, dtype)
     y = attend(*inputs)
+    assert not inputs[9].any(), "the counters serve the next call"
     for found, exact in zip((y, *inputs[1:3]), wanted, strict=True):
         # q, k and the probabilities are rounded to the dtype
         off = (found.double() - exact).abs().max() / exact.abs().max()

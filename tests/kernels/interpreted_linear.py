@@ -3,6 +3,7 @@
 Activations are float32 here where the layers give the kernels half precision: a wrong sum cannot hide in rounding.
 """
 
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from kernels.gpu import linear as gpu
 from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
 from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
-from model import ModelArgs, Transformer
+from model import ModelArgs, RMSNorm, Transformer
 
 FORMATS = {"float": None, "int8": QuantSpec(8), "int8.g64": QuantSpec(8, 64)}
 FORMATS |= {"int4.g32": QuantSpec(4, 32), "int4.g256": QuantSpec(4, 256)}
@@ -82,6 +83,17 @@ def test_half_precision(rows, dtype):
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 16])
+def test_large_activations_before_a_norm_in_float16(rows):
+    layer = LAYERS[4](**quantize_weight(random(40, 512), QuantSpec(4, 32)))
+    x, norm = random(rows, 512, seed=1).clamp(-2, 2).mul(15_000).half(), RMSNorm(512, ARGS).half()
+    norm.weight.fill_(4)
+    expected = F.rms_norm(x.double(), (512,), norm.weight.double()) @ layer.dequantize().double().T
+    y = Int4OnGpu(layer)(x, norm)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name, few, many", [("int8", 1, 2), ("int8", 3, 4), ("int4.g32", 5, 16), ("int8", 33, 64)])
 def test_a_row_does_not_depend_on_the_rows_beside_it(name, few, many):
     (x, *others), _ = case(name, many, SHAPES[0], "nothing", False)
@@ -106,6 +118,7 @@ def test_the_operator_keeps_its_promises():
     torch.testing.assert_close(gpu.linear(x.expand(2, 3, -1), *others), gpu.linear(x, *others).expand(2, 3, -1))
 
 
+ARGS = ModelArgs(64, 1, 2, 1, 32, 96, 8, 64)
 OTHER_FIELDS = {"activation": "gelu_tanh", "norm_offset": True, "qkv_bias": True, "qk_norm": True}
 
 
@@ -113,7 +126,7 @@ OTHER_FIELDS = {"activation": "gelu_tanh", "norm_offset": True, "qkv_bias": True
 @pytest.mark.parametrize("spec, fields", [(None, {}), (QuantSpec(4, 32), {}), (QuantSpec(8), OTHER_FIELDS)], ids=str)
 def test_block_equals_plain_one(spec, fields):
     torch.manual_seed(0)
-    args = ModelArgs(64, 1, 2, 1, 32, 96, 8, 64, **fields)
+    args = replace(ARGS, **fields)
     plain, fused = (Transformer(args).eval() for _ in range(2))
     for parameter in plain.parameters():
         parameter.copy_(torch.randn_like(parameter).half() / 8 + (parameter.ndim == 1 and not args.norm_offset))

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the CUDA path needs Triton, which has whee
 
 from kernels.gpu import linear as gpu
 from tests.cuda_offline.imagined_gpu import CUDA, FAKE, PROCESSORS
-from tests.cuda_offline.machine_code import compiled_launches, instructions, spilled
+from tests.cuda_offline.machine_code import compiled_launches, hands_over, instructions, spilled
 
 FORMATS = {"float": (16, None), "int8": (8, None), "int8.g64": (8, 64), "int4.g32": (4, 32), "int4.g128": (4, 128)}
 ROWS = (1, 2, 4, 16, 32, 64, 100)  # one for each launch of the table; float prompts are cuBLAS's
@@ -62,10 +62,37 @@ def test_machine_code(sm, name, rows, layer):
     with compiled_launches(sm) as kernels, FAKE:
         run_linear(name, rows, layer)
     (kernel,) = kernels
-    assert not spilled(kernel)
+    assert not spilled(kernel) and hands_over(kernel)
     assert kernel.metadata.shared <= 99 << 10
     reads = set(re.findall(r"\bLDG(?:STS)?\.E\S*", instructions(kernel)))
     assert any(".128" in read for read in reads)
     # two bytes: a scale or a zero; the sums of programs are no weights either; of float, 8 bytes of x
     narrow = [read for read in reads if ".128" not in read and "U16" not in read and "STRONG" not in read]
     assert all(name == "float" and ".64" in read for read in narrow), narrow
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_kernel_that_begins_early_requests_weights_before_it_waits(pdl, monkeypatch):
+    monkeypatch.setattr(gpu, "overlaps", lambda device: pdl)
+    with compiled_launches(90) as kernels, FAKE:
+        run_linear("int4.g32", 1, "w13")
+    (kernel,) = kernels
+    assert kernel.metadata.launch_pdl == pdl
+    # loads, the wait, the start of the next kernel
+    found = re.findall(r"\bLDG\.E\S*|\bACQBULK|\bPREEXIT", instructions(kernel))
+    assert ("ACQBULK" in found) == ("PREEXIT" in found) == pdl
+    if pdl:
+        before = found[: found.index("ACQBULK")]
+        assert before and all(".128" in load for load in before)
+
+
+def test_who_asks_for_early_kernels(monkeypatch):
+    for asked, found in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("GPT_FASTER_PDL", asked)
+        assert gpu.overlaps.__wrapped__(torch.device("meta")) == found
+    monkeypatch.setattr(gpu, "before_hopper", lambda device: True)
+    with pytest.raises(ValueError, match="GPT_FASTER_PDL=1 needs a GPU of compute capability 9.0"):
+        gpu.overlaps.__wrapped__(torch.device("cuda"))
+    monkeypatch.setenv("GPT_FASTER_PDL", "yes")
+    with pytest.raises(ValueError, match="GPT_FASTER_PDL is 'yes'; use 1"):
+        gpu.overlaps.__wrapped__(torch.device("cuda"))

@@ -14,6 +14,7 @@ from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
+from layers.gpu_linear import join_head_
 from layers.packed import (
     HAS_HALF,
     AnyExperts,
@@ -209,12 +210,14 @@ def test_the_table_by_hand(monkeypatch, any_processor):
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-def test_attention_and_experts_on_cuda_by_hand():
+def test_forms_on_cuda_by_hand():
     def chosen(dtype, **changes):
         args = replace(TINY, **EXPERTS, **changes)
         model = SimpleNamespace(args=args, dtype=dtype, device=torch.device("cuda"))
-        return [fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args))]
+        return [fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args), Transformer(args))]
 
-    assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts]
-    assert chosen(torch.bfloat16, joint_qk_norm=True) == chosen(torch.bfloat16, head_dim=16) == [None, GpuExperts]
-    assert chosen(torch.float32) == [None, None]
+    assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts, join_head_]
+    others = [None, GpuExperts, join_head_]
+    assert chosen(torch.bfloat16, joint_qk_norm=True) == chosen(torch.bfloat16, head_dim=16) == others
+    assert chosen(torch.bfloat16, dim=66) == [GpuAttention, GpuExperts, None]  # rows of no multiple of 16 bytes
+    assert chosen(torch.float32) == [None, None, None]

@@ -1,11 +1,14 @@
 """Which layers and blocks the kernels for GPUs take, and what these do with float32, in the plain form."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from layers.gpu_attention import GpuAttention
 from layers.gpu_linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
 from model import Blocks, RMSNorm
@@ -54,6 +57,17 @@ def test_blocks_take_only_models_whose_fields_they_honour(name):
         assert isinstance(packed.layers[0].attention.wqkv, NormedLinear)
         tokens, pos = torch.arange(7)[None], torch.arange(7)[None]
         torch.testing.assert_close(packed(tokens, pos), model(tokens, pos), rtol=1e-5, atol=1e-5)
+
+
+def test_more_rows_than_attention_counts_take_the_plain_form():
+    """The kernel cannot run here: without a GPU it must not be asked."""
+    model = quantised({})
+    plain, tokens, pos = copy.deepcopy(model), torch.arange(6).view(3, 2), torch.arange(2).repeat(3, 1)
+    for layer in model.layers:
+        layer.attention = GpuAttention(layer.attention)
+        layer.attention.most_rows = 2
+    found, wanted = (each(tokens, pos, each.new_cache(3, 8).view()) for each in (model, plain))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_shapes_that_kernels_do_not_take():

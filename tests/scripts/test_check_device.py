@@ -40,8 +40,8 @@ class FakeSide:
     asked: list[str] = []
     fails: dict[str, Exception] = {}
 
-    def __init__(self, model, threads, side, precision, device, deadline):
-        self.side, self.precision = side, precision
+    def __init__(self, model, threads, side, precision, environment, device, deadline):
+        self.side, self.precision, self.environment = side, precision, tuple(environment.items())
 
     def __enter__(self):
         return self
@@ -52,7 +52,8 @@ class FakeSide:
     def ask(self, question):
         if "bandwidth" in question:
             return {"measured_bandwidth_gb_s": 4000, "weight_bytes_per_token": 16e9, "kv_bytes_per_position": 1e6}
-        row = Row(self.side, self.precision, None if "profile" in question else Case(**question))
+        case = None if "profile" in question else Case(**question)
+        row = Row(self.side, self.precision, case, self.environment)
         self.asked.append(row.name)
         if error := self.fails.get(row.name):
             raise error
@@ -65,6 +66,7 @@ class FakeSide:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(check_device, "SideProcess", FakeSide)
+    monkeypatch.setattr("scripts.device_rows.has_dependent_launch", lambda: True)
     monkeypatch.setattr(check_device, "limits", lambda _: {"gb_s": 4000.0, "tflop_s": 100.0})
     monkeypatch.setattr(FakeSide, "asked", [])
     monkeypatch.setattr(FakeSide, "fails", {})
@@ -114,11 +116,13 @@ def test_what_fails_or_finds_no_time_costs_no_other_row(check, fake):
 
 def test_rows_are_left_by_ctrl_c_and_a_peer_that_is_not_there_is_named(check, fake, monkeypatch):
     monkeypatch.setattr("scripts.device_rows.find_spec", lambda name: None)
+    monkeypatch.setattr("scripts.device_rows.has_dependent_launch", lambda: False)
     fake.fails[ORDER[3]] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         check()
     assert "| bf16 | 200.0 | - | 6400.0 | - | 80% |" in check.written
     assert "compile, bf16, batch 1, prompt 8: transformers is not installed" in check.written
+    assert "GPT_FASTER_PDL=1: a GPU of compute capability 9.0 or more is not there" in check.written
 
 
 def test_verdicts_of_the_cases_are_kept(check, fake):
