@@ -52,7 +52,7 @@ def spilled(kernel: CompiledKernel) -> int:
 
 
 def hands_over(kernel: CompiledKernel) -> bool:
-    """Whether the threads of a program all write before it is counted, if it is, and read what others wrote after it."""
+    """Whether all threads of a program that is counted write before that, and read what others wrote after it."""
     before, *after = re.split(r"atom\.global\.gpu\.acq_rel\.add", kernel.asm["ptx"])
     if not after:
         return True
