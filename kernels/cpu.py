@@ -79,7 +79,7 @@ def compiler_version() -> str:
 
 
 def build_flags(name: str) -> list[str]:
-    return ["-O3", "-fopenmp", *LEVELS[name].flags]
+    return ["-O3", *LEVELS[name].flags]
 
 
 def library_folder(name: str) -> Path:
