@@ -40,12 +40,15 @@ AVX512 = Level(
 # with 16 registers, what GCC moves and sums in another order ends on the stack: half as many products a cycle
 IN_ORDER = ("-fno-tree-reassoc", "-fno-tree-ter")
 AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c", *IN_ORDER))
+NEON = Level(("neon", "dot"), ("-march=armv8.2-a+dotprod",))
 PLAIN = "plain"  # no operators
 LEVELS = {  # the first one that the processor has is used
     "avx512.bf16": AVX512.with_more("avx512_bf16", "-mavx512bf16"),
     "avx512": AVX512,
     "avx2.vnni": AVX2.with_more("avx_vnni", "-mavxvnni"),
     "avx2": AVX2,
+    "neon.bf16": Level((*NEON.needs, "i8mm", "bf16"), ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
+    "neon": NEON,
 }
 
 
@@ -79,7 +82,8 @@ def compiler_version() -> str:
 
 
 def build_flags(name: str) -> list[str]:
-    return ["-O3", *LEVELS[name].flags]
+    unknown = IN_ORDER if "clang" in compiler_version() else ()
+    return ["-O3", *(flag for flag in LEVELS[name].flags if flag not in unknown)]
 
 
 def library_folder(name: str) -> Path:

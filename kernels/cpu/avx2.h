@@ -24,16 +24,7 @@ constexpr int kCodesRows = 2, kBf16Rows = 1, kScoreRows = 2;
 // ... tiles of codes, of several rows or of one, and vectors of a sum of values.
 constexpr int kCodesTiles = 1, kCodesStreams = 2, kValueVectors = 6;
 
-
 // ---------------------------------------------------------------- 1. load and store: values from `count` on are 0
-
-// Copies of the first `count` values, followed by zeros: there is no instruction that leaves some 16-bit values out.
-template <int N, class Element>
-struct Padded {
-  Element values[N] = {};
-
-  INLINE Padded(const Element* from, int64_t count) { std::memcpy(values, from, count * sizeof(Element)); }
-};
 
 INLINE __m256i load_whole(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 INLINE __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
