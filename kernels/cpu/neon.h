@@ -40,31 +40,27 @@ INLINE Vector each(const Work& work, Vectors... v) {
   return {work(v.part[0]...), work(v.part[1]...), work(v.part[2]...), work(v.part[3]...)};
 }
 
-// ---------------------------------------------------------------- 1. load and store: values from `count` on are 0
+// ---------------------------------------------------------------- 1. load and store
 
-INLINE Floats load(const float* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, float>(from, count).values);
+INLINE Floats load(const float* from) {
   return {vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)};
 }
 
 INLINE uint16x8_t load_half(const Half* from) { return vld1q_u16(&from->bits); }
 INLINE uint16x8_t load_half(const BFloat16* from) { return vld1q_u16(&from->bits); }
 
-INLINE Floats load(const Half* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, Half>(from, count).values);
+INLINE Floats load(const Half* from) {
   const float16x8_t low = (float16x8_t)load_half(from), high = (float16x8_t)load_half(from + 8);
   return {vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low),
           vcvt_f32_f16(vget_low_f16(high)), vcvt_high_f32_f16(high)};
 }
 
-// Pairs of one value of `first` and one of `second`.
 INLINE Pairs interleave(uint16x8_t first_low, uint16x8_t first_high, uint16x8_t second_low, uint16x8_t second_high) {
   return {(uint32x4_t)vzip1q_u16(first_low, second_low), (uint32x4_t)vzip2q_u16(first_low, second_low),
           (uint32x4_t)vzip1q_u16(first_high, second_high), (uint32x4_t)vzip2q_u16(first_high, second_high)};
 }
 
-INLINE Floats load(const BFloat16* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, BFloat16>(from, count).values);
+INLINE Floats load(const BFloat16* from) {
   const uint16x8_t zero = vdupq_n_u16(0);
   const Pairs wide = interleave(zero, zero, load_half(from), load_half(from + 8));
   return each<Floats>([](uint32x4_t bits) { return (float32x4_t)bits; }, wide);
@@ -121,15 +117,13 @@ INLINE void store(uint32_t* to, Pairs value) {
 }
 
 // 32 bfloat16 that lie one after another.
-INLINE Pairs load_pairs(const BFloat16* from, int64_t count = 32) {
-  if (count < 32) return load_pairs(Padded<32, BFloat16>(from, count).values);
+INLINE Pairs load_pairs(const BFloat16* from) {
   return {(uint32x4_t)load_half(from), (uint32x4_t)load_half(from + 8),
           (uint32x4_t)load_half(from + 16), (uint32x4_t)load_half(from + 24)};
 }
 
-// Pairs of one value of `first` and one of `second`, 0 from `count` on.
-INLINE Pairs interleave(const BFloat16* first, const BFloat16* second, int64_t count) {
-  if (count < 16) return interleave(first, Padded<16, BFloat16>(second, count).values, 16);
+// Pairs of one value of `first` and one of `second`.
+INLINE Pairs interleave(const BFloat16* first, const BFloat16* second) {
   return interleave(load_half(first), load_half(first + 8), load_half(second), load_half(second + 8));
 }
 

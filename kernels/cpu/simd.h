@@ -21,22 +21,16 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Copies of the first `count` values, followed by zeros, for levels without instructions that leave some values out.
-template <int N, class Element>
-struct Padded {
-  Element values[N] = {};
-
-  INLINE Padded(const Element* from, int64_t count) { std::memcpy(values, from, count * sizeof(Element)); }
-};
-
 }  // namespace gpt_faster
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
+#include "padded.h"
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include "neon.h"
+#include "padded.h"
 #else
 #error "The flags of the compiler choose none of the levels of instructions that have a file of primitives."
 #endif
