@@ -30,8 +30,8 @@ CASES = [  # a test, and the arguments for it
     *((operators.test_attention_of_few_queries_equals_float64, 2, 64, dtype) for dtype in (FLOAT32, FLOAT16)),
     *((operators.test_attention_of_many_queries_equals_float64, 20, 33, 60, D, None) for D in cpu.HEAD_DIMS),
     (operators.test_attention_of_many_queries_equals_float64, 70, 33, 110, 64, 40),
-    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, [(2, 3)]) for form in blocks.FORMS),
-    (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, [(1, 1), (1, 17)]),
+    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, [(1, 13)]) for form in blocks.FORMS[:-1]),
+    (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, [(2, 3)]),
 ]
 
 
