@@ -38,15 +38,18 @@ AVX512 = Level(
     ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
 )
-# with 16 registers, what GCC moves and sums in another order ends on the stack: half as many products a cycle
-IN_ORDER = ("-fno-tree-reassoc", "-fno-tree-ter")
+# a product takes all registers, so what GCC moves and sums in another order ends on the stack: half as many a cycle
+IN_ORDER = ("-fno-tree-reassoc", "-fno-tree-ter", "-fno-schedule-insns")
 AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c", *IN_ORDER))
+NEON = Level(("neon", "dot"), ("-march=armv8.2-a+dotprod", *IN_ORDER))
 PLAIN = "plain"  # no operators
 LEVELS = {  # the first one that the processor has is used
     "avx512.bf16": AVX512.with_more("avx512_bf16", "-mavx512bf16"),
     "avx512": AVX512,
     "avx2.vnni": AVX2.with_more("avx_vnni", "-mavxvnni"),
     "avx2": AVX2,
+    "neon.bf16": Level((*NEON.needs, "i8mm", "bf16"), ("-march=armv8.2-a+dotprod+i8mm+bf16", *IN_ORDER)),
+    "neon": NEON,
 }
 
 
@@ -80,7 +83,8 @@ def compiler_version() -> str:
 
 
 def build_flags(name: str) -> list[str]:
-    return ["-O3", "-fopenmp", *LEVELS[name].flags]
+    unknown = IN_ORDER if "clang" in compiler_version() else ()
+    return ["-O3", *(flag for flag in LEVELS[name].flags if flag not in unknown)]
 
 
 def library_folder(name: str) -> Path:

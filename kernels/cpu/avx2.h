@@ -24,37 +24,19 @@ constexpr int kCodesRows = 2, kBf16Rows = 1, kScoreRows = 2;
 // ... tiles of codes, of several rows or of one, and vectors of a sum of values.
 constexpr int kCodesTiles = 1, kCodesStreams = 2, kValueVectors = 6;
 
-
-// ---------------------------------------------------------------- 1. load and store: values from `count` on are 0
-
-// Copies of the first `count` values, followed by zeros: there is no instruction that leaves some 16-bit values out.
-template <int N, class Element>
-struct Padded {
-  Element values[N] = {};
-
-  INLINE Padded(const Element* from, int64_t count) { std::memcpy(values, from, count * sizeof(Element)); }
-};
+// ---------------------------------------------------------------- 1. load and store
 
 INLINE __m256i load_whole(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 INLINE __m128i load_half(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 INLINE void store_whole(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 
-INLINE Floats load(const float* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, float>(from, count).values);
-  return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
-}
+INLINE Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 
-INLINE Floats load(const Half* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, Half>(from, count).values);
-  return {_mm256_cvtph_ps(load_half(from)), _mm256_cvtph_ps(load_half(from + 8))};
-}
+INLINE Floats load(const Half* from) { return {_mm256_cvtph_ps(load_half(from)), _mm256_cvtph_ps(load_half(from + 8))}; }
 
 INLINE __m256 widened(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
 
-INLINE Floats load(const BFloat16* from, int64_t count = 16) {
-  if (count < 16) return load(Padded<16, BFloat16>(from, count).values);
-  return {widened(load_half(from)), widened(load_half(from + 8))};
-}
+INLINE Floats load(const BFloat16* from) { return {widened(load_half(from)), widened(load_half(from + 8))}; }
 
 INLINE void store(float* to, Floats value) {
   _mm256_storeu_ps(to, value.low);
@@ -92,14 +74,11 @@ INLINE Pairs load_pairs(const uint32_t* from) { return {load_whole(from), load_w
 INLINE void store(uint32_t* to, Pairs value) { store_whole(to, value.low), store_whole(to + 8, value.high); }
 
 // 32 bfloat16 that lie one after another.
-INLINE Pairs load_pairs(const BFloat16* from, int64_t count = 32) {
-  if (count < 32) return load_pairs(Padded<32, BFloat16>(from, count).values);
-  return {load_whole(from), load_whole(from + 16)};
-}
+INLINE Pairs load_pairs(const BFloat16* from) { return {load_whole(from), load_whole(from + 16)}; }
 
-// Pairs of one value of `first` and one of `second`, 0 from `count` on.
-INLINE Pairs interleave(const BFloat16* first, const BFloat16* second, int64_t count) {
-  const Floats high = load(second, count);
+// Pairs of one value of `first` and one of `second`.
+INLINE Pairs interleave(const BFloat16* first, const BFloat16* second) {
+  const Floats high = load(second);
   const auto pair = [](const BFloat16* from, __m256 high) {
     return _mm256_or_si256(_mm256_cvtepu16_epi32(load_half(from)), _mm256_castps_si256(high));
   };

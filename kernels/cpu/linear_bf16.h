@@ -32,11 +32,11 @@ struct Bf16Product {
   template <int R, int W>
   INLINE void add_products(Floats (&sum)[R][W], const BFloat16* x, const BFloat16* weight, int64_t stride,
                            int64_t count) const {
-    Pairs weights[W];
-    UNROLL for (int j = 0; j < W; j++) weights[j] = load_pairs(weight + j * stride * layer.K, count);
-    UNROLL for (int i = 0; i < R; i++) {
-      const Pairs row = load_pairs(x + i * layer.K, count);
-      UNROLL for (int j = 0; j < W; j++) sum[i][j] = dot_pairs(sum[i][j], weights[j], row);
+    Pairs rows[R];
+    UNROLL for (int i = 0; i < R; i++) rows[i] = load_pairs(x + i * layer.K, count);
+    UNROLL for (int j = 0; j < W; j++) {
+      const Pairs weights = load_pairs(weight + j * stride * layer.K, count);
+      UNROLL for (int i = 0; i < R; i++) sum[i][j] = dot_pairs(sum[i][j], weights, rows[i]);
     }
   }
 

@@ -1,10 +1,20 @@
 // Threads, handed to the algorithms, which know no other way to use several.
+//
+// They are those of the OpenMP runtime that PyTorch has loaded, libgomp or libomp: others would fight them for the cores.
+// Its functions, which OpenMP's pragmas stand for, are called by name: Apple's compiler knows neither pragmas nor omp.h.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
-#include <omp.h>
+extern "C" {
+void GOMP_parallel(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+int omp_get_num_threads();
+int omp_in_parallel();
+}
 
 namespace gpt_faster {
 
@@ -27,8 +37,8 @@ struct Threads {
   // Every thread calls work(thread, threads). Inside another region that is one thread, the caller.
   template <class Work>
   void region(const Work& work) const {
-#pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())
-    work(omp_get_thread_num(), omp_get_num_threads());
+    const auto call = [](void* work) { (*static_cast<Work*>(work))(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(call, const_cast<Work*>(&work), omp_in_parallel() ? 1 : count, 0);
   }
 
   // Calls work(share) for shares of 0 .. n - 1, one a thread. It uses fewer threads if shares would be below `grain`.
@@ -49,18 +59,15 @@ struct Threads {
   // prepare().
   template <class Prepare, class Work>
   void for_each(int64_t n, const Prepare& prepare, const Work& work) const {
-#pragma omp parallel num_threads(count) if (count > 1 && !omp_in_parallel())
-    {
+    std::atomic<int64_t> next = 0;
+    region([&](int, int) {
       auto own = prepare();
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < n; i++) work(own, i);
-    }
+      for (int64_t i; (i = next++) < n;) work(own, i);
+    });
   }
 };
 
 // Waits until every thread of the region has come here.
-inline void wait_for_all() {
-#pragma omp barrier
-}
+inline void wait_for_all() { GOMP_barrier(); }
 
 }  // namespace gpt_faster

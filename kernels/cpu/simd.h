@@ -27,6 +27,10 @@ struct BFloat16 {
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
+#include "padded.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "neon.h"
+#include "padded.h"
 #else
 #error "The flags of the compiler choose none of the levels of instructions that have a file of primitives."
 #endif

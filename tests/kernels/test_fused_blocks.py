@@ -20,6 +20,7 @@ BLOCKS = ModelArgs(
 )
 FORMS = [(dtype, bits) for dtype in (torch.float32, torch.bfloat16, torch.float16) for bits in (8, 4)]
 FORMS += [(torch.bfloat16, None)]
+SHAPES = ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8), (4, 6), (1, 17), (3, 20))  # rows, and tokens after the first of them
 
 
 def model_of(dtype, bits, **fields):
@@ -50,12 +51,12 @@ def run_blocks(model, blocks, tokens, pos, last):
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["", "extras"])
 @pytest.mark.parametrize("dtype, bits", FORMS, ids=str)
 @torch.inference_mode()
-def test_fused_blocks_equal_the_blocks_one_by_one(dtype, bits, fields):
+def test_fused_blocks_equal_the_blocks_one_by_one(dtype, bits, fields, shapes=SHAPES):
     fields = fields | {"dim": 192 if bits == 4 else 208}  # 208 is no multiple of a group; in the file there are none
     model, exact = model_of(dtype, bits, **fields), model_of(torch.float32, bits, **fields)
     fused, generator = model.layers, torch.Generator().manual_seed(0)
     assert isinstance(fused, FusedBlocks)
-    for B, S in ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8), (4, 6), (1, 17), (3, 20)):
+    for B, S in shapes:
         tokens = torch.randint(130, (B, 30), generator=generator)
         pos = torch.arange(30) + torch.arange(B)[:, None]  # rows at positions of their own
         found = [

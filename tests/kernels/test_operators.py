@@ -282,6 +282,7 @@ def test_processors_without_a_level_build_nothing_and_have_no_operators(tmp_path
 def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
     avx2 = {"avx2", "fma3", "f16c"}
     avx512 = avx2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"}
+    neon = {"neon", "dot"}
     monkeypatch.delenv("GPT_FASTER_ISA", raising=False)
     for has, asked, expected in (
         (avx512 | {"avx512_bf16"}, "", "avx512.bf16"),
@@ -292,6 +293,9 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
         (avx512 | {"avx512_bf16"}, "avx2", "avx2"),
         (avx512, "plain", None),
         (avx2 - {"fma3"}, "", None),
+        (neon | {"i8mm", "bf16"}, "neon", "neon.bf16"),
+        (neon | {"bf16"}, "", "neon"),
+        (neon - {"dot"}, "", None),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
         monkeypatch.setenv("GPT_FASTER_ISA", asked)
@@ -299,6 +303,7 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
     for has, asked, words in (
         (avx2, "avx512", "GPT_FASTER_ISA is 'avx512'; this processor has avx2, plain"),
         (avx512, "AVX2", "GPT_FASTER_ISA is 'AVX2'; this processor has avx512, avx2, plain"),
+        (neon, "avx2", "GPT_FASTER_ISA is 'avx2'; this processor has neon, plain"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: dict.fromkeys(has, True))
         monkeypatch.setenv("GPT_FASTER_ISA", asked)
@@ -323,6 +328,12 @@ def test_each_build_has_a_library_of_its_own(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert cpu.library_folder("avx512") not in paths, name
+
+
+@pytest.mark.parametrize("version, is_gcc", [("g++ (Debian 12.2.0)", True), ("Apple clang version 17.0.0", False)])
+def test_flags_of_gcc_are_for_gcc(monkeypatch, version, is_gcc):
+    monkeypatch.setattr(cpu, "compiler_version", lambda: version)
+    assert (set(cpu.IN_ORDER) <= set(cpu.build_flags("avx2"))) == is_gcc and "-mfma" in cpu.build_flags("avx2")
 
 
 def test_a_library_that_is_damaged_or_not_ours_is_built_again(monkeypatch, tmp_path):

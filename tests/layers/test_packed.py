@@ -98,6 +98,11 @@ def test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs():
             assert not y[0].isfinite().any() and y[1].isfinite().all()
     x = random(64, 6).T[::2]
     assert not x.is_contiguous() and torch.equal(packed(x), packed(x.contiguous()))
+
+
+@needs_operators
+def test_inputs_that_do_not_fit_are_errors():
+    packed = CodesLinear(rounded(random(32, 64), QuantSpec(4, 32)))
     with pytest.raises(RuntimeError, match="linear_codes"):
         packed(random(2, 65))
     with pytest.raises(RuntimeError, match="linear_codes"):

@@ -1,0 +1,171 @@
+// The operators without PyTorch, so that an emulator of another processor can run them: each call comes on standard input
+// as emulated.py writes it, and what it makes goes to standard output. It checks nothing.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "attention.h"
+#include "blocks.h"
+#include "experts.h"
+#include "linear.h"
+
+using namespace gpt_faster;
+
+namespace {
+
+const Threads kThreads{1};
+
+void read(void* to, size_t bytes) {
+  if (std::fread(to, 1, bytes, stdin) != bytes) std::exit(0);  // the end of the last call
+}
+
+template <class Number>
+Number read() {
+  Number number;
+  read(&number, sizeof(number));
+  return number;
+}
+
+struct Tensor {
+  Dtype dtype = Dtype::float32;  // of numbers that are neither integers nor bytes
+  std::vector<int64_t> sizes;
+  std::vector<char> bytes;  // none: there is no such tensor
+
+  template <class Element>
+  Element* data() {
+    return bytes.empty() ? nullptr : reinterpret_cast<Element*>(bytes.data());
+  }
+  int64_t size(int i) const { return sizes[i < 0 ? sizes.size() + i : i]; }
+  int64_t rows() const {  // if all dimensions but the last are one
+    int64_t n = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); i++) n *= sizes[i];
+    return n;
+  }
+};
+
+Tensor read_tensor() {
+  Tensor tensor{.dtype = static_cast<Dtype>(read<int64_t>())};
+  tensor.sizes.resize(read<int64_t>());
+  read(tensor.sizes.data(), tensor.sizes.size() * sizeof(int64_t));
+  tensor.bytes.resize(read<int64_t>());
+  read(tensor.bytes.data(), tensor.bytes.size());
+  return tensor;
+}
+
+void write(const void* from, size_t bytes) { std::fwrite(from, 1, bytes, stdout); }
+void write(const Tensor& tensor) { write(tensor.bytes.data(), tensor.bytes.size()); }
+
+// Stands for PyTorch's.
+void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M) {
+  for (int64_t i = 0; i < M * layer.N; i++) {
+    const int64_t m = i / layer.N, n = i % layer.N;
+    alignas(64) float sum[16] = {layer.bias ? to_float(layer.bias[n]) : 0.0f};
+    for (int64_t k = 0; k < layer.K; k++) sum[0] += to_float(x[m * layer.K + k]) * to_float(layer.weight[n * layer.K + k]);
+    BFloat16 rounded[16];
+    store(rounded, load(sum));
+    y[i] = rounded[0];
+  }
+}
+
+// Weight and scales may be those of the first of several experts.
+Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in) {
+  if (scales.bytes.empty()) {
+    const int64_t out = weight.size(-2);
+    const Bf16Weight bf16{.weight = weight.data<BFloat16>(), .bias = bias.data<BFloat16>(), .N = out, .K = in};
+    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out};
+  }
+  const CodesWeight codes{.codes = weight.data<uint8_t>(), .scales = scales.data<void>(), .scale_dtype = scales.dtype,
+                          .bias = bias.data<float>(), .in = in, .tiles = weight.size(-2), .groups = scales.size(-3),
+                          .is_int4 = scales.size(-2) == 2};
+  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes};
+}
+
+template <class Element>
+void run_linear(Tensor* args) {
+  Tensor& x = args[0];
+  const int64_t M = x.rows();
+  const Linear layer = layer_of(args[1], args[2], args[3], x.size(-1));
+  std::vector<char> scratch(Activations::bytes(M, layer.in, x.dtype));
+  std::vector<Element> y(M * layer.out);
+  for (int64_t m = 0; m < M; m++) layer.quantise_inputs(x.data<Element>(), M, scratch.data(), m, {0, layer.in});
+  if (layer.has_codes) {
+    multiply(layer.codes, Activations(scratch.data(), M, layer.in, x.dtype), y.data(), x.dtype, kThreads);
+  } else if constexpr (std::is_same_v<Element, BFloat16>) {
+    if (M > kFewRows) product_of_many_rows(layer.bf16, x.data<Element>(), y.data(), M);
+    else Bf16Product{.layer = layer.bf16, .x = x.data<Element>(), .y = y.data(), .M = M}.multiply_all(kThreads);
+  }
+  write(y.data(), y.size() * sizeof(Element));
+}
+
+template <class Element>
+void run_experts(Tensor* args) {
+  Tensor &x = args[0], &chosen = args[1], &weight = args[2], &scales = args[3], none = args[4];
+  const int64_t n_expert = weight.size(0), T = chosen.size(0), K = chosen.size(1);
+  const Linear first = layer_of(weight, scales, none, x.size(-1));
+  std::vector<Element> y(T * K * first.out);
+  const auto stride = [&](const Tensor& tensor) { return static_cast<int64_t>(tensor.bytes.size()) / n_expert; };
+  Experts<Element>{.first = first, .weight_stride = stride(weight), .scales_stride = stride(scales),
+                   .x = x.data<Element>(), .chosen = chosen.data<int64_t>(), .y = y.data(), .n_expert = n_expert, .T = T,
+                   .K = K, .x_rows = x.size(1), .threads = kThreads, .many_rows_product = product_of_many_rows}
+      .run();
+  write(y.data(), y.size() * sizeof(Element));
+}
+
+template <class Element>
+void run_attend(Tensor* args) {
+  Tensor &q = args[0], &k = args[1], &v = args[2], &cache_rows = args[3], &mask = args[4];
+  std::vector<Element> y(q.rows() * q.size(3));
+  const int64_t slots = mask.size(2);
+  attend_queries(Attention<Element>{.q = q.data<Element>(), .k = k.data<Element>(), .v = v.data<Element>(),
+                                    .cache_rows = cache_rows.data<int64_t>(), .mask = mask.data<Element>(), .y = y.data(),
+                                    .B = q.size(0), .S = q.size(1), .H = q.size(2), .D = q.size(3),
+                                    .group = q.size(2) / k.size(1), .cache_slots = k.size(2), .slots = slots,
+                                    .mask_row = q.size(1) * slots, .mask_query = slots,
+                                    .scale = *args[5].data<float>()},
+                 kThreads);
+  write(y.data(), y.size() * sizeof(Element));
+}
+
+// Arguments: x, eps, scale, cache_rows, pos, cos, sin, mask; then of each layer keys, values and the tensors of a block.
+template <class Element>
+void run_blocks(Tensor* args, int count) {
+  Tensor &x = args[0], &mask = args[7], &keys = args[8];
+  const int64_t dim = x.size(2), D = keys.size(3), n_kv_head = keys.size(1);
+  std::vector<Block> blocks;
+  std::vector<LayerCache> caches;
+  for (Tensor* t = args + 8; t < args + count; t += 18) {
+    caches.push_back({.k = t[0].data<void>(), .v = t[1].data<void>()});
+    const auto layer = [&](int i, int64_t in) { return layer_of(t[i], t[i + 1], t[i + 2], in); };
+    const Linear wqkv = layer(3, dim), w13 = layer(12, dim);
+    blocks.push_back({.attention_norm = t[2].data<void>(), .ffn_norm = t[11].data<void>(), .q_norm = t[6].data<void>(),
+                      .k_norm = t[7].data<void>(), .wqkv = wqkv, .wo = layer(8, wqkv.out - 2 * n_kv_head * D),
+                      .w13 = w13, .w2 = layer(15, w13.out / 2)});
+  }
+  Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads, .many_rows_product = product_of_many_rows,
+                  .B = x.size(0), .S = x.size(1), .M = x.rows(), .dim = dim, .width = blocks[0].w13.out / 2,
+                  .n_head = blocks[0].wo.in / D, .n_kv_head = n_kv_head, .D = D, .cache_slots = keys.size(2),
+                  .slots = mask.size(2), .eps = *args[1].data<float>(), .scale = *args[2].data<float>(),
+                  .cache_rows = args[3].data<int64_t>(), .pos = args[4].data<int64_t>(), .cos = args[5].data<float>(),
+                  .sin = args[6].data<float>(), .mask = mask.data<Element>(), .x = x.data<Element>()}
+      .run();
+  write(x);
+  for (Tensor* t = args + 8; t < args + count; t += 18) write(t[0]), write(t[1]);
+}
+
+}  // namespace
+
+int main() {
+  while (true) {
+    const int64_t name = read<int64_t>(), count = read<int64_t>();
+    std::vector<Tensor> args;
+    for (int64_t i = 0; i < count; i++) args.push_back(read_tensor());
+    with_type_of(args[0].dtype, [&](auto element) {
+      using Element = decltype(element);
+      if (name == 0) run_linear<Element>(args.data());
+      else if (name == 1) run_experts<Element>(args.data());
+      else if (name == 2) run_attend<Element>(args.data());
+      else run_blocks<Element>(args.data(), count);
+    });
+    std::fflush(stdout);
+  }
+}

@@ -1,0 +1,75 @@
+"""The CPU operators in a program of their own, which an emulator can run; it stands for `torch.ops.gpt_faster`."""
+
+import struct
+import subprocess
+from pathlib import Path
+
+import torch
+
+from kernels import cpu
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+LINEAR, EXPERTS, ATTEND, BLOCKS = range(4)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class EmulatedOperators:
+    """Operators of a level of instructions, compiled into `folder`; `emulator` is a command that runs the program."""
+
+    def __init__(self, level, compiler, emulator, folder):
+        program = folder / "operators"
+        flags = ["-O1", "-std=c++20", "-static", *cpu.LEVELS[level].flags, "-I", cpu.FOLDER, "-o", program]
+        subprocess.run([compiler, *flags, SOURCE, "-lgomp"], check=True)
+        self.process = subprocess.Popen([*emulator, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait() == 0
+
+    def call(self, name, arguments, results):
+        """Fill the contiguous tensors of `results` with what the operator makes, and return the first."""
+        self.process.stdin.write(struct.pack("2q", name, len(arguments)))
+        for argument in arguments:
+            self.process.stdin.write(packed(argument))
+        self.process.stdin.flush()
+        for result in results:
+            self.process.stdout.readinto(result.view(-1).view(torch.uint8).numpy())
+        return results[0]
+
+    def linear_bf16(self, x, weight, bias):
+        return self.call(LINEAR, [x, weight, None, bias], [cpu._linear_bf16_shape(x, weight, bias)])
+
+    def linear_codes(self, x, weight, scales, bias):
+        return self.call(LINEAR, [x, weight, scales, bias], [cpu._linear_codes_shape(x, weight, scales, bias)])
+
+    def linear_experts(self, x, chosen, weight, scales):
+        y = cpu._linear_experts_shape(x, chosen, weight, scales)
+        return self.call(EXPERTS, [x, chosen, weight, scales, None], [y])
+
+    def attend(self, q, k, v, cache_rows, mask, scale):
+        return self.call(ATTEND, [q, k, v, cache_rows, mask, scale], [torch.empty(q.shape, dtype=q.dtype)])
+
+    def join_blocks(self, tensors, eps, scale):
+        return tensors, eps, scale
+
+    def join_cache(self, keys, values):
+        return list(zip(keys, values, strict=True))
+
+    def run_blocks(self, x, blocks, cache, cache_rows, pos, cos, sin, mask):
+        tensors, eps, scale = blocks
+        n = len(tensors) // len(cache)
+        layers = [each for i, kv in enumerate(cache) for each in (*kv, *tensors[n * i : n * (i + 1)])]
+        arguments = [x, eps, scale, cache_rows, pos, cos, sin, mask, *layers]
+        results = [torch.empty(x.shape, dtype=x.dtype), *(each for kv in cache for each in kv)]
+        return self.call(BLOCKS, arguments, results)
+
+
+def packed(argument):
+    """The bytes of an argument: its dtype and sizes, how many bytes follow, and these."""
+    if argument is None:
+        return struct.pack("3q", 0, 0, 0)
+    tensor = torch.as_tensor(argument).detach().contiguous()
+    dtype = DTYPES.index(tensor.dtype) if tensor.dtype in DTYPES else 0
+    head = struct.pack(f"{tensor.ndim + 3}q", dtype, tensor.ndim, *tensor.shape, tensor.nbytes)
+    return head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,62 @@
+"""Levels of instructions that are not this processor's own: their operators, in an emulator if need be."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from kernels import cpu
+from layers.quantized import QuantSpec
+from tests.kernels import test_fused_blocks as blocks
+from tests.kernels import test_operators as operators
+from tests.kernels.emulated import EmulatedOperators
+from tests.layers import test_packed as layers
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+FORMS = [(QuantSpec(8), BFLOAT16), (QuantSpec(8, 64), FLOAT16), (QuantSpec(4, 32), BFLOAT16)]
+FORMS += [(QuantSpec(4, 128), FLOAT32)]
+CASES = [  # a test, and the arguments for it
+    *((operators.test_linear_equals_float64, M, 37, 30, True) for M in (1, 5)),
+    *((operators.test_linear_equals_float64, M, 576, 101, False) for M in (1, 2, 16)),
+    *((layers.test_operator_equals_float64, *form) for form in FORMS),
+    *((layers.test_a_row_does_not_depend_on_the_rows_beside_it, *form) for form in FORMS),
+    (layers.test_operator_with_inputs_that_are_no_multiple, 33, BFLOAT16),
+    (layers.test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs,),
+    *((operators.test_experts_equal_float64, 7, 3, 4, 96, 40, bits) for bits in (None, 8, 4)),
+    *((operators.test_experts_equal_float64, 40, 2, 3, 64, 32, bits) for bits in (8, 4)),
+    *((operators.test_experts_of_codes_are_exact_in_float32, bits) for bits in (8, 4)),
+    *((operators.test_attention_of_few_queries_equals_float64, 2, D, BFLOAT16) for D in cpu.HEAD_DIMS),
+    *((operators.test_attention_of_few_queries_equals_float64, 2, 64, dtype) for dtype in (FLOAT32, FLOAT16)),
+    *((operators.test_attention_of_many_queries_equals_float64, 20, 33, 60, D, None) for D in cpu.HEAD_DIMS),
+    (operators.test_attention_of_many_queries_equals_float64, 70, 33, 110, 64, 40),
+    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, [(1, 13)]) for form in blocks.FORMS[:-1]),
+    (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, [(2, 3)]),
+]
+
+
+def tools_for(level):
+    """A compiler for a level, and the command of an emulator, which a processor that has the level needs not."""
+    if level == cpu.level():
+        pytest.skip("the tests of operators themselves test this processor's own level")
+    has = torch.cpu.get_capabilities()
+    if all(has.get(need) for need in cpu.LEVELS[level].needs):
+        if "clang" in cpu.compiler_version():
+            pytest.skip("the program is linked with GCC's OpenMP")
+        return os.environ.get("CXX", "c++"), []
+    if not level.startswith("neon"):
+        pytest.skip(f"this processor has no {level}")
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if not (shutil.which(compiler) and shutil.which(emulator)):
+        pytest.skip(f"{level} needs {compiler} and {emulator}: apt-get install g++-aarch64-linux-gnu qemu-user")
+    return compiler, [emulator, "-cpu", "max"]
+
+
+@pytest.mark.parametrize("level", ["avx2", "neon", "neon.bf16"])
+def test_operators_of_a_level_pass_the_tests_of_operators(level, monkeypatch, tmp_path):
+    emulated = EmulatedOperators(level, *tools_for(level), tmp_path)
+    monkeypatch.setattr(torch.ops, "gpt_faster", emulated)
+    monkeypatch.setattr(cpu, "available", lambda: True)
+    for test, *arguments in CASES:
+        test(*arguments)
+    emulated.close()
