@@ -17,7 +17,7 @@ from cli import say
 from engine.cache import context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
-from flags import check_counts, check_threads, model_flags, place_flags, say_device, template_flag
+from flags import cache_flag, check_counts, check_threads, model_flags, place_flags, say_device, template_flag
 from measure.machine import run_facts
 from measure.perplexity import WINDOW, perplexity
 from measure.tasks import Tasks, load_tasks, require_harness, run_tasks
@@ -26,7 +26,7 @@ from text.files import read_text
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer
 from weights.checkpoint import load_model, open_model
-from weights.device import parse_dtype, pick_device
+from weights.device import parse_cache_dtype, parse_dtype, pick_device
 from weights.files import require_writable, write_json
 
 TEXT_FLAGS, TASK_FLAGS = ("stride",), ("limit", "num_fewshot", "include_path", "apply_chat_template", "chat_template")
@@ -43,6 +43,7 @@ def main(**flags) -> None:
         say_device(device, ranks)
         began = time.perf_counter()
         model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, ranks=ranks)
+        model.cache_dtype = parse_cache_dtype(args.cache_dtype)
         engine = build_engine(model, args.compile, args.compile)
         tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
         facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Measure how well a language model does tasks, or predicts a text.")
     where = model_flags(parser, "a .pth or .gguf file, or a folder")
     place_flags(where)
+    cache_flag(where)
     text = "compile the model; pays from some hundred questions on (default: off)"
     where.add_argument("--compile", action="store_true", help=text)
     evaluation_flags(parser.add_argument_group("evaluation"))

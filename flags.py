@@ -33,6 +33,11 @@ def place_flags(group, dtype: str = "", threads: str = "") -> None:
     group.add_argument("--threads", type=int, help=f"CPU threads (default: PyTorch's choice{threads})")
 
 
+def cache_flag(group) -> None:
+    text = "int8: keys and values in about half of the memory (default: the model's dtype)"
+    group.add_argument("--cache_dtype", choices=["int8"], help=text)
+
+
 def template_flag(group) -> None:
     text = "one of the model's chat templates, by name, or a file with one (default: the model's default)"
     group.add_argument("--chat_template", metavar="NAME|FILE", help=text)

@@ -29,6 +29,7 @@ from engine.guess_length import check_length
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from flags import (
+    cache_flag,
     check_counts,
     check_threads,
     checkpoint_path,
@@ -50,7 +51,7 @@ from text.prompts import IdTokenizer, encode_prompt, has_standard_input, read_pr
 from text.results import Results
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
-from weights.device import parse_dtype, pick_device
+from weights.device import parse_cache_dtype, parse_dtype, pick_device
 from weights.files import atomic_path, require_writable
 
 DEFAULT_PROMPT = "Hello, my name is"
@@ -217,6 +218,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
         if tokenizer.templates and not args.chat and not args.interactive:
             say("This model has a chat template: with --chat it answers, without it continues the text")
+    model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
 
 
@@ -234,6 +236,7 @@ def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
     device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
     path = Path(args.draft_checkpoint_path)
     draft = load_model(path, device, parse_dtype(args.dtype))
+    draft.cache_dtype = model.cache_dtype
     require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
     step = compile_step(draft_one_token, device) if args.compile else draft_one_token
     forward = compile_step(forward_chunk, device, any_length=True) if args.compile_prefill else forward_chunk
@@ -349,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--quantize", choices=MODES, help="round the weights of a float model while loading it")
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     place_flags(where)
+    cache_flag(where)
     prompt_flags(parser.add_argument_group("prompt"))
     generation_flags(parser.add_argument_group("generation"))
     speed_flags(parser.add_argument_group("speed"))
@@ -374,15 +378,12 @@ def generation_flags(group) -> None:
     group.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
     text = f"tokens at most (default: {NEW_TOKENS}; with --interactive until the answer ends)"
     group.add_argument("--max_new_tokens", type=int, help=text)
-    group.add_argument(
-        "--batch_size", type=int, help="rows at a time (default: 1; with --prompt_file as memory allows)"
-    )
-    group.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
-    )
-    group.add_argument(
-        "--top_k", type=int, default=200, help="draw from the k likeliest; 0 is off (default: %(default)s)"
-    )
+    text = "rows at a time (default: 1; with --prompt_file as memory allows)"
+    group.add_argument("--batch_size", type=int, help=text)
+    text = "0 takes the likeliest token (default: %(default)s)"
+    group.add_argument("--temperature", type=float, default=0.8, help=text)
+    text = "draw from the k likeliest; 0 is off (default: %(default)s)"
+    group.add_argument("--top_k", type=int, default=200, help=text)
     group.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default: off)")
     group.add_argument("--min_p", type=float, default=0.0, help="drop those below p times the likeliest (default: off)")
     group.add_argument("--seed", type=int, default=1234, help="-1 draws one and prints it (default: %(default)s)")
@@ -404,9 +405,8 @@ def speculation_flags(group) -> None:
     text = "a smaller model that guesses; same tokenizer"
     group.add_argument("--draft_checkpoint_path", metavar="PATH", type=checkpoint_path, help=text)
     group.add_argument("--draft_device", help="where it runs (default: where the model does)")
-    group.add_argument(
-        "--speculate", choices=["ngram"], help="guess what followed the same words before; no draft model"
-    )
+    text = "guess what followed the same words before; no draft model"
+    group.add_argument("--speculate", choices=["ngram"], help=text)
     group.add_argument(
         "--speculate_k",
         type=number_or_text,

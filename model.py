@@ -157,10 +157,10 @@ def has_finite_rope(args: ModelArgs) -> bool:
     """Whether every angle of rope is a number, up to the last position."""
     last = torch.tensor(args.max_seq_length - 1, device="cpu")
     try:
-        tables = [*rope_table(args, last), *rope_table(args, last, windowed=True)]
+        tables = rope_table(args, last) + rope_table(args, last, windowed=True)
     except ArithmeticError:  # a logarithm of 0 or of infinity
         return False
-    return all(bool(table.isfinite().all()) for table in tables)
+    return all(table.isfinite().all() for table in tables)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]
@@ -169,13 +169,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; co
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] as int8 codes [..., D] and float32 scales [...]: x is codes * scales but for rounding."""
+    scales = (x.abs().amax(-1).float() / 127).clamp(min=1e-30)  # of zeros too: a code is never 0 / 0
+    return (x / scales[..., None]).round().to(torch.int8), scales
+
+
+class Vectors(NamedTuple):
+    """Keys or values of one layer, [N, Hkv, C, D]: numbers or, with a scale for each vector, int8 codes."""
+
+    data: Tensor
+    scales: Tensor | None = None  # [N, Hkv, C], float32: it multiplies sums in float32, and costs 2 bytes more in 66
+
+    def write(self, rows: Tensor, pos: Tensor, x: Tensor) -> None:
+        """Put x [B, S, Hkv, D] at pos [B, S] of rows [B]."""
+        at = (rows[:, None], slice(None), pos)
+        if self.scales is not None:
+            x, self.scales[at] = quantize_vectors(x)
+        self.data[at] = x  # index_put stays in place; scatter_ would copy the whole cache
+
+    def read(self, rows: Tensor | None, mask: Tensor) -> Tensor:
+        """What mask [B, S, C'] is for: the first slots of rows [B] (None: row b), [B, Hkv, C', D] in its dtype."""
+        rows = slice(len(mask)) if rows is None else rows
+        data, *scales = (each[:, :, : mask.shape[-1]][rows] for each in self if each is not None)
+        return (data * scales[0][..., None]).to(mask.dtype) if scales else data
+
+
 class LayerCache(nn.Module):
-    """Keys and values of one layer, k and v [N, Hkv, C, D]. The slot of a token is its position."""
+    """Keys and values of one layer, see `Vectors`; int8 ones have scales. The slot of a token is its position."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        for name in ("k", "v"):
+            scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+            self.register_buffer(f"{name}_scales", scales, persistent=False)
 
 
 class KVCache(nn.Module):
@@ -207,15 +235,15 @@ class CacheView(NamedTuple):
     cache_rows: Tensor | None  # [B]
     slots: Tensor  # [C'] = 0, 1, ...
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """k and v [N, Hkv, C, D] of layer i, and the rows."""
-        return self.cache.layers[i].k, self.cache.layers[i].v, self.cache_rows
+    def layer(self, i: int) -> tuple[Vectors, Vectors, Tensor | None]:
+        """Keys and values of layer i, and the rows."""
+        layer = self.cache.layers[i]
+        return Vectors(layer.k, layer.k_scales), Vectors(layer.v, layer.v_scales), self.cache_rows
 
     def rope(self, pos: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
         """As `rope_table`, looked up."""
-        cache = self.cache
-        cos, sin = (cache.window_cos, cache.window_sin) if windowed else (cache.cos, cache.sin)
-        return cos[pos], sin[pos]
+        names = ("window_cos", "window_sin") if windowed else ("cos", "sin")
+        return tuple(getattr(self.cache, name)[pos] for name in names)
 
 
 def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,10 +258,10 @@ class Attend(nn.Module):
         super().__init__()
         self.scale, self.cap = scale, cap
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
-        """q [B, S, H, D]; k, v [N, Hkv, C, D]; cache_rows [B]: see `KVCache.view`; mask [B, S, C'] -> [B, S, H, D]."""
+    def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        """q [B, S, H, D]; cache_rows [B]: see `KVCache.view`; mask [B, S, C'] -> [B, S, H, D]."""
         B, S, H, D = q.shape
-        k, v = (self.attended(each, cache_rows, mask) for each in (k, v))
+        k, v = (each.read(cache_rows, mask) for each in (k, v))
         # the G query heads of one key head become rows of one head: larger blocks, and no copies of k and v
         q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).reshape(B, k.shape[1], -1, D)  # [B, Hkv, G * S, D]
         mask = mask.repeat(1, H // k.shape[1], 1)[:, None]  # [B, 1, G * S, C']
@@ -243,12 +271,6 @@ class Attend(nn.Module):
             y = (softcap((q @ k.mT).float() * self.scale, self.cap) + mask.float()).softmax(-1).to(v.dtype) @ v
         return y.view(B, k.shape[1], -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
 
-    @staticmethod
-    def attended(each: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
-        """The rows and slots of k or v that the batch attends to: [B, Hkv, C', D]."""
-        prefix = each[:, :, : mask.shape[-1]]
-        return prefix[: len(mask)] if cache_rows is None else prefix[cache_rows]
-
 
 class Attention(nn.Module):
     """Self-attention over the cache. wqkv holds the rows of q, k and v in this order. window: see `Context.mask`."""
@@ -256,27 +278,23 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, window: int | None):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.window = args.n_head, args.n_kv_head, args.head_dim, window
-        rows = (args.n_head + 2 * args.n_kv_head) * args.head_dim
-        self.wqkv = nn.Linear(args.dim, rows, bias=args.qkv_bias)
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
         self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
         self.attend = Attend(args.attention_scale or args.head_dim**-0.5, args.attention_softcap)
 
-    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if not cache:
-            k, v, cache_rows = k.transpose(1, 2), v.transpose(1, 2), None
-        else:
-            k_cache, v_cache, cache_rows = cache
+        keys, values, cache_rows = cache or (Vectors(k.transpose(1, 2)), Vectors(v.transpose(1, 2)), None)
+        if cache:
             rows = torch.arange(B, device=pos.device) if cache_rows is None else cache_rows
-            k_cache[rows[:, None], :, pos] = k  # index_put stays in place; scatter_ would copy the whole cache
-            v_cache[rows[:, None], :, pos] = v
-            k, v = k_cache, v_cache
-        return self.wo(self.attend(q, k, v, cache_rows, mask).reshape(B, S, self.n_head * self.head_dim))
+            keys.write(rows, pos, k)
+            values.write(rows, pos, v)
+        return self.wo(self.attend(q, keys, values, cache_rows, mask).reshape(B, S, self.n_head * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -364,7 +382,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))
 
-    def forward(self, x: Tensor, pos: Tensor, *context_and_cache: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, *context_and_cache) -> Tensor:
         """x [B, S, dim] at pos [B, S]; the rest is as `Attention.forward` takes it."""
         y = self.post_attention_norm(self.attention(self.attention_norm(x), pos, *context_and_cache))
         x = x + _scaled(y, self.residual_scale)
@@ -388,7 +406,7 @@ class Blocks(nn.ModuleList):
             x = self.run(block, x, pos, *contexts[i], *(() if cache is None else cache.layer(i)))
         return x
 
-    def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+    def run(self, block: TransformerBlock, *inputs) -> Tensor:
         return block(*inputs)
 
     def bind(self, cache: KVCache) -> None:
@@ -415,6 +433,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
+        self.cache_dtype: torch.dtype | None = None  # of keys and values, int8 or, None, as the model's
         self.tie()
 
     def tie(self) -> None:
@@ -432,7 +451,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """A cache for n_rows sequences of up to n_slots tokens, beside the weights."""
-        cache = KVCache(self.args, n_rows, n_slots, self.dtype, self.device)
+        cache = KVCache(self.args, n_rows, n_slots, self.cache_dtype or self.dtype, self.device)
         self.layers.bind(cache)
         return cache
 
@@ -462,16 +481,15 @@ class Transformer(nn.Module):
 
     def contexts(self, pos: Tensor, cache: CacheView | None) -> list[Context]:
         """Rope and mask of each layer, for queries at pos [B, S]."""
-        args = self.args
         key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
         seen = key_pos <= pos[..., None]  # [B, S, C']
 
         def context(windowed: bool) -> Context:
-            cos, sin = rope_table(args, pos, windowed) if cache is None else cache.rope(pos, windowed)
-            near = seen & (key_pos > pos[..., None] - args.sliding_window) if windowed else seen
+            cos, sin = rope_table(self.args, pos, windowed) if cache is None else cache.rope(pos, windowed)
+            near = seen & (key_pos > pos[..., None] - self.args.sliding_window) if windowed else seen
             return Context(cos[:, :, None], sin[:, :, None], additive_mask(near, self.dtype))
 
-        windowed = [window is not None for window in args.windows()]
+        windowed = [window is not None for window in self.args.windows()]
         made = {each: context(each) for each in sorted(set(windowed))}
         return [made[each] for each in windowed]
 

@@ -4,9 +4,10 @@ A row is one sequence; its first slots hold the tokens that the model has read. 
 beyond a row's last token is hidden by position.
 """
 
+import torch
 from torch import Tensor
 
-from model import KVCache, ModelArgs, Transformer
+from model import KVCache, LayerCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
@@ -25,9 +26,10 @@ def slots_for(args: ModelArgs, length: int) -> int:
 
 
 def row_bytes(model: Transformer, n_slots: int) -> int:
-    """Keys and values of one row."""
-    args = model.args
-    return 2 * args.n_layer * args.n_kv_head * n_slots * args.head_dim * model.dtype.itemsize
+    """Keys and values of one row, and the scales of int8 ones."""
+    args, dtype = model.args, model.cache_dtype or model.dtype
+    layer = LayerCache((1, args.n_kv_head, n_slots, args.head_dim), dtype, torch.device("meta"))
+    return args.n_layer * sum(each.nbytes for each in layer.buffers())
 
 
 def rows_that_fit(model: Transformer, length: int) -> int:
@@ -40,8 +42,10 @@ def rows_that_fit(model: Transformer, length: int) -> int:
 def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
     """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
     size = n_rows * row_bytes(model, n_slots)
-    what = f"the caches of {n_rows} x {n_slots} positions"
-    require_memory(size, model.device, what, "use fewer rows at a time, fewer new tokens or a shorter context")
+    what, advice = "int8 caches", "use fewer rows at a time, fewer new tokens or a shorter context"
+    if model.cache_dtype is None:
+        what, advice = "caches", f"{advice}; int8 caches take about half"
+    require_memory(size, model.device, f"the {what} of {n_rows} x {n_slots} positions", advice)
     return model.new_cache(n_rows, n_slots)
 
 
@@ -61,7 +65,7 @@ def prefix_length(cache: KVCache, filled: int) -> int:
 def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:
     """Give rows target [n] what rows source [n] hold in their first `length` slots."""
     for layer in cache.layers:
-        for each in (layer.k, layer.v):
+        for each in layer.buffers():
             each[target, :, :length] = each[source, :, :length]
 
 

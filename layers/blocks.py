@@ -22,7 +22,7 @@ def honours(args: ModelArgs, names: set[str]) -> bool:
 
 
 @torch.compiler.nested_compile_region
-def _region(block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+def _region(block: TransformerBlock, *inputs) -> Tensor:
     return block(*inputs)
 
 
@@ -34,7 +34,7 @@ class RegionBlocks(Blocks):
         """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
         return not any(type(layer) is MixtureOfExperts for layer in blocks.modules())
 
-    def run(self, block: TransformerBlock, *inputs: Tensor | None) -> Tensor:
+    def run(self, block: TransformerBlock, *inputs) -> Tensor:
         return _region(block, *inputs)
 
 
@@ -68,8 +68,8 @@ class FusedBlocks(RegionBlocks):
         return [block.attention_norm.weight, *wqkv, q_norm, k_norm, *wo, block.ffn_norm.weight, *w13, *w2]
 
     def bind(self, cache: KVCache) -> None:
-        keys, values = ([getattr(layer, name) for layer in cache.layers] for name in "kv")
-        cache.handle = torch.ops.gpt_faster.join_cache(keys, values)
+        tensors = [each for layer in cache.layers for each in (layer.k, layer.k_scales, layer.v, layer.v_scales)]
+        cache.handle = torch.ops.gpt_faster.join_cache(tensors)
 
     def forward(self, x: Tensor, pos: Tensor, contexts: list[Context], cache: CacheView | None) -> Tensor:
         if cache is None or not (self.takes_many or surely_few(x.shape[0] * x.shape[1])):

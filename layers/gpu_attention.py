@@ -32,11 +32,13 @@ class GpuAttention(Attention):
     def fits(_: Attention, args: ModelArgs) -> bool:
         return args.head_dim in range(32, 257, 16) and not args.joint_qk_norm and has_triton()
 
-    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         few = surely_few(x.shape[0], self.most_rows) and surely_few(x.shape[1], self.most_tokens)
         if not cache or not few:
             return super().forward(x, pos, cos, sin, mask, *cache)
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2 Hkv, D]
         norms = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
         how = (*norms, self.counters, *self.norm, self.attend.scale, self.attend.cap, self.window)
-        return self.wo(torch.ops.gpt_faster.attend_cached(qkv, *cache, pos, cos, sin, *how, mask.shape[-1]))
+        keys, values, rows = cache
+        y = torch.ops.gpt_faster.attend_cached(qkv, *keys, *values, rows, pos, cos, sin, *how, mask.shape[-1])
+        return self.wo(y)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
-from model import Attend, ExpertLinear, ModelArgs, by_expert, softcap
+from model import Attend, ExpertLinear, ModelArgs, Vectors, by_expert, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -39,11 +39,11 @@ class StepAttend(Attend):
     def __init__(self, attend: Attend):
         super().__init__(attend.scale, attend.cap)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         if q.shape[1] != 1 or not torch.compiler.is_compiling():
             return super().forward(q, k, v, cache_rows, mask)
         B, _, H, D = q.shape
-        k, v = (self.attended(each, cache_rows, mask) for each in (k, v))
+        k, v = (each.read(cache_rows, mask) for each in (k, v))
         q = q.view(B, k.shape[1], -1, 1, D).float() * self.scale
         scores = softcap((q * k[:, :, None].float()).sum(-1), self.cap) + mask[:, None].float()  # [B, Hkv, G, C']
         return (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
@@ -54,10 +54,10 @@ class OperatorAttend(StepAttend):
 
     takes_many = False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
-        if not (self.takes_many or surely_few(q.shape[1])) or not k.is_contiguous():  # keys of no cache are not
+    def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
+        if not (self.takes_many or surely_few(q.shape[1])) or not k.data.is_contiguous():  # keys of no cache are not
             return super().forward(q, k, v, cache_rows, mask)
-        return torch.ops.gpt_faster.attend(q, k, v, cache_rows, mask, self.scale)
+        return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 
     @staticmethod
     def fits(attend: Attend, args: ModelArgs) -> bool:

@@ -74,6 +74,7 @@ def run_facts(flags: dict, device: torch.device, ranks: Ranks | None) -> dict:
         "device": str(device),
         "ranks": 1 if ranks is None else ranks.size,
         "dtype": flags["dtype"],
+        "cache_dtype": flags["cache_dtype"] or flags["dtype"],
         "torch": torch.__version__,
         "isa": cpu.isa() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),

@@ -33,7 +33,7 @@ from cli import say
 from measure.machine import matrix_rate, measured_bandwidth
 from scripts.bench.report import ROOT, Report, open_report, take_turns
 from scripts.bench.sides import SideProcess
-from scripts.device_rows import STEP, Row, document, rows_in_order
+from scripts.device_rows import INT8_CACHE, STEP, Row, document, rows_in_order
 from weights.device import pick_device
 from weights.files import atomic_path
 from weights.registry import args_from_name
@@ -123,7 +123,7 @@ def measure(process: SideProcess, row: Row, trace: Path) -> dict:
     ask, began = partial(process.ask, asdict(row.case)), time.perf_counter()
     ask()
     first = {"first_call_s": time.perf_counter() - began}
-    facts = process.ask({"bandwidth": True}) if row.side == STEP else {}
+    facts = process.ask({"bandwidth": True}) if row.side in (STEP, INT8_CACHE) else {}
     return facts | first | take_turns(ROUNDS, {row.name: ask}, warm_up=False)[row.name]
 
 

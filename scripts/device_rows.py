@@ -16,6 +16,7 @@ from weights.layout import Layout
 NEW_TOKENS = 100  # of each row
 BATCHES, PROMPTS, POSITIONS = (1, 8, 32, 128), (512, 2048), (8192, 32768)
 STEP, PREFILL, GUESSES = "compiled step", "compiled prefill", "compiled step, ngram guesses"
+INT8_CACHE = "compiled step, int8 cache"
 ALL = "int4, head too"
 PDL = (("GPT_FASTER_PDL", "1"),)
 
@@ -49,8 +50,8 @@ def has_dependent_launch() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def step(precision: str, batch: int = 1, position: int = 8) -> Row:
-    return Row(STEP, precision, Case(batch, position, NEW_TOKENS))
+def step(precision: str, batch: int = 1, position: int = 8, side: str = STEP) -> Row:
+    return Row(side, precision, Case(batch, position, NEW_TOKENS))
 
 
 def prefill(precision: str, prompt: int) -> Row:
@@ -83,6 +84,7 @@ def rows_in_order() -> list[Row]:
     for precision in PRECISIONS:
         rows += [step(precision, 1, position) for position in POSITIONS]
         rows += [step(precision, batch) for batch in BATCHES]
+    rows += [step(precision, 1, position, INT8_CACHE) for precision in PRECISIONS for position in POSITIONS]
     return list(dict.fromkeys(rows))
 
 
@@ -185,8 +187,9 @@ def position_table(found: Found) -> str:
     header += [name for n in POSITIONS for name in (f"position {n}", "of bandwidth")]
     rows = []
     for precision in PRECISIONS:
-        cells = [step(precision, 1, position) for position in POSITIONS]
-        rows.append([precision, *(text for row in cells for text in (found.rate(row), found.share(row)))])
+        for side, name in ((STEP, precision), (INT8_CACHE, f"{precision}, int8 cache")):
+            cells = [step(precision, 1, position, side) for position in POSITIONS]
+            rows.append([name, *(text for row in cells for text in (found.rate(row), found.share(row)))])
     return filled(header, rows)
 
 

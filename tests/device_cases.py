@@ -81,9 +81,10 @@ def plain_step(model, token, pos, cache):
 
 
 @torch.inference_mode()
-def check_model(args: ModelArgs, spec: QuantSpec | None, compiled: bool, device, dtype) -> None:
+def check_model(args: ModelArgs, spec: QuantSpec | None, compiled: bool, device, dtype, cache_dtype=None) -> None:
     """The prefill of a ragged batch and the steps after it, against one full forward of each row."""
     reference, model = two_models(args, spec, device, dtype)
+    model.cache_dtype = cache_dtype
     step = compile_step(plain_step, device) if compiled else plain_step
     forward = compile_step(forward_chunk, device, any_length=True) if compiled else forward_chunk
     texts = [torch.randint(args.vocab_size, (length + NEW,)).tolist() for length in PROMPT_LENGTHS]
@@ -225,6 +226,7 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
     found = {f"graphs: {name}": partial(check_graphs, spec) for name, spec in specs.items()}
     for how, compiled in (("eager", False), ("compiled", True)):
         found |= {f"model, {how}: {name}": partial(check_model, *each, compiled) for name, each in models.items()}
+        found[f"model, {how}: with an int8 cache"] = partial(check_model, ARGS, int4, compiled, cache_dtype=torch.int8)
         for name, args in (("float", ARGS), ("with experts", EXPERTS)):
             found[f"model, {how}: {name} in float32"] = partial(check_model_in_float32, args, compiled)
         for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256))):

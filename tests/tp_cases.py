@@ -75,9 +75,11 @@ class Case(NamedTuple):
     compile: bool = False
     speculate: str | None = None
     k: int | str = 3
+    cache_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         how = f"{self.speculate}-{self.k}" if self.speculate else "plain"
+        how += ", int8 cache" if self.cache_dtype else ""
         return f"{self.file}, {self.dtype}, {self.rows} rows, {'compiled' if self.compile else 'eager'}, {how}"
 
 
@@ -104,6 +106,7 @@ CASES = [
     Case("int4.g32", "bfloat16", 3),
     Case("int4.g64", "float32", 3, speculate="draft", k="auto"),
     Case("int4.g64", "bfloat16", 1),
+    Case("int4.g64", "float32", 3, speculate="ngram", cache_dtype=torch.int8),
     Case("gptq", "float32", 1),
     Case("gptq", "bfloat16", 3),
 ]
@@ -117,9 +120,10 @@ def cases(n_rank: int) -> list[Case]:
 # ---------------------------------------------------------------- everything that knows the engine
 
 
-def ready(path, dtype, n_row=1, ranks=None, speculation=None, compile=False):
+def ready(path, dtype, n_row=1, ranks=None, speculation=None, compile=False, cache_dtype=None):
     """The engine of the model in a file, with a cache for so many rows."""
     engine = build_engine(load_model(path, dtype=dtype, ranks=ranks), compile, speculation=speculation)
+    engine.model.cache_dtype = cache_dtype
     engine.reserve(n_row, 64)
     return engine
 
@@ -162,7 +166,7 @@ def run(case: Case, folder: Path, ranks=None) -> dict:
     """Logits, greedy tokens and drawn ones."""
     speculation = speculation_of(case, folder)
     path, dtype = folder / f"{case.file}.pth", getattr(torch, case.dtype)
-    engine = ready(path, dtype, case.rows, ranks, speculation, case.compile)
+    engine = ready(path, dtype, case.rows, ranks, speculation, case.compile, case.cache_dtype)
     prompts = prompts_for(engine.model, case.rows)
     found = {"logits": logits_of(engine, prompts)}
     found["greedy"] = tokens_of(engine, prompts, Sampling(0))

@@ -214,7 +214,7 @@ def fill(layout: Layout, state: dict[str, Tensor], args: ModelArgs, ranks: Ranks
         model.tie()
     if ranks is not None:
         apply_tp(model, args, ranks)
-    pack_(model, free_memory(model.device))
+    pack_(model, free_memory(torch.device("cpu")))  # copies are made on CPUs only
     return model.requires_grad_(False).eval()
 
 

@@ -40,6 +40,13 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def parse_cache_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of keys and values; None: that of the model."""
+    if name not in (None, "int8"):
+        raise ValueError(f"cache_dtype {name!r} is unknown; use int8, or leave it out for the model's dtype")
+    return None if name is None else torch.int8
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on `device`; None where nothing tells."""
     if device.type == "cuda":

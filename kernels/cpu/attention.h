@@ -19,10 +19,40 @@ void with_vectors_of(int64_t D, const Work& work) {
 
 inline bool has_head_dim(int64_t D) { return D == 64 || D == 96 || D == 128 || D == 256; }
 
+// The keys or the values of one layer, [R, H / group, C', D]: numbers or, if there are scales, int8 codes.
+struct Vectors {
+  void* data;
+  float* scales;  // [R, H / group, C'], or null
+
+  // Puts D numbers at vector `at`.
+  template <class Element>
+  void write(int64_t at, const Element* x, int64_t D) const {
+    if (!scales) {
+      std::memcpy(static_cast<Element*>(data) + at * D, x, D * sizeof(Element));
+      return;
+    }
+    Ints bits = every(0);
+    for (int64_t i = 0; i < D; i += 16) bits = max(bits, bits_of(abs(load(x + i))));
+    scales[at] = std::max(largest_of(bits) / 127, 1e-30f);  // as model.quantize_vectors
+    int8_t* codes = static_cast<int8_t*>(data) + at * D;
+    for (int64_t i = 0; i < D; i += 16) store(codes + i, round_to_int(load(x + i) / every(scales[at])));
+  }
+};
+
+// `n` numbers of another type, in `to`; those of the same type stay where they are.
+template <class From, class To>
+INLINE const To* converted(const From* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<From, To>) return from;
+  else {
+    for (int64_t i = 0; i < n; i += 16) store(to + i, load(from + i));
+    return to;
+  }
+}
+
 template <class Element>
 struct Attention {
-  const Element* q;           // [B, S, H, D]
-  const Element *k, *v;       // [R, H / group, C', D]: whole caches
+  const Element* q;  // [B, S, H, D]
+  Vectors k, v;
   const int64_t* cache_rows;  // [B], or null: row b of the batch has row b of the cache
   const Element* mask;        // [B, S, C] of zeros and -inf, over the first C slots
   Element* y;                 // [B, S, H, D]
@@ -32,298 +62,32 @@ struct Attention {
 
   int64_t kv_heads() const { return H / group; }
 
-  // Where the keys, and the values, of a key head begin.
+  // The first vector of a key head.
   int64_t cache_start(int64_t b, int64_t kv_head) const {
-    return ((cache_rows ? cache_rows[b] : b) * kv_heads() + kv_head) * cache_slots * D;
+    return ((cache_rows ? cache_rows[b] : b) * kv_heads() + kv_head) * cache_slots;
+  }
+
+  // `count` vectors from number `at` on. Codes are still to be multiplied by the scales.
+  template <class To>
+  const To* numbers(const Vectors& vectors, int64_t at, int64_t count, To* scratch) const {
+    if (vectors.scales) return converted(static_cast<const int8_t*>(vectors.data) + at * D, count * D, scratch);
+    return converted(static_cast<const Element*>(vectors.data) + at * D, count * D, scratch);
   }
 
   const Element* mask_of(int64_t b, int64_t s) const { return mask + b * mask_row + s * mask_query; }
 
-  // The slots that query s of row b sees: the masked ends are left out, 16 slots at a time. May end beyond the last slot.
-  Range seen_slots(int64_t b, int64_t s) const {
+  // Those of some slots that query s of row b sees: the masked ends are left out, 16 slots at a time. `among` begins at a
+  // multiple of 16; what is seen may be nothing.
+  Range seen_slots(int64_t b, int64_t s, Range among) const {
     const Element* row = mask_of(b, s);
     const auto any_seen = [&](int64_t c) {
-      return any((load(row + c, slots - c) == every(0.0f)) & first_lanes(slots - c));
+      return any((load(row + c, among.end - c) == every(0.0f)) & first_lanes(among.end - c));
     };
-    Range seen{0, round_up(slots, 16)};
-    while (seen.end > 16 && !any_seen(seen.end - 16)) seen.end -= 16;
-    while (seen.begin < seen.end - 16 && !any_seen(seen.begin)) seen.begin += 16;
-    return seen;
+    int64_t begin = among.begin, end = round_up(among.end, 16);
+    while (end > begin && !any_seen(end - 16)) end -= 16;
+    while (begin < end && !any_seen(begin)) begin += 16;
+    return {begin, std::min(end, among.end)};
   }
 };
-
-// ---------------------------------------------------------------- few queries a row
-
-// One query after another. No query's result depends on the queries beside it.
-template <class Element>
-struct FewQueries {
-  const Attention<Element>& all;
-
-  // Query s of head h of row b. scores: scratch of `slots` + 16 values.
-  void attend(int64_t b, int64_t s, int64_t h, float* scores) const {
-    Range seen = all.seen_slots(b, s);
-    seen.end = std::min(seen.end, all.slots);
-    const int64_t at = ((b * all.S + s) * all.H + h) * all.D, start = all.cache_start(b, h / all.group);
-    with_vectors_of(all.D, [&](auto n) {
-      const float largest = score<n>(all.q + at, all.k + start, all.mask_of(b, s), seen, scores);
-      const float sum = exponentials(seen, largest, scores);
-      weighted_sum<n>(all.v + start, seen, scores, 1.0f / sum, all.y + at);
-    });
-  }
-
-  // Scores of the slots seen, and the largest one. N = D / 16. Those of 16 keys are summed across lanes together.
-  template <int N>
-  INLINE float score(const Element* q, const Element* k, const Element* mask, Range seen, float* scores) const {
-    Floats query[N];
-    UNROLL for (int n = 0; n < N; n++) query[n] = load(q + 16 * n) * every(all.scale);
-    const Floats none = every(-INFINITY);
-    Floats largest = none;
-    for (int64_t c = seen.begin; c < seen.end; c += 16) {
-      Floats dot[16];
-      UNROLL for (int i = 0; i < 16; i++) {
-        const Element* key = k + std::min(c + i, seen.end - 1) * all.D;
-        dot[i] = query[0] * load(key);
-        UNROLL for (int n = 1; n < N; n++) dot[i] = multiply_add(query[n], load(key + 16 * n), dot[i]);
-      }
-      const int64_t left = seen.end - c;
-      const Floats sums = sums_of(dot) + load(mask + c, left);
-      const Floats score = select(first_lanes(left), sums, none);
-      store(scores + c, score);
-      largest = max(largest, score);
-    }
-    return reduce_max(largest);
-  }
-
-  // Scores to e^(score - largest); their sum.
-  INLINE float exponentials(Range seen, float largest, float* scores) const {
-    Floats sum = every(0.0f);
-    for (int64_t c = seen.begin; c < seen.end; c += 16) {
-      const Floats power = exp_of(load(scores + c) - every(largest));
-      store(scores + c, power);
-      sum = sum + power;
-    }
-    return reduce_add(sum);
-  }
-
-  template <int N>
-  INLINE void weighted_sum(const Element* v, Range seen, const float* weights, float scale, Element* y) const {
-    Floats sum[N];
-    UNROLL for (int n = 0; n < N; n++) sum[n] = every(0.0f);
-    for (int64_t c = seen.begin; c < seen.end; c++) {
-      const Floats weight = every(weights[c]);
-      UNROLL for (int n = 0; n < N; n++) sum[n] = multiply_add(weight, load(v + c * all.D + 16 * n), sum[n]);
-    }
-    UNROLL for (int n = 0; n < N; n++) store(y + 16 * n, sum[n] * every(scale));
-  }
-
-  void attend_all(const Threads& threads) const {
-    const int64_t grain = std::max<int64_t>(1, 16384 / (all.slots * all.D));
-    threads.for_shares(all.B * all.H * all.S, grain, [&](Range share) {
-      std::vector<float> scores(all.slots + 16);
-      for (int64_t i = share.begin; i < share.end; i++) {  // the queries that share a key head one after another
-        attend(i / (all.H * all.S), i % all.S, i / all.S % all.H, scores.data());
-      }
-    });
-  }
-};
-
-// ---------------------------------------------------------------- many queries a row
-
-// The queries of some positions and of all heads that share a key head are the rows of three matrix products: scores =
-// queries x keys, their softmax, and its product with the values. Slots that no query of a tile sees are left out: with a
-// causal mask, half of the work.
-struct ManyQueries {
-  const Attention<BFloat16>& all;
-  static constexpr int64_t kPositions = 64, kKeys = 32, kValues = 128;  // at a time
-  static constexpr int64_t kScores = 1 << 18;                           // floats, which stay in the second-level cache
-
-  // What a thread works on, and its scratch. Row r is head r % group at position first + r / group.
-  struct Task {
-    int64_t b, kv_head, first, rows, width;  // width: of a row of scores
-    std::vector<float> scores, sums, out;    // [rows, width], [rows], [rows, D]
-    std::vector<uint32_t> panel;             // keys or values, rearranged for dot_pairs
-    std::vector<Range> seen;                 // slots, of each row
-  };
-
-  int64_t query_start(const Task& task, int64_t r) const {
-    const int64_t s = task.first + r / all.group, h = task.kv_head * all.group + r % all.group;
-    return ((task.b * all.S + s) * all.H + h) * all.D;
-  }
-
-  // The slots that any of some rows sees.
-  static Range seen_by(const Task& task, int64_t r, int64_t end) {
-    Range seen = task.seen[r];
-    for (; r < end; r++) seen = {std::min(seen.begin, task.seen[r].begin), std::max(seen.end, task.seen[r].end)};
-    return seen;
-  }
-
-  // Keys c .. c + 31 into a panel, in which one load has the same two dimensions of 16 keys.
-  void rearrange_keys(const BFloat16* k, int64_t c, int64_t end, uint32_t* panel) const {
-    for (int64_t half = 0; half < kKeys; half += 16) {
-      for (int64_t d = 0; d < all.D; d += 32) {
-        Pairs keys[16];
-        UNROLL for (int i = 0; i < 16; i++) {
-          keys[i] = load_pairs(k + (c + half + i) * all.D + d, c + half + i < end ? 32 : 0);
-        }
-        transpose(keys);
-        UNROLL for (int i = 0; i < 16; i++) store(panel + (d / 2 + i) * kKeys + half, keys[i]);
-      }
-    }
-  }
-
-  // Values c .. end - 1 into a panel, in which one load has the same 16 dimensions of two slots.
-  void rearrange_values(const BFloat16* v, int64_t c, int64_t end, uint32_t* panel) const {
-    for (; c < end; c += 2) {
-      for (int64_t d = 0; d < all.D; d += 16, panel += 16) {
-        const BFloat16* first = v + c * all.D + d;
-        store(panel, interleave(first, first + all.D, c + 1 < end ? 16 : 0));
-      }
-    }
-  }
-
-  // Scores of rows r .. r + R - 1 and the 32 keys of a panel.
-  template <int R>
-  void score(Task& task, int64_t r, int64_t c) const {
-    Floats sum[R][2];
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 2; j++) sum[i][j] = every(0.0f);
-    const BFloat16* rows[R];
-    UNROLL for (int i = 0; i < R; i++) rows[i] = all.q + query_start(task, r + i);
-    for (int64_t d = 0; d < all.D; d += 2) {
-      const uint32_t* keys = task.panel.data() + d / 2 * kKeys;
-      const Pairs low = load_pairs(keys), high = load_pairs(keys + 16);
-      UNROLL for (int i = 0; i < R; i++) {
-        const Pairs query = every_pair(rows[i] + d);
-        sum[i][0] = dot_pairs(sum[i][0], low, query);
-        sum[i][1] = dot_pairs(sum[i][1], high, query);
-      }
-    }
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < 2; j++) {
-      store(task.scores.data() + (r + i) * task.width + c + 16 * j, sum[i][j]);
-    }
-  }
-
-  // The softmax of row r but for its division: e^(score - largest), which it sums, in bfloat16, in the first half of the
-  // memory of the scores. It is 0 for slots of `columns` that the row does not see.
-  void softmax(Task& task, int64_t r, Range columns) const {
-    float* row = task.scores.data() + r * task.width;
-    BFloat16* to = reinterpret_cast<BFloat16*>(row);
-    const Range seen = task.seen[r];
-    const BFloat16* mask = all.mask_of(task.b, task.first + r / all.group);
-    const Floats none = every(-INFINITY);
-    Floats largest = none, sum = every(0.0f);
-    for (int64_t c = seen.begin; c < seen.end; c += 16) {
-      const int64_t left = all.slots - c;
-      const Floats scaled = multiply_add(load(row + c), every(all.scale), load(mask + c, left));
-      const Floats score = select(first_lanes(left), scaled, none);
-      store(row + c, score);
-      largest = max(largest, score);
-    }
-    const float most = reduce_max(largest);
-    for (int64_t c = columns.begin; c < columns.end; c += 16) {
-      const bool inside = seen.begin <= c && c < seen.end;
-      const Floats power = inside ? exp_of(load(row + c) - every(most)) : every(0.0f);
-      sum = sum + power;
-      store(to + c, power);
-    }
-    task.sums[r] = reduce_add(sum);
-  }
-
-  // Adds softmax x values c .. end - 1 to rows r .. r + R - 1. N = D / 16.
-  template <int N, int R>
-  void weighted_sum(Task& task, int64_t r, int64_t c, int64_t end) const {
-    Floats sum[R][N];
-    float* out = task.out.data() + r * 16 * N;
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) sum[i][j] = load(out + (i * N + j) * 16);
-    const uint32_t* panel = task.panel.data();
-    for (; c < end; c += 2, panel += 16 * N) {
-      Pairs values[N];
-      UNROLL for (int j = 0; j < N; j++) values[j] = load_pairs(panel + 16 * j);
-      UNROLL for (int i = 0; i < R; i++) {
-        const float* row = task.scores.data() + (r + i) * task.width;
-        const Pairs weights = every_pair(reinterpret_cast<const BFloat16*>(row) + c);
-        UNROLL for (int j = 0; j < N; j++) sum[i][j] = dot_pairs(sum[i][j], values[j], weights);
-      }
-    }
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(out + (i * N + j) * 16, sum[i][j]);
-  }
-
-  // All rows from r on, R at a time; those left over half as many at a time.
-  template <int R>
-  void score_rows(Task& task, int64_t r, int64_t c) const {
-    for (; r + R <= task.rows; r += R) {
-      const Range seen = seen_by(task, r, r + R);
-      if (seen.begin < c + kKeys && c < seen.end) score<R>(task, r, c);
-    }
-    if constexpr (R > 1) score_rows<R / 2>(task, r, c);
-  }
-
-  template <int N, int R>
-  void weighted_sum_rows(Task& task, int64_t r, int64_t c, int64_t end) const {
-    for (; r + R <= task.rows; r += R) {
-      const Range seen = seen_by(task, r, r + R);
-      if (seen.begin < end && c < seen.end) weighted_sum<N, R>(task, r, c, std::min(end, round_up(seen.end, 2)));
-    }
-    if constexpr (R > 1) weighted_sum_rows<N, R / 2>(task, r, c, end);
-  }
-
-  template <int N>
-  void attend(Task& task) const {
-    const int64_t start = all.cache_start(task.b, task.kv_head);
-    Range seen = seen_by(task, 0, task.rows);
-    seen.end = std::min(seen.end, all.slots);
-    for (int64_t c = seen.begin / kKeys * kKeys; c < seen.end; c += kKeys) {
-      rearrange_keys(all.k + start, c, seen.end, task.panel.data());
-      score_rows<kScoreRows>(task, 0, c);
-    }
-    const Range columns{seen.begin / kValues * kValues, round_up(seen.end, kValues)};  // of whole blocks of values
-    for (int64_t r = 0; r < task.rows; r++) softmax(task, r, columns);
-    std::fill(task.out.begin(), task.out.end(), 0.0f);
-    for (int64_t c = columns.begin; c < seen.end; c += kValues) {
-      const int64_t end = std::min(seen.end, c + kValues);
-      rearrange_values(all.v + start, c, end, task.panel.data());
-      weighted_sum_rows<N, std::max(1, kValueVectors / N)>(task, 0, c, end);
-    }
-    for (int64_t r = 0; r < task.rows; r++) {
-      const float scale = 1.0f / task.sums[r];
-      BFloat16* y = all.y + query_start(task, r);
-      for (int j = 0; j < N; j++) store(y + 16 * j, load(task.out.data() + (r * N + j) * 16) * every(scale));
-    }
-  }
-
-  void attend_all(const Threads& threads) const {
-    const int64_t heads = all.kv_heads(), width = round_up(all.slots, kValues);
-    const int64_t positions = std::max<int64_t>(1, std::min(kPositions, kScores / (width * all.group)));
-    const int64_t parts = divide_up(all.S, positions), rows = positions * all.group;
-    const auto prepare = [&] {
-      Task task{.width = width};
-      task.scores.resize(rows * width), task.sums.resize(rows), task.out.resize(rows * all.D);
-      task.panel.resize(std::max(kKeys, kValues) * all.D / 2);
-      return task;
-    };
-    threads.for_each(parts * all.B * heads, prepare, [&](Task& task, int64_t i) {
-      const int64_t part = parts - 1 - i / (all.B * heads);  // the last positions, which see most, come first
-      task.b = i / heads % all.B, task.kv_head = i % heads, task.first = part * positions;
-      task.rows = std::min(positions, all.S - task.first) * all.group;
-      task.seen.resize(task.rows);
-      for (int64_t r = 0; r < task.rows; r++) {
-        task.seen[r] = r % all.group ? task.seen[r - 1] : all.seen_slots(task.b, task.first + r / all.group);
-      }
-      with_vectors_of(all.D, [&](auto n) { attend<n>(task); });
-    });
-  }
-};
-
-// Whether there is code for S queries a row.
-inline bool can_attend(int64_t S, Dtype dtype) {
-  return S <= kFewRows || dtype == Dtype::bfloat16;
-}
-
-template <class Element>
-void attend_queries(const Attention<Element>& queries, const Threads& threads) {
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    if (queries.S > kFewRows) return ManyQueries{queries}.attend_all(threads);
-  }
-  FewQueries<Element>{queries}.attend_all(threads);
-}
 
 }  // namespace gpt_faster

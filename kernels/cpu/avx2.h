@@ -38,6 +38,11 @@ INLINE __m256 widened(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi
 
 INLINE Floats load(const BFloat16* from) { return {widened(load_half(from)), widened(load_half(from + 8))}; }
 
+INLINE __m256 widened(const int8_t* from) {  // 8 of them
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+INLINE Floats load(const int8_t* from) { return {widened(from), widened(from + 8)}; }
+
 INLINE void store(float* to, Floats value) {
   _mm256_storeu_ps(to, value.low);
   _mm256_storeu_ps(to + 8, value.high);

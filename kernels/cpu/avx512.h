@@ -33,6 +33,10 @@ INLINE Floats load(const BFloat16* from, int64_t count = 16) {
   return (Floats)_mm512_slli_epi32(wide, 16);
 }
 
+INLINE Floats load(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
 INLINE void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 
 INLINE void store(Half* to, Floats value) {

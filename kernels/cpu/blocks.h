@@ -6,7 +6,7 @@
 // each other where one needs what another made. For many tokens every step is a region of its own.
 #pragma once
 
-#include "attention.h"
+#include "attention_many.h"
 #include "linear.h"
 
 namespace gpt_faster {
@@ -64,7 +64,7 @@ struct Block {
 };
 
 struct LayerCache {
-  void *k, *v;  // [R, n_kv_head, C', D]
+  Vectors k, v;
 };
 
 // One call: sizes, arguments and scratch. Rows m = 0 .. M - 1 are the S tokens of row 0 of the batch, then of row 1 ...
@@ -85,7 +85,7 @@ struct Blocks {
   Element *normed, *qkv, *q, *attended, *gate_up, *hidden, *made;
   // quantised activations, in turn: one is written while another thread may still read the other
   void *quantised, *other_quantised;
-  float* scores;  // [threads, slots + 16]
+  float *found, *attend_scratch;  // see FewQueries; of the latter each thread has its own
 
   void take_scratch(Scratch& scratch) {
     const int64_t widest = std::max({dim, width, n_head * D});
@@ -95,7 +95,11 @@ struct Blocks {
     hidden = scratch.take<Element>(M * width);
     quantised = scratch.take<char>(Activations::bytes(M, widest, dtype_of<Element>));
     other_quantised = scratch.take<char>(Activations::bytes(M, widest, dtype_of<Element>));
-    scores = scratch.take<float>(threads.count * (slots + 16));
+    if (M > kFewRows) return;
+    const Attention<Element> attention = this->attention(caches[0]);
+    const FewQueries<Element> few{attention, nullptr};
+    found = scratch.take<float>(few.found_size());
+    attend_scratch = scratch.take<float>(threads.count * few.scratch_size());
   }
 
   void normalise(const void* norm, const Linear& next, Range rows) const {
@@ -113,19 +117,21 @@ struct Blocks {
       const int64_t m = i / rotated, h = i % rotated;
       const bool is_key = h >= n_head;
       const int64_t cache_row = cache_rows ? cache_rows[m / S] : m / S;
-      const int64_t slot = ((cache_row * n_kv_head + h - n_head) * cache_slots + pos[m]) * D;
+      const int64_t slot = (cache_row * n_kv_head + h - n_head) * cache_slots + pos[m];
       const Element* from = qkv + (m * (rotated + n_kv_head) + h) * D;
-      Element* to = is_key ? static_cast<Element*>(cache.k) + slot : q + (m * n_head + h) * D;
+      Element key[256], *to = is_key ? key : q + (m * n_head + h) * D;  // no head_dim is larger
       const void* norm = is_key ? block.k_norm : block.q_norm;
       if (norm) rms_norm(from, static_cast<const Element*>(norm), to, D, eps);
       else std::memcpy(to, from, D * sizeof(Element));
       rotate(to, cos + m * D / 2, sin + m * D / 2, D);
-      if (is_key) std::memcpy(static_cast<Element*>(cache.v) + slot, from + n_kv_head * D, D * sizeof(Element));
+      if (!is_key) continue;
+      cache.k.write(slot, key, D);
+      cache.v.write(slot, from + n_kv_head * D, D);
     }
   }
 
   Attention<Element> attention(const LayerCache& cache) const {
-    return {.q = q, .k = static_cast<const Element*>(cache.k), .v = static_cast<const Element*>(cache.v),
+    return {.q = q, .k = cache.k, .v = cache.v,
             .cache_rows = cache_rows, .mask = mask, .y = attended, .B = B, .S = S, .H = n_head, .D = D,
             .group = n_head / n_kv_head, .cache_slots = cache_slots, .slots = slots, .mask_row = S * slots,
             .mask_query = slots, .scale = scale};
@@ -158,9 +164,12 @@ struct Blocks {
     place_heads(block, cache, share(M * (n_head + n_kv_head), 1));
     wait_for_all();
     const Attention<Element> attention = this->attention(cache);
-    for (int64_t i = queries.begin; i < queries.end; i++) {  // queries that share a key head one after another
-      const int64_t b = i / (n_head * S), h = i / S % n_head, s = i % S;
-      FewQueries<Element>{attention}.attend(b, s, h, scores + thread * (slots + 16));
+    const FewQueries<Element> few{attention, found};
+    few.attend(share(few.tasks(), 1), attend_scratch + thread * few.scratch_size());
+    if (few.parts() > 1) wait_for_all();  // else a thread joins what it has found itself
+    for (int64_t i = queries.begin; i < queries.end; i++) {
+      few.join(i);
+      const auto [b, s, h] = few.query(i);
       block.wo.quantise_inputs(attended, M, other_quantised, b * S + s, {h * D, (h + 1) * D});
     }
     wait_for_all();

@@ -94,10 +94,7 @@ void quantise(const Element* x, const CodesWeight& weight, const Activations& to
       store(static_cast<float*>(to.values) + at, low);
       store(static_cast<float*>(to.values) + at + 16, high);
     } else {
-      // the bits of positive numbers, read as integers, are in the same order, and NaN is the largest of all
-      const int32_t largest_bits = reduce_max(max(bits_of(abs(low)), bits_of(abs(high))));
-      float largest;
-      std::memcpy(&largest, &largest_bits, 4);
+      const float largest = largest_of(max(bits_of(abs(low)), bits_of(abs(high))));
       const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;  // of smaller ones it would be infinite
       const Ints low_codes = round_to_int(low * every(inverse)), high_codes = round_to_int(high * every(inverse));
       store(static_cast<int8_t*>(to.values) + at, low_codes);

@@ -66,6 +66,13 @@ INLINE Floats load(const BFloat16* from) {
   return each<Floats>([](uint32x4_t bits) { return (float32x4_t)bits; }, wide);
 }
 
+INLINE Floats load(const int8_t* from) {
+  const int8x16_t bytes = vld1q_s8(from);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+          vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+}
+
 INLINE void store(float* to, Floats value) {
   UNROLL for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, value.part[i]);
 }

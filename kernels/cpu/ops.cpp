@@ -8,7 +8,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "attention.h"
+#include "attention_many.h"
 #include "blocks.h"
 #include "experts.h"
 #include "linear.h"
@@ -195,26 +195,36 @@ Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weigh
 
 // ---------------------------------------------------------------- attention
 
+// Keys or values of a layer [R, Hkv, C', D] of a dtype or, with float32 scales [R, Hkv, C'], int8.
+Vectors vectors_of(const Tensor& data, const OptionalTensor& scales, at::ScalarType dtype, const char* op) {
+  TORCH_CHECK(data.dim() == 4 && data.is_contiguous() && data.is_cpu(), op, ": k or v is no contiguous cache");
+  TORCH_CHECK(data.scalar_type() == (scales ? at::kChar : dtype), op, ": several dtypes, or int8 without scales");
+  TORCH_CHECK(!scales || (scales->sizes() == data.sizes().slice(0, 3) && scales->scalar_type() == at::kFloat &&
+                          scales->is_contiguous()), op, ": scales are not float32 [R, Hkv, C'] and contiguous");
+  return {.data = data.mutable_data_ptr(), .scales = scales ? scales->mutable_data_ptr<float>() : nullptr};
+}
+
 // Queries and the filled part of the cache: q [B, S, H, D], k and v [R, Hkv, C', D], of which row b uses row cache_rows[b],
 // or b if there are no cache_rows; mask [B, S, C] of zeros and -inf over the first C slots; scale of q k -> [B, S, H, D].
-// D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cache_rows, const Tensor& mask,
-              double scale) {
+// D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16. k and v are int8 if they have scales [R, Hkv, C'].
+Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, const Tensor& v,
+              const OptionalTensor& v_scales, const OptionalTensor& cache_rows, const Tensor& mask, double scale) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && mask.dim() == 3, "attend: q, k, v and mask have 4, 4, 4 and 3 dimensions");
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), n_kv_head = k.size(1), slots = mask.size(2);
   const Dtype dtype = dtype_from(q.scalar_type(), "attend");
   check_head_dim(D, "attend");
   check_queries(S, dtype, "attend");
-  TORCH_CHECK(k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous(), "attend: k and v are no contiguous caches");
-  TORCH_CHECK(k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 && mask.size(0) == B && mask.size(1) == S &&
+  const Vectors keys = vectors_of(k, k_scales, q.scalar_type(), "attend");
+  const Vectors values = vectors_of(v, v_scales, q.scalar_type(), "attend");
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 && mask.size(0) == B && mask.size(1) == S &&
               0 < slots && slots <= k.size(2), "attend: sizes of q, k and mask do not fit");
-  for (const Tensor& like : {k, v, mask}) TORCH_CHECK(like.scalar_type() == q.scalar_type(), "attend: several dtypes");
+  TORCH_CHECK(mask.scalar_type() == q.scalar_type(), "attend: several dtypes");
   const int64_t* rows = checked_rows(cache_rows, B, k.size(0), "attend");
   Tensor y = at::empty(q.sizes(), q.options());
   const Tensor qc = contiguous(q), mc = mask.stride(2) == 1 ? mask : contiguous(mask);
   with_type_of(dtype, [&](auto element) {
     using Element = decltype(element);
-    attend_queries(Attention<Element>{.q = data<Element>(qc), .k = data<Element>(k), .v = data<Element>(v), .cache_rows = rows,
+    attend_queries(Attention<Element>{.q = data<Element>(qc), .k = keys, .v = values, .cache_rows = rows,
                               .mask = data<Element>(mc), .y = static_cast<Element*>(y.mutable_data_ptr()), .B = B, .S = S,
                               .H = H, .D = D, .group = H / n_kv_head, .cache_slots = k.size(2), .slots = slots,
                               .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale)},
@@ -259,7 +269,7 @@ struct JoinedBlocks {
 struct JoinedCache {
   static constexpr char kMadeBy[] = "join_cache";
   std::vector<LayerCache> layers;
-  std::vector<Tensor> tensors;  // kept alive
+  std::vector<OptionalTensor> tensors;  // kept alive
 };
 
 constexpr int64_t kTensors = 16;  // of a block
@@ -314,22 +324,22 @@ Tensor join_blocks(const c10::List<OptionalTensor>& tensors, double eps, double 
   return handle_of(std::move(joined));
 }
 
-// The caches of all layers as one handle for run_blocks, which keeps them: of each layer keys and values
-// [R, n_kv_head, C', D].
-Tensor join_cache(at::TensorList keys, at::TensorList values) {
-  TORCH_CHECK(!keys.empty() && keys.size() == values.size(), "join_cache: ", keys.size(), " keys, ", values.size(), " values");
-  TORCH_CHECK(keys[0].dim() == 4, "join_cache: keys are not [R, n_kv_head, C', D]");
-  check_head_dim(keys[0].size(3), "join_cache");
-  dtype_from(keys[0].scalar_type(), "join_cache");
-  JoinedCache joined;
-  for (size_t i = 0; i < keys.size(); i++) {
-    for (const Tensor& tensor : {keys[i], values[i]}) {
-      TORCH_CHECK(tensor.sizes() == keys[0].sizes() && tensor.scalar_type() == keys[0].scalar_type() &&
-                  tensor.is_contiguous() && tensor.is_cpu(), "join_cache: layer ", i, " is unlike layer 0 or not contiguous");
-      joined.tensors.push_back(tensor);
-    }
-    joined.layers.push_back({.k = keys[i].mutable_data_ptr(), .v = values[i].mutable_data_ptr()});
+// The caches of all layers as one handle for run_blocks, which keeps them: of each layer, in this order, keys
+// [R, n_kv_head, C', D], their scales or none, values, their scales or none.
+Tensor join_cache(const c10::List<OptionalTensor>& tensors) {
+  TORCH_CHECK(!tensors.empty() && tensors.size() % 4 == 0, "join_cache: ", tensors.size(), " tensors");
+  JoinedCache joined{.tensors = tensors.vec()};
+  const auto& all = joined.tensors;
+  for (size_t i = 0; i < all.size(); i += 2) {
+    TORCH_CHECK(all[0] && all[i] && all[i]->sizes() == all[0]->sizes() && all[i + 1].has_value() == all[1].has_value(),
+                "join_cache: keys or values are missing, or unlike the first");
+    const auto dtype = all[0]->scalar_type();
+    if (!all[1]) dtype_from(dtype, "join_cache");
+    const Vectors vectors = vectors_of(*all[i], all[i + 1], dtype, "join_cache");
+    if (i % 4 == 0) joined.layers.push_back({.k = vectors, .v = {}});
+    else joined.layers.back().v = vectors;
   }
+  check_head_dim(all[0]->size(3), "join_cache");
   return handle_of(std::move(joined));
 }
 
@@ -342,9 +352,9 @@ Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, co
   const auto& joined = object_of<JoinedBlocks>(blocks, "run_blocks");
   const auto& caches = object_of<JoinedCache>(cache, "run_blocks");
   const Block& first = joined.blocks[0];
-  const Tensor& keys = caches.tensors[0];
+  const Tensor& keys = *caches.tensors[0];
   const int64_t D = keys.size(3), n_kv_head = keys.size(1), n_head = first.wo.in / D, cache_slots = keys.size(2);
-  TORCH_CHECK(joined.blocks.size() == caches.layers.size() && keys.scalar_type() == x.scalar_type() &&
+  TORCH_CHECK(joined.blocks.size() == caches.layers.size() && (caches.tensors[1] || keys.scalar_type() == x.scalar_type()) &&
               first.wo.in == n_head * D && first.wqkv.out == (n_head + 2 * n_kv_head) * D && n_head % n_kv_head == 0 &&
               (joined.head_norm == 0 || joined.head_norm == D), "run_blocks: the cache does not fit the blocks");
 
@@ -384,9 +394,10 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
-  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? cache_rows, Tensor mask, float scale) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor? k_scales, Tensor v, Tensor? v_scales, Tensor? cache_rows, Tensor mask, "
+        "float scale) -> Tensor");
   m.def("join_blocks(Tensor?[] tensors, float eps, float scale) -> Tensor");
-  m.def("join_cache(Tensor[] keys, Tensor[] values) -> Tensor");
+  m.def("join_cache(Tensor?[] tensors) -> Tensor");
   // It writes to the caches that its argument `cache` stands for. The schema does not say so, because the compiler would
   // then copy the handle: nothing else reads the caches in the same graph, and every use of the result comes after.
   m.def("run_blocks(Tensor x, Tensor blocks, Tensor cache, Tensor? cache_rows, Tensor pos, Tensor cos, Tensor sin, "

@@ -75,6 +75,15 @@ INLINE Pairs every_pair(const void* from) {
 // The lanes below `count`.
 INLINE Ints first_lanes(int64_t count) { return lane_numbers() < every(static_cast<int32_t>(count)); }
 
+// The largest of the numbers whose bits, without signs, these are: read as integers they are in the same order, and NaN is
+// the largest of all.
+INLINE float largest_of(Ints bits) {
+  const int32_t largest = reduce_max(bits);
+  float value;
+  std::memcpy(&value, &largest, 4);
+  return value;
+}
+
 // e^x for x <= 0, to one unit in the last place or two: 2^n times a polynomial in what is left of x / ln 2.
 INLINE Floats exp_of(Floats x) {
   const Floats n = round(x * every(1.44269504f));

@@ -62,7 +62,24 @@ def _rotated(x, at, token, present, cos, sin, norm,
 
 
 @triton.jit
-def _write(qkv, k_cache, v_cache, pos, cos, sin, k_norm, row, head, first, end, S,
+def _put(cache, scales, slot, x1, x2, present, D: tl.constexpr, HALF: tl.constexpr):
+    """Write vectors to the slots [R] of one head; if there are scales as codes, see `model.quantize_vectors`."""
+    if scales is not None:
+        x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+        scale = tl.maximum(tl.maximum(tl.max(tl.abs(x1), 1), tl.max(tl.abs(x2), 1)) / 127, 1e-30)
+        tl.store(scales + slot, scale, present)
+        x1, x2 = _rounded(x1 / scale[:, None]).to(tl.int8), _rounded(x2 / scale[:, None]).to(tl.int8)
+    _store(cache + slot[:, None] * D, x1, x2, present, D, HALF)
+
+
+@triton.jit
+def _rounded(x):
+    """To the nearest whole number, ties to even, of float32 below 2^22: the sum has no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23
+
+
+@triton.jit
+def _write(qkv, k_cache, k_scales, v_cache, v_scales, pos, cos, sin, k_norm, row, head, first, end, S,
            H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
            EPS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """Write the row's new keys and values of one head whose slots are from first to end; others stay."""
@@ -74,15 +91,19 @@ def _write(qkv, k_cache, v_cache, pos, cos, sin, k_norm, row, head, first, end, 
         if tl.max(mine.to(tl.int32), 0) > 0:
             at = (token * (H + 2 * KV) + H + head) * D
             k1, k2 = _rotated(qkv, at, token, mine, cos, sin, k_norm, D, HALF, EPS, OFFSET)
-            _store(k_cache + slot[:, None] * D, k1, k2, mine, D, HALF)
+            _put(k_cache, k_scales, slot, k1, k2, mine, D, HALF)
             v1, v2 = _halves(qkv + (at + KV * D)[:, None], mine, D, HALF)
-            _store(v_cache + slot[:, None] * D, v1, v2, mine, D, HALF)
+            _put(v_cache, v_scales, slot, v1, v2, mine, D, HALF)
 
 
 @triton.jit
-def _cached(cache, slot, end, D: tl.constexpr, HALF: tl.constexpr):
-    """The keys or values of one head. No other place reads a cache."""
-    return _halves(cache + slot[:, None] * D, slot < end, D, HALF)
+def _cached(cache, scales, slot, end, dtype: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """The keys or values of one head, of codes in dtype. No other place reads a cache."""
+    x1, x2 = _halves(cache + slot[:, None] * D, slot < end, D, HALF)
+    if scales is not None:  # not after the products, because probabilities times scales would leave float16
+        scale = tl.load(scales + slot, slot < end, 0.0)[:, None]
+        x1, x2 = (x1 * scale).to(dtype), (x2 * scale).to(dtype)
+    return x1, x2
 
 
 @triton.jit
@@ -136,18 +157,22 @@ def _hand_over(y1, y2, weight, made, weights, counters, y, at, present, n_row, D
 
 
 @triton.jit
-def attend_part(qkv, k_cache, v_cache, cache_rows, pos, cos, sin, q_norm, k_norm, made, weights, counters, y, S,
-                n_slots, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERIES: tl.constexpr,
-                TOKENS: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-                WINDOW: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+def attend_part(qkv, k_cache, k_scales, v_cache, v_scales, cache_rows, pos, cos, sin, q_norm, k_norm, made, weights,
+                counters, y, S, n_slots, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                QUERIES: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr,
+                SCALE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, EPS: tl.constexpr,
+                OFFSET: tl.constexpr):  # fmt: skip
     """A part of the slots for up to QUERIES queries of one key head of one row: see `attend`."""
     part, head, row = tl.program_id(0), tl.program_id(1) % KV, tl.program_id(2)
     at_cache = (row if cache_rows is None else tl.load(cache_rows + row)).to(tl.int64)
-    k_cache += (at_cache * KV + head) * n_slots * D
-    v_cache += (at_cache * KV + head) * n_slots * D
+    at_cache = (at_cache * KV + head) * n_slots
+    k_cache, v_cache = k_cache + at_cache * D, v_cache + at_cache * D
+    if k_scales is not None:
+        k_scales, v_scales = k_scales + at_cache, v_scales + at_cache
     begin = part * PART
     end = n_slots if part == tl.num_programs(0) - 1 else begin + PART
-    _write(qkv, k_cache, v_cache, pos, cos, sin, k_norm, row, head, begin, end, S, H, KV, D, HALF, TOKENS, EPS, OFFSET)
+    _write(qkv, k_cache, k_scales, v_cache, v_scales, pos, cos, sin, k_norm, row, head, begin, end, S,
+           H, KV, D, HALF, TOKENS, EPS, OFFSET)  # fmt: skip
     tl.debug_barrier()  # other threads of this program read what was written
 
     query = tl.program_id(1) // KV * QUERIES + tl.arange(0, QUERIES)  # [tokens, heads]
@@ -167,8 +192,8 @@ def attend_part(qkv, k_cache, v_cache, cache_rows, pos, cos, sin, q_norm, k_norm
         seen = slot[None] <= own[:, None]
         if WINDOW is not None:
             seen &= slot[None] > own[:, None] - WINDOW
-        k1, k2 = _cached(k_cache, slot, end, D, HALF)
-        v1, v2 = _cached(v_cache, slot, end, D, HALF)
+        k1, k2 = _cached(k_cache, k_scales, slot, end, q1.dtype, D, HALF)
+        v1, v2 = _cached(v_cache, v_scales, slot, end, q1.dtype, D, HALF)
         top, total, y1, y2 = _attended(q1, q2, k1, k2, v1, v2, seen, top, total, y1, y2, SCALE, CAP)
     kept = tl.where(total > 0, 1 / total, 0.0)[:, None]  # nothing may be seen of a part
     at, n_row = token * H + q_head, tl.num_programs(2) * S * H
@@ -180,11 +205,13 @@ def new_counters(n_head: int, device: torch.device) -> Tensor:
     return torch.zeros(MOST_ROWS * n_head * MOST_TOKENS // 32, dtype=torch.int32, device=device)
 
 
-def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor | None, pos: Tensor, cos: Tensor,
-           sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, counters: Tensor, norm_offset: bool, eps: float,
-           scale: float, cap: float | None, window: int | None, length: int) -> Tensor:  # fmt: skip
+def attend(qkv: Tensor, k_cache: Tensor, k_scales: Tensor | None, v_cache: Tensor, v_scales: Tensor | None,
+           cache_rows: Tensor | None, pos: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None,
+           k_norm: Tensor | None, counters: Tensor, norm_offset: bool, eps: float, scale: float, cap: float | None,
+           window: int | None, length: int) -> Tensor:  # fmt: skip
     """Write the keys and values of qkv [B, S, H + 2 Hkv, D] at pos [B, S] to the caches [N, Hkv, C, D], then attend.
 
+    k_scales, v_scales: float32 [N, Hkv, C] of caches of int8 codes, None of others.
     cache_rows [B] int64: the row of the cache of each row; None: row b. cos, sin [B, S, 1, D/2] float32; q_norm, k_norm
     [D]: weights of RMSNorm. counters of `new_counters`. window: a query at p sees the slots from p - window + 1 to p;
     None: from 0. length: of the prefix that holds every slot seen; it decides the parts. Returns [B, S, H * D].
@@ -207,8 +234,8 @@ def attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor | N
     grid = (n_part, KV * -(-S * H // KV // queries), B)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         attend_part[grid](
-            qkv.contiguous(), k_cache, v_cache, cache_rows, *tensors, q_norm, k_norm, made, weights, counters, y, S,
-            n_slots, H, KV, D, half, queries, min(16, triton.next_power_of_2(S)), size, slots,
+            qkv.contiguous(), k_cache, k_scales, v_cache, v_scales, cache_rows, *tensors, q_norm, k_norm, made, weights,
+            counters, y, S, n_slots, H, KV, D, half, queries, min(16, triton.next_power_of_2(S)), size, slots,
             scale, cap, window, eps, norm_offset, num_warps=4 if half <= 64 else 8,
         )  # fmt: skip
     return y

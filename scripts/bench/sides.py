@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cache import slots_for
+from engine.cache import row_bytes, slots_for
 from engine.compile import compile_step
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
@@ -35,6 +35,7 @@ from measure.machine import measured_bandwidth, peak_memory
 from model import ModelArgs
 from scripts.bench.report import ROOT
 from weights.checkpoint import load_model, random_model
+from weights.device import parse_cache_dtype
 from weights.files import GB
 from weights.layout import weight_bytes
 from weights.registry import REGISTRY, args_from_name
@@ -92,7 +93,7 @@ def measure_case(engine: Engine, case: Case) -> dict[str, float]:
 class Ours:
     """gpt-faster as `generate.py --compile --compile_prefill --quantize PRECISION` runs it.
 
-    guesses: tokens that prompt lookup guesses a round; 0: it does not speculate.
+    guesses: tokens that prompt lookup guesses a round; 0: it does not speculate. cache_dtype: as `parse_cache_dtype`.
     """
 
     def __init__(
@@ -104,11 +105,13 @@ class Ours:
         compiled: bool = True,
         compiled_prefill: bool = True,
         guesses: int = 0,
+        cache_dtype: str | None = None,
     ):
         torch.set_num_threads(threads)
         spec, head = PRECISIONS[precision]
         load = partial(random_model, head=head) if model in REGISTRY else load_model
         loaded = load(model, torch.device(device), quantize=spec)
+        loaded.cache_dtype = parse_cache_dtype(cache_dtype)
         speculation = None
         if guesses:
             check = compile_step(verify, loaded.device)
@@ -119,11 +122,11 @@ class Ours:
         return measure_case(self.engine, case)
 
     def bandwidth(self) -> dict[str, float]:
-        model, args = self.engine.model, self.engine.model.args
+        model = self.engine.model
         return {
             "measured_bandwidth_gb_s": measured_bandwidth(model.device),
             "weight_bytes_per_token": weight_bytes(model),
-            "kv_bytes_per_position": 2 * args.n_layer * args.n_kv_head * args.head_dim * model.dtype.itemsize,
+            "kv_bytes_per_position": row_bytes(model, 1),
         }
 
     def profile(self, path: str) -> dict[str, list]:
@@ -295,6 +298,7 @@ SIDES = {
     "eager": partial(Ours, compiled=False, compiled_prefill=False),
     "compiled step": partial(Ours, compiled_prefill=False),
     "compiled prefill": partial(Ours, compiled=False),
+    "compiled step, int8 cache": partial(Ours, compiled_prefill=False, cache_dtype="int8"),
     "compiled step, ngram guesses": partial(Ours, compiled_prefill=False, guesses=4),
 }
 

@@ -24,12 +24,13 @@ from weights.layout import Layout
 
 SMALL = {"dim": 64, "head_dim": 16, "n_head": 4, "n_kv_head": 2, "intermediate_size": 96, "vocab_size": 160}
 BF16, F32 = torch.bfloat16, torch.float32
-CASES = {  # family, format, dtype, rows, tokens a row
+CASES = {  # family, format, dtype, rows, tokens a row, and the dtype of the cache if it is another
     "plain": ("plain", "bf16", F32, 1, 1),
     "plain in bf16": ("plain", "bf16", BF16, 4, 1),
     "int8": ("plain", "int8", F32, 1, 1),
     "int8 in bf16": ("plain", "int8", BF16, 2, 3),
     "int4": ("plain", "int4", F32, 1, 1),
+    "int8 cache": ("plain", "bf16", F32, 2, 3, torch.int8),
     "biased": ("biased", "bf16", F32, 1, 3),
     "capped": ("capped", "bf16", F32, 2, 1),
     "experts": ("experts", "bf16", F32, 1, 1),
@@ -39,7 +40,7 @@ CASES = {  # family, format, dtype, rows, tokens a row
 
 def off(name: str) -> float:
     """The largest difference of a logit, or of a value in the cache, from the plain layers, of the largest value."""
-    family, form, dtype, n_rows, n_tokens = CASES[name]
+    family, form, dtype, n_rows, n_tokens, *cache_dtype = CASES[name]
     args, spec = replace(FAMILIES[family], **SMALL), FORMATS[form]
     torch.manual_seed(0)
     layout, state = random_state(args, spec, dtype)
@@ -48,6 +49,8 @@ def off(name: str) -> float:
     fake = fake_model(args, spec, dtype)
     tokens, rows = torch.randint(args.vocab_size, (n_rows, n_tokens)), torch.full((n_rows, 1), n_tokens - 1)
     pos = (7 + torch.arange(n_tokens)).repeat(n_rows, 1)
+    for model in (plain, real, fake):
+        model.cache_dtype = next(iter(cache_dtype), None)
     caches = [model.new_cache(n_rows, 512) for model in (plain, real)]
     with FAKE, torch.inference_mode():
         caches.append(fake.new_cache(n_rows, 512))

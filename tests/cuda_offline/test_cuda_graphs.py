@@ -31,12 +31,13 @@ MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "capped": 11}  # a layer
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
 
-def check(family, form, call, n_rows, sm=90, ranks=None):
+def check(family, form, call, n_rows, sm=90, ranks=None, cache_dtype=None):
     """One graph; all on the device; only caches written; nothing captured waits; few kernels; no copies of weights.
 
     Returns its kernels.
     """
     model = fake_model(FAMILIES[family], FORMATS[form], ranks=ranks)
+    model.cache_dtype = cache_dtype
     function, arguments = call_of(call, model, n_rows)
     made = generated(function, *arguments, sm=sm)
     record = recorded(made)  # an operator that waits cannot be recorded
@@ -51,9 +52,9 @@ def check(family, form, call, n_rows, sm=90, ranks=None):
     return record.tuners
 
 
-@pytest.mark.parametrize(*pairwise(**CHOICES))
-def test_a_graph_can_be_captured(family, form, call, n_rows):
-    check(family, form, call, n_rows)
+@pytest.mark.parametrize(*pairwise(**CHOICES, cache_dtype=(None, torch.int8)))
+def test_a_graph_can_be_captured(family, form, call, n_rows, cache_dtype):
+    check(family, form, call, n_rows, cache_dtype=cache_dtype)
 
 
 def check_machine_code(kernels, sm):

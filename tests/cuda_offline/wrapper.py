@@ -25,7 +25,7 @@ OURS = {
     torch.ops.gpt_faster.attend_cached.default: attention.attend,
     torch.ops.gpt_faster.experts.default: experts.experts,
 }
-CACHES = ("k_cache", "v_cache")
+CACHES = ("k_cache", "k_scales", "v_cache", "v_scales")
 READ_BACK = (*CACHES, "partials", "made", "weights")  # what a kernel of ours writes and reads
 OUTPUTS = {  # of each kernel of ours, the arguments that it writes to
     "gemv": ("y",),

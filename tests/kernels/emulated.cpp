@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <string>
 
-#include "attention.h"
 #include "blocks.h"
 #include "experts.h"
 #include "linear.h"
@@ -111,35 +110,40 @@ void run_experts(Tensor* args) {
   write(y.data(), y.size() * sizeof(Element));
 }
 
+// Keys or values, and their scales or none.
+Vectors vectors_of(Tensor* two) { return {.data = two[0].data<void>(), .scales = two[1].data<float>()}; }
+
 template <class Element>
 void run_attend(Tensor* args) {
-  Tensor &q = args[0], &k = args[1], &v = args[2], &cache_rows = args[3], &mask = args[4];
+  Tensor &q = args[0], &k = args[1], &cache_rows = args[5], &mask = args[6];
   std::vector<Element> y(q.rows() * q.size(3));
   const int64_t slots = mask.size(2);
-  attend_queries(Attention<Element>{.q = q.data<Element>(), .k = k.data<Element>(), .v = v.data<Element>(),
+  attend_queries(Attention<Element>{.q = q.data<Element>(), .k = vectors_of(args + 1), .v = vectors_of(args + 3),
                                     .cache_rows = cache_rows.data<int64_t>(), .mask = mask.data<Element>(), .y = y.data(),
                                     .B = q.size(0), .S = q.size(1), .H = q.size(2), .D = q.size(3),
                                     .group = q.size(2) / k.size(1), .cache_slots = k.size(2), .slots = slots,
                                     .mask_row = q.size(1) * slots, .mask_query = slots,
-                                    .scale = *args[5].data<float>()},
+                                    .scale = *args[7].data<float>()},
                  kThreads);
   write(y.data(), y.size() * sizeof(Element));
 }
 
-// Arguments: x, eps, scale, cache_rows, pos, cos, sin, mask; then of each layer keys, values and the tensors of a block.
+// Arguments: x, eps, scale, cache_rows, pos, cos, sin, mask; then of each layer keys and values, each with its scales, and
+// the 16 tensors of a block.
 template <class Element>
 void run_blocks(Tensor* args, int count) {
   Tensor &x = args[0], &mask = args[7], &keys = args[8];
   const int64_t dim = x.size(2), D = keys.size(3), n_kv_head = keys.size(1);
   std::vector<Block> blocks;
   std::vector<LayerCache> caches;
-  for (Tensor* t = args + 8; t < args + count; t += 18) {
-    caches.push_back({.k = t[0].data<void>(), .v = t[1].data<void>()});
-    const auto layer = [&](int i, int64_t in) { return layer_of(t[i], t[i + 1], t[i + 2], in); };
-    const Linear wqkv = layer(3, dim), w13 = layer(12, dim);
-    blocks.push_back({.attention_norm = t[2].data<void>(), .ffn_norm = t[11].data<void>(), .q_norm = t[6].data<void>(),
-                      .k_norm = t[7].data<void>(), .wqkv = wqkv, .wo = layer(8, wqkv.out - 2 * n_kv_head * D),
-                      .w13 = w13, .w2 = layer(15, w13.out / 2)});
+  for (Tensor* t = args + 8; t < args + count; t += 20) {
+    caches.push_back({.k = vectors_of(t), .v = vectors_of(t + 2)});
+    Tensor* b = t + 4;
+    const auto layer = [&](int i, int64_t in) { return layer_of(b[i], b[i + 1], b[i + 2], in); };
+    const Linear wqkv = layer(1, dim), w13 = layer(10, dim);
+    blocks.push_back({.attention_norm = b[0].data<void>(), .ffn_norm = b[9].data<void>(), .q_norm = b[4].data<void>(),
+                      .k_norm = b[5].data<void>(), .wqkv = wqkv, .wo = layer(6, wqkv.out - 2 * n_kv_head * D),
+                      .w13 = w13, .w2 = layer(13, w13.out / 2)});
   }
   Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads, .many_rows_product = product_of_many_rows,
                   .B = x.size(0), .S = x.size(1), .M = x.rows(), .dim = dim, .width = blocks[0].w13.out / 2,
@@ -149,7 +153,7 @@ void run_blocks(Tensor* args, int count) {
                   .sin = args[6].data<float>(), .mask = mask.data<Element>(), .x = x.data<Element>()}
       .run();
   write(x);
-  for (Tensor* t = args + 8; t < args + count; t += 18) write(t[0]), write(t[1]);
+  for (Tensor* t = args + 8; t < args + count; t += 20) for (int i = 0; i < 4; i++) write(t[i]);
 }
 
 }  // namespace

@@ -47,21 +47,22 @@ class EmulatedOperators:
         y = cpu._linear_experts_shape(x, chosen, weight, scales)
         return self.call(EXPERTS, [x, chosen, weight, scales, None], [y])
 
-    def attend(self, q, k, v, cache_rows, mask, scale):
-        return self.call(ATTEND, [q, k, v, cache_rows, mask, scale], [torch.empty(q.shape, dtype=q.dtype)])
+    def attend(self, q, k, k_scales, v, v_scales, cache_rows, mask, scale):
+        arguments = [q, k, k_scales, v, v_scales, cache_rows, mask, scale]
+        return self.call(ATTEND, arguments, [torch.empty(q.shape, dtype=q.dtype)])
 
     def join_blocks(self, tensors, eps, scale):
         return tensors, eps, scale
 
-    def join_cache(self, keys, values):
-        return list(zip(keys, values, strict=True))
+    def join_cache(self, tensors):
+        return [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
 
     def run_blocks(self, x, blocks, cache, cache_rows, pos, cos, sin, mask):
         tensors, eps, scale = blocks
         n = len(tensors) // len(cache)
         layers = [each for i, kv in enumerate(cache) for each in (*kv, *tensors[n * i : n * (i + 1)])]
         arguments = [x, eps, scale, cache_rows, pos, cos, sin, mask, *layers]
-        results = [torch.empty(x.shape, dtype=x.dtype), *(each for kv in cache for each in kv)]
+        results = [torch.empty(x.shape, dtype=x.dtype), *(each for kv in cache for each in kv if each is not None)]
         return self.call(BLOCKS, arguments, results)
 
 

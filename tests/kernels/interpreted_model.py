@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from layers.gpu_attention import GpuAttention
@@ -24,14 +25,15 @@ def logits(model):
     return torch.cat([model(tokens[:, a:b], pos[:, a:b], view) for a, b in ((0, 8), (8, 11), (11, 12))], 1)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 @torch.no_grad()
-def test_a_model_equals_float64():
+def test_a_model_equals_float64(cache_dtype):
     torch.manual_seed(0)
     model = Transformer(ARGS).requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) / 4 + (parameter.ndim == 1))
     quantize_(model, {k: v for k, v in linear_table(model, QuantSpec(4, 32), None).items() if "feed" in k})
-    model = model.half()
+    model, model.cache_dtype = model.half(), cache_dtype
     exact = copy.deepcopy(model).double()
     for i, block in enumerate(model.layers):
         replace_(model, f"layers.{i}.attention", GpuAttention(block.attention))

@@ -13,7 +13,7 @@ from tests.kernels import test_operators as operators
 from tests.kernels.emulated import EmulatedOperators
 from tests.layers import test_packed as layers
 
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+FLOAT32, FLOAT16, BFLOAT16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 FORMS = [(QuantSpec(8), BFLOAT16), (QuantSpec(8, 64), FLOAT16), (QuantSpec(4, 32), BFLOAT16)]
 FORMS += [(QuantSpec(4, 128), FLOAT32)]
 CASES = [  # a test, and the arguments for it
@@ -26,12 +26,18 @@ CASES = [  # a test, and the arguments for it
     *((operators.test_experts_equal_float64, 7, 3, 4, 96, 40, bits) for bits in (None, 8, 4)),
     *((operators.test_experts_equal_float64, 40, 2, 3, 64, 32, bits) for bits in (8, 4)),
     *((operators.test_experts_of_codes_are_exact_in_float32, bits) for bits in (8, 4)),
-    *((operators.test_attention_of_few_queries_equals_float64, 2, D, BFLOAT16) for D in cpu.HEAD_DIMS),
-    *((operators.test_attention_of_few_queries_equals_float64, 2, 64, dtype) for dtype in (FLOAT32, FLOAT16)),
-    *((operators.test_attention_of_many_queries_equals_float64, 20, 33, 60, D, None) for D in cpu.HEAD_DIMS),
-    (operators.test_attention_of_many_queries_equals_float64, 70, 33, 110, 64, 40),
-    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, [(1, 13)]) for form in blocks.FORMS[:-1]),
-    (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, [(2, 3)]),
+    *((operators.test_attention_of_few_queries_equals_float64, 2, D, BFLOAT16, BFLOAT16) for D in cpu.HEAD_DIMS),
+    *((operators.test_attention_of_few_queries_equals_float64, 2, 64, *types) for types in operators.CACHES),
+    *((operators.test_attention_of_many_queries_equals_float64, 20, 33, 60, D, None, BFLOAT16) for D in cpu.HEAD_DIMS),
+    *(
+        (operators.test_attention_of_many_queries_equals_float64, 70, 33, 110, 64, 40, kind)
+        for kind in (BFLOAT16, INT8)
+    ),
+    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, None, [(1, 13)]) for form in blocks.FORMS[:-1]),
+    *(
+        (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, kind, [(2, 3)])
+        for kind in (None, INT8)
+    ),
 ]
 
 

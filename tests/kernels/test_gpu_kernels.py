@@ -30,13 +30,15 @@ def fake(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device=CUDA)
 
 
-def attend(head_dim, group, tokens):
+def attend(head_dim, group, tokens, cache_dtype=torch.bfloat16):
     """Eight key heads, a window, a soft cap and norms."""
-    cache, pos = fake(4, 8, 4096, head_dim), fake(4, tokens, dtype=torch.int64)
+    cache, pos = fake(4, 8, 4096, head_dim, dtype=cache_dtype), fake(4, tokens, dtype=torch.int64)
+    scales = fake(4, 8, 4096, dtype=torch.float32) if cache_dtype == torch.int8 else None
     tables = [fake(4, tokens, 1, head_dim // 2, dtype=torch.float32)] * 2
     qkv, rows, norm = fake(4, tokens, (group + 2) * 8, head_dim), fake(4, dtype=torch.int64), fake(head_dim)
     counters = attention.new_counters(group * 8, CUDA)
-    attention.attend(qkv, cache, cache, rows, pos, *tables, norm, norm, counters, False, 1e-5, 0.1, 50.0, 1024, 2048)
+    caches, how = (cache, scales) * 2, (norm, norm, counters, False, 1e-5, 0.1, 50.0, 1024, 2048)
+    attention.attend(qkv, *caches, rows, pos, *tables, *how)
 
 
 def run_experts(bits, groupsize, n_token):
@@ -50,12 +52,13 @@ def run_experts(bits, groupsize, n_token):
     experts.experts(fake(n_token, 2048), fake(n_token, 8, dtype=torch.int64), *tensors, "silu")
 
 
-ATTENTION = [(64, 3, 1), (128, 4, 1), (128, 8, 8), (80, 1, 64), (96, 1, 33), (256, 2, 1), (256, 2, 32)]
+ATTENTION = [(64, 3, 1, torch.int8), (128, 4, 1, torch.int8), (128, 8, 8, torch.int8), (256, 2, 1, torch.int8)]
+ATTENTION += [(64, 3, 1), (128, 4, 1), (128, 8, 8), (80, 1, 64), (96, 1, 33), (256, 2, 1), (256, 2, 32)]
 EXPERTS = [
     (bits, size, n) for bits, size in ((None, None), (8, None), (8, 32), (4, 32), (4, 128)) for n in (1, 400, 2000)
 ] + [(4, 256, 2000)]
 CALLS = [(attend, sizes) for sizes in ATTENTION] + [(run_experts, sizes) for sizes in EXPERTS]
-QUICK = [(90, attend, (128, 4, 1)), (90, run_experts, (4, 32, 1))]
+QUICK = [(90, attend, (128, 4, 1)), (90, attend, (128, 4, 1, torch.int8)), (90, run_experts, (4, 32, 1))]
 SPILLED = {(80, (4, 128, 400)): 8}  # bytes a thread: with more threads, codes would come 8 bytes at a time
 ALL = [(sm, *call) for sm in PROCESSORS for call in CALLS]
 
@@ -65,7 +68,7 @@ ALL = [(sm, *call) for sm in PROCESSORS for call in CALLS]
 def test_machine_code(sm, call, sizes):
     """No spills, the shared memory of a small GPU suffices, and what is prefetched comes 16 bytes at a time.
 
-    Scales are narrower, and so are codes of the experts of a prompt.
+    Scales are narrower, and so are codes of the experts of a prompt; keys and values in int8 come 8 bytes at a time.
     """
     with compiled_launches(sm) as kernels, FAKE:
         call(*sizes)
@@ -76,4 +79,5 @@ def test_machine_code(sm, call, sizes):
         assert not [load for load in loads if re.search(r"[US]8", load)]
         if kernel.name in ("attend_part", "linear_pairs") and 2000 not in sizes:
             prefetched = [load for load in loads if load.startswith("LDGSTS") and load != "LDGSTS.E"]
-            assert prefetched and all(load.endswith(".128") for load in prefetched), prefetched
+            widths = (".128", ".64") if torch.int8 in sizes else ".128"
+            assert prefetched and all(load.endswith(widths) for load in prefetched), prefetched

@@ -18,7 +18,7 @@ from kernels import cpu
 from layers.fastest import fastest
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
-from model import Attend, ExpertLinear, ModelArgs
+from model import Attend, ExpertLinear, ModelArgs, Vectors
 from tests.tiny import dead_process
 from weights.checkpoint import build
 from weights.layout import Layout
@@ -154,55 +154,78 @@ def test_linear_compiles_whole(M):
     assert_right(doubled(x), x * 2, weight, bias)
 
 
+def stored(*shape, seed, dtype):
+    """Random keys or values, as the tensors of `Vectors` and in float64; of int8, scales differ by a factor of ten."""
+    if dtype != torch.int8:
+        data = random(*shape, seed=seed).to(dtype)
+        return (data, None), data.double()
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(-127, 128, shape, generator=generator).to(dtype)
+    scales = (0.1 + torch.rand(shape[:-1], generator=generator)) / 50
+    return (data, scales), data.double() * scales.double()[..., None]
+
+
+CACHES = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+CACHES += [(dtype, torch.int8) for dtype, _ in CACHES]
+
+
 @needs_operators
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype, cache_dtype", CACHES, ids=str)
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize("S", [1, 2, 5])
-def test_attention_of_few_queries_equals_float64(S, head_dim, dtype):
+def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype):
     scale = 1.5 * head_dim**-0.5
-    for B, H, n_kv_head, slots, used in ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299)):
+    sizes = ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299), (1, 10, 2, 1099, 1070))
+    for B, H, n_kv_head, slots, used in sizes:
         q = random(B, S, H, head_dim, seed=0).to(dtype) * 3
-        k, v = (random(B + 1, n_kv_head, slots, head_dim, seed=i).to(dtype) for i in (1, 2))  # of a cache for more rows
+        (k, exact_k), (v, exact_v) = (  # of a cache for more rows
+            stored(B + 1, n_kv_head, slots, head_dim, seed=i, dtype=cache_dtype) for i in (1, 2)
+        )
         mask = torch.zeros(B, S, used, dtype=dtype)
         for row in range(B):  # an end that is not seen, and with a window a beginning
             for query in range(S):
                 last = row * used // B + query
                 mask[row, query, last + 1 :] = float("-inf")
-                mask[row, query, : max(0, last - 20)] = float("-inf")
-        y = torch.ops.gpt_faster.attend(q, k, v, None, mask, scale)
-        wide = [tensor[:B, :, :used].double() for tensor in (k, v)]
+                mask[row, query, : max(0, last - 20) if B > 1 else 0] = float("-inf")
+        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale)
+        wide = [Vectors(tensor[:B, :, :used]) for tensor in (exact_k, exact_v)]
         expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
-        alone = [torch.ops.gpt_faster.attend(q[:, i : i + 1], k, v, None, mask[:, i : i + 1], scale) for i in range(S)]
+        parts = ((q[:, i : i + 1], mask[:, i : i + 1]) for i in range(S))
+        alone = [torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale) for q, mask in parts]
         assert torch.equal(torch.cat(alone, dim=1), y)
 
 
 @needs_operators
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("window", [None, 40], ids=["causal", "window"])
 @pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
 @pytest.mark.parametrize(
     "S, first, slots", [(17, 0, 17), (64, 0, 100), (130, 3, 140), (100, 333, 450), (20, 2000, 2050)]
 )
-def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, window):
+def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, window, cache_dtype):
     scale = 1.5 * head_dim**-0.5
     for B, H, n_kv_head in ((1, 1, 1), (2, 9, 3), (3, 4, 4)):
         q = random(B, S, H, head_dim, seed=0) * 3
-        k, v = (random(B + 1, n_kv_head, slots + 9, head_dim, seed=i) for i in (1, 2))  # of a cache for more rows
+        (k, exact_k), (v, exact_v) = (  # of a cache for more rows
+            stored(B + 1, n_kv_head, slots + 9, head_dim, seed=i, dtype=cache_dtype) for i in (1, 2)
+        )
         last = first + torch.arange(S)[None, :, None] - torch.arange(B)[:, None, None] % (first + 1)
         seen = torch.arange(slots) <= last  # [B, S, C]
         if window:
             seen &= torch.arange(slots) > last - window
-        v[:, :, slots:] = torch.nan  # what no query may touch
+        v[0 if cache_dtype == torch.bfloat16 else 1][:, :, slots:] = torch.nan  # what no query may touch
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        y = torch.ops.gpt_faster.attend(q, k, v, None, mask.bfloat16(), scale)
-        wide = [tensor[:B, :, :slots].double() for tensor in (k, v)]
+        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask.bfloat16(), scale)
+        wide = [Vectors(tensor[:B, :, :slots]) for tensor in (exact_k, exact_v)]
         expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
         assert y.dtype == torch.bfloat16
-        # weights below 1 and the result are rounded to 8 bits
-        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-9 * expected.abs().max().item())
-        row = torch.ops.gpt_faster.attend(q[:1], k[:1], v[:1], None, mask[:1].bfloat16(), scale)
+        # weights below 1 and the result are rounded to 8 bits; times a scale, a weight of 1 is too
+        atol = (2**-9 if cache_dtype == torch.bfloat16 else 2**-8) * expected.abs().max().item()
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=atol)
+        row = torch.ops.gpt_faster.attend(q[:1], *k, *v, None, mask[:1].bfloat16(), scale)
         assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
 
 
@@ -213,15 +236,28 @@ def test_attention_to_chosen_rows_equals_attention_to_copies_of_them(S):
     q, mask = random(4, S, 6, 64, seed=0), torch.zeros(4, S, 60, dtype=torch.bfloat16)
     mask[:, :, 50:] = float("-inf")
     for rows in (torch.tensor([3, 0, 4, 1]), torch.tensor([2, 2, 0, 2])):
-        found = torch.ops.gpt_faster.attend(q, k, v, rows, mask, 0.1)
-        assert torch.equal(found, torch.ops.gpt_faster.attend(q, k[rows], v[rows], None, mask, 0.1))
+        found = torch.ops.gpt_faster.attend(q, k, None, v, None, rows, mask, 0.1)
+        assert torch.equal(found, torch.ops.gpt_faster.attend(q, k[rows], None, v[rows], None, None, mask, 0.1))
 
 
 @needs_operators
 def test_mistakes_with_attention_are_errors():
     q, k, mask, rows = torch.ones(2, 1, 4, 64), torch.ones(3, 2, 9, 64), torch.zeros(2, 1, 9), torch.tensor([2, 0])
-    run = torch.ops.gpt_faster.attend
-    assert run(q, k, k, rows, mask, 1.0).shape == q.shape
+    codes, scales = torch.ones(3, 2, 9, 64, dtype=torch.int8), torch.ones(3, 2, 9)
+
+    def run(q, k, v, rows, mask, scale, *scales):
+        return torch.ops.gpt_faster.attend(q, k, *scales[:1] or [None], v, *scales[1:] or [None], rows, mask, scale)
+
+    assert run(q, k, k, rows, mask, 1.0).shape == run(q, codes, codes, rows, mask, 1.0, scales, scales).shape == q.shape
+    for wrong in (
+        (codes, codes),
+        (k, k, scales, scales),
+        (codes, codes, scales, scales[:2]),
+        (codes, codes, scales.double(), scales),
+        (codes, codes, scales, scales.mT.contiguous().mT),
+    ):
+        with pytest.raises(RuntimeError, match="attend"):
+            run(q, *wrong[:2], rows, mask, 1.0, *wrong[2:])
     for wrong in (
         (q, k, k, rows + 1, mask),
         (q, k, k, rows - 1, mask),
