@@ -164,8 +164,7 @@ def attend_part(qkv, k_cache, k_scales, v_cache, v_scales, cache_rows, pos, cos,
                 OFFSET: tl.constexpr):  # fmt: skip
     """A part of the slots for up to QUERIES queries of one key head of one row: see `attend`."""
     part, head, row = tl.program_id(0), tl.program_id(1) % KV, tl.program_id(2)
-    at_cache = (row if cache_rows is None else tl.load(cache_rows + row)).to(tl.int64)
-    at_cache = (at_cache * KV + head) * n_slots
+    at_cache = ((row if cache_rows is None else tl.load(cache_rows + row)).to(tl.int64) * KV + head) * n_slots
     k_cache, v_cache = k_cache + at_cache * D, v_cache + at_cache * D
     if k_scales is not None:
         k_scales, v_scales = k_scales + at_cache, v_scales + at_cache
