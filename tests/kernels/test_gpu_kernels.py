@@ -59,7 +59,8 @@ EXPERTS = [
 ] + [(4, 256, 2000)]
 CALLS = [(attend, sizes) for sizes in ATTENTION] + [(run_experts, sizes) for sizes in EXPERTS]
 QUICK = [(90, attend, (128, 4, 1)), (90, attend, (128, 4, 1, torch.int8)), (90, run_experts, (4, 32, 1))]
-SPILLED = {(80, (4, 128, 400)): 8}  # bytes a thread: with more threads, codes would come 8 bytes at a time
+# bytes a thread: with more threads, codes would come 8 bytes at a time
+SPILLED = dict.fromkeys([(80, (4, 128, 400)), (90, (4, 128, 400)), (80, (4, 32, 1))], 8)
 ALL = [(sm, *call) for sm in PROCESSORS for call in CALLS]
 
 
