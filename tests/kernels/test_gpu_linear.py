@@ -59,7 +59,7 @@ def run_linear(name, rows, layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("sm, name, rows, layer", all_offline(ALL, QUICK))
 def test_machine_code(sm, name, rows, layer):
-    """No value but those of SPILLED is spilled, a small GPU has the shared memory, and weights come 16 bytes at a time."""
+    """No value but those of SPILLED is spilled, a small GPU has the shared memory, weights come 16 bytes at a time."""
     with compiled_launches(sm) as kernels, FAKE:
         run_linear(name, rows, layer)
     (kernel,) = kernels
