@@ -152,7 +152,7 @@ def test_text_is_that_of_the_dequantised_model(model, mode, flags, name, sources
     assert table.pop("output", None) == head
     assert table == {f"layers.{i}.{name}": body for i in range(2) for name in linears}
 
-    monkeypatch.setattr("weights.checkpoint.pack_", lambda model: None)  # the plain path: no rounded activations
+    monkeypatch.setattr("weights.checkpoint.pack_", lambda *_: None)  # the plain path: no rounded activations
     floats = dequantised(path, target)
     assert greedy(target) == greedy(floats)
     torch.testing.assert_close(logits(target), logits(floats), atol=1e-4, rtol=1e-4)

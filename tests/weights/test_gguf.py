@@ -281,7 +281,7 @@ def assert_kept(path, theirs, monkeypatch):
     source, tensors = fetch(path)
     assert_same_weights(source, tensors, fetch(path, keep_quantized=False)[1])
     save_checkpoint(path.with_suffix(".pth"), source.args, tensors, source.table)
-    monkeypatch.setattr("weights.checkpoint.pack_", lambda model: None)  # operators that round activations too
+    monkeypatch.setattr("weights.checkpoint.pack_", lambda *_: None)  # operators that round activations too
     assert_same_logits(path.with_suffix(".pth"), theirs)
     return source.table
 
@@ -410,7 +410,7 @@ def test_default_model_kept(default_gguf, run_cli, tmp_path, monkeypatch):
     options = ["--temperature", 0, "--max_new_tokens", 4, "--num_samples", 1]
     done = run_cli("generate.py", "--checkpoint_path", path, "--prompt", "The capital of France is", *options)
     assert done.returncode == 0 and done.stdout.startswith(" Paris."), done
-    monkeypatch.setattr("weights.checkpoint.pack_", lambda model: None)  # operators that round activations too
+    monkeypatch.setattr("weights.checkpoint.pack_", lambda *_: None)  # operators that round activations too
     tokens, logits = torch.tensor([[504, 3575, 282, 4649, 314]]), []
     for file in (path, default_gguf):
         model = load_model(file, dtype=torch.float32)
