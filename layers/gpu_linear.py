@@ -102,7 +102,7 @@ class GpuBlock(nn.Module):
         layers = (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2)
         return all(can_be_on_gpu(layer) for layer in layers)
 
-    def forward(self, x: Tensor, pos: Tensor, *context_and_cache: Tensor | None) -> Tensor:  # as TransformerBlock
+    def forward(self, x: Tensor, pos: Tensor, *context_and_cache) -> Tensor:  # as TransformerBlock
         x = self.wo(self.attention(x, pos, *context_and_cache), residual=x)
         return self.w2(self.w13(x, self.ffn_norm, activation=self.activation), residual=x)
 

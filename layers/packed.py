@@ -1,6 +1,7 @@
 """Forms of layers that are faster on one device than the plain form; `layers/fastest.py` says where each is used."""
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -86,6 +87,14 @@ class FewRowsLinear(nn.Module):
         return torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None)
 
 
+def by_layer(packed: Callable[[QuantizedLinear], tuple[Tensor, ...]], layer: QuantizedLinear) -> tuple[Tensor, ...]:
+    """What `packed` makes of a layer or, stacked, of each of E experts: one by one, which bounds the temporaries."""
+    if layer.weight.ndim == 2:
+        return packed(layer)
+    each = [packed(layer.expert(e)) for e in range(len(layer.weight))]
+    return tuple(torch.stack(tensors) for tensors in zip(*each, strict=True))
+
+
 class CodesLinear(nn.Module):
     """An int8 or int4 linear layer, or one for each of E experts, in the order in which a CPU's instructions read it.
 
@@ -99,11 +108,7 @@ class CodesLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.out_features = layer.scales.shape[-2]
-        if layer.weight.ndim == 3:  # one by one, which bounds the temporaries
-            each = [self.packed(layer.expert(e)) for e in range(len(layer.weight))]
-            weight, scales = (torch.stack(tensors) for tensors in zip(*each, strict=True))
-        else:
-            weight, scales = self.packed(layer)
+        weight, scales = by_layer(self.packed, layer)
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         pad = (0, -self.out_features % self.LANES)
@@ -186,16 +191,13 @@ class TorchInt4(QuantizedLinear):
 
     bits = 4
 
-    @classmethod
-    def packed(cls, layer: QuantizedLinear) -> "TorchInt4":
-        if layer.weight.ndim == 3:
-            each = [cls.packed(layer.expert(e)) for e in range(len(layer.weight))]
-            return cls(*(torch.stack([getattr(one, name) for one in each]) for name in ("weight", "scales")))
+    @staticmethod
+    def packed(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+        """weight and scales of one layer."""
         n_rows = max(64, PART // layer.in_features // 64 * 64)  # whole tiles, whose int32 codes are not large
         parts = (layer.codes() + 8).split(n_rows)
         weight = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
-        scales = torch.stack((layer.scales.T, layer.zeros.T), -1).contiguous()
-        return cls(weight, scales, bias=layer.bias)
+        return weight, torch.stack((layer.scales.T, layer.zeros.T), -1).contiguous()
 
     def linear(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -264,8 +266,11 @@ def fits_torch(layer: QuantizedLinear, _: ModelArgs | None) -> bool:
 
 def by_torch(layer: QuantizedLinear) -> nn.Module:
     """The form of a layer, or of one for each of E experts, that PyTorch's kernels read."""
-    packed = TorchInt8(**dict(layer.named_buffers())) if layer.bits == 8 else TorchInt4.packed(layer)
-    return AnyExperts(packed) if layer.weight.ndim == 3 else packed
+    if layer.bits == 8:
+        fast = TorchInt8(**dict(layer.named_buffers()))
+    else:
+        fast = TorchInt4(*by_layer(TorchInt4.packed, layer), bias=layer.bias)
+    return AnyExperts(fast) if layer.weight.ndim == 3 else fast
 
 
 def float_copy(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:

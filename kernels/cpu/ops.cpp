@@ -216,8 +216,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
   check_queries(S, dtype, "attend");
   const Vectors keys = vectors_of(k, k_scales, q.scalar_type(), "attend");
   const Vectors values = vectors_of(v, v_scales, q.scalar_type(), "attend");
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 && mask.size(0) == B && mask.size(1) == S &&
-              0 < slots && slots <= k.size(2), "attend: sizes of q, k and mask do not fit");
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 &&
+              mask.size(0) == B && mask.size(1) == S && 0 < slots && slots <= k.size(2), "attend: sizes of q, k and mask do not fit");
   TORCH_CHECK(mask.scalar_type() == q.scalar_type(), "attend: several dtypes");
   const int64_t* rows = checked_rows(cache_rows, B, k.size(0), "attend");
   Tensor y = at::empty(q.sizes(), q.options());
