@@ -27,7 +27,7 @@ def call_linear():
 def call_attention():
     pos, table, cache = empty(1, 1, dtype=torch.int64), empty(1, 1, 1, 32, dtype=torch.float32), empty(1, 1, 512, 64)
     how = (None, None, attention.new_counters(1, SECOND), False, 0.0, 1.0, None, None, 512)
-    attention.attend(empty(1, 1, 3, 64), cache, cache, None, pos, table, table, *how)
+    attention.attend(empty(1, 1, 3, 64), cache, None, cache, None, None, pos, table, table, *how)
 
 
 def call_experts():
