@@ -559,7 +559,8 @@ def test_interrupted(monkeypatch):
     monkeypatch.setattr("text.chat.TEMPLATE_SECONDS", 30)
     render("", {})
     # again after two seconds: Python drops what is raised while it collects the garbage of other tests
-    presses = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)) for seconds in (0.3, 2.3, 4.3)]
+    press = (threading.get_ident(), signal.SIGINT)  # another thread would leave this one waiting for the answer
+    presses = [threading.Timer(seconds, signal.pthread_kill, press) for seconds in (0.3, 2.3, 4.3)]
     for press in presses:
         press.start()
     with pytest.raises(KeyboardInterrupt):
