@@ -28,7 +28,7 @@ def decode_one_token(
 ) -> tuple[Tensor, Tensor]:  # token, pos [B, 1] -> token, pos [B, 1]
     """One step: the token that follows `token` at `pos`, and its position."""
     token = token.clamp(min=0)  # the step after NO_TOKEN may run before anyone has read that
-    return next_token(model, model(token, pos, cache)[:, -1], sampling), pos + 1
+    return next_token(model, model(token, pos, cache), pos, cache, sampling), pos + 1
 
 
 def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:
@@ -47,7 +47,7 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts and draw each row's next token: token and pos [B, 1], its position. See `read_prompts`."""
     logits, pos = read_prompts(model, cache, prompts, start, forward)
-    return next_token(model, logits, sampling), pos
+    return next_token(model, logits[:, None], pos - 1, cache.view(), sampling), pos
 
 
 @torch.inference_mode()
