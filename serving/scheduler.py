@@ -101,16 +101,17 @@ class Scheduler:
         model, cache, n_rows = self.engine.model, self.engine.cache, len(self.held)
         rows, times = torch.arange(n_rows, device=model.device), 1
         prompt = torch.arange(self.chunk, device=model.device)[None]
-        self.engine.forward(model, prompt, prompt, cache.view(rows[:1], prefix_length(cache, self.chunk)))
+        # never one tensor for two arguments: a form is compiled for that alone
+        self.engine.forward(model, prompt, prompt.clone(), cache.view(rows[:1], prefix_length(cache, self.chunk)))
         sizes, lengths = [1, 2][:n_rows], {prefix_length(cache, self.context)}
         if self.is_cuda:  # a graph warms up, is captured, then replayed
             sizes, times = [1 << i for i in range((n_rows - 1).bit_length() + 1)], 3
             lengths = {prefix_length(cache, length) for length in range(1, self.context + 1)}
         for size in sizes:
-            first = (rows.repeat(2)[:size] * 0)[:, None]
+            some = torch.arange(size, device=model.device) % n_rows
             for length in lengths:
                 for _ in range(times):
-                    self.step_logits(model, first, first, cache.view(rows.repeat(2)[:size], length))
+                    self.step_logits(model, some[:, None] * 0, some[:, None] * 0, cache.view(some, length))
         if self.speculation is not None:
             self.speculation.drafter.begin(model, [[0, 0]])
             last = torch.full_like(rows[:1, None], self.context - 1)
