@@ -73,6 +73,7 @@ struct Blocks {
   const std::vector<Block>& blocks;
   const std::vector<LayerCache>& caches;
   Threads threads;
+  const MatrixUnit* matrix_unit;                      // for attention; null: there is none
   int64_t B, S, M, dim, width, n_head, n_kv_head, D;  // width: of the feed-forward
   int64_t cache_slots, slots;                         // C', and C <= C' to attend to
   float eps, scale;                                   // of the norms, of q k
@@ -133,7 +134,7 @@ struct Blocks {
     return {.q = q, .k = cache.k, .v = cache.v,
             .cache_rows = cache_rows, .mask = mask, .y = attended, .B = B, .S = S, .H = n_head, .D = D,
             .group = n_head / n_kv_head, .cache_slots = cache_slots, .slots = slots, .mask_row = S * slots,
-            .mask_query = slots, .scale = scale};
+            .mask_query = slots, .scale = scale, .matrix_unit = matrix_unit};
   }
 
   // silu(gate) * up, and its quantised form: some outputs of some rows, whole groups of them.

@@ -192,7 +192,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
     attend_queries(Attention<Element>{.q = data<Element>(qc), .k = keys, .v = values, .cache_rows = rows,
                               .mask = data<Element>(mc), .y = static_cast<Element*>(y.mutable_data_ptr()), .B = B, .S = S,
                               .H = H, .D = D, .group = H / n_kv_head, .cache_slots = k.size(2), .slots = slots,
-                              .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale)},
+                              .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale),
+                              .matrix_unit = matrix_unit()},
            all_threads());
   });
   return y;
@@ -341,7 +342,7 @@ Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, co
   with_type_of(joined.dtype, [&](auto element) {
     using Element = decltype(element);
     Blocks<Element>{.blocks = joined.blocks, .caches = caches.layers, .threads = all_threads(),
-                    .B = B, .S = S, .M = M, .dim = dim,
+                    .matrix_unit = matrix_unit(), .B = B, .S = S, .M = M, .dim = dim,
                     .width = first.w13.out / 2, .n_head = n_head, .n_kv_head = n_kv_head, .D = D,
                     .cache_slots = cache_slots, .slots = slots, .eps = static_cast<float>(joined.eps),
                     .scale = static_cast<float>(joined.scale), .cache_rows = rows, .pos = data<int64_t>(pc),

@@ -145,7 +145,7 @@ void run_attend(Tensor* args) {
                                     .B = q.size(0), .S = q.size(1), .H = q.size(2), .D = q.size(3),
                                     .group = q.size(2) / k.size(1), .cache_slots = k.size(2), .slots = slots,
                                     .mask_row = q.size(1) * slots, .mask_query = slots,
-                                    .scale = *args[7].data<float>()},
+                                    .scale = *args[7].data<float>(), .matrix_unit = kMatrixUnit},
                  kThreads);
   write(y.data(), y.size() * sizeof(Element));
 }
@@ -167,7 +167,7 @@ void run_blocks(Tensor* args, int count) {
                       .k_norm = b[5].data<void>(), .wqkv = wqkv, .wo = layer(6, wqkv.out - 2 * n_kv_head * D),
                       .w13 = w13, .w2 = layer(13, w13.out / 2)});
   }
-  Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads,
+  Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads, .matrix_unit = kMatrixUnit,
                   .B = x.size(0), .S = x.size(1), .M = x.rows(), .dim = dim, .width = blocks[0].w13.out / 2,
                   .n_head = blocks[0].wo.in / D, .n_kv_head = n_kv_head, .D = D, .cache_slots = keys.size(2),
                   .slots = mask.size(2), .eps = *args[1].data<float>(), .scale = *args[2].data<float>(),

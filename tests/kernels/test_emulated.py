@@ -42,8 +42,11 @@ CASES = [  # a test, and the arguments for it
 
 
 FUSED = [(8, {}, None), (4, blocks.EXTRAS, INT8), (None, {}, None)]
+SEEN = [(64, 0, 100, D, None, BFLOAT16) for D in cpu.HEAD_DIMS]
+SEEN += [(130, 33, 170, 64, 40, kind) for kind in (BFLOAT16, INT8)]
 PROMPTS = [  # that a matrix unit multiplies
     *((layers.test_prompts_equal_float64, spec) for spec, _ in FORMS),
+    *((operators.test_attention_of_many_queries_equals_float64, *seen) for seen in SEEN),
     *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, *some, [(2, 70)]) for some in FUSED),
 ]
 
