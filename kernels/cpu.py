@@ -44,7 +44,7 @@ AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c", *IN_ORDER))
 NEON = Level(("neon", "dot"), ("-march=armv8.2-a+dotprod", *IN_ORDER))
 PLAIN = "plain"  # no operators
 AVX512_BF16 = AVX512.with_more("avx512_bf16", "-mavx512bf16")
-MATRIX_UNIT = "-DGPT_FASTER_AMX"  # no instruction: oneDNN, which PyTorch has, multiplies matrices
+MATRIX_UNIT = "-DGPT_FASTER_AMX"  # a macro, because the instructions are in PyTorch's oneDNN
 LEVELS = {  # the first one that the processor has is used
     "amx": AVX512_BF16.with_more("amx_tile", MATRIX_UNIT).with_more("amx_bf16"),
     "avx512.bf16": AVX512_BF16,
