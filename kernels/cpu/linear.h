@@ -52,7 +52,7 @@ struct Linear {
   ManyRowsProduct many_rows_product;  // for bfloat16 weights
   const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
 
-  // Whether activations are multiplied as they are, those of S tokens of each request: others are quantised.
+  // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
   bool takes_floats(int64_t S) const {
     return !has_codes || (matrix_unit && S >= kMatrixTokens && in % kGroup == 0);
   }
@@ -97,7 +97,7 @@ struct Linear {
     }
   }
 
-  // All outputs of any number of rows, by all threads.
+  // All outputs of any number of rows, S of each request, by all threads.
   template <class Element>
   void multiply(const Element* x, Element* y, int64_t M, int64_t S, const Threads& threads) const {
     Scratch scratch(false);
