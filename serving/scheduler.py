@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.cache import copy_prefix, prefix_length, shared_prefix
 from engine.compile import compile_step
-from engine.decode import FEW, chunk_end
+from engine.decode import chunk_end, least_chunk
 from engine.drafters import PromptLookup
 from engine.engine import Engine
 from engine.guess_length import AdaptiveLength, FixedLength
@@ -30,7 +30,7 @@ from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
 SMALL_CHUNK = 32  # of slower processors
-STEP_ROWS = {"cpu": FEW, "cuda": 64}  # of one pass
+STEP_ROWS, MOST_ROWS = 16, 64  # of one pass on a CPU, which computes more by other operators, and on a GPU
 
 Processor = Callable[[Tensor, list[int]], Tensor]  # logits [V] in float32, and the new ids so far -> logits
 
@@ -166,7 +166,8 @@ class Scheduler:
 
     def reusable(self, held: list[int], prompt: list[int]) -> int:
         """Tokens of a prompt that need not be read, of those that a row holds: whole chunks, and never the last few."""
-        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - FEW - 1, 0)) // self.chunk
+        left = least_chunk(self.engine.model.device)
+        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - left, 0)) // self.chunk
         return n_chunks * self.chunk
 
     def finish(self, task: Task) -> None:
@@ -189,7 +190,7 @@ class Scheduler:
         if self.reading is not None:
             events += self.read_chunk(self.reading)
             self.timing.prefill_s += time.perf_counter() - began
-        began, most = time.perf_counter(), STEP_ROWS.get(self.engine.model.device.type, FEW)
+        began, most = time.perf_counter(), MOST_ROWS if self.is_cuda else STEP_ROWS
         if len(running) == 1 and running[0].speculation is not None:
             events += self.guess(running[0])
         else:
@@ -201,7 +202,7 @@ class Scheduler:
     def read_chunk(self, task: Task) -> list[tuple[Task, str]]:
         """Read the next chunk of a prompt; after the last one draw the first token."""
         model, cache, prompt = self.engine.model, self.engine.cache, task.request.prompt
-        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk)
+        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk, model.device)
         tokens = torch.tensor([prompt[begin:end]], device=model.device)
         pos = torch.arange(begin, end, device=model.device)[None]
         view = cache.view(self.rows_of([task]), prefix_length(cache, end))
@@ -238,7 +239,7 @@ class Scheduler:
         text = Text(recent, pos, pos + request.length - place, place + 1, self.rows_of([task]))
         how = (self.engine.model, self.engine.cache, text)
         if task.length is None:
-            task.length = task.speculation.chooser(*how, task.sampling).at_most(FEW - 1)
+            task.length = task.speculation.chooser(*how, task.sampling).at_most(STEP_ROWS - 1)
         grades, began = drafter.grades(), time.perf_counter()
         k = task.length.choose(grades, 0, request.length - 1 - place)
         [[*ids, n]] = task.speculation.round(*how, k, task.sampling)[0].tolist()
