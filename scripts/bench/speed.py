@@ -18,8 +18,10 @@ from dataclasses import asdict
 from functools import cache, partial
 
 from cli import say
+from scripts.bench.peers.llama import gguf_of
+from scripts.bench.peers.protocol import Case, SideProcess
 from scripts.bench.report import ROOT, Report, shared_flags, take_turns
-from scripts.bench.sides import Case, SideProcess, gguf_of
+from scripts.bench.sides import start_side
 from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, headline, key_of, write_files
 from weights.registry import REGISTRY
 
@@ -54,7 +56,7 @@ def fill(report: Report, *, model: str, sides: list[str] | None, quick: bool, ro
         raise ValueError("--sides lacks gpt-faster, which the others are compared with")
     if sides != ["gpt-faster"]:
         gguf_of(model)
-    start, result = partial(SideProcess, model, threads), report.result
+    start, result = partial(start_side, model, threads), report.result
     for precision in PRECISIONS:
         fill_cases(report, precision, QUICK if quick else GRID, sides, rounds, start)
     for precision in PRECISIONS:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import Report, markdown
-from scripts.bench.sides import Case
 from weights.files import atomic_path
 
 NEW_TOKENS = 200

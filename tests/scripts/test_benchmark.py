@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from scripts.bench import report, run, speed
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
-from scripts.bench.sides import Case, SideProcess
+from scripts.bench.sides import start_side
 from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, compare_sides, key_of, targets
 from tests.tiny import make_tiny_checkpoint
 
@@ -36,7 +37,7 @@ def test_sides_take_turns_after_a_warm_up():
 
 def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
     path = make_tiny_checkpoint(tmp_path)
-    with SideProcess(str(path), 1, "eager", "int8") as side:
+    with start_side(str(path), 1, "eager", "int8") as side:
         answer = side.ask({"batch": 2, "prompt": 5, "new_tokens": 4})
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(side.process.pid)], capture_output=True, text=True)
         assert state.stdout.startswith("T")
@@ -44,7 +45,7 @@ def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
         reads = side.ask({"bandwidth": True})
         assert reads["kv_bytes_per_position"] == 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, their size, bfloat16
     assert side.process.poll() is not None
-    none = SideProcess(str(tmp_path / "none.pth"), 1, "eager", "int8")
+    none = start_side(str(tmp_path / "none.pth"), 1, "eager", "int8")
     with pytest.raises(ValueError, match="eager, int8 ended with exit code 1; its last words: .*no checkpoint"), none:
         pass
 
@@ -75,7 +76,7 @@ class FakeSide:
 @pytest.fixture
 def bench(monkeypatch, tmp_path, one_thread):
     """The command, with sides that answer at once."""
-    monkeypatch.setattr(speed, "SideProcess", FakeSide)
+    monkeypatch.setattr(speed, "start_side", FakeSide)
     monkeypatch.setattr(speed, "start_up", lambda _: {f"{t}_{w}_s": 5.0 for t in ("cold", "warm") for w in WHAT})
     monkeypatch.setattr(report, "machine", lambda: {"processor": "a", "date": "today"})
     monkeypatch.setattr(speed, "gguf_of", lambda _: None)
