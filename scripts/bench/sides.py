@@ -1,4 +1,4 @@
-"""The engines that are compared, each behind one class; as a program, one of them that serves a parent.
+"""The sides that are compared and run in our environment; as a program, one of them that serves a parent.
 
     python -m scripts.bench.sides SIDE PRECISION MODEL THREADS DEVICE
 
@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import MISSING, fields
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -19,11 +20,13 @@ from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
+from kernels import cpu
 from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth, peak_memory
 from model import ModelArgs
-from scripts.bench.peers.llama import LlamaCpp, gguf_of
+from scripts.bench.peers.llama import gguf_of
 from scripts.bench.peers.protocol import Case, SideProcess, serve
+from scripts.bench.peers.table import PEERS, peer_command
 from weights.checkpoint import load_model, random_model
 from weights.device import parse_cache_dtype
 from weights.layout import weight_bytes
@@ -80,6 +83,10 @@ class Ours:
             speculation = Speculation(PromptLookup(), guesses, check, device=loaded.device)
         self.engine = build_engine(loaded, compiled, compiled_prefill, speculation)
 
+    def facts(self) -> dict[str, str | None]:
+        on_cpu = self.engine.model.device.type == "cpu"
+        return {"torch": torch.__version__, "isa": cpu.isa() if on_cpu else None}
+
     def measure(self, case: Case) -> dict[str, float]:
         return measure_case(self.engine, case)
 
@@ -121,6 +128,9 @@ class Transformers:
             self.model.generation_config.cache_implementation = "static"
         if static and device == "cpu":  # on a GPU generate compiles by itself
             self.model.forward = torch.compile(self.model.forward, fullgraph=True)
+
+    def facts(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "transformers": version("transformers")}
 
     def measure(self, case: Case) -> dict[str, float]:
         ids, times = torch.tensor(case.prompts(self.model.config.vocab_size), device=self.model.device), []
@@ -172,7 +182,6 @@ def random_llama(name: str, device: str):
 
 SIDES = {
     "gpt-faster": Ours,
-    "llama.cpp": LlamaCpp,
     "transformers": Transformers,
     "transformers, static cache + compile": partial(Transformers, static=True),
     "eager": partial(Ours, compiled=False, compiled_prefill=False),
@@ -192,7 +201,10 @@ def start_side(
     device: str = "cpu",
     deadline: float = math.inf,
 ) -> SideProcess:
-    command = [sys.executable, "-m", "scripts.bench.sides", side, precision, model, str(threads), device]
+    if side in PEERS:
+        command = peer_command(side, precision, model, threads)
+    else:
+        command = [sys.executable, "-m", "scripts.bench.sides", side, precision, model, str(threads), device]
     return SideProcess(f"{side}, {precision}", command, environment, deadline)
 
 

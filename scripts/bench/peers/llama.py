@@ -1,26 +1,45 @@
-"""llama.cpp through its C calls, on files that it has requantised itself."""
+"""llama.cpp, and its fork ik_llama.cpp, through their C calls; as a program, it writes the files that both read.
 
+    python -m scripts.bench.peers.llama FILE SOURCE PRECISION
+
+The files are requantised by llama.cpp itself: BF16, and Q8_0 and Q4_0 made from that.
+"""
+
+import ctypes
+import re
+import sys
 import time
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
+from scripts.bench.peers.environment import make_once
 from scripts.bench.peers.protocol import Case
 
-LLAMA_FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}  # BF16, Q8_0, Q4_0
-UBATCH = 512  # prompt tokens that llama.cpp takes at once
+FILE_TYPES = {"bf16": 32, "int8": 7, "int4": 2}
+UBATCH = 512  # prompt tokens that it takes at once
 
 
 class LlamaCpp:
     """llama.cpp through its own batches, with flash attention, its faster setting on a CPU."""
 
-    def __init__(self, model: str, precision: str, threads: int, device: str):
-        import llama_cpp
+    package, module = "llama-cpp-python", "llama_cpp.llama_cpp"
 
-        self.api, self.threads, self.context = llama_cpp, threads, None
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept, because C holds no reference
-        llama_cpp.llama_log_set(self.quiet, None)
-        path = str(llama_file(gguf_of(model), precision)).encode()
-        self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+    def __init__(self, file: str, threads: int):
+        self.api, self.threads, self.context = import_module(self.module), threads, None
+        self.model = self.api.llama_model_load_from_file(file.encode(), self.api.llama_model_default_params())
+        self.n_vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+
+    def facts(self) -> dict[str, str]:
+        weights, system = ctypes.create_string_buffer(100), self.api._lib.llama_print_system_info
+        self.api.llama_model_desc(self.model, weights, len(weights))
+        system.restype = ctypes.c_char_p
+        isa = re.findall(r"(\w+) = 1", system().decode())
+        return {
+            self.package: version(self.package),
+            "weights": weights.value.decode().split()[-1],
+            "built for": " ".join(isa),
+        }
 
     def prepare(self, case: Case) -> None:
         if self.context is not None:
@@ -31,9 +50,12 @@ class LlamaCpp:
         parameters.n_ctx = case.batch * (-(-case.length // 256) * 256)
         parameters.n_batch = parameters.n_ubatch = UBATCH
         parameters.n_threads = parameters.n_threads_batch = self.threads
-        parameters.flash_attn_type = 1
+        self.set_attention(parameters, case)
         self.context = self.api.llama_init_from_model(self.model, parameters)
         self.batch = self.api.llama_batch_init(UBATCH, 0, 1)
+
+    def set_attention(self, parameters, case: Case) -> None:
+        parameters.flash_attn_type = 1
 
     def run(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Evaluate (token, position, row, whether logits are wanted) of each entry."""
@@ -53,19 +75,28 @@ class LlamaCpp:
 
     def measure(self, case: Case) -> dict[str, float]:
         self.prepare(case)
-        began, tokens = time.perf_counter(), []
-        for row, prompt in enumerate(case.prompts(self.n_vocab)):
-            for begin in range(0, case.prompt, UBATCH):
-                part = prompt[begin : begin + UBATCH]
-                last = begin + len(part) == case.prompt
-                self.run([(t, begin + i, row, last and i == len(part) - 1) for i, t in enumerate(part)])
-            tokens.append(self.likeliest(len(part) - 1))
+        rows, tokens = enumerate(case.prompts(self.n_vocab)), []
+        entries = [(token, i, row, i == case.prompt - 1) for row, prompt in rows for i, token in enumerate(prompt)]
+        began = time.perf_counter()
+        for begin in range(0, len(entries), UBATCH):
+            part = entries[begin : begin + UBATCH]
+            self.run(part)
+            tokens += [self.likeliest(i) for i, (*_, wanted) in enumerate(part) if wanted]
         prefill_s = time.perf_counter() - began
         began = time.perf_counter()
         for position in range(case.prompt, case.length - 1):
             self.run([(token, position, row, True) for row, token in enumerate(tokens)])
             tokens = [self.likeliest(row) for row in range(case.batch)]
         return case.rates(prefill_s, time.perf_counter() - began)
+
+
+class IkLlamaCpp(LlamaCpp):
+    """The same calls of another library."""
+
+    package, module = "ik-llama-cpp-python", "ik_llama_cpp._ctypes_api"
+
+    def set_attention(self, parameters, case: Case) -> None:
+        parameters.flash_attn = case.batch == 1  # of several rows it ends the process: GGML_ASSERT(S > 0)
 
 
 def gguf_of(model: str) -> Path:
@@ -76,16 +107,22 @@ def gguf_of(model: str) -> Path:
     return files[0]
 
 
-def llama_file(source: Path, precision: str) -> Path:
-    """The file requantised by llama.cpp itself: BF16, and Q8_0 and Q4_0 made from that."""
+def llama_file(gguf: Path, precision: str) -> Path:
+    target = gguf.with_name(f"peer-{precision}.bin")
+    if target.exists():
+        return target
+    source = gguf if precision == "bf16" else llama_file(gguf, "bf16")
+    return make_once(target, sys.executable, "scripts.bench.peers.llama", source, precision)
+
+
+def requantise(target: str, source: str, precision: str) -> None:
     import llama_cpp
 
-    target = source.with_name(f"peer-{precision}.bin")
-    if not target.exists():
-        if precision != "bf16":
-            source = llama_file(source, "bf16")
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.allow_requantize, parameters.ftype = True, LLAMA_FILE_TYPES[precision]
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) != 0:
-            raise ValueError(f"llama.cpp cannot write {target}")
-    return target
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.allow_requantize, parameters.ftype = True, FILE_TYPES[precision]
+    if llama_cpp.llama_model_quantize(source.encode(), target.encode(), parameters) != 0:
+        raise ValueError(f"llama.cpp cannot requantise {source}")
+
+
+if __name__ == "__main__":
+    requantise(*sys.argv[1:])

@@ -2,7 +2,7 @@
 
 Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
 {"bandwidth": true} asks how fast the side reads memory, {"profile": PATH} for the kernels of one step, and a trace of
-them in a file. Each answer is a line of output; the first tells that the side has loaded.
+them in a file. Each answer is a line of output. The first, when the side has loaded, is what it says of itself.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class Case:
     def length(self) -> int:
         return self.prompt + self.new_tokens
 
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        draw = random.Random(0)
+    def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
+        draw = random.Random(seed)
         return [[draw.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.batch)]
 
     def rates(self, prefill_s: float, decode_s: float) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Case:
 
 
 class SideProcess(contextlib.AbstractContextManager):
-    """A process that serves one side, stopped but for the time of a question.
+    """A process that serves one side, stopped but for the time of a question. facts: what it says of itself.
 
     deadline: of time.monotonic(), at which an answer is no longer waited for: TimeoutError.
     """
@@ -65,7 +65,7 @@ class SideProcess(contextlib.AbstractContextManager):
     def __enter__(self) -> "SideProcess":
         """Wait until it has loaded."""
         try:
-            self.answer()
+            self.facts = self.answer()
         except BaseException:
             self.__exit__()
             raise
@@ -104,7 +104,7 @@ def serve(load: Callable[[], Any], peak_memory: Callable[[], int]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print, those in C too, is no answer
     engine = load()
-    print("{}", file=answers, flush=True)
+    print(json.dumps(engine.facts()), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "profile" in asked:
