@@ -57,6 +57,7 @@ def openvino_folder(gguf: Path, precision: str) -> Path:
 
 def export(folder: str, gguf: Path, precision: str) -> None:
     """Write the folder that the pipeline reads."""
+    sys.modules["torchvision"] = None  # PyPI's needs CUDA; optimum-intel requires it, and does without
     import torch
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
     from transformers import AutoModelForCausalLM
