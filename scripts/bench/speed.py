@@ -1,7 +1,7 @@
 """The speed of gpt-faster and its peers on the same weights: JSON, Markdown and a chart.
 
     pip install -r requirements-bench.txt
-    python scripts/bench/run.py speed --quick    # batch 1, prompts of 8 and 512 tokens: under 10 minutes
+    python scripts/bench/run.py speed --quick    # batch 1, prompts of 8 and 512 tokens: a quarter of an hour
     python scripts/bench/run.py speed            # batches 1, 4, 16, prompts 8, 512, 2048, the waterfall: over two hours
 
 Every engine has its own process, which is stopped while another is timed. They take turns (A B C A B C ...), so that a
@@ -31,7 +31,7 @@ PARTS, SAME = ("engines", "left_out", "cases", "in_turn", "waterfall", "start_up
 COMPILED_PEER = "transformers, static cache + compile"
 SIDES = ["gpt-faster", *PEERS, "transformers", COMPILED_PEER]
 MORE_ROUNDS = 2  # of cases that take seconds, and scatter most
-LONGEST_EAGER = 8192  # prompt tokens in all, of which transformers takes minutes
+LONGEST = 8192  # prompt tokens in all: of more, transformers takes minutes, and ik_llama.cpp, whose rows share a cache
 NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
 # one technique a row: what it is called, the side, the precision, the environment
 WATERFALL = {
@@ -111,8 +111,9 @@ def fill_cases(report: Report, precision: str, cases: list[Case], sides: list[st
 
 def sides_of(precision: str, case: Case, sides: list[str]) -> list[str]:
     """Those that run the case: transformers has the weights as they are, and compiles each shape for minutes."""
-    fits = precision == "bf16" and case.batch * case.prompt <= LONGEST_EAGER
-    here = [side for side in sides if fits or not side.startswith("transformers")]
+    here = [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+    if case.batch * case.prompt > LONGEST:
+        here = [side for side in here if side not in ("transformers", "ik_llama.cpp")]
     return [side for side in here if side != COMPILED_PEER or case == QUICK[0]]
 
 

@@ -167,7 +167,7 @@ def compare_sides(axes, cases: list[dict]) -> None:
         places = {j: list(each).index(side) + 0.5 - len(each) / 2 for j, each in enumerate(cases) if side in each}
         heights = [cases[j][side]["median"]["decode_tok_s"] for j in places]
         bars = axes.bar([j + width * place for j, place in places.items()], heights, width, label=side, color=f"C{n}")
-        axes.bar_label(bars, fmt="%.0f")
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(cases)), PRECISIONS)
     axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 

@@ -143,6 +143,11 @@ def test_a_peer_that_cannot_be_installed_is_named_and_left_out(bench, monkeypatc
     assert "left out" not in (tmp_path / "out.md").read_text()
 
 
+def test_slow_sides_have_no_long_prompts_in_batches():
+    assert speed.sides_of("int8", Case(16, 2048, 200), speed.SIDES) == ["gpt-faster", "llama.cpp", "openvino"]
+    assert speed.sides_of("bf16", Case(16, 512, 200), speed.SIDES) == [*speed.SIDES[:4], "transformers"]
+
+
 def test_the_chart_has_no_empty_panel_and_its_markdown_shows_it(bench, tmp_path):
     for quick in (True, False):
         bench(quick=quick)

@@ -34,7 +34,8 @@ class OpenVino:
         model = core.read_model(self.folder / "openvino_model.xml")
         weights = "bf16"
         if model.has_rt_info(kept):
-            weights = ", groups of ".join(model.get_rt_info([*kept, key]).value for key in ("mode", "group_size"))
+            weights, size = (model.get_rt_info([*kept, key]).value for key in ("mode", "group_size"))
+            weights += ", one scale a row" if size == "-1" else f", groups of {size}"
         isa = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return {"openvino-genai": version("openvino-genai"), "weights": weights, "takes": " ".join(isa)}
 
