@@ -24,10 +24,12 @@ class LlamaCpp:
     """llama.cpp through its own batches, with flash attention, its faster setting on a CPU."""
 
     package, module = "llama-cpp-python", "llama_cpp.llama_cpp"
+    model_settings: dict[str, bool] = {}
 
     def __init__(self, file: str, threads: int):
         self.api, self.threads, self.context = import_module(self.module), threads, None
-        self.model = self.api.llama_model_load_from_file(file.encode(), self.api.llama_model_default_params())
+        parameters = with_settings(self.api.llama_model_default_params(), self.model_settings)
+        self.model = self.api.llama_model_load_from_file(file.encode(), parameters)
         self.n_vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
 
     def facts(self) -> dict[str, str]:
@@ -45,17 +47,16 @@ class LlamaCpp:
         if self.context is not None:
             self.api.llama_free(self.context)
             self.api.llama_batch_free(self.batch)
-        parameters = self.api.llama_context_default_params()
+        parameters = with_settings(self.api.llama_context_default_params(), self.context_settings(case))
         parameters.n_seq_max = case.batch
         parameters.n_ctx = case.batch * (-(-case.length // 256) * 256)
         parameters.n_batch = parameters.n_ubatch = UBATCH
         parameters.n_threads = parameters.n_threads_batch = self.threads
-        self.set_attention(parameters, case)
         self.context = self.api.llama_init_from_model(self.model, parameters)
         self.batch = self.api.llama_batch_init(UBATCH, 0, 1)
 
-    def set_attention(self, parameters, case: Case) -> None:
-        parameters.flash_attn_type = 1
+    def context_settings(self, case: Case) -> dict[str, int]:
+        return {"flash_attn_type": 1}
 
     def run(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Evaluate (token, position, row, whether logits are wanted) of each entry."""
@@ -91,12 +92,20 @@ class LlamaCpp:
 
 
 class IkLlamaCpp(LlamaCpp):
-    """The same calls of another library."""
+    """The same calls of another library, with weights packed for the processor, again its faster setting."""
 
     package, module = "ik-llama-cpp-python", "ik_llama_cpp._ctypes_api"
+    model_settings = {"repack_tensors": True}
 
-    def set_attention(self, parameters, case: Case) -> None:
-        parameters.flash_attn = case.batch == 1  # of several rows it ends the process: GGML_ASSERT(S > 0)
+    def context_settings(self, case: Case) -> dict[str, int]:
+        return {"flash_attn": case.batch == 1}  # that of several rows ends the process: GGML_ASSERT(S > 0)
+
+
+def with_settings(parameters: ctypes.Structure, settings: dict[str, int]) -> ctypes.Structure:
+    for name, value in settings.items():
+        assert hasattr(parameters, name), name  # ctypes would take any
+        setattr(parameters, name, value)
+    return parameters
 
 
 def gguf_of(model: str) -> Path:

@@ -15,7 +15,11 @@ from scripts.bench.peers.environment import make_once, python_of
 from scripts.bench.peers.protocol import Case
 
 NAME = "openvino"
-COMPRESSION = {"bf16": None, "int8": {"bits": 8}, "int4": {"bits": 4, "sym": False, "group_size": 32, "ratio": 1.0}}
+EXPORT = {  # options of optimum-intel
+    "bf16": {"load_in_8bit": False},
+    "int8": {"quantization_config": {"bits": 8}},
+    "int4": {"quantization_config": {"bits": 4, "sym": False, "group_size": 32, "ratio": 1.0}},
+}
 
 
 class OpenVino:
@@ -60,17 +64,15 @@ def export(folder: str, gguf: Path, precision: str) -> None:
     """Write the folder that the pipeline reads."""
     sys.modules["torchvision"] = None  # PyPI's needs CUDA; optimum-intel requires it, and does without
     import torch
-    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    from optimum.intel import OVModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    settings = COMPRESSION[precision]
-    with tempfile.TemporaryDirectory() as plain:
+    Path(folder).mkdir()
+    with tempfile.TemporaryDirectory(dir=folder) as plain:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         model.save_pretrained(plain)
-        options = (
-            {"quantization_config": OVWeightQuantizationConfig(**settings)} if settings else {"load_in_8bit": False}
-        )
-        OVModelForCausalLM.from_pretrained(plain, export=True, compile=False, **options).save_pretrained(folder)
+        model = OVModelForCausalLM.from_pretrained(plain, export=True, compile=False, **EXPORT[precision])
+        model.save_pretrained(folder)
 
 
 if __name__ == "__main__":
