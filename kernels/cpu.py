@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cli import in_words, one_line, scratch
+from cli import cache_folder, in_words, one_line, scratch
 
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
@@ -95,11 +95,10 @@ def library_folder(name: str) -> Path:
 
     Machines that share a home folder find each other's libraries only where they can run them.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
     runs_on = sys.platform, *platform.libc_ver()
     key = repr((texts, torch.__version__, runs_on, name, compiler_version(), build_flags(name)))
-    return cache / "gpt-faster" / "kernels" / digest(key.encode())
+    return cache_folder() / "kernels" / digest(key.encode())
 
 
 def digest(data: bytes) -> str:
