@@ -76,9 +76,8 @@ class ModelArgs:
             raise ValueError(f"n_expert_used is {self.n_expert_used}; it must be from 1 to n_expert, {self.n_expert}")
         if self.shared_size and not self.n_expert:
             raise ValueError(f"shared_size {self.shared_size} is for a model with n_expert, a mixture of experts")
-        factors = self.rope_scaling.factors if self.rope_scaling else ()
-        if factors and len(factors) != self.head_dim // 2:
-            raise ValueError(f"rope has {len(factors)} frequency factors; head_dim {self.head_dim} needs half as many")
+        if (n := len(self.rope_scaling.factors) if self.rope_scaling else 0) not in (0, self.head_dim // 2):
+            raise ValueError(f"rope has {n} frequency factors; head_dim {self.head_dim} needs half as many")
         if not has_finite_rope(self):
             raise ValueError(f"rope_base {self.rope_base} with {self.rope_scaling} makes angles that are not finite")
 
@@ -207,15 +206,16 @@ class LayerCache(nn.Module):
 
 
 class KVCache(nn.Module):
-    """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and the rope tables."""
+    """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and tables for their positions."""
 
     def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, dtype, device) for _ in range(args.n_layer))
         slots = torch.arange(n_slots, device=device)
-        tables = (*rope_table(args, slots), *rope_table(args, slots, windowed=True))
-        for name, table in zip(("slots", "cos", "sin", "window_cos", "window_sin"), (slots, *tables), strict=True):
+        uniforms = torch.zeros(n_rows, n_slots, device=device)  # decide what is drawn, see `engine/sampling.py`
+        tables = (slots, uniforms, *rope_table(args, slots), *rope_table(args, slots, windowed=True))
+        for name, table in zip(("slots", "uniforms", "cos", "sin", "window_cos", "window_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         self.n_rows, self.n_slots = n_rows, n_slots
         self.handle: Tensor | None = None  # this cache as an operator for all blocks takes it, set by `Blocks.bind`

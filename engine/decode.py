@@ -14,6 +14,13 @@ from engine.sampling import Sampling, next_token
 from model import CacheView, KVCache, Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
+FEW = 16  # tokens that operators for steps take; how they round is not how those for prompts do
+
+
+def chunk_end(begin: int, length: int, size: int) -> int:
+    """Where the chunk of a prompt ends that begins there: the last one takes in what would be too few for a chunk."""
+    end = begin + size
+    return length if length - end <= FEW else end
 
 
 class Chunk(NamedTuple):
@@ -28,7 +35,7 @@ def decode_one_token(
 ) -> tuple[Tensor, Tensor]:  # token, pos [B, 1] -> token, pos [B, 1]
     """One step: the token that follows `token` at `pos`, and its position."""
     token = token.clamp(min=0)  # the step after NO_TOKEN may run before anyone has read that
-    return next_token(model, model(token, pos, cache)[:, -1], sampling), pos + 1
+    return next_token(model, model(token, pos, cache), pos, cache, sampling), pos + 1
 
 
 def forward_chunk(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:
@@ -47,7 +54,7 @@ def prefill(
 ) -> tuple[Tensor, Tensor]:
     """Read the prompts and draw each row's next token: token and pos [B, 1], its position. See `read_prompts`."""
     logits, pos = read_prompts(model, cache, prompts, start, forward)
-    return next_token(model, logits, sampling), pos
+    return next_token(model, logits[:, None], pos - 1, cache.view(), sampling), pos
 
 
 @torch.inference_mode()
@@ -66,17 +73,17 @@ def read_prompts(
     The cache must hold one token more than the longest prompt.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    longest = max(len(prompt) for prompt in prompts)
-    longest += longest % PREFILL_CHUNK == 1  # a chunk of one column would be compiled apart
+    longest = max(2, *map(len, prompts))  # a chunk of one column would be compiled apart
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    logits = None
-    for begin in range(0, longest, PREFILL_CHUNK):
+    logits, end = None, 0
+    while end < longest:
+        begin, end = end, chunk_end(end, longest, PREFILL_CHUNK)
         # not a slice of one tensor: the compiled form depends on strides
-        chunk = torch.tensor([ids[begin : begin + PREFILL_CHUNK] for ids in padded], device=model.device)
+        chunk = torch.tensor([ids[begin:end] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
-        view = cache.view(cache_rows, prefix_length(cache, start + begin + chunk.shape[1]))
+        view = cache.view(cache_rows, prefix_length(cache, start + end))
         hidden = forward(model, chunk, pos, view)
-        if any(begin < len(prompt) <= begin + PREFILL_CHUNK for prompt in prompts):
+        if any(begin < len(prompt) <= end for prompt in prompts):
             last = lengths - 1 - begin  # of each row, counted from this chunk's first
             new = model.logits(hidden, last.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0]
             logits = new if logits is None else torch.where((last >= 0)[:, None], new, logits)

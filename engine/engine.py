@@ -10,7 +10,7 @@ import torch
 from engine.cache import allocate, prefix_length, slots_for
 from engine.compile import compile_step, require_compiler
 from engine.decode import Chunk, decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import NO_TOKEN, Sampling, require_finite
+from engine.sampling import NO_TOKEN, Sampling, new_seeds, require_finite, seed_row
 from engine.speculative import Speculation, Text, speculate
 from layers.quantized import quant_spec
 from model import KVCache, Transformer
@@ -109,28 +109,42 @@ def load(
 
 
 def generate(
-    engine: Engine, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling | None = None, start: int = 0
+    engine: Engine,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    start: int = 0,
+    seeds: list[int] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield, for each row of a batch, the ids that are new since the last time; max_new_tokens of each row in all.
 
     prompts: the ids of each row, of any lengths, of which the first `start` stand in the engine's cache already.
-    sampling: `Sampling()` if None. End of text is the caller's business: stop reading.
+    sampling: `Sampling()` if None. seeds: one a row; None: from PyTorch's generator. End of text is the caller's
+    business: stop reading.
 
         engine, tokenizer = load()
         stream = TextStream(tokenizer)
         for [ids] in generate(engine, [tokenizer.encode("The capital of France is")], 8, Sampling(temperature=0)):
             print(stream.push(ids), end="", flush=True)
     """
-    for tokens, counts in chunks(engine, prompts, max_new_tokens, sampling or Sampling(), start):
+    for tokens, counts in chunks(engine, prompts, max_new_tokens, sampling or Sampling(), start, seeds):
         yield [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
 
 
 def chunks(
-    engine: Engine, prompts: list[list[int]], n_new: int, sampling: Sampling, start: int = 0
+    engine: Engine,
+    prompts: list[list[int]],
+    n_new: int,
+    sampling: Sampling,
+    start: int = 0,
+    seeds: list[int] | None = None,
 ) -> Iterator[tuple[list[list[int]], list[int]]]:
     """As `generate`, with every proposal: tokens [B][n] and counts [B], the first counts[b] of row b being new."""
     model, speculation = engine.model, engine.speculation
     engine.reserve(len(prompts), max(map(len, prompts)) + n_new)
+    if not sampling.is_greedy:
+        for row, seed in enumerate(seeds or new_seeds(len(prompts))):
+            seed_row(engine.cache, row, seed)
     token, pos = prefill(model, engine.cache, [ids[start:] for ids in prompts], sampling, start, engine.forward)
     if speculation is None:
         stream = decode(model, engine.cache, token, pos, n_new - 1, sampling, engine.step)

@@ -1,4 +1,8 @@
-"""How a token is drawn from logits."""
+"""How a token is drawn from logits.
+
+What is drawn at a position is decided by a number that depends on the seed of the row and the position alone: a seed
+gives the same text whatever else is generated, and however far ahead is guessed.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer
+from model import CacheView, KVCache, Transformer
 from ranks import from_first
 from tp import full_logits
 
@@ -93,13 +97,39 @@ def sample(probs: Tensor) -> Tensor:  # [..., V] -> [...]
     return argmax(probs / noise)
 
 
-def choose(logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
+def seed_row(cache: KVCache, row: int, seed: int) -> None:
+    """Decide by this seed, of which the low 32 bits count, what will be drawn in a row of the cache."""
+    uniforms = torch.rand(cache.n_slots, generator=torch.Generator().manual_seed(seed))
+    # so far below 1 that a product with a sum of probabilities is never rounded up to the sum
+    cache.uniforms[row] = uniforms * (1 - 2**-20)
+
+
+def new_seeds(n: int) -> list[int]:
+    """Seeds for rows that were given none, by PyTorch's own generator."""
+    first = int(torch.randint(1 << 31, (), device="cpu"))
+    return list(range(first, first + n))
+
+
+def uniforms_at(cache: CacheView, pos: Tensor) -> Tensor:
+    """Numbers [B, S] of [0, 1) that decide what follows pos [B, S]."""
+    rows = torch.arange(len(pos), device=pos.device) if cache.cache_rows is None else cache.cache_rows
+    return cache.cache.uniforms[rows[:, None], pos]
+
+
+def place_of(uniforms: Tensor, probs: Tensor) -> Tensor:  # [...], [..., V] -> [...]
+    """The place in whose share each number falls, when the shares of all places lie end to end."""
+    ends = probs.cumsum(-1)
+    return (ends <= uniforms[..., None] * ends[..., -1:]).sum(-1)
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> Tensor:  # [..., V], [...] -> [...]
+    """The likeliest token, for which no uniforms are needed, or the one that they decide on."""
     if sampling.is_greedy:
-        return valid(argmax(logits), logits)[:, None]
+        return valid(argmax(logits), logits)
     probs, ids = candidates(logits, sampling)
-    drawn = sample(probs)
-    token = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
-    return valid(token, probs, drawn)[:, None]
+    place = place_of(uniforms, probs)
+    token = place if ids is None else ids.gather(-1, place[..., None])[..., 0]
+    return valid(token, probs, place)
 
 
 def valid(token: Tensor, values: Tensor, place: Tensor | None = None) -> Tensor:  # [...], [..., V], [...] -> [...]
@@ -117,7 +147,11 @@ def require_finite(model: Transformer, is_finite: bool, what: str = "model") -> 
         raise ValueError(f"the {what}'s logits are NaN or infinite in {dtype}; {advice}")
 
 
-def next_token(model: Transformer, logits: Tensor, sampling: Sampling) -> Tensor:  # [B, V] -> [B, 1]
-    """Draw from the logits that `model` returned; the same token on every rank that shares it."""
-    token = choose(full_logits(model, logits, sampling.candidates), sampling)
+def next_token(model: Transformer, logits: Tensor, pos: Tensor, cache: CacheView, sampling: Sampling) -> Tensor:
+    """The token [B, S] that follows each pos [B, S], by the logits [B, S, V] that `model` returned there.
+
+    It is the same on every rank that shares the model.
+    """
+    uniforms = None if sampling.is_greedy else uniforms_at(cache, pos)
+    token = choose(full_logits(model, logits, sampling.candidates), sampling, uniforms)
     return token if sampling.is_greedy else from_first(model.ranks, token)  # the likeliest is so everywhere

@@ -17,28 +17,28 @@ from engine.cache import prefix_length
 from engine.decode import Chunk
 from engine.drafters import Drafter
 from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
-from engine.sampling import Sampling, argmax, logits_to_probs, sample, valid
+from engine.sampling import Sampling, choose, logits_to_probs, sample, uniforms_at, valid
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
 
 
-def accept(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def accept(
+    logits: Tensor, draft: Tensor, draft_probs: Tensor | None, sampling: Sampling, uniforms: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """New tokens [B, k + 1] and how many hold, count [B, 1]: the draft tokens accepted and one of the model's own.
 
     logits [B, k + 1, V]: of the place before each draft token and after the last. draft [B, k]; draft_probs [B, k, V'],
-    V' <= V, the distributions it was drawn from, None: it was certain. A token is accepted with the chance p / q, and
+    V' <= V, the distributions it was drawn from, None: it was certain. A certain token is accepted if it is what
+    uniforms [B, k + 1] decide on, so the text is the same as without. Another is accepted with the chance p / q, and
     the first that is not is drawn again from what p has more than q.
     """
     k, vocab_size = draft.shape[1], logits.shape[-1]
-    if sampling.is_greedy:  # p and q are 1 or 0: accepted is what the model would have said
-        new = valid(argmax(logits), logits)
+    if draft_probs is None:
+        new = choose(logits, sampling, uniforms)
         return new, 1 + (new[:, :k] == draft).long().cumprod(1).sum(1, keepdim=True)
     p = logits_to_probs(logits, sampling)  # [B, k + 1, V]
-    if draft_probs is None:
-        q = F.one_hot(draft, vocab_size).float()
-    else:
-        q = F.pad(draft_probs, (0, vocab_size - draft_probs.shape[-1]))
+    q = F.pad(draft_probs, (0, vocab_size - draft_probs.shape[-1]))
     p_draft, q_draft = (x[:, :k].gather(2, draft[..., None])[..., 0] for x in (p, q))  # [B, k]
     agreed = torch.rand_like(p_draft) * q_draft < p_draft  # never where p is 0, always where it is q
     accepted = agreed.long().cumprod(1).sum(1, keepdim=True)  # [B, 1]
@@ -69,7 +69,8 @@ def verify(
     recent, draft = tokens[:, :2], tokens[:, 2:]
     places = pos + torch.arange(draft.shape[1] + 1, device=pos.device)
     logits = full_logits(model, model(tokens[:, 1:], places, cache), sampling.candidates)
-    new, count = accept(logits, draft, draft_probs, sampling)
+    uniforms = None if sampling.is_greedy else uniforms_at(cache, places)
+    new, count = accept(logits, draft, draft_probs, sampling, uniforms)
     if not sampling.is_greedy:  # what is likeliest is so on every rank
         new, count = from_first(model.ranks, torch.cat((new, count), 1)).tensor_split((-1,), 1)
     count = torch.minimum(count, limit - pos)

@@ -56,7 +56,8 @@ class OperatorAttend(StepAttend):
     takes_many = False
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
-        if not (self.takes_many or surely_few(q.shape[1])) or not k.data.is_contiguous():  # keys of no cache are not
+        of_cache = k.data.is_contiguous() and v.data.is_contiguous()  # those of a call without a cache need not be
+        if not (self.takes_many or surely_few(q.shape[1])) or not of_cache:
             return super().forward(q, k, v, cache_rows, mask)
         return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 

@@ -144,10 +144,11 @@ def check_draws(compiled: bool, device, dtype) -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(1, 128256, dtype=torch.float64).expand(8, -1)
     draw = torch.compile(choose, fullgraph=True, dynamic=False) if compiled else choose
-    assert draw(logits.to(device, torch.float32), GREEDY).tolist() == [[logits[0].argmax().item()]] * 8
+    assert draw(logits.to(device, torch.float32), GREEDY, None).tolist() == [logits[0].argmax().item()] * 8
     for sampling in (Sampling(top_k=4), Sampling(top_k=50, top_p=0.5)):
         probs = logits_to_probs(logits[:1], sampling)[0]
-        found = torch.cat([draw(logits.to(device, torch.float32), sampling).flatten().cpu() for _ in range(32)])
+        numbers = torch.rand(32, 8, device=device)
+        found = torch.cat([draw(logits.to(device, torch.float32), sampling, each).cpu() for each in numbers])
         counts = torch.bincount(found, minlength=len(probs))
         assert not counts[probs == 0].any(), f"{sampling} drew tokens whose probability is 0"
         # three standard deviations of the likeliest token's count

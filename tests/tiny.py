@@ -50,18 +50,9 @@ def make_tiny_checkpoint(folder, context=512, seed=0, template=CHATML, **fields)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    args = ModelArgs(
-        dim=64,
-        n_layer=2,
-        n_head=4,
-        n_kv_head=2,
-        head_dim=16,
-        intermediate_size=96,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_seq_length=context,
-        tie_embeddings=True,
-        **fields,
-    )
+    sizes = dict(dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=96)
+    names = dict(vocab_size=tokenizer.get_vocab_size(), max_seq_length=context, tie_embeddings=True)
+    args = ModelArgs(**{**sizes, **names, **fields})
     shapes = Transformer(args).state_dict()
     torch.manual_seed(seed)
     state = {name: torch.randn(t.shape) * 0.2 for name, t in shapes.items()}

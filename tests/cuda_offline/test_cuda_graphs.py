@@ -36,6 +36,7 @@ PAIR_NAMES, PAIRS = pairwise(**CHOICES, cache_dtype=(None, torch.int8))
 NAMES, TRIPLES = covering(3, **CHOICES, sm=PROCESSORS)
 STEPS = product(FAMILIES, FORMATS, ["step"], CHOICES["n_rows"], [90])
 MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "capped": 11}  # a layer, but for prompts
+MOST_TOKENS = 64  # more run as prompts do
 SPILLED = 48  # bytes a thread, of the compiler's own softmax of the scores of many queries
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
@@ -56,7 +57,8 @@ def check(family, form, call, n_rows, sm=90, ranks=None, cache_dtype=None):
     if call != "prompt":
         assert made.why_no_cuda_graph is None
         assert all(launch.part is not None for launch in record.launches)
-        assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
+        if arguments[1].numel() <= MOST_TOKENS:
+            assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
     assert not copied_weights(model, record)
     return record.tuners
 

@@ -11,7 +11,7 @@ from transformers.generation import logits_process as hf
 from engine.cache import prefix_length, slots_for
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, sample
+from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, place_of, sample, seed_row
 from engine.speculative import accept
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 from tp import full_logits
@@ -36,7 +36,7 @@ def test_sampling_refuses_what_is_out_of_range(field, value):
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-31, 1e-29])
 def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
     logits, sampling = torch.randn(3, 97, generator=torch.Generator().manual_seed(1)) * 30, Sampling(temperature)
-    assert torch.equal(choose(logits, sampling), logits.argmax(-1, keepdim=True))
+    assert torch.equal(choose(logits, sampling, torch.rand(3)), logits.argmax(-1))
     assert torch.equal(logits_to_probs(logits, sampling), logits_to_probs(logits, GREEDY))
 
 
@@ -49,10 +49,10 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(sampling, value):
     """One such logit is enough; -inf bars a token, and may stand beside others."""
     logits = torch.zeros(4, 50)
     logits[1, 7], logits[2, 7], logits[3] = value, -math.inf, value
-    token = choose(logits, sampling)
-    assert (token == NO_TOKEN).tolist() == [[False], [True], [False], [True]]
+    token = choose(logits, sampling, torch.rand(4))
+    assert (token == NO_TOKEN).tolist() == [False, True, False, True]
     draft = torch.zeros(4, 2, dtype=torch.long)  # the second is never reached: row 0 and 2 may take the first
-    new, count = accept(logits[:, None].repeat(1, 3, 1), draft, None, sampling)
+    new, count = accept(logits[:, None].repeat(1, 3, 1), draft, None, sampling, torch.zeros(4, 3))
     assert [NO_TOKEN in ids[:n] for ids, n in zip(new.tolist(), count, strict=True)] == [False, True, False, True]
 
 
@@ -61,7 +61,7 @@ def test_ranks_hand_on_logits_that_are_not_finite():
     model, logits = SimpleNamespace(ranks=alone, args=SimpleNamespace(vocab_size=50)), torch.zeros(1, 50)
     logits[0, 7] = math.nan
     for best, sampling in ((1, GREEDY), (5, Sampling(1.0, 5)), (None, Sampling(1.0, 0))):
-        assert choose(full_logits(model, logits, best), sampling).item() == NO_TOKEN
+        assert choose(full_logits(model, logits, best), sampling, torch.rand(1)).item() == NO_TOKEN
 
 
 def test_sampling_takes_the_ends_of_each_range():
@@ -113,7 +113,7 @@ def test_temperature_zero_is_one_hot_at_the_first_of_equal_maxima():
     probs = logits_to_probs(logits, GREEDY)
     assert probs.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
     assert probs.dtype == torch.float32
-    assert choose(logits, GREEDY).tolist() == [[1], [0]]
+    assert choose(logits, GREEDY, None).tolist() == [1, 0]
 
 
 def test_low_precision_logits_are_softened_in_float32():
@@ -140,15 +140,29 @@ def test_choices_follow_the_distribution_of_transformers(sampling):
     warpers += [hf.TopPLogitsWarper(sampling.top_p), hf.MinPLogitsWarper(sampling.min_p)]
     expected = n * hf.LogitsProcessorList(warpers)(None, logits[None]).softmax(-1)[0].double()
     torch.manual_seed(0)
-    counts = torch.cat([choose(logits.expand(1000, -1), sampling) for _ in range(n // 1000)])[:, 0].bincount(
-        minlength=3000
-    )
+    drawn = [choose(logits.expand(1000, -1), sampling, torch.rand(1000)) for _ in range(n // 1000)]
+    counts = torch.cat(drawn).bincount(minlength=3000)
     assert not counts[expected == 0].any()
     large = expected >= 5
     counts, expected = (torch.cat((x[large], x[~large].sum()[None])) for x in (counts, expected))
     freedom = int(large.sum())
     chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 10
+
+
+def test_the_place_in_whose_share_a_number_falls():
+    probs = tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]] * 6)
+    numbers = tensor([0.0, 0.49, 0.5, 0.74, 0.76, 1 - 2**-20])  # the last: the greatest of `seed_row`
+    assert place_of(numbers, probs).tolist() == [1, 1, 3, 3, 4, 4]
+    assert place_of(numbers, probs * 0.7).tolist() == [1, 1, 3, 3, 4, 4]  # shares of what there is
+
+
+def test_the_numbers_of_a_seed_do_not_depend_on_the_size_of_the_cache():
+    small, large = tiny_model().new_cache(1, 40), tiny_model().new_cache(3, 512)
+    seed_row(small, 0, 2**40 + 7)
+    seed_row(large, 2, 2**40 + 7)
+    assert torch.equal(small.uniforms[0], large.uniforms[2, :40])
+    assert not large.uniforms[:2].any() and large.uniforms[2].max() < 1
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
@@ -162,10 +176,11 @@ def test_the_compiled_draw_follows_the_distribution():
     logits = tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log().repeat(50_000, 1)
     torch.manual_seed(0)
     compiled = torch.compile(choose, fullgraph=True, options={"cpp.vec_isa_ok": True})
-    drawn = compiled(logits, Sampling(1.0, 5))
-    counts, expected = drawn[:, 0].bincount(minlength=6), 50_000 * logits[0].exp() / 0.99
+    uniforms = torch.rand(len(logits))
+    drawn = compiled(logits, Sampling(1.0, 5), uniforms)
+    counts, expected = drawn.bincount(minlength=6), 50_000 * logits[0].exp() / 0.99
     assert counts[5] == 0
-    assert (compiled(logits * math.nan, Sampling(1.0, 5)) == NO_TOKEN).all()
+    assert (compiled(logits * math.nan, Sampling(1.0, 5), uniforms) == NO_TOKEN).all()
     assert ((counts - expected)[:5] ** 2 / expected[:5]).sum() < 18.5  # 4 degrees of freedom
 
 
@@ -358,7 +373,7 @@ def test_the_seed_decides_what_a_compiled_step_draws():
     cache = model.new_cache(1, 256)
 
     def drawn(seed):
-        torch.manual_seed(seed)
+        seed_row(cache, 0, seed)
         return continuation(model, cache, [[1, 2, 3]], 20, Sampling(1.5), step=step).tolist()
 
     assert drawn(1) == drawn(1) != drawn(2)

@@ -49,7 +49,7 @@ def plainly(model, prompts, count):
     return continuation(model, cache, prompts, count).tolist()
 
 
-def speculated(engine, prompts, count, speculation=None, start=0, sampling=GREEDY):
+def speculated(engine, prompts, count, speculation=None, start=0, sampling=GREEDY, seeds=None):
     """[B][count] tokens, and of each round how many were proposed and the counts [B] of new tokens.
 
     engine: or a model, for one that is made for this text alone.
@@ -57,7 +57,7 @@ def speculated(engine, prompts, count, speculation=None, start=0, sampling=GREED
     if speculation is not None:
         engine = Engine(engine, speculation=speculation)
     rows, rounds = [[] for _ in prompts], []
-    for tokens, counts in chunks(engine, prompts, count, sampling, start):
+    for tokens, counts in chunks(engine, prompts, count, sampling, start, seeds):
         rounds.append((len(tokens[0]) - 1, counts))
         for row, ids, n in zip(rows, tokens, counts, strict=True):
             row += ids[:n]
@@ -482,6 +482,7 @@ def three_drawn(model, sampling, speculation, rows):
     prompts, size = [PROMPT[:-1]] * rows, model.args.vocab_size
     n_slots = len(PROMPT) + 3 + speculation.look_ahead
     cache = model.new_cache(rows, n_slots)
+    cache.uniforms.uniform_(generator=torch.Generator().manual_seed(1))
     speculation.drafter.reserve(rows, n_slots)
     prefill(model, cache, prompts, sampling)
     speculation.drafter.begin(model, prompts)
@@ -531,6 +532,19 @@ def test_a_draft_of_another_vocabulary_size_leaves_the_law_as_it_is(vocab_size):
     assert chance(three_drawn(model, sampling, speculation, 4000), law) > 1e-4
 
 
+@pytest.mark.parametrize("k", [1, 3, 8, "auto"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_guesses_of_the_text_itself_change_nothing_that_is_drawn(k, sampling):
+    model, sampling, prompts = toy_model(), SAMPLINGS[sampling], [PROMPT, [4, 5], [1, 2, 3, 4]]
+    engine = Engine(model)
+    engine.reserve(3, 32)
+    expected, _ = speculated(engine, prompts, 20, sampling=sampling, seeds=[5, 6, 7])
+    rows, rounds = speculated(model, prompts, 20, Speculation(PromptLookup(), k), sampling=sampling, seeds=[5, 6, 7])
+    assert rows == expected and any(proposed for proposed, _ in rounds)
+    alone, _ = speculated(engine, prompts[1:2], 20, sampling=sampling, seeds=[6])
+    assert alone == expected[1:2] != speculated(engine, prompts[1:2], 20, sampling=sampling, seeds=[8])[0]
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("wrong", [lambda q: q * 0, lambda q: q.sqrt() / q.sqrt().sum(-1, keepdim=True)])
 def test_wrong_rules_are_found_out(wrong, sampling):
@@ -569,7 +583,7 @@ def accepted_from(q, draft):
     rows = len(draft)
     torch.manual_seed(1)
     q = None if q is None else q.expand(rows, -1, -1)
-    return accept(P.log().expand(rows, -1, -1), draft, q, Sampling(1.0, 0))
+    return accept(P.log().expand(rows, -1, -1), draft, q, Sampling(1.0, 0), torch.rand(rows, 3))
 
 
 def laws_of_new(new, count):
@@ -615,14 +629,14 @@ def test_the_ends_of_what_can_be_drawn(monkeypatch, least, drawn):
     if least:
         logits[:, :, 7] = float("-inf")
     q = logits_to_probs(logits[:, :1], Sampling(1.0, 0))
-    _, count = accept(logits, torch.full((1000, 1), 7), None if least else q, Sampling(1.0, 0))
+    _, count = accept(logits, torch.full((1000, 1), 7), None if least else q, Sampling(1.0, 0), torch.zeros(1000, 2))
     assert (count == (1 if least else 2)).all()
 
 
 def test_greedy_acceptance_by_hand():
     logits = torch.eye(5)[tensor([[4, 2, 1], [4, 2, 1], [4, 2, 1], [4, 2, 1]])]
     draft = tensor([[4, 2], [4, 3], [0, 2], [0, 0]])
-    new, count = accept(logits, draft, None, GREEDY)
+    new, count = accept(logits, draft, None, GREEDY, None)
     assert new.tolist() == [[4, 2, 1]] * 4
     assert count.tolist() == [[3], [2], [1], [1]]
 

@@ -221,3 +221,13 @@ def test_forms_on_cuda_by_hand():
     assert chosen(torch.bfloat16, joint_qk_norm=True) == chosen(torch.bfloat16, head_dim=16) == others
     assert chosen(torch.bfloat16, dim=66) == [GpuAttention, GpuExperts, None]  # rows of no multiple of 16 bytes
     assert chosen(torch.float32) == [None, None, None]
+
+
+@torch.inference_mode()
+def test_one_key_head_without_a_cache():
+    """Its keys lie in memory as those of a cache would; its values do not."""
+    model = quantised({"n_head": 2, "n_kv_head": 1, "head_dim": 64}).bfloat16()
+    tokens, pos = torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    wanted = model(tokens, pos)
+    pack_(model)
+    assert (model(tokens, pos) - wanted).abs().max() < 0.1 * wanted.abs().max()

@@ -1,0 +1,260 @@
+"""Continuous batching: the rows of one cache are shared by tasks that come and go while others run.
+
+What a task draws depends on its own prompt, seed and settings alone. Each pass computes either the chunk of one prompt
+or one step of rows that do not look at each other; chunks begin at fixed positions; and the operators for a CPU give a
+row the same numbers whatever stands beside it, in bfloat16, int8 and int4.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.cache import copy_prefix, prefix_length, shared_prefix
+from engine.decode import FEW, chunk_end
+from engine.engine import Engine
+from engine.request import Request, Timing
+from engine.sampling import NO_TOKEN, Sampling, choose, require_finite, seed_row
+from kernels import cpu
+from model import CacheView, Transformer
+from ranks import from_first
+from tp import full_logits
+
+CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
+SMALL_CHUNK = 32  # of slower processors
+STEP_ROWS = {"cpu": FEW, "cuda": 64}  # of one pass
+
+Processor = Callable[[Tensor, list[int]], Tensor]  # logits [V] in float32, and the new ids so far -> logits
+
+
+class TokenLogprobs(NamedTuple):
+    """log p of a new token in nats, before processors, temperature and the like; and the likeliest ids with theirs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Task:
+    """A request with how its tokens are drawn, and what became of it.
+
+    processors: called once a token, in order. n_logprobs: how many of the likeliest tokens to tell of, None: nothing.
+    """
+
+    request: Request
+    sampling: Sampling
+    seed: int = 0
+    processors: Sequence[Processor] = ()
+    n_logprobs: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each new token
+    cached_tokens: int = 0  # of the prompt, that were not read again
+    error: Exception | None = None  # that ended it
+    row: int | None = None  # of the cache
+    n_read: int = 0  # tokens of the prompt that the row holds
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """The last token, which the cache does not hold yet, and its position."""
+        return self.request.token_ids[-1], len(self.request.prompt) + len(self.request.token_ids) - 1
+
+
+def logits_of_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:
+    """Logits [B, V] after tokens [B, 1] at pos [B, 1]."""
+    return model(tokens, pos, cache)[:, -1]
+
+
+class Scheduler:
+    """Tasks, waiting, reading their prompts one at a time, or running. Every task belongs to the caller of `submit`.
+
+    n_rows: tasks that run at a time. context: tokens that each may have. step: `logits_of_step`, maybe compiled.
+    """
+
+    def __init__(self, engine: Engine, n_rows: int, context: int, step: Callable = logits_of_step):
+        model = engine.model
+        self.is_cuda = model.device.type == "cuda"
+        engine.reserve(n_rows + self.is_cuda, context)  # the last row of a GPU's is for padding
+        self.engine, self.context, self.step_logits = engine, context, step
+        self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
+        self.waiting: deque[Task] = deque()
+        self.reading: Task | None = None
+        self.running: list[Task] = []
+        self.free = list(range(n_rows))  # the one that was left longest ago first
+        self.held: list[list[int]] = [[] for _ in range(n_rows)]  # ids of whole chunks of a prompt, in each row
+        self.timing = Timing()
+
+    # ------------------------------------------------------------ tasks come and go
+
+    def submit(self, task: Task) -> None:
+        """Let a task wait for a row. Raises ValueError if it needs more positions than a row has."""
+        request = task.request
+        if request.length > self.context:
+            raise ValueError(
+                f"the prompt's {len(request.prompt)} tokens and {request.max_new_tokens} new ones are more than the "
+                f"context of {self.context}"
+            )
+        self.waiting.append(task)
+
+    def cancel(self, task: Task) -> None:
+        """Forget a task, wherever it stands; its row is free at once."""
+        if task in self.waiting:
+            self.waiting.remove(task)
+        elif task.row is not None:
+            self.finish(task)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.reading or self.running)
+
+    def can_admit(self) -> bool:
+        return bool(self.waiting and self.free and self.reading is None)
+
+    def admit(self) -> None:
+        """Give the first task that waits a row, with as much of its prompt as any row holds."""
+        task = self.waiting.popleft()
+        prompt, cache = task.request.prompt, self.engine.cache
+        shared = [self.reusable(ids, prompt) for ids in self.held]
+        most = max(shared)
+        source = next((row for row in self.free if shared[row] == most), None)  # taking it over needs no copy
+        row = self.free[0] if source is None else source
+        if source is None:
+            copy_prefix(cache, torch.tensor([shared.index(most)]), torch.tensor([row]), most)
+        self.free.remove(row)
+        self.held[row] = prompt[:most]
+        if not task.sampling.is_greedy:
+            seed_row(cache, row, task.seed)
+        task.row, task.n_read, task.cached_tokens = row, most, most
+        self.reading = task
+
+    def reusable(self, held: list[int], prompt: list[int]) -> int:
+        """Tokens of a prompt that need not be read, of those that a row holds: whole chunks, and never the last few."""
+        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - FEW - 1, 0)) // self.chunk
+        return n_chunks * self.chunk
+
+    def finish(self, task: Task) -> None:
+        """The task has ended: its row is free."""
+        if task is self.reading:
+            self.reading = None
+        else:
+            self.running.remove(task)
+        self.free.append(task.row)
+        task.row = None
+
+    # ------------------------------------------------------------ passes of the model
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Task, str]]:
+        """One chunk of a prompt, then one step of all that run; new text of tasks, and those that have ended."""
+        began, events, running = time.perf_counter(), [], list(self.running)
+        if self.can_admit():
+            self.admit()
+        if self.reading is not None:
+            events += self.read_chunk(self.reading)
+            self.timing.prefill_s += time.perf_counter() - began
+        began, most = time.perf_counter(), STEP_ROWS.get(self.engine.model.device.type, FEW)
+        for i in range(0, len(running), most):
+            events += self.run(running[i : i + most])
+        self.timing.decode_s += time.perf_counter() - began
+        return events
+
+    def read_chunk(self, task: Task) -> list[tuple[Task, str]]:
+        """Read the next chunk of a prompt; after the last one draw the first token."""
+        model, cache, prompt = self.engine.model, self.engine.cache, task.request.prompt
+        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk)
+        tokens = torch.tensor([prompt[begin:end]], device=model.device)
+        pos = torch.arange(begin, end, device=model.device)[None]
+        view = cache.view(self.rows_of([task]), prefix_length(cache, end))
+        hidden = self.engine.forward(model, tokens, pos, view)
+        task.n_read = end
+        self.timing.prompt_tokens += end - begin
+        if end - begin == self.chunk:
+            self.held[task.row] += prompt[begin:end]
+        if end < len(prompt):
+            return []
+        self.reading = None
+        self.running.append(task)
+        if self.timing.time_to_first_token_s is None:
+            self.timing.time_to_first_token_s = self.timing.prefill_s
+        return self.draw([task], model.logits(hidden[:, -1:])[:, 0], [len(prompt) - 1])
+
+    def run(self, tasks: list[Task]) -> list[tuple[Task, str]]:
+        """One step of these tasks."""
+        model, cache = self.engine.model, self.engine.cache
+        tokens, places = zip(*(task.last for task in tasks), strict=True)
+        padding = [0] * self.n_padding(len(tasks))
+        tokens, pos = (torch.tensor([*each, *padding], device=model.device)[:, None] for each in (tokens, places))
+        view = cache.view(self.rows_of(tasks, len(padding)), prefix_length(cache, max(places) + 1))
+        logits = self.step_logits(model, tokens, pos, view)[: len(tasks)]
+        self.timing.count(len(tasks), 0)
+        self.timing.decoded_tokens += len(tasks)
+        return self.draw(tasks, logits, places)
+
+    def n_padding(self, n_rows: int) -> int:
+        """Rows to add to a step, so that a GPU captures steps of few sizes."""
+        return (1 << (n_rows - 1).bit_length()) - n_rows if self.is_cuda else 0
+
+    def rows_of(self, tasks: list[Task], n_padding: int = 0) -> Tensor:
+        rows = [*(task.row for task in tasks), *[len(self.held)] * n_padding]
+        return torch.tensor(rows, device=self.engine.model.device)
+
+    # ------------------------------------------------------------ tokens
+
+    def draw(self, tasks: list[Task], logits: Tensor, places: Sequence[int]) -> list[tuple[Task, str]]:
+        """Draw what follows the places of tasks, by logits [B, V]; those that are drawn alike, together."""
+        plain = all(task.n_logprobs is None and not task.processors for task in tasks)
+        needed = [task.sampling.candidates if plain else None for task in tasks]
+        raw = full_logits(self.engine.model, logits, None if None in needed else max(needed))
+        logits = raw if plain else self.process(tasks, raw)
+        tokens, alike = [NO_TOKEN] * len(tasks), {}
+        for i, task in enumerate(tasks):
+            alike.setdefault(task.sampling, []).append(i)
+        for sampling, some in alike.items():
+            uniforms = None
+            if not sampling.is_greedy:
+                rows = self.rows_of([tasks[i] for i in some])
+                uniforms = self.engine.cache.uniforms[rows, torch.tensor([places[i] for i in some])]
+            drawn = choose(logits if len(alike) == 1 else logits[some], sampling, uniforms)
+            for i, token in zip(some, from_first(self.engine.model.ranks, drawn).tolist(), strict=True):
+                tokens[i] = token
+        for task, token, row in zip(tasks, tokens, raw, strict=True):
+            if task.n_logprobs is not None and token != NO_TOKEN:
+                task.logprobs.append(logprobs_of(row, token, task.n_logprobs))
+        events = [(task, self.push(task, token)) for task, token in zip(tasks, tokens, strict=True)]
+        return [(task, text) for task, text in events if text or task.request.finish_reason]
+
+    def process(self, tasks: list[Task], logits: Tensor) -> Tensor:
+        """Logits in float32 after the processors of each task; one that fails ends its task alone."""
+        logits = logits.float().clone()
+        for task, row in zip(tasks, logits, strict=True):
+            try:
+                for processor in task.processors:
+                    row.copy_(processor(row, task.request.token_ids))
+            except Exception as error:  # of a library that follows a grammar, or of the grammar
+                task.error = error
+        return logits
+
+    def push(self, task: Task, token: int) -> str:
+        """Give a task its new token; the text that can be shown now."""
+        request, text = task.request, ""
+        if task.error is None:
+            try:
+                require_finite(self.engine.model, token != NO_TOKEN)
+                text = request.push([token])
+            except ValueError as error:
+                task.error = error
+        if task.error is not None:
+            request.finish_reason = "error"
+            text = request.stream.finish()
+        if request.finish_reason:
+            self.finish(task)
+            self.timing.requests.append(request)
+        return text
+
+
+def logprobs_of(logits: Tensor, token: int, n: int) -> TokenLogprobs:  # [V]
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(n)
+    return TokenLogprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
