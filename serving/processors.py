@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from serving.fields import RequestError
 from text.tokenizer import Tokenizer
 
 WHITESPACE = r" |\n {0,16}"  # between the parts of JSON; without a bound some models write nothing else
@@ -105,5 +106,5 @@ class Mask:
         self.n_read = len(ids)
         allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
         if self.matcher.is_error():  # its limits of memory or time are reached
-            raise ValueError(f"the grammar fails: {self.matcher.get_error()}")
+            raise RequestError(f"response_format: {self.matcher.get_error()}", "response_format")
         return logits.where(allowed.bool().to(logits.device), float("-inf"))

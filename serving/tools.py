@@ -139,7 +139,8 @@ class Splitter:
         if self.part == "reasoning_content":
             return {CLOSE_THINKING: "content"}
         parts = {self.form.begin: "tool_calls"} if self.form else {}
-        return parts | ({OPEN_THINKING: "reasoning_content"} if self.thinks and self.is_empty else {})
+        may_think = self.thinks and self.is_empty and OPEN_THINKING.startswith(self.held.lstrip()[: len(OPEN_THINKING)])
+        return parts | ({OPEN_THINKING: "reasoning_content"} if may_think else {})
 
     def certain(self, marks: Iterable[str]) -> int:
         """How much of the held text no mark, and no white space before one, can begin in."""

@@ -1,6 +1,7 @@
 """The thread that runs the scheduler. The event loop hands it jobs, and gets their answers back a piece at a time."""
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cli import in_words
 from ranks import Ranks, shared, speaks
 from serving.fields import RequestError
 from serving.jobs import Job, Served, task_of
@@ -20,13 +22,12 @@ from serving.scheduler import Scheduler, Task
 
 
 def failure(error: Exception) -> RequestError:
-    """What a client is told of an error: the person's own mistake, or that the server has failed."""
+    """What a client is told of an error while its answer is made: nothing of how the server is made."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, ValueError):
-        return RequestError(str(error))
     traceback.print_exception(error)
-    return RequestError(f"the server failed: {type(error).__name__}", status=500)
+    words = in_words(error) or f"an error of the kind {type(error).__name__}"
+    return RequestError(f"the server failed: {words}", status=500)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Worker(threading.Thread):
     def __init__(self, scheduler: Scheduler, served: Served, max_queue: int, ranks: Ranks | None = None):
         super().__init__(daemon=True, name="scheduler")
         self.scheduler, self.served, self.ranks = scheduler, served, ranks
-        self.max_places = scheduler.n_rows + max_queue
+        self.n_rows = len(scheduler.held)
+        self.max_places = self.n_rows + max_queue
         self.ready: Future[None] = Future()
         self.orders: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         # of the event loop
@@ -111,7 +113,7 @@ class Worker(threading.Thread):
 
     def read_metrics(self) -> bytes:
         running = len(self.scheduler.running)
-        self.metrics.rows.set(self.scheduler.n_rows)
+        self.metrics.rows.set(self.n_rows)
         self.metrics.running.set(running)
         self.metrics.waiting.set(max(len(self.places) - running, 0))
         return self.metrics.text()
@@ -188,7 +190,7 @@ class Worker(threading.Thread):
         try:
             moved = self.scheduler.step()
         except Exception as error:
-            error = RequestError(failure(error).args[0], status=500)
+            error = failure(error)
             numbers = list(self.tasks)
             for number in numbers:
                 self.scheduler.cancel(self.forget(number))
@@ -211,7 +213,8 @@ class Worker(threading.Thread):
 
     def send(self, pieces: list[tuple[int, Piece]]) -> None:
         if pieces and speaks(self.ranks):
-            self.loop.call_soon_threadsafe(self.hand_out, pieces)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody waits
+                self.loop.call_soon_threadsafe(self.hand_out, pieces)
 
 
 class Answers:
