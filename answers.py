@@ -1,4 +1,4 @@
-"""Prompts answered in batches: printed in their order, kept for the report, and written as JSON Lines as they end."""
+"""Prompts and their answers: printed in order, kept for the report, and written as JSON Lines as they end."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from measure.scoring import evenly
 from ranks import speaks
+from serving.scheduler import Scheduler, Task, run_tasks
 from text.results import Results
 from text.tokenizer import Tokenizer
 from weights.files import write_json
@@ -32,7 +33,11 @@ def batches_of(rows: list[Row], n_rows: int) -> list[list[Row]]:
 
 
 class Answers:
-    """What is asked, in batches, and the answers to it, once for each sample."""
+    """What is asked, and the answers to it, once for each sample.
+
+    The rows of a batch end together; with a scheduler one that ends makes room for the next. The n-th answer of a run
+    is drawn with `seed` + n, from 0.
+    """
 
     def __init__(
         self,
@@ -41,32 +46,51 @@ class Answers:
         limits: Limits,
         sampling: Sampling,
         batches: list[list[Row]],
+        seed: int,
+        scheduler: Scheduler | None = None,
         results: Results | None = None,
     ):
         self.engine, self.tokenizer, self.limits, self.sampling = engine, tokenizer, limits, sampling
-        self.batches, self.results = batches, results
+        self.batches, self.seed, self.scheduler, self.results = batches, seed, scheduler, results
         self.numbers = sorted(row.number for batch in batches for row in batch)
         self.streams = len(self.numbers) == 1
         self.timings: list[Timing] = []
         self.ended: list[dict[int, dict]] = []  # of each sample, rows as the report has them, by number
 
+    def warm_up(self) -> None:
+        """Compile all that the answers need."""
+        if self.scheduler is not None:
+            return self.scheduler.warm_up()
+        lengths = [[len(row.ids) for row in batch] for batch in self.batches]
+        self.engine.warm_up(lengths, self.limits.max_new_tokens, self.sampling)
+
     def sample(self) -> None:
         """Answer everything once; a single row streams, of several each is printed whole once those before it are."""
-        limits = self.limits
         self.timings.append(Timing())
         self.ended.append({})
         self.unprinted, self.texts = list(self.numbers), {}
         with progress(total=len(self.numbers), desc="Answering", unit="prompt", disable=self.streams) as bar:
+            limits, timing = self.limits, self.timings[-1]
+            how = (self.tokenizer, limits.max_new_tokens, limits.stop, limits.ignore_eos)
             for batch in self.batches:
-                how = (self.tokenizer, limits.max_new_tokens, limits.stop, limits.ignore_eos)
                 rows = {Request(row.ids, *how): row for row in batch}
-                with closing(run_batch(self.engine, list(rows), self.sampling, self.timings[-1])) as pieces:
+                seeds = [self.seed_of(row) for row in batch]
+                if self.scheduler is None:
+                    run = run_batch(self.engine, list(rows), self.sampling, timing, seeds=seeds)
+                else:
+                    tasks = [Task(request, self.sampling, seed) for request, seed in zip(rows, seeds, strict=True)]
+                    run = run_tasks(self.scheduler, tasks, timing)
+                with closing(run) as pieces:
                     for request, text in pieces:
                         if self.streams:
                             write(text)
                         if request.finish_reason:
                             self.end(rows[request], request)
                             bar.update()
+
+    def seed_of(self, row: Row) -> int:
+        """By the number of the row: a run that goes on where another was interrupted draws the same."""
+        return self.seed + (len(self.timings) - 1) * len(self.numbers) + row.number - 1
 
     def end(self, row: Row, request: Request) -> None:
         """Keep, write and print the answer to one row."""

@@ -45,6 +45,7 @@ from measure.machine import run_facts
 from measure.speed import report, say_summary, summarise
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
+from serving.scheduler import Scheduler
 from text.chat import start_rendering
 from text.files import require_utf8
 from text.prompts import IdTokenizer, encode_prompt, has_standard_input, read_prompt_file, read_standard_input
@@ -273,12 +274,11 @@ def answer(
 ) -> None:
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
-    batches = plan(engine, tokenizer, prompts, args, context)
-    lengths = [[len(row.ids) for row in batch] for batch in batches]
-    facts["compile_s"] = prepare(partial(engine.warm_up, lengths, args.max_new_tokens, sampling), engine, args)
-    torch.manual_seed(facts["seed"])
-    limits = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos)
-    answers = Answers(engine, tokenizer, limits, sampling, batches, results if speaks(ranks) else None)
+    batches, scheduler = plan(engine, tokenizer, prompts, args, context)
+    limits, seed = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos), facts["seed"]
+    answers = Answers(engine, tokenizer, limits, sampling, batches, seed, scheduler, results if speaks(ranks) else None)
+    facts["compile_s"] = prepare(answers.warm_up, engine, args)
+    torch.manual_seed(seed)
     try:
         run_samples(answers, args)
     except (KeyboardInterrupt, cli.Terminated):
@@ -294,8 +294,8 @@ def answer(
 
 def plan(
     engine: Engine, tokenizer: Tokenizer, prompts: dict[int, str | int], args: argparse.Namespace, context: int
-) -> list[list[Row]]:
-    """The rows in batches, for which the engine then has a cache."""
+) -> tuple[list[list[Row]], Scheduler | None]:
+    """The rows in batches, for which the engine then has a cache, or for a scheduler."""
     ranks, texts = engine.model.ranks, prompts.values()
     # a number of random tokens is checked before they are drawn
     check_fit(max(text if isinstance(text, int) else 0 for text in texts), args.max_new_tokens, context)
@@ -304,12 +304,13 @@ def plan(
     rows = list(map(Row, prompts, texts, encoded))
     if args.prompt_file is None:  # a single prompt fills the batch
         n_rows = args.batch_size or 1
-    else:
-        n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
-    engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
-    if args.prompt_file is None:
-        rows = [replace(rows[0], number=number) for number in range(1, n_rows + 1)]
-    return batches_of(rows, n_rows)
+        engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
+        return [[replace(rows[0], number=number) for number in range(1, n_rows + 1)]], None
+    n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
+    if engine.speculation is None:
+        return [rows], Scheduler(engine, n_rows, length)
+    engine.reserve(n_rows, length)
+    return batches_of(rows, n_rows), None
 
 
 def run_samples(answers: Answers, args: argparse.Namespace) -> None:

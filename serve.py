@@ -17,8 +17,8 @@ import torch
 import cli
 from cli import say
 from engine.cache import MOST_ROWS, context_length, rows_that_fit
-from engine.compile import compile_step, require_compiler
-from engine.engine import Engine
+from engine.compile import require_compiler
+from engine.engine import Engine, build_engine
 from flags import (
     cache_flag,
     check_counts,
@@ -104,13 +104,15 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     spec = quant_spec(args.quantize, args.groupsize)
     model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, spec, ranks)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
-    return Engine(model), load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
+    return build_engine(model, args.compile), load_tokenizer(
+        args.checkpoint_path, model.args.vocab_size, args.chat_template
+    )
 
 
 def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound: socket.socket | None) -> None:
     """Answer requests until Ctrl-C or SIGTERM; without a socket, as the first rank orders."""
     from serving.jobs import Served
-    from serving.scheduler import Scheduler, logits_of_step
+    from serving.scheduler import Scheduler
     from serving.server import run_server
     from serving.worker import Worker
 
@@ -119,8 +121,7 @@ def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound:
     n_rows = args.max_batch or shared(model.ranks, lambda: rows_that_fit(model, context))
     name = args.served_model_name or model_id(Path(args.checkpoint_path))
     served = Served(name, tokenizer, context, model.args.vocab_size, read_sampling(args.checkpoint_path))
-    step = compile_step(logits_of_step, model.device) if args.compile else logits_of_step
-    worker = Worker(Scheduler(engine, n_rows, context, step), served, args.max_queue, model.ranks)
+    worker = Worker(Scheduler(engine, n_rows, context), served, args.max_queue, model.ranks)
     if bound is None:
         return worker.run()
     say(f"Serving {name} with {n_rows} rows of {context} tokens")

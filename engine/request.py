@@ -114,15 +114,16 @@ def run_batch(
     sampling: Sampling,
     timing: Timing,
     start: int = 0,
+    seeds: list[int] | None = None,
 ) -> Iterator[tuple[Request, str]]:
     """Generate until every request has ended; yield each piece of text with its request as it is made, and each end.
 
-    start: tokens of the prompts that the engine's cache holds.
+    start: tokens of the prompts that the engine's cache holds. seeds: as `generate` takes them.
     """
     budget = max(request.max_new_tokens for request in requests)
-    began, first = time.perf_counter(), None
+    prompts, began, first = [request.prompt for request in requests], time.perf_counter(), None
     try:
-        for tokens, counts in chunks(engine, [request.prompt for request in requests], budget, sampling, start):
+        for tokens, counts in chunks(engine, prompts, budget, sampling, start, seeds):
             now, proposed = time.perf_counter(), len(tokens[0]) - 1
             is_round = engine.speculation is not None and first is not None
             if first is None:

@@ -7,7 +7,7 @@ row the same numbers whatever stands beside it, in bfloat16, int8 and int4.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import copy_prefix, prefix_length, shared_prefix
+from engine.compile import compile_step
 from engine.decode import FEW, chunk_end
 from engine.engine import Engine
 from engine.request import Request, Timing
@@ -70,14 +71,16 @@ def logits_of_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: Cache
 class Scheduler:
     """Tasks, waiting, reading their prompts one at a time, or running. Every task belongs to the caller of `submit`.
 
-    n_rows: tasks that run at a time. context: tokens that each may have. step: `logits_of_step`, maybe compiled.
+    n_rows: tasks that run at a time. context: tokens that each may have. A compiled engine has compiled steps.
     """
 
-    def __init__(self, engine: Engine, n_rows: int, context: int, step: Callable = logits_of_step):
-        model = engine.model
-        self.is_cuda = model.device.type == "cuda"
+    def __init__(self, engine: Engine, n_rows: int, context: int):
+        device = engine.model.device
+        self.is_cuda = device.type == "cuda"
         engine.reserve(n_rows + self.is_cuda, context)  # the last row of a GPU's is for padding
-        self.engine, self.context, self.step_logits = engine, context, step
+        self.engine, self.context, self.step_logits = engine, context, logits_of_step
+        if engine.is_compiled:  # on a CPU one form serves any number of rows, on a GPU each is a graph
+            self.step_logits = compile_step(logits_of_step, device, any_length=not self.is_cuda)
         self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
         self.waiting: deque[Task] = deque()
         self.reading: Task | None = None
@@ -85,6 +88,23 @@ class Scheduler:
         self.free = list(range(n_rows))  # the one that was left longest ago first
         self.held: list[list[int]] = [[] for _ in range(n_rows)]  # ids of whole chunks of a prompt, in each row
         self.timing = Timing()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Call the functions in every form, so that nothing compiles while somebody waits."""
+        model, cache, n_rows = self.engine.model, self.engine.cache, len(self.held)
+        rows, times = torch.arange(n_rows, device=model.device), 1
+        prompt = torch.arange(self.chunk, device=model.device)[None]
+        self.engine.forward(model, prompt, prompt, cache.view(rows[:1], prefix_length(cache, self.chunk)))
+        sizes, lengths = [1, 2][:n_rows], {prefix_length(cache, self.context)}
+        if self.is_cuda:  # a graph warms up, is captured, then replayed
+            sizes, times = [1 << i for i in range((n_rows - 1).bit_length() + 1)], 3
+            lengths = {prefix_length(cache, length) for length in range(1, self.context + 1)}
+        for size in sizes:
+            first = (rows.repeat(2)[:size] * 0)[:, None]
+            for length in lengths:
+                for _ in range(times):
+                    self.step_logits(model, first, first, cache.view(rows.repeat(2)[:size], length))
 
     # ------------------------------------------------------------ tasks come and go
 
@@ -258,3 +278,18 @@ def logprobs_of(logits: Tensor, token: int, n: int) -> TokenLogprobs:  # [V]
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(n)
     return TokenLogprobs(logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def run_tasks(scheduler: Scheduler, tasks: list[Task], timing: Timing) -> Iterator[tuple[Request, str]]:
+    """Run tasks until all have ended; yield each piece of text with its request as it is made, and each end.
+
+    Raises the error that ends one of them.
+    """
+    scheduler.timing = timing
+    for task in tasks:
+        scheduler.submit(task)
+    while scheduler.has_work:
+        for task, text in scheduler.step():
+            if task.error is not None:
+                raise task.error
+            yield task.request, text
