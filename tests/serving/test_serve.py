@@ -13,15 +13,21 @@ import openai
 import pytest
 
 import serve
-from tests.tiny import ENV, ROOT, greedy_text
+from tests.tiny import ENV, ROOT, greedy_text, make_tiny_checkpoint
 
 HELLO = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture(scope="module")
-def server(tiny):
+def endless(tmp_path_factory):
+    """A checkpoint whose answers take longer than the server's patience at its end."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("endless"), context=50_000)
+
+
+@pytest.fixture(scope="module")
+def server(endless):
     """(process, URL) of a server with a key."""
-    command = [sys.executable, "serve.py", "--checkpoint_path", str(tiny), "--dtype", "float32", "--port", "0"]
+    command = [sys.executable, "serve.py", "--checkpoint_path", str(endless), "--dtype", "float32", "--port", "0"]
     command += ["--max_batch", "2", "--max_body", "50000", "--api_key", "secret"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=ENV, **pipes) as process:
@@ -29,14 +35,14 @@ def server(tiny):
         process.kill()
 
 
-def test_the_openai_client(server, tiny):
+def test_the_openai_client(server, endless):
     """Chat, stream, logprobs, JSON schema, errors, a stream that is left; then the signal, which ends it all."""
     process, url = server
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
     (model,) = client.models.list().data
     ask = {"model": model.id, "messages": HELLO, "temperature": 0}
     text = client.chat.completions.create(**ask, max_tokens=12).choices[0].message.content
-    assert text == greedy_text(tiny, HELLO)
+    assert text == greedy_text(endless, HELLO)
     chunks = list(client.chat.completions.create(**ask, max_tokens=12, stream=True, logprobs=True, top_logprobs=1))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     entries = list(chain(*(chunk.choices[0].logprobs.content for chunk in chunks if chunk.choices[0].logprobs)))
@@ -102,7 +108,9 @@ def test_a_signal_ends_the_server(server):
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 0
-    assert time.monotonic() - began < 5
+    assert 2 < time.monotonic() - began < 5  # they were given time
+    with pytest.raises(openai.APIError, match="the server ends"):
+        list(running[0])
     assert "Traceback" not in process.stderr.read()
 
 
