@@ -12,9 +12,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cli import progress
 from engine.engine import Engine
-from engine.request import Request, Timing, run_batch
-from engine.sampling import Sampling
+from engine.request import Request, Timing
+from engine.sampling import Sampling, new_seeds
 from measure.scoring import Question, evenly, questions_of, score
+from serving.scheduler import Scheduler, Task, run_tasks
 from text.tokenizer import Tokenizer
 
 CONTINUE_HERE = "CONTINUE-THE-TEXT-HERE "  # stands at the end of a message while it is rendered
@@ -22,7 +23,6 @@ CONTINUE_HERE = "CONTINUE-THE-TEXT-HERE "  # stands at the end of a message whil
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
 BATCH_SIZES = {"cpu": (16, 4, 1), "cuda": (64, 16, 4, 1)}  # few, because each may be compiled apart
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}  # of a batch: more do not make a forward faster
-GENERATING = 4  # times as many, because a step reads only one token of each row
 
 
 class Adapter(TemplateLM):
@@ -117,18 +117,16 @@ class Adapter(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        ours = [self.request_of(*request.args) for request in requests]
+        asked = [self.request_of(*request.args) for request in requests]
         self.is_answering = True
-        alike: dict[tuple[Sampling, int], list[Request]] = {}  # the rows of a batch are sampled alike, and as often
-        for request, sampling in ours:
-            alike.setdefault((sampling, request.max_new_tokens), []).append(request)
+        tasks = [Task(*each, seed) for each, seed in zip(asked, new_seeds(len(asked)), strict=True)]
+        longest = max(request.length for request, _ in asked)
+        n_rows = self.reserve(self.batch_size or max(self.sizes), 1, longest)
         with progress(total=len(requests), desc="Generating", unit="request", disable=disable_tqdm) as bar:
-            for (sampling, _), some in alike.items():
-                for n_rows, batch in self.batches(some, GENERATING * self.tokens_at_once):
-                    self.generate(batch, n_rows, sampling)
-                    bar.update(len(batch))
+            for request, _ in run_tasks(Scheduler(self.engine, n_rows, longest), tasks, Timing()):
+                bar.update(bool(request.finish_reason))
         self.is_answering = False
-        return [request.stream.text for request, _ in ours]
+        return [request.stream.text for request, _ in asked]
 
     def request_of(self, context: str, settings: dict) -> tuple[Request, Sampling]:
         """What a task asks to generate, and how."""
@@ -153,19 +151,9 @@ class Adapter(TemplateLM):
         request.eos_ids = tokenizer.declared_eos_ids  # HFLM knows no others
         return request, sampling
 
-    def generate(self, requests: list[Request], n_rows: int, sampling: Sampling) -> None:
-        """Generate the texts of one batch."""
-        if self.engine.is_compiled:  # a batch size of its own would be compiled apart
-            size = min(size for size in (*self.sizes, n_rows) if len(requests) <= size <= n_rows)
-            short = requests[0].prompt[:1]
-            padding = [Request(short, self.our_tokenizer, 1, [], True) for _ in range(size - len(requests))]
-            requests = requests + padding
-        for _ in run_batch(self.engine, requests, sampling, Timing()):
-            pass
-
     # ------------------------------------------------------------ batches
 
-    def batches(self, items: list[Question | Request], n_tokens: int, rows_each: int = 1) -> Iterator[tuple[int, list]]:
+    def batches(self, items: list[Question], n_tokens: int, rows_each: int) -> Iterator[tuple[int, list]]:
         """The batch size and each batch: items of like length, n_tokens together if so many fit, the shortest first.
 
         The engine then has a cache with `rows_each` rows for each item. Shorter items come first because they need more
