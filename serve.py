@@ -123,7 +123,8 @@ def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound:
     served = Served(name, tokenizer, context, model.args.vocab_size, read_sampling(args.checkpoint_path))
     worker = Worker(Scheduler(engine, n_rows, context), served, args.max_queue, model.ranks)
     if bound is None:
-        return worker.run()
+        with cli.undisturbed():  # the first rank obeys the signal
+            return worker.run()
     say(f"Serving {name} with {n_rows} rows of {context} tokens")
     worker.start()
     worker.ready.result()

@@ -19,7 +19,7 @@ from serving.worker import Worker
 BODY_SECONDS = 60  # for a client to send a body
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-PAGE_POLICY += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_POLICY += "; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Api:

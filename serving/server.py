@@ -24,6 +24,7 @@ from serving.worker import Worker
 
 GRACE = 3  # seconds for answers to end by themselves when the server does
 CUT = 1  # more for what cutting them takes
+KEEP_ALIVE = 65  # seconds that an idle connection stays: longer than clients keep one, or they would meet its end
 
 
 # ---------------------------------------------------------------- the application
@@ -178,6 +179,7 @@ def run_server(
         access_log=False,
         lifespan="off",
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE + CUT,
