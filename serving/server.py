@@ -22,7 +22,7 @@ from serving.fields import RequestError
 from serving.metrics import Counted
 from serving.worker import Worker
 
-GRACE = 3  # seconds for answers to end by themselves when the server does
+GRACE = 2  # seconds for answers to end by themselves when the server does
 CUT = 1  # more for what cutting them takes
 KEEP_ALIVE = 65  # seconds that an idle connection stays: longer than clients keep one, or they would meet its end
 
