@@ -307,7 +307,7 @@ def plan(
         engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
         return [[replace(rows[0], number=number) for number in range(1, n_rows + 1)]], None
     n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
-    if engine.speculation is None:
+    if engine.speculation is None or isinstance(engine.speculation.drafter, PromptLookup):
         return [rows], Scheduler(engine, n_rows, length)
     engine.reserve(n_rows, length)
     return batches_of(rows, n_rows), None

@@ -54,6 +54,9 @@ class FixedLength:
     def __init__(self, k: int):
         self.k = k
 
+    def at_most(self, k: int) -> "FixedLength":
+        return FixedLength(min(self.k, k))
+
     def choose(self, grades: list[int], behind: int, left: int) -> int:
         return self.k if any(grades) else 0
 
@@ -83,6 +86,11 @@ class AdaptiveLength:
         self.timed = {k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()}  # the last rounds of each k
         self.caught_up = [costs.behind] * self.TIMED
         self.alike, self.last, self.unchecked = 0, None, 0  # equal k in a row, the last k, rounds since a check
+
+    def at_most(self, k: int) -> "AdaptiveLength":
+        """The same, without longer ones."""
+        rounds = {each: seconds for each, seconds in self.costs.rounds.items() if each <= k}
+        return AdaptiveLength(replace(self.costs, rounds=rounds))
 
     def choose(self, grades: list[int], behind: int, left: int) -> int:
         """The k of the next round.

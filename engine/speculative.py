@@ -125,7 +125,7 @@ class Speculation:
         if k:
             draft, probs = self.drafter.propose(text.recent, text.pos, text.filled, k, sampling)
             tokens = torch.cat((text.recent, draft), 1)
-        view = cache.view(length=prefix_length(cache, text.filled + k))
+        view = cache.view(text.cache_rows, prefix_length(cache, text.filled + k))
         # a longer pass runs eagerly: it gains little by being compiled, for which the text would wait
         check = self.verify if k in self.lengths else verify
         return check(model, tokens, text.pos, view, text.limit, probs, sampling)
@@ -160,6 +160,7 @@ class Text(NamedTuple):
     pos: Tensor  # [B, 1], the position of the last
     limit: Tensor  # [B, 1], the position at which a row ends
     filled: int  # tokens of the longest row
+    cache_rows: Tensor | None = None  # [B], see `KVCache.view`
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ row the same numbers whatever stands beside it, in bfloat16, int8 and int4.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 from engine.cache import copy_prefix, prefix_length, shared_prefix
 from engine.compile import compile_step
 from engine.decode import FEW, chunk_end
+from engine.drafters import PromptLookup
 from engine.engine import Engine
+from engine.guess_length import AdaptiveLength, FixedLength
 from engine.request import Request, Timing
 from engine.sampling import NO_TOKEN, Sampling, choose, require_finite, seed_row
+from engine.speculative import Speculation, Text
 from kernels import cpu
 from model import CacheView, Transformer
 from ranks import from_first
@@ -56,6 +59,8 @@ class Task:
     error: Exception | None = None  # that ended it
     row: int | None = None  # of the cache
     n_read: int = 0  # tokens of the prompt that the row holds
+    speculation: Speculation | None = None  # whose drafter knows its text
+    length: FixedLength | AdaptiveLength | None = None  # of its guesses
 
     @property
     def last(self) -> tuple[int, int]:
@@ -71,7 +76,8 @@ def logits_of_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: Cache
 class Scheduler:
     """Tasks, waiting, reading their prompts one at a time, or running. Every task belongs to the caller of `submit`.
 
-    n_rows: tasks that run at a time. context: tokens that each may have. A compiled engine has compiled steps.
+    n_rows: tasks that run at a time. context: tokens that each may have. A compiled engine has compiled steps. Guesses,
+    if the engine looks them up in the text, are made for a task that runs alone: other rows use the processor as well.
     """
 
     def __init__(self, engine: Engine, n_rows: int, context: int):
@@ -87,7 +93,7 @@ class Scheduler:
         self.running: list[Task] = []
         self.free = list(range(n_rows))  # the one that was left longest ago first
         self.held: list[list[int]] = [[] for _ in range(n_rows)]  # ids of whole chunks of a prompt, in each row
-        self.timing = Timing()
+        self.timing, self.speculation = Timing(), engine.speculation
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -105,6 +111,11 @@ class Scheduler:
             for length in lengths:
                 for _ in range(times):
                     self.step_logits(model, first, first, cache.view(rows.repeat(2)[:size], length))
+        if self.speculation is not None:
+            self.speculation.drafter.begin(model, [[0, 0]])
+            last = torch.full_like(rows[:1, None], self.context - 1)
+            text = Text(last.repeat(1, 2) * 0, last, last + 1, self.context, rows[:1])
+            self.speculation.measure(model, cache, text, Sampling(temperature=0))
 
     # ------------------------------------------------------------ tasks come and go
 
@@ -147,6 +158,9 @@ class Scheduler:
         if not task.sampling.is_greedy:
             seed_row(cache, row, task.seed)
         task.row, task.n_read, task.cached_tokens = row, most, most
+        if self.speculation is not None and not task.processors and task.n_logprobs is None:
+            task.speculation = replace(self.speculation, drafter=PromptLookup())
+            task.speculation.drafter.begin(self.engine.model, [prompt])
         self.reading = task
 
     def reusable(self, held: list[int], prompt: list[int]) -> int:
@@ -175,8 +189,11 @@ class Scheduler:
             events += self.read_chunk(self.reading)
             self.timing.prefill_s += time.perf_counter() - began
         began, most = time.perf_counter(), STEP_ROWS.get(self.engine.model.device.type, FEW)
-        for i in range(0, len(running), most):
-            events += self.run(running[i : i + most])
+        if len(running) == 1 and running[0].speculation is not None:
+            events += self.guess(running[0])
+        else:
+            for i in range(0, len(running), most):
+                events += self.run(running[i : i + most])
         self.timing.decode_s += time.perf_counter() - began
         return events
 
@@ -212,6 +229,23 @@ class Scheduler:
         self.timing.decoded_tokens += len(tasks)
         return self.draw(tasks, logits, places)
 
+    def guess(self, task: Task) -> list[tuple[Task, str]]:
+        """One round of speculation for the only task that runs."""
+        request, place, drafter = task.request, task.last[1], task.speculation.drafter
+        recent = [*request.prompt[-1:], *request.token_ids][-2:]
+        recent, pos = (torch.tensor([each], device=self.engine.model.device) for each in (recent, [place]))
+        text = Text(recent, pos, pos + request.length - place, place + 1, self.rows_of([task]))
+        how = (self.engine.model, self.engine.cache, text)
+        if task.length is None:
+            task.length = task.speculation.chooser(*how, task.sampling).at_most(FEW - 1)
+        grades, began = drafter.grades(), time.perf_counter()
+        k = task.length.choose(grades, 0, request.length - 1 - place)
+        [[*ids, n]] = task.speculation.round(*how, k, task.sampling)[0].tolist()
+        task.length.learn(grades, k, 0, [n], time.perf_counter() - began)
+        self.timing.count(1, k)
+        self.timing.decoded_tokens += n
+        return [(task, self.push(task, ids[:n], k))]
+
     def n_padding(self, n_rows: int) -> int:
         """Rows to add to a step, so that a GPU captures steps of few sizes."""
         return (1 << (n_rows - 1).bit_length()) - n_rows if self.is_cuda else 0
@@ -242,7 +276,7 @@ class Scheduler:
         for task, token, row in zip(tasks, tokens, raw, strict=True):
             if task.n_logprobs is not None and token != NO_TOKEN:
                 task.logprobs.append(logprobs_of(row, token, task.n_logprobs))
-        events = [(task, self.push(task, token)) for task, token in zip(tasks, tokens, strict=True)]
+        events = [(task, self.push(task, [token])) for task, token in zip(tasks, tokens, strict=True)]
         return [(task, text) for task, text in events if text or task.request.finish_reason]
 
     def process(self, tasks: list[Task], logits: Tensor) -> Tensor:
@@ -256,18 +290,20 @@ class Scheduler:
                 task.error = error
         return logits
 
-    def push(self, task: Task, token: int) -> str:
-        """Give a task its new token; the text that can be shown now."""
+    def push(self, task: Task, ids: list[int], proposed: int | None = None) -> str:
+        """Give a task its new tokens, of a round with so many proposals; the text that can be shown now."""
         request, text = task.request, ""
         if task.error is None:
             try:
-                require_finite(self.engine.model, token != NO_TOKEN)
-                text = request.push([token])
+                require_finite(self.engine.model, NO_TOKEN not in ids)
+                text = request.push(ids) if proposed is None else request.push_round(ids, proposed)
             except ValueError as error:
                 task.error = error
         if task.error is not None:
             request.finish_reason = "error"
             text = request.stream.finish()
+        if task.speculation is not None:
+            task.speculation.drafter.extend([ids])
         if request.finish_reason:
             self.finish(task)
             self.timing.requests.append(request)

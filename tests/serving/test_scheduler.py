@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
+from engine.drafters import PromptLookup
 from engine.engine import Engine, generate
 from engine.request import Request
 from engine.sampling import Sampling
+from engine.speculative import Speculation
 from layers.quantized import quant_spec
 from serving.scheduler import Scheduler, Task
 from tests.tiny import GREEDY, make_tiny_checkpoint, random_ids
@@ -99,6 +101,27 @@ def test_tokens_are_those_of_the_library(path, tokenizer, form, sampling):
     for task in tasks:
         chunks = generate(engine, [task.request.prompt], 30, sampling, seeds=[task.seed])
         assert task.request.token_ids == [token for [ids] in chunks for token in ids]
+
+
+@pytest.mark.parametrize("k", [3, "auto"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_guesses_for_a_task_that_runs_alone_change_no_token(path, tokenizer, sampling, k):
+    model, stem = load_model(path, quantize=FORMS["int8"]), random_ids(9, seed=4)[0]
+    speculation = Speculation(PromptLookup(), k)
+    scheduler = Scheduler(Engine(model, speculation=speculation), 2, CONTEXT)
+    scheduler.warm_up()
+    plain = Scheduler(Engine(model), 1, CONTEXT)
+    # the second task comes and goes while the first one runs
+    prompts, budgets = [stem * 6, stem * 3 + [7]], [90, 20]
+    asked = list(zip(prompts, budgets, strict=True))
+    found, expected = ([task_of(tokenizer, *each, sampling, 5) for each in asked] for _ in range(2))
+    scheduler.submit(found[0])
+    for _ in range(4):
+        scheduler.step()
+    finished(scheduler, found[1])
+    finished(plain, *expected)
+    assert [task.request.token_ids for task in found] == [task.request.token_ids for task in expected]
+    assert any(proposed for proposed, _ in found[0].request.rounds)
 
 
 def test_a_prompt_is_read_from_the_first_chunk_that_no_row_holds(scheduler, tokenizer):
