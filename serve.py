@@ -17,13 +17,17 @@ import torch
 import cli
 from cli import say
 from engine.cache import MOST_ROWS, context_length, rows_that_fit
-from engine.compile import require_compiler
+from engine.compile import compile_step, require_compiler
+from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine
+from engine.guess_length import check_length
+from engine.speculative import Speculation, verify
 from flags import (
     cache_flag,
     check_counts,
     check_threads,
     model_flags,
+    number_or_text,
     place_flags,
     say_device,
     template_flag,
@@ -83,6 +87,10 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
     device = pick_device(args.device, ranks)
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
+    if args.speculate_k is not None:
+        if args.speculate is None:
+            raise ValueError("--speculate_k needs --speculate ngram")
+        check_length(args.speculate_k, device)
     if args.compile:
         require_compiler(device)
     return device
@@ -104,9 +112,12 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     spec = quant_spec(args.quantize, args.groupsize)
     model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, spec, ranks)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
-    return build_engine(model, args.compile), load_tokenizer(
-        args.checkpoint_path, model.args.vocab_size, args.chat_template
-    )
+    speculation = None
+    if args.speculate is not None:
+        check = compile_step(verify, device) if args.compile else verify
+        speculation = Speculation(PromptLookup(), args.speculate_k or "auto", check, device=device)
+    engine = build_engine(model, args.compile, speculation=speculation)
+    return engine, load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
 
 
 def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound: socket.socket | None) -> None:
@@ -177,6 +188,10 @@ def speed_flags(group) -> None:
     add("--max_batch", type=int, help=f"answers at a time (default: as memory allows, at most {MOST_ROWS})")
     add("--max_seq_length", type=int, help="context in tokens (default: the model's)")
     add("--compile", action="store_true", help="compile the decoding step")
+    text = "for an answer that is made alone, guess what followed the same words before; the text is the same"
+    add("--speculate", choices=["ngram"], help=text)
+    text = "tokens to guess at a time, or auto: as many as pay (default: auto)"
+    add("--speculate_k", type=number_or_text, metavar="K", help=text)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,9 @@ class TextChoice(Choice):
     def first(self) -> dict | None:
         return self.to_json(Piece(), text=self.echo) if self.echo else None
 
-    def chunk(self, piece: Piece) -> dict:
-        return self.to_json(piece, text=piece.text)
+    def chunk(self, piece: Piece) -> dict | None:
+        says = piece.text or piece.ends or self.has_logprobs
+        return self.to_json(piece, text=piece.text) if says else None
 
     def whole(self, piece: Piece) -> dict:
         return self.to_json(piece, text=self.echo + piece.text)

@@ -28,7 +28,18 @@ def endless(tmp_path_factory):
 def server(endless):
     """(process, URL) of a server with a key."""
     command = [sys.executable, "serve.py", "--checkpoint_path", str(endless), "--dtype", "float32", "--port", "0"]
-    command += ["--max_batch", "2", "--max_body", "50000", "--api_key", "secret"]
+    command += [
+        "--speculate",
+        "ngram",
+        "--speculate_k",
+        "4",
+        "--max_batch",
+        "2",
+        "--max_body",
+        "50000",
+        "--api_key",
+        "secret",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=ENV, **pipes) as process:
         yield process, re.fullmatch(r"Listening on (http://127.0.0.1:\d+)\n", process.stdout.readline())[1]
@@ -120,6 +131,7 @@ def test_a_signal_ends_the_server(server):
         (["--port", "70000"], "70000"),
         (["--max_batch", "0"], "max_batch"),
         (["--max_queue", "-1"], "max_queue"),
+        (["--speculate_k", "4"], "--speculate ngram"),
         (["--cors_origin", "chat.example"], "https://chat.example"),
         (["--api_key", ""], "api_key"),
         (["--host", "no.such.host.example"], "cannot listen"),
