@@ -75,6 +75,8 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
     """The device; what is wrong with the flags is said before anything slow."""
     check_counts(vars(args), "max_batch", "max_seq_length", "threads", "max_body")
     check_threads(args.threads)
+    if not args.host:
+        raise ValueError("--host is empty; give an address, such as 127.0.0.1, or 0.0.0.0 for all of the machine's")
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port is {args.port}; it must be from 0, which picks a free one, to 65535")
     if args.max_queue < 0:
@@ -122,6 +124,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
 
 def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound: socket.socket | None) -> None:
     """Answer requests until Ctrl-C or SIGTERM; without a socket, as the first rank orders."""
+    from serving.fields import GENERATION, read_fields
     from serving.jobs import Served
     from serving.scheduler import Scheduler
     from serving.server import run_server
@@ -131,7 +134,8 @@ def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound:
     context = context_length(model.args, args.max_seq_length)
     n_rows = args.max_batch or shared(model.ranks, lambda: rows_that_fit(model, context))
     name = args.served_model_name or model_id(Path(args.checkpoint_path))
-    served = Served(name, tokenizer, context, model.args.vocab_size, read_sampling(args.checkpoint_path))
+    defaults = read_fields(read_sampling(args.checkpoint_path), GENERATION)
+    served = Served(name, tokenizer, context, model.args.vocab_size, defaults)
     worker = Worker(Scheduler(engine, n_rows, context), served, args.max_queue, model.ranks)
     if bound is None:
         with cli.undisturbed():  # the first rank obeys the signal

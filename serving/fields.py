@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cli import listed
+from cli import listed, one_line
 from text.files import require_utf8
 
 Check = Callable[[str, Any], Any]  # from a field's name and value to its checked value
@@ -20,8 +20,8 @@ class RequestError(ValueError):
     def __init__(
         self, message: str, param: str | None = None, code: str | None = None, status: int = 400, **headers: str
     ):
-        super().__init__(message)
-        self.param, self.code, self.status = param, code, status
+        super().__init__(one_line(message))  # it may quote what came
+        self.param, self.code, self.status = param and one_line(param), code, status
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def to_json(self) -> dict:

@@ -94,7 +94,8 @@ def read_chat(body: dict, served: Served) -> Asked:
     form = tool_form(served.tokenizer.require_template(), "tools") if tools else None
     prompt = render(fields, served)
     ids = checked_ids(served.tokenizer.encode(prompt, add_special_tokens=False), served.tokenizer)
-    thinks = CLOSE_THINKING in served.tokenizer.require_template()
+    # an answer that follows a schema has no place for thoughts
+    thinks = CLOSE_THINKING in served.tokenizer.require_template() and fields.get("response_format") is None
     marks = {*(form.marks if form else ()), *((OPEN_THINKING, CLOSE_THINKING) if thinks else ())}
     shown = {token: text for token, text in served.tokenizer.special_tokens.items() if text in marks}
     n_logprobs = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
@@ -116,14 +117,11 @@ def read_completions(body: dict, served: Served) -> Asked:
         raise RequestError("prompt is missing", "prompt")
     if fields.get("echo") and "logprobs" in fields:
         raise RequestError("echo with logprobs is not supported; leave one of them out", "echo")
-    tokenizer, prompts = served.tokenizer, []
-    for each in fields["prompt"]:
-        prompts.append(encode(each, tokenizer))
-    echo = []
-    if fields.get("echo"):
-        echo = [each if isinstance(each, str) else tokenizer.decode(each) for each in fields["prompt"]]
-    jobs = jobs_of(fields, served, prompts, "prompt", fields.get("logprobs"))
-    return Asked(jobs, **writing(fields), echo=echo)
+    prompts, tokenizer = fields["prompt"], served.tokenizer
+    ids = [encode(each, tokenizer) for each in prompts]
+    jobs = jobs_of(fields, served, ids, "prompt", fields.get("logprobs"))
+    texts = [each if isinstance(each, str) else tokenizer.decode(each) for each in prompts]
+    return Asked(jobs, **writing(fields), echo=texts if fields.get("echo") else [])
 
 
 def read_tokenize(body: dict, served: Served) -> list[int]:

@@ -224,6 +224,8 @@ BAD_FIELDS = [
     (TEXT, {"echo": True, "logprobs": 1}, "echo", "logprobs"),
     (TEXT, {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     (TEXT, {"nonsense": 1}, "nonsense", "temperature"),
+    (TEXT, {"temperature": "\ud800"}, "temperature", r"\ud800"),
+    (TEXT, {"\ud800": 1}, r"\ud800", r"\ud800"),
 ]
 
 

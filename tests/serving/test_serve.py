@@ -129,6 +129,7 @@ def test_a_signal_ends_the_server(server):
     "flags, message",
     [
         (["--port", "70000"], "70000"),
+        (["--host", ""], "0.0.0.0"),
         (["--max_batch", "0"], "max_batch"),
         (["--max_queue", "-1"], "max_queue"),
         (["--speculate_k", "4"], "--speculate ngram"),
@@ -172,3 +173,10 @@ def test_the_checkpoints_own_sampling(tmp_path):
     settings = {"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2, "do_sample": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     assert read_sampling(tmp_path / "model.pth") == read_sampling(tmp_path) == {"temperature": 0.6, "top_k": 20}
+
+
+def test_sampling_of_a_checkpoint_that_cannot_be(tmp_path):
+    path = make_tiny_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"top_k": "many"}')
+    with pytest.raises(ValueError, match='top_k is "many"'):
+        serve.main(**vars(serve.build_parser().parse_args(["--checkpoint_path", str(path), "--port", "0"])))

@@ -135,3 +135,6 @@ def test_an_answer_that_is_a_call(client, monkeypatch):
 def test_thinking_that_the_template_opens_is_reasoning(client):
     message = post(client, CHAT, chat_template_kwargs={"enable_thinking": True}).json()["choices"][0]["message"]
     assert message["content"] == "" and message["reasoning_content"]
+    form = {"type": "json_schema", "json_schema": {"name": "two", "schema": {"enum": ["a", "b"]}}}
+    answer = post(client, CHAT, chat_template_kwargs={"enable_thinking": True}, response_format=form).json()
+    assert answer["choices"][0]["message"]["content"] in ('"a"', '"b"')
