@@ -13,7 +13,7 @@ import openai
 import pytest
 
 import serve
-from tests.tiny import ENV, ROOT, greedy_text, make_tiny_checkpoint
+from tests.tiny import ENV, ROOT, greedy_text, make_tiny_checkpoint, torchrun
 
 HELLO = [{"role": "user", "content": "the cat"}]
 
@@ -123,6 +123,23 @@ def test_a_signal_ends_the_server(server):
     with pytest.raises(openai.APIError, match="the server ends"):
         list(running[0])
     assert "Traceback" not in process.stderr.read()
+
+
+def test_ranks_obey_the_first(endless):
+    """Two share the model: drawn text and text by a grammar are those of one, and both end at Ctrl-C."""
+    flags = ["--checkpoint_path", endless, "--dtype", "float32", "--device", "cpu", "--port", 0, "--max_batch", 2]
+    with torchrun(2, "serve.py", *flags) as ranks:
+        url = next(line for line in ranks.stdout if line.startswith("Listening")).split()[-1]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        ask = {"model": "model", "messages": HELLO, "temperature": 0}
+        answer = client.chat.completions.create(**ask, max_tokens=12)
+        assert answer.choices[0].message.content == greedy_text(endless, HELLO)
+        form = {"type": "json_schema", "json_schema": {"name": "two", "schema": {"enum": ["a", "b"]}}}
+        answer = client.chat.completions.create(**ask | {"temperature": 1}, n=3, response_format=form)
+        assert {choice.message.content for choice in answer.choices} <= {'"a"', '"b"'}
+        ranks.send_signal(signal.SIGINT)
+        _, errors = ranks.communicate(timeout=30)
+        assert "sign of life" not in errors
 
 
 @pytest.mark.parametrize(
