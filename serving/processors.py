@@ -106,5 +106,5 @@ class Mask:
         self.n_read = len(ids)
         allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
         if self.matcher.is_error():  # its limits of memory or time are reached
-            raise RequestError(f"response_format: {self.matcher.get_error()}", "response_format")
+            raise RequestError(f"the JSON schema is too much: {self.matcher.get_error()}", "response_format")
         return logits.where(allowed.bool().to(logits.device), float("-inf"))
