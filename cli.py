@@ -192,6 +192,11 @@ def quit_with(code: int, message: str) -> None:
     os._exit(code)
 
 
+def cache_folder() -> Path:
+    """Where is kept what was built once and would take long to build again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-faster"
+
+
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
     """A path beside `target` for a file or folder in the making, which is gone after the block.

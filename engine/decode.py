@@ -11,16 +11,21 @@ from torch import Tensor
 
 from engine.cache import prefix_length
 from engine.sampling import Sampling, next_token
+from kernels import cpu
 from model import CacheView, KVCache, Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
-FEW = 16  # tokens that operators for steps take; how they round is not how those for prompts do
 
 
-def chunk_end(begin: int, length: int, size: int) -> int:
+def least_chunk(device: torch.device) -> int:
+    """Tokens of a prompt from which on the operators for prompts compute them, which round in another way."""
+    return 64 if device.type == "cpu" and cpu.isa() == "amx" else 17
+
+
+def chunk_end(begin: int, length: int, size: int, device: torch.device) -> int:
     """Where the chunk of a prompt ends that begins there: the last one takes in what would be too few for a chunk."""
     end = begin + size
-    return length if length - end <= FEW else end
+    return length if length - end < least_chunk(device) else end
 
 
 class Chunk(NamedTuple):
@@ -77,7 +82,7 @@ def read_prompts(
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     logits, end = None, 0
     while end < longest:
-        begin, end = end, chunk_end(end, longest, PREFILL_CHUNK)
+        begin, end = end, chunk_end(end, longest, PREFILL_CHUNK, model.device)
         # not a slice of one tensor: the compiled form depends on strides
         chunk = torch.tensor([ids[begin:end] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)

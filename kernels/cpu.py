@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cli import in_words, one_line, scratch
+from cli import cache_folder, in_words, one_line, scratch
 
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
@@ -30,8 +30,8 @@ class Level:
     needs: tuple[str, ...]
     flags: tuple[str, ...]
 
-    def with_more(self, need: str, flag: str) -> "Level":
-        return Level((*self.needs, need), (*self.flags, flag))
+    def with_more(self, need: str, *flags: str) -> "Level":
+        return Level((*self.needs, need), (*self.flags, *flags))
 
 
 AVX512 = Level(
@@ -43,8 +43,11 @@ IN_ORDER = ("-fno-tree-reassoc", "-fno-tree-ter", "-fno-schedule-insns")
 AVX2 = Level(("avx2", "fma3", "f16c"), ("-mavx2", "-mfma", "-mf16c", *IN_ORDER))
 NEON = Level(("neon", "dot"), ("-march=armv8.2-a+dotprod", *IN_ORDER))
 PLAIN = "plain"  # no operators
+AVX512_BF16 = AVX512.with_more("avx512_bf16", "-mavx512bf16")
+MATRIX_UNIT = "-DGPT_FASTER_AMX"  # a macro, because the instructions are in PyTorch's oneDNN
 LEVELS = {  # the first one that the processor has is used
-    "avx512.bf16": AVX512.with_more("avx512_bf16", "-mavx512bf16"),
+    "amx": AVX512_BF16.with_more("amx_tile", MATRIX_UNIT).with_more("amx_bf16"),
+    "avx512.bf16": AVX512_BF16,
     "avx512": AVX512,
     "avx2.vnni": AVX2.with_more("avx_vnni", "-mavxvnni"),
     "avx2": AVX2,
@@ -92,11 +95,10 @@ def library_folder(name: str) -> Path:
 
     Machines that share a home folder find each other's libraries only where they can run them.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
     runs_on = sys.platform, *platform.libc_ver()
     key = repr((texts, torch.__version__, runs_on, name, compiler_version(), build_flags(name)))
-    return cache / "gpt-faster" / "kernels" / digest(key.encode())
+    return cache_folder() / "kernels" / digest(key.encode())
 
 
 def digest(data: bytes) -> str:

@@ -1,14 +1,13 @@
 """What this machine has and can do: memory, bandwidth."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from kernels import cpu
+from measure.memory import peak_main_memory
 from ranks import Ranks
 from weights.files import GB
 
@@ -17,14 +16,7 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes, at most, that this process has held: of the device on CUDA, else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    try:  # ru_maxrss would count the parent's peak too
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    return peak_main_memory()
 
 
 @torch.inference_mode()

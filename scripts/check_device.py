@@ -31,8 +31,9 @@ import torch
 import cli
 from cli import say
 from measure.machine import matrix_rate, measured_bandwidth
+from scripts.bench.peers.protocol import SideProcess
 from scripts.bench.report import ROOT, Report, open_report, take_turns
-from scripts.bench.sides import SideProcess
+from scripts.bench.sides import start_side
 from scripts.device_rows import INT8_CACHE, STEP, Row, document, rows_in_order
 from weights.device import pick_device
 from weights.files import atomic_path
@@ -57,7 +58,7 @@ def main(
         run_cases(report, place, SHARE_OF_CASES * 60 * minutes)
     write()
     report.once(result, "limits", partial(limits, place))
-    side = partial(SideProcess, model, torch.get_num_threads(), device=str(place), deadline=deadline)
+    side = partial(start_side, model, torch.get_num_threads(), device=str(place), deadline=deadline)
     missing = {row: row.missing(args) for row in rows_in_order() if row.name not in result["rows"]}
     result["left_out"] = {row.name: why for row, why in missing.items() if why}
     measure_rows(report, [row for row, why in missing.items() if not why], side, deadline, write)

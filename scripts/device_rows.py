@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import torch
 
 from model import ModelArgs
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import markdown
-from scripts.bench.sides import PRECISIONS, Case
+from scripts.bench.sides import PRECISIONS
 from scripts.bench.speed import COMPILED_PEER
 from weights.files import GB
 from weights.layout import Layout

@@ -1,11 +1,11 @@
-# Sourced by quickstart.sh and test.sh, from the repository root.
+# Sourced by quickstart.sh and test.sh, from the repository root, and by scripts/bench/peers/, from a folder of a peer.
 
 say() { echo "$*" >&2; }
 
 # make_venv requirements.txt: .venv with these requirements in it. A stamp holds their checksum and is written last,
 # so an interrupted install is taken up again and a finished one costs nothing.
 make_venv() {
-    local python=${PYTHON:-python3} stamp=".venv/.${1%.txt}" checksum
+    local python=${PYTHON:-python3} torch stamp=".venv/.${1%.txt}" checksum
     checksum=$(cat requirements*.txt | cksum)
     if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$checksum" ]; then
         return
@@ -28,8 +28,9 @@ make_venv() {
     fi
     say "Installing $1 (several minutes the first time) ..."
     # PyPI's torch for Linux brings gigabytes of CUDA libraries, which a machine without an NVIDIA GPU does not need
-    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements.txt)"
+    torch=$(grep '^torch==' requirements.txt || true)
+    if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
     fi
     pip_install -r "$1"
     echo "$checksum" >"$stamp"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.cache import copy_prefix, prefix_length, shared_prefix
 from engine.compile import compile_step
-from engine.decode import FEW, chunk_end
+from engine.decode import chunk_end, least_chunk
 from engine.drafters import PromptLookup
 from engine.engine import Engine
 from engine.guess_length import AdaptiveLength, FixedLength
@@ -30,7 +30,7 @@ from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
 SMALL_CHUNK = 32  # of slower processors
-STEP_ROWS = {"cpu": FEW, "cuda": 64}  # of one pass
+STEP_ROWS, MOST_ROWS = 16, 64  # of one pass on a CPU, which computes more by other operators, and on a GPU
 
 Processor = Callable[[Tensor, list[int]], Tensor]  # logits [V] in float32, and the new ids so far -> logits
 
@@ -101,16 +101,17 @@ class Scheduler:
         model, cache, n_rows = self.engine.model, self.engine.cache, len(self.held)
         rows, times = torch.arange(n_rows, device=model.device), 1
         prompt = torch.arange(self.chunk, device=model.device)[None]
-        self.engine.forward(model, prompt, prompt, cache.view(rows[:1], prefix_length(cache, self.chunk)))
+        # never one tensor for two arguments: a form is compiled for that alone
+        self.engine.forward(model, prompt, prompt.clone(), cache.view(rows[:1], prefix_length(cache, self.chunk)))
         sizes, lengths = [1, 2][:n_rows], {prefix_length(cache, self.context)}
         if self.is_cuda:  # a graph warms up, is captured, then replayed
             sizes, times = [1 << i for i in range((n_rows - 1).bit_length() + 1)], 3
             lengths = {prefix_length(cache, length) for length in range(1, self.context + 1)}
         for size in sizes:
-            first = (rows.repeat(2)[:size] * 0)[:, None]
+            some = torch.arange(size, device=model.device) % n_rows
             for length in lengths:
                 for _ in range(times):
-                    self.step_logits(model, first, first, cache.view(rows.repeat(2)[:size], length))
+                    self.step_logits(model, some[:, None] * 0, some[:, None] * 0, cache.view(some, length))
         if self.speculation is not None:
             self.speculation.drafter.begin(model, [[0, 0]])
             last = torch.full_like(rows[:1, None], self.context - 1)
@@ -165,7 +166,8 @@ class Scheduler:
 
     def reusable(self, held: list[int], prompt: list[int]) -> int:
         """Tokens of a prompt that need not be read, of those that a row holds: whole chunks, and never the last few."""
-        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - FEW - 1, 0)) // self.chunk
+        left = least_chunk(self.engine.model.device)
+        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - left, 0)) // self.chunk
         return n_chunks * self.chunk
 
     def finish(self, task: Task) -> None:
@@ -188,7 +190,7 @@ class Scheduler:
         if self.reading is not None:
             events += self.read_chunk(self.reading)
             self.timing.prefill_s += time.perf_counter() - began
-        began, most = time.perf_counter(), STEP_ROWS.get(self.engine.model.device.type, FEW)
+        began, most = time.perf_counter(), MOST_ROWS if self.is_cuda else STEP_ROWS
         if len(running) == 1 and running[0].speculation is not None:
             events += self.guess(running[0])
         else:
@@ -200,7 +202,7 @@ class Scheduler:
     def read_chunk(self, task: Task) -> list[tuple[Task, str]]:
         """Read the next chunk of a prompt; after the last one draw the first token."""
         model, cache, prompt = self.engine.model, self.engine.cache, task.request.prompt
-        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk)
+        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk, model.device)
         tokens = torch.tensor([prompt[begin:end]], device=model.device)
         pos = torch.arange(begin, end, device=model.device)[None]
         view = cache.view(self.rows_of([task]), prefix_length(cache, end))
@@ -237,7 +239,7 @@ class Scheduler:
         text = Text(recent, pos, pos + request.length - place, place + 1, self.rows_of([task]))
         how = (self.engine.model, self.engine.cache, text)
         if task.length is None:
-            task.length = task.speculation.chooser(*how, task.sampling).at_most(FEW - 1)
+            task.length = task.speculation.chooser(*how, task.sampling).at_most(STEP_ROWS - 1)
         grades, began = drafter.grades(), time.perf_counter()
         k = task.length.choose(grades, 0, request.length - 1 - place)
         [[*ids, n]] = task.speculation.round(*how, k, task.sampling)[0].tolist()

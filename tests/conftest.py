@@ -12,10 +12,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from cli import cache_folder
 from scripts.download import DEFAULT_REPO, GGUF, download_pypi
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-faster" / "test-data"
+CACHE = cache_folder() / "test-data"
 CONVERT = "scripts/convert_hf_checkpoint.py"
 
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "linear_bf16.h"
+#include "matrix_unit.h"
 
 namespace gpt_faster {
 
@@ -59,6 +60,7 @@ struct Attention {
   int64_t B, S, H, D, group;  // group: query heads of a key head
   int64_t cache_slots, slots, mask_row, mask_query;  // C', C, strides of the mask
   float scale;                                       // of q k
+  const MatrixUnit* matrix_unit;                     // for many queries; null: there is none
 
   int64_t kv_heads() const { return H / group; }
 

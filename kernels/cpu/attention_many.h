@@ -12,12 +12,13 @@ struct ManyQueries {
   const Attention<BFloat16>& all;
   static constexpr int64_t kPositions = 64, kKeys = 32, kValues = 128;  // at a time
   static constexpr int64_t kScores = 1 << 18;                           // floats, which stay in the second-level cache
+  static constexpr int64_t kUnit = 32;  // rows and slots of which a matrix unit takes multiples: it compiles less then
 
   // What a thread works on, and its scratch. Row r is head r % group at position first + r / group.
   struct Task {
     int64_t b, kv_head, first, rows, width;  // width: of a row of scores
     std::vector<float> scores, sums, out;    // [rows, width], [rows], [rows, D]
-    std::vector<BFloat16> numbers;           // keys or values that are stored as codes
+    std::vector<BFloat16> queries, numbers;  // [rows, D] for a matrix unit; keys or values that are stored as codes
     std::vector<uint32_t> panel;             // keys or values, rearranged for dot_pairs
     std::vector<Range> seen;                 // slots, of each row
   };
@@ -26,6 +27,8 @@ struct ManyQueries {
     const int64_t s = task.first + r / all.group, h = task.kv_head * all.group + r % all.group;
     return ((task.b * all.S + s) * all.H + h) * all.D;
   }
+
+  const MatrixUnit* unit() const { return all.S >= kMatrixTokens ? all.matrix_unit : nullptr; }
 
   // The slots that any of some rows sees.
   static Range seen_by(const Task& task, int64_t r, int64_t end) {
@@ -48,7 +51,7 @@ struct ManyQueries {
     }
   }
 
-  // `count` values into a panel, in which one load has the same 16 dimensions of two slots.
+  // `count` values into a panel, in which one load has the same 16 dimensions of two slots; zeros up to whole kUnit slots.
   void rearrange_values(const BFloat16* v, int64_t count, uint32_t* panel) const {
     for (int64_t c = 0; c < count; c += 2) {
       for (int64_t d = 0; d < all.D; d += 16, panel += 16) {
@@ -56,6 +59,7 @@ struct ManyQueries {
         store(panel, interleave(first, first + all.D, c + 1 < count ? 16 : 0));
       }
     }
+    std::fill_n(panel, (round_up(count, kUnit) - round_up(count, 2)) / 2 * all.D, 0);
   }
 
   // Scores of rows r .. r + R - 1 and the 32 keys of a panel.
@@ -126,6 +130,19 @@ struct ManyQueries {
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(out + (i * N + j) * 16, sum[i][j]);
   }
 
+  // Scores of all rows, ...
+  void score_by_unit(Task& task, int64_t c) const {
+    unit()->multiply(round_up(task.rows, kUnit), kKeys, all.D, task.queries.data(), all.D, task.panel.data(), kKeys,
+                     task.scores.data() + c, task.width, false);
+  }
+
+  // ... and the weighted sums of the values c .. end - 1, which are added.
+  void weighted_sum_by_unit(Task& task, int64_t c, int64_t end) const {
+    const BFloat16* weights = reinterpret_cast<const BFloat16*>(task.scores.data()) + c;
+    unit()->multiply(round_up(task.rows, kUnit), all.D, round_up(end - c, kUnit), weights, 2 * task.width,
+                     task.panel.data(), all.D, task.out.data(), all.D, true);
+  }
+
   // All rows from r on, R at a time; those left over half as many at a time.
   template <int R>
   void score_rows(Task& task, int64_t r, int64_t c) const {
@@ -149,10 +166,14 @@ struct ManyQueries {
   void attend(Task& task) const {
     const int64_t start = all.cache_start(task.b, task.kv_head);
     const Range seen = seen_by(task, 0, task.rows);
+    for (int64_t r = 0; unit() && r < task.rows; r++) {
+      std::memcpy(task.queries.data() + r * all.D, all.q + query_start(task, r), all.D * sizeof(BFloat16));
+    }
     for (int64_t c = seen.begin / kKeys * kKeys; c < seen.end; c += kKeys) {
       const int64_t count = std::min(kKeys, seen.end - c);
       rearrange_keys(all.numbers(all.k, start + c, count, task.numbers.data()), count, task.panel.data());
-      score_rows<kScoreRows>(task, 0, c);
+      if (unit()) score_by_unit(task, c);
+      else score_rows<kScoreRows>(task, 0, c);
     }
     const Range columns{seen.begin / kValues * kValues, round_up(seen.end, kValues)};  // of whole blocks of values
     for (int64_t r = 0; r < task.rows; r++) softmax(task, r, columns);
@@ -161,8 +182,10 @@ struct ManyQueries {
       const int64_t end = std::min(seen.end, c + kValues);
       const BFloat16* values = all.numbers(all.v, start + c, end - c, task.numbers.data());
       rearrange_values(values, end - c, task.panel.data());
-      weighted_sum_rows<N, std::max(1, kValueVectors / N)>(task, 0, c, end);
+      if (unit()) weighted_sum_by_unit(task, c, end);
+      else weighted_sum_rows<N, std::max(1, kValueVectors / N)>(task, 0, c, end);
     }
+    if (unit()) unit()->release();
     for (int64_t r = 0; r < task.rows; r++) {
       const float scale = 1.0f / task.sums[r];
       BFloat16* y = all.y + query_start(task, r);
@@ -173,12 +196,13 @@ struct ManyQueries {
   void attend_all(const Threads& threads) const {
     const int64_t heads = all.kv_heads(), width = round_up(all.slots, kValues);
     const int64_t positions = std::max<int64_t>(1, std::min(kPositions, kScores / (width * all.group)));
-    const int64_t parts = divide_up(all.S, positions), rows = positions * all.group;
+    const int64_t parts = divide_up(all.S, positions);
+    const int64_t rows = round_up(positions * all.group, kUnit);
     const auto prepare = [&] {
       Task task{.width = width};
       task.scores.resize(rows * width), task.sums.resize(rows), task.out.resize(rows * all.D);
       task.panel.resize(std::max(kKeys, kValues) * all.D / 2);
-      task.numbers.resize(std::max(kKeys, kValues) * all.D);
+      task.numbers.resize(std::max(kKeys, kValues) * all.D), task.queries.resize(unit() ? rows * all.D : 0);
       return task;
     };
     threads.for_each(parts * all.B * heads, prepare, [&](Task& task, int64_t i) {

@@ -73,7 +73,7 @@ struct Blocks {
   const std::vector<Block>& blocks;
   const std::vector<LayerCache>& caches;
   Threads threads;
-  ManyRowsProduct many_rows_product;
+  const MatrixUnit* matrix_unit;                      // for attention; null: there is none
   int64_t B, S, M, dim, width, n_head, n_kv_head, D;  // width: of the feed-forward
   int64_t cache_slots, slots;                         // C', and C <= C' to attend to
   float eps, scale;                                   // of the norms, of q k
@@ -105,7 +105,7 @@ struct Blocks {
   void normalise(const void* norm, const Linear& next, Range rows) const {
     for (int64_t m = rows.begin; m < rows.end; m++) {
       rms_norm(x + m * dim, static_cast<const Element*>(norm), normed + m * dim, dim, eps);
-      next.quantise_inputs(normed, M, quantised, m, {0, dim});
+      next.quantise_inputs(normed, M, S, quantised, m, {0, dim});
     }
   }
 
@@ -134,7 +134,7 @@ struct Blocks {
     return {.q = q, .k = cache.k, .v = cache.v,
             .cache_rows = cache_rows, .mask = mask, .y = attended, .B = B, .S = S, .H = n_head, .D = D,
             .group = n_head / n_kv_head, .cache_slots = cache_slots, .slots = slots, .mask_row = S * slots,
-            .mask_query = slots, .scale = scale};
+            .mask_query = slots, .scale = scale, .matrix_unit = matrix_unit};
   }
 
   // silu(gate) * up, and its quantised form: some outputs of some rows, whole groups of them.
@@ -142,7 +142,7 @@ struct Blocks {
     for (int64_t m = rows.begin; m < rows.end; m++) {
       const Element *gate = gate_up + 2 * m * width + outputs.begin, *up = gate + width;
       silu_times(gate, up, hidden + m * width + outputs.begin, outputs.end - outputs.begin);
-      block.w2.quantise_inputs(hidden, M, other_quantised, m, outputs);
+      block.w2.quantise_inputs(hidden, M, S, other_quantised, m, outputs);
     }
   }
 
@@ -170,7 +170,7 @@ struct Blocks {
     for (int64_t i = queries.begin; i < queries.end; i++) {
       few.join(i);
       const auto [b, s, h] = few.query(i);
-      block.wo.quantise_inputs(attended, M, other_quantised, b * S + s, {h * D, (h + 1) * D});
+      block.wo.quantise_inputs(attended, M, S, other_quantised, b * S + s, {h * D, (h + 1) * D});
     }
     wait_for_all();
     block.wo.multiply_few_rows(attended, made, M, other_quantised, outputs);
@@ -192,17 +192,13 @@ struct Blocks {
     const int64_t rotated = n_head + n_kv_head;
     const auto for_rows = [&](const auto& work) { threads.for_shares(M, 1, work); };
     const auto multiply = [&](const Linear& layer, const Element* x, Element* y, void* quantised) {
-      layer.multiply_many_rows(x, y, M, quantised, threads, many_rows_product);
+      layer.multiply_many_rows(x, y, M, S, quantised, threads);
     };
     for_rows([&](Range rows) { normalise(block.attention_norm, block.wqkv, rows); });
     multiply(block.wqkv, normed, qkv, quantised);
     for_rows([&](Range rows) { place_heads(block, cache, {rows.begin * rotated, rows.end * rotated}); });
     attend_queries(attention(cache), threads);
-    for_rows([&](Range rows) {
-      for (int64_t m = rows.begin; m < rows.end; m++) {
-        block.wo.quantise_inputs(attended, M, other_quantised, m, {0, n_head * D});
-      }
-    });
+    block.wo.quantise_rows(attended, M, S, other_quantised, threads);
     multiply(block.wo, attended, made, other_quantised);
     for_rows([&](Range rows) {
       add_made(rows, {0, dim});

@@ -14,7 +14,7 @@ struct Experts {
   Element* y;                              // [T, K, out]
   int64_t n_expert, T, K, x_rows;          // x_rows: of a token, 1 or K
   Threads threads;
-  ManyRowsProduct many_rows_product;
+  static constexpr int64_t kTokens = 1;    // of one request among the rows of an expert: how many is not known
 
   // The rows of one expert: gathered if there are several, so that its weight is read once.
   struct Job {
@@ -59,9 +59,7 @@ struct Experts {
       for (int64_t m = 0; m < M; m++) std::memcpy(rows + m * in, row(places[m]), in * sizeof(Element));
       job.x = rows, job.y = scratch.take<Element>(M * layer.out);
     }
-    threads.for_shares(M, std::max<int64_t>(1, 65536 / in), [&](Range share) {
-      for (int64_t m = share.begin; m < share.end; m++) layer.quantise_inputs(job.x, M, job.scratch, m, {0, in});
-    });
+    layer.quantise_rows(job.x, M, kTokens, job.scratch, threads);
     job.places = std::move(places);
     return job;
   }
@@ -85,7 +83,7 @@ struct Experts {
     const std::vector<Job> all = jobs(scratch);
     for (const Job& job : all) {
       if (job.M() <= kFewRows) continue;
-      job.layer.multiply_many_rows(job.x, job.y, job.M(), job.scratch, threads, many_rows_product);
+      job.layer.multiply_many_rows(job.x, job.y, job.M(), kTokens, job.scratch, threads);
     }
     multiply_few_rows(all);
     const int64_t out = first.out;

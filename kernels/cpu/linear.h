@@ -1,49 +1,11 @@
-// A linear layer of either kind, and scratch memory, for what is made of several layers: blocks and experts.
+// A linear layer of either kind, and scratch memory.
 #pragma once
 
 #include <memory>
 
-#include "linear_codes.h"
+#include "linear_unpacked.h"
 
 namespace gpt_faster {
-
-// A product of a bfloat16 weight and many rows of x, into y. It is handed in: oneDNN's is the fastest.
-using ManyRowsProduct = void (*)(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M);
-
-struct Linear {
-  bool has_codes;
-  CodesWeight codes;  // if it has
-  Bf16Weight bf16;    // if not
-  int64_t in, out;
-
-  // Quantises some inputs of row m of x [M, in] into `scratch`, whole groups of them. A bfloat16 layer takes x as it is.
-  template <class Element>
-  void quantise_inputs(const Element* x, int64_t M, void* scratch, int64_t m, Range inputs) const {
-    if (!has_codes) return;
-    const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
-    quantise(x, codes, Activations(scratch, M, in, dtype_of<Element>), m, groups);
-  }
-
-  // Some outputs of few rows, whole tiles of them, by one thread. `scratch` has the quantised inputs.
-  template <class Element>
-  void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
-    if (has_codes) {
-      const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
-      return multiply_few(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, tiles);
-    }
-    if constexpr (std::is_same_v<Element, BFloat16>) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply(outputs);
-  }
-
-  // All outputs of more than kFewRows rows, by all threads.
-  template <class Element>
-  void multiply_many_rows(const Element* x, Element* y, int64_t M, void* scratch, const Threads& threads,
-                          ManyRowsProduct product) const {
-    if (has_codes) {
-      return multiply_many(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, threads);
-    }
-    if constexpr (std::is_same_v<Element, BFloat16>) product(bf16, x, y, M);
-  }
-};
 
 // Buffers for one call. If `keep`, the next call of this thread gets the same buffers in the same order: those for few
 // tokens then stay in the processor's cache.
@@ -76,6 +38,86 @@ class Scratch {
     const int64_t lines = bytes / sizeof(Line) + 1;
     if (buffer.lines < lines) buffer = {std::unique_ptr<Line[]>(new Line[lines]), lines};
     return buffer.memory[0].bytes;
+  }
+};
+
+// Up to so many rows of bfloat16 are multiplied as few are, where PyTorch would make a float32 copy of the weight.
+constexpr int64_t kMiddleRows = kHasBf16Matrices ? kFewRows : 64;
+
+// A product of a bfloat16 weight and many rows of x, into y. It is handed in: oneDNN's is the fastest.
+using ManyRowsProduct = void (*)(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M);
+
+struct Linear {
+  bool has_codes;
+  CodesWeight codes;  // if it has
+  Bf16Weight bf16;    // if not
+  int64_t in, out;
+  ManyRowsProduct many_rows_product;  // for bfloat16 weights
+  const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
+
+  // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
+  bool takes_floats(int64_t S) const {
+    return !has_codes || (matrix_unit && S >= kMatrixTokens && in % kGroup == 0);
+  }
+
+  // Quantises, if need be, some inputs of row m of x [M, in] into `scratch`, whole groups of them.
+  template <class Element>
+  void quantise_inputs(const Element* x, int64_t M, int64_t S, void* scratch, int64_t m, Range inputs) const {
+    if (takes_floats(S)) return;
+    const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
+    quantise(x, codes, Activations(scratch, M, in, dtype_of<Element>), m, groups);
+  }
+
+  // All inputs of all rows, by all threads.
+  template <class Element>
+  void quantise_rows(const Element* x, int64_t M, int64_t S, void* scratch, const Threads& threads) const {
+    if (takes_floats(S)) return;
+    threads.for_shares(M, std::max<int64_t>(1, 65536 / in), [&](Range rows) {
+      for (int64_t m = rows.begin; m < rows.end; m++) quantise_inputs(x, M, S, scratch, m, {0, in});
+    });
+  }
+
+  // Some outputs of few rows, whole tiles of them, by one thread. `scratch` has the quantised inputs.
+  template <class Element>
+  void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
+    if (has_codes) {
+      const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
+      return multiply_few(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, tiles);
+    }
+    if constexpr (std::is_same_v<Element, BFloat16>) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply(outputs);
+  }
+
+  // All outputs of more than kFewRows rows, by all threads.
+  template <class Element>
+  void multiply_many_rows(const Element* x, Element* y, int64_t M, int64_t S, void* scratch,
+                          const Threads& threads) const {
+    if (!takes_floats(S)) {
+      return multiply_many(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, threads);
+    }
+    if constexpr (std::is_same_v<Element, BFloat16>) {
+      if (has_codes) multiply_unpacked(codes, x, y, M, *matrix_unit, threads);
+      else if (M <= kMiddleRows) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply_all(threads);
+      else many_rows_product(bf16, x, y, M);
+    }
+  }
+
+  // All outputs of any number of rows, S of each request, by all threads.
+  template <class Element>
+  void multiply(const Element* x, Element* y, int64_t M, int64_t S, const Threads& threads) const {
+    Scratch scratch(false);
+    const int64_t bytes = takes_floats(S) ? 0 : Activations::bytes(M, in, dtype_of<Element>);
+    char* quantised = scratch.take<char>(bytes);
+    quantise_rows(x, M, S, quantised, threads);
+    if (M > kFewRows) return multiply_many_rows(x, y, M, S, quantised, threads);
+    if (has_codes) {
+      const Activations activations(quantised, M, in, dtype_of<Element>);
+      const int64_t grain = std::max<int64_t>(1, 65536 / codes.bytes_a_tile());
+      threads.for_shares(codes.tiles, grain, [&](Range tiles) {
+        multiply_few(codes, activations, y, dtype_of<Element>, tiles);
+      });
+    } else if constexpr (std::is_same_v<Element, BFloat16>) {
+      Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply_all(threads);
+    }
   }
 };
 

@@ -310,11 +310,4 @@ inline void multiply_many(const CodesWeight& weight, const Activations& x, void*
   });
 }
 
-// All outputs of any number of rows.
-inline void multiply(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Threads& threads) {
-  if (x.M > kFewRows) return multiply_many(weight, x, y, dtype, threads);
-  const int64_t grain = std::max<int64_t>(1, 65536 / weight.bytes_a_tile());
-  threads.for_shares(weight.tiles, grain, [&](Range tiles) { multiply_few(weight, x, y, dtype, tiles); });
-}
-
 }  // namespace gpt_faster

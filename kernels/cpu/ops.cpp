@@ -5,13 +5,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "attention_many.h"
 #include "blocks.h"
 #include "experts.h"
 #include "linear.h"
+#include "torch_products.h"
 
 namespace {
 
@@ -75,7 +75,8 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
                 " features, weight takes ", weight.size(1), ", or the bias is not as long as the output");
     const int64_t out = weight.size(0);
     const Bf16Weight bf16{.weight = data<BFloat16>(weight), .bias = data<BFloat16>(bias), .N = out, .K = in};
-    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out};
+    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out,
+            .many_rows_product = product_of_many_rows, .matrix_unit = nullptr};
   }
   const Tensor& s = *scales;
   const int64_t tiles = weight.size(0);
@@ -89,29 +90,8 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
   TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kGroup % codes.groups == 0 &&
               (!bias || bias->numel() == tiles * kLanes), op,
               ": scales or bias do not fit the weight");
-  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes};
-}
-
-// PyTorch's product of matrices: of bfloat16 ones or, where processors are slow at it, of float32 copies, made of so many
-// rows of the weight at a time that they stay in the cache.
-void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M) {
-  const auto tensor = [](const BFloat16* from, at::IntArrayRef sizes) {
-    return at::from_blob(const_cast<BFloat16*>(from), sizes, at::kBFloat16);
-  };
-  Tensor out = tensor(y, {M, layer.N});
-  const Tensor rows = tensor(x, {M, layer.K}), weight = tensor(layer.weight, {layer.N, layer.K});
-  const OptionalTensor bias = layer.bias ? OptionalTensor(tensor(layer.bias, {layer.N})) : std::nullopt;
-  if (kHasBf16Matrices) {
-    at::linear_out(out, rows, weight, bias);
-    return;
-  }
-  const Tensor wide_rows = rows.to(at::kFloat);
-  const int64_t at_once = std::max<int64_t>(1, (1 << 20) / layer.K);
-  for (int64_t n = 0; n < layer.N; n += at_once) {
-    const int64_t count = std::min(at_once, layer.N - n);
-    const OptionalTensor part = bias ? OptionalTensor(bias->narrow(0, n, count).to(at::kFloat)) : std::nullopt;
-    out.narrow(1, n, count).copy_(at::linear(wide_rows, weight.narrow(0, n, count).to(at::kFloat), part));
-  }
+  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
+          .matrix_unit = dtype == Dtype::bfloat16 ? matrix_unit() : nullptr};
 }
 
 Tensor contiguous(const Tensor& tensor) { return tensor.contiguous(); }
@@ -121,48 +101,34 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
 
 // ---------------------------------------------------------------- linear layers
 
-// F.linear for bfloat16: x [..., K], weight [N, K], bias [N] or none -> [..., N]; sums in float32.
-Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear_bf16: wrong dtype");
-  TORCH_CHECK(x.size(-1) > 0, "linear_bf16: x has no features");
-  const Tensor xc = contiguous(x), wc = contiguous(weight);
-  const OptionalTensor bc = contiguous(bias);
-  const Linear layer = layer_of(wc, std::nullopt, bc, x.size(-1), Dtype::bfloat16, "linear_bf16");
-  const int64_t M = x.numel() / layer.in;
+// x [..., in] -> [..., out]. The last dimension but one is that of the tokens of a request.
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias,
+              const char* op) {
+  const Dtype dtype = dtype_from(x.scalar_type(), op);
+  TORCH_CHECK(x.size(-1) > 0, op, ": x has no features");
+  const Tensor xc = contiguous(x);
+  const Linear layer = layer_of(weight, scales, bias, x.size(-1), dtype, op);
+  const int64_t M = x.numel() / layer.in, S = x.dim() > 1 ? x.size(-2) : 1;
   auto shape = x.sizes().vec();
   shape.back() = layer.out;
   Tensor y = at::empty(shape, x.options());
-  const auto* rows = data<BFloat16>(xc);
-  auto* to = static_cast<BFloat16*>(y.mutable_data_ptr());
-  if (M > kFewRows) product_of_many_rows(layer.bf16, rows, to, M);
-  else Bf16Product{.layer = layer.bf16, .x = rows, .y = to, .M = M}.multiply_all(all_threads());
+  with_type_of(dtype, [&](auto element) {
+    using Element = decltype(element);
+    layer.multiply(data<Element>(xc), static_cast<Element*>(y.mutable_data_ptr()), M, S, all_threads());
+  });
   return y;
+}
+
+// F.linear for bfloat16: x [..., K], weight [N, K], bias [N] or none -> [..., N]; sums in float32.
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear_bf16: wrong dtype");
+  return linear(x, contiguous(weight), std::nullopt, contiguous(bias), "linear_bf16");
 }
 
 // A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
 // bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
-  const Dtype dtype = dtype_from(x.scalar_type(), "linear_codes");
-  const int64_t in = x.size(-1);
-  TORCH_CHECK(in > 0, "linear_codes: x has no features");
-  const Linear layer = layer_of(weight, scales, bias, in, dtype, "linear_codes");
-  const int64_t M = x.numel() / in;
-  auto shape = x.sizes().vec();
-  shape.back() = layer.out;
-  Tensor y = at::empty(shape, x.options());
-  const Tensor xc = contiguous(x), scratch = at::empty({Activations::bytes(M, in, dtype)}, at::kByte);
-  const Activations quantised(scratch.mutable_data_ptr(), M, in, dtype);
-  const Threads threads = all_threads();
-  with_type_of(dtype, [&](auto element) {
-    const auto* rows = data<decltype(element)>(xc);
-    threads.for_shares(M, std::max<int64_t>(1, 65536 / quantised.K), [&](Range share) {
-      for (int64_t m = share.begin; m < share.end; m++) {
-        quantise(rows, layer.codes, quantised, m, {0, quantised.K / kGroup});
-      }
-    });
-  });
-  multiply(layer.codes, quantised, y.mutable_data_ptr(), dtype, threads);
-  return y;
+  return linear(x, weight, scales, bias, "linear_codes");
 }
 
 // Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
@@ -186,8 +152,7 @@ Tensor linear_experts(const Tensor& x, const Tensor& chosen, const Tensor& weigh
     const auto stride = [](const Tensor& tensor) { return tensor.stride(0) * tensor.element_size(); };
     Experts<Element>{.first = first, .weight_stride = stride(wc), .scales_stride = sc ? stride(*sc) : 0,
                      .x = data<Element>(xc), .chosen = data<int64_t>(cc), .y = static_cast<Element*>(y.mutable_data_ptr()),
-                     .n_expert = n_expert, .T = T, .K = K, .x_rows = x.size(1), .threads = all_threads(),
-                     .many_rows_product = product_of_many_rows}
+                     .n_expert = n_expert, .T = T, .K = K, .x_rows = x.size(1), .threads = all_threads()}
         .run();
   });
   return y;
@@ -227,7 +192,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
     attend_queries(Attention<Element>{.q = data<Element>(qc), .k = keys, .v = values, .cache_rows = rows,
                               .mask = data<Element>(mc), .y = static_cast<Element*>(y.mutable_data_ptr()), .B = B, .S = S,
                               .H = H, .D = D, .group = H / n_kv_head, .cache_slots = k.size(2), .slots = slots,
-                              .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale)},
+                              .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale),
+                              .matrix_unit = matrix_unit()},
            all_threads());
   });
   return y;
@@ -373,11 +339,10 @@ Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, co
     TORCH_CHECK(0 <= at && at < cache_slots, "run_blocks: position ", at, " is not in a cache of ", cache_slots);
   }
   Tensor y = x.clone(at::MemoryFormat::Contiguous);
-  const Threads threads = all_threads();
   with_type_of(joined.dtype, [&](auto element) {
     using Element = decltype(element);
-    Blocks<Element>{.blocks = joined.blocks, .caches = caches.layers, .threads = threads,
-                    .many_rows_product = product_of_many_rows, .B = B, .S = S, .M = M, .dim = dim,
+    Blocks<Element>{.blocks = joined.blocks, .caches = caches.layers, .threads = all_threads(),
+                    .matrix_unit = matrix_unit(), .B = B, .S = S, .M = M, .dim = dim,
                     .width = first.w13.out / 2, .n_head = n_head, .n_kv_head = n_kv_head, .D = D,
                     .cache_slots = cache_slots, .slots = slots, .eps = static_cast<float>(joined.eps),
                     .scale = static_cast<float>(joined.scale), .cache_rows = rows, .pos = data<int64_t>(pc),

@@ -12,8 +12,9 @@ import torch
 from engine.engine import build_engine
 from layers.quantized import quant_spec
 from measure.machine import measured_bandwidth
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import Report, markdown, shared_flags, take_turns
-from scripts.bench.sides import Case, measure_case
+from scripts.bench.sides import measure_case
 from weights.checkpoint import random_model
 from weights.device import pick_device
 from weights.files import GB

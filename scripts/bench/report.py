@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cli import say
+from kernels import cpu
 from weights.checkpoint import DEFAULT_CHECKPOINT
 from weights.files import GB, atomic_path, read_json, require_writable, write_json
 from weights.registry import REGISTRY
@@ -91,7 +92,8 @@ def name_of(model: str) -> str:
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    facts = {"processor": model, "python": platform.python_version(), "date": str(datetime.date.today())}
+    facts = {"processor": model, "isa": cpu.isa_of(cpu.level() or cpu.PLAIN), "python": platform.python_version()}
+    facts["date"] = str(datetime.date.today())
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / GB, 1)

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -30,17 +31,22 @@ TABLES = {
     "speed": "decoding and prefill, against llama.cpp and transformers on the same weights",
     "quality": "size, perplexity and time to make of each quantisation",
     "speculation": "speculative decoding against plain decoding",
+    "serving": "serve.py under load, against llama-server on the same weights",
     "experts": "a mixture of experts, against the memory's rate and a dense model",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
 }
 
 
+def module_of(table: str) -> ModuleType:
+    return import_module(f"scripts.bench.{table}.table" if table == "serving" else f"scripts.bench.{table}")
+
+
 def main(*, table: str, output: str, fresh: bool, **flags) -> None:
     check_threads(flags["threads"])
     check_counts(flags, *({"rounds", "new_tokens"} & flags.keys()))
     torch.set_num_threads(flags["threads"])
-    module = import_module(f"scripts.bench.{table}")
+    module = module_of(table)
     report = open_report(output, fresh, module.PARTS, {key: flags[key] for key in module.SAME})
     module.fill(report, **flags)
     report.publish(module.table(report.result))
@@ -52,7 +58,7 @@ def build_parser(asked: list[str]) -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__, **words)
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
     for name, summary in TABLES.items():
-        module = import_module(f"scripts.bench.{name}") if name in asked else None
+        module = module_of(name) if name in asked else None
         own = tables.add_parser(name, help=summary, description=module and module.__doc__, **words)
         if module:
             module.add_flags(own)

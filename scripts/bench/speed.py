@@ -1,11 +1,12 @@
 """The speed of gpt-faster and its peers on the same weights: JSON, Markdown and a chart.
 
     pip install -r requirements-bench.txt
-    python scripts/bench/run.py speed --quick    # batch 1, prompts of 8 and 512 tokens: under 10 minutes
-    python scripts/bench/run.py speed            # batches 1, 4, 16, prompts 8, 512, 2048, the waterfall: over an hour
+    python scripts/bench/run.py speed --quick    # batch 1, prompts of 8 and 512 tokens: a quarter of an hour
+    python scripts/bench/run.py speed            # batches 1, 4, 16, prompts 8, 512, 2048, the waterfall: over two hours
 
 Every engine has its own process, which is stopped while another is timed. They take turns (A B C A B C ...), so that a
-machine whose speed drifts is fair to all; medians count.
+machine whose speed drifts is fair to all; medians count. The first run installs OpenVINO and ik_llama.cpp, each in an
+environment of its own, and writes their files; one that cannot be installed is named and left out.
 """
 
 import os
@@ -17,17 +18,20 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache, partial
 
-from cli import say
+from cli import in_words, say
+from scripts.bench.peers.llama import gguf_of
+from scripts.bench.peers.protocol import Case, SideProcess
+from scripts.bench.peers.table import PEERS, peer_command
 from scripts.bench.report import ROOT, Report, shared_flags, take_turns
-from scripts.bench.sides import Case, SideProcess, gguf_of
+from scripts.bench.sides import start_side
 from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, headline, key_of, write_files
 from weights.registry import REGISTRY
 
-PARTS, SAME = ("cases", "in_turn", "waterfall", "start_up"), ("threads", "model")
+PARTS, SAME = ("engines", "left_out", "cases", "in_turn", "waterfall", "start_up"), ("threads", "model")
 COMPILED_PEER = "transformers, static cache + compile"
-PEERS = ["gpt-faster", "llama.cpp", "transformers", COMPILED_PEER]
+SIDES = ["gpt-faster", *PEERS, "transformers", COMPILED_PEER]
 MORE_ROUNDS = 2  # of cases that take seconds, and scatter most
-LONGEST_EAGER = 8192  # prompt tokens in all, of which transformers takes minutes
+LONGEST = 8192  # prompt tokens in all: of more, transformers takes minutes, and ik_llama.cpp, whose rows share a cache
 NO_KERNELS = {"XDG_CACHE_HOME": "/dev/null"}  # where they would be built
 # one technique a row: what it is called, the side, the precision, the environment
 WATERFALL = {
@@ -43,18 +47,20 @@ table = headline
 def add_flags(parser) -> None:
     shared_flags(parser, "benchmarks/cpu.json", rounds=3, model="a checkpoint or a registry name")
     text = "default: all; with --quick not transformers compiled, which takes minutes"
-    parser.add_argument("--sides", nargs="+", choices=PEERS, metavar="SIDE", help=f"of {'; '.join(PEERS)} ({text})")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=f"of {'; '.join(SIDES)} ({text})")
     parser.add_argument("--quick", action="store_true", help="batch 1, prompts of 8 and 512 tokens (default: the grid)")
 
 
 def fill(report: Report, *, model: str, sides: list[str] | None, quick: bool, rounds: int, threads: int) -> None:
     if sides is None:
-        sides = [side for side in PEERS if side != COMPILED_PEER or not quick]
+        sides = [side for side in SIDES if side != COMPILED_PEER or not quick]
     if "gpt-faster" not in sides:
         raise ValueError("--sides lacks gpt-faster, which the others are compared with")
     if sides != ["gpt-faster"]:
         gguf_of(model)
-    start, result = partial(SideProcess, model, threads), report.result
+    start, result = partial(start_side, model, threads), report.result
+    result["left_out"] = missing_peers(sides, model, threads)
+    sides = [side for side in sides if side not in result["left_out"]]
     for precision in PRECISIONS:
         fill_cases(report, precision, QUICK if quick else GRID, sides, rounds, start)
     for precision in PRECISIONS:
@@ -71,10 +77,29 @@ def fill(report: Report, *, model: str, sides: list[str] | None, quick: bool, ro
     write_files(report)
 
 
+def missing_peers(sides: list[str], model: str, threads: int) -> dict[str, str]:
+    """Why a side cannot be had, after all that can be is installed and made."""
+    found = {}
+    for side in (side for side in sides if side in PEERS):
+        try:
+            for precision in PRECISIONS:
+                peer_command(side, precision, model, threads)
+        except (ValueError, OSError) as error:
+            found[side] = in_words(error)
+            say(f"{side} is left out: {found[side]}")
+    return found
+
+
 def fill_cases(report: Report, precision: str, cases: list[Case], sides: list[str], rounds: int, start) -> None:
     """Measure the cases of one precision that the result lacks, or in which it lacks a side."""
     with ExitStack() as stack:
-        process = cache(lambda side: stack.enter_context(start(side, precision)))
+
+        @cache
+        def process(side: str) -> SideProcess:
+            begun = stack.enter_context(start(side, precision))
+            report.result["engines"][f"{side}, {precision}"] = begun.facts
+            return begun
+
         for case in cases:
             key, wanted = key_of(precision, case), sides_of(precision, case, sides)
             if not set(wanted) <= report.result["cases"].get(key, {}).keys():
@@ -86,8 +111,9 @@ def fill_cases(report: Report, precision: str, cases: list[Case], sides: list[st
 
 def sides_of(precision: str, case: Case, sides: list[str]) -> list[str]:
     """Those that run the case: transformers has the weights as they are, and compiles each shape for minutes."""
-    fits = precision == "bf16" and case.batch * case.prompt <= LONGEST_EAGER
-    here = [side for side in sides if fits or not side.startswith("transformers")]
+    here = [side for side in sides if precision == "bf16" or not side.startswith("transformers")]
+    if case.batch * case.prompt > LONGEST:
+        here = [side for side in here if side not in ("transformers", "ik_llama.cpp")]
     return [side for side in here if side != COMPILED_PEER or case == QUICK[0]]
 
 

@@ -1,15 +1,17 @@
 """What is written of the speed that was measured: the README's table, every case, the targets, a chart."""
 
+from itertools import product
 from pathlib import Path
 
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import Report, markdown
-from scripts.bench.sides import Case
 from weights.files import atomic_path
 
 NEW_TOKENS = 200
 PRECISIONS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # ours, and llama.cpp's
 QUICK = [Case(1, 8, NEW_TOKENS), Case(1, 512, NEW_TOKENS)]
 GRID = [Case(batch, prompt, NEW_TOKENS) for batch in (1, 4, 16) for prompt in (8, 512, 2048)]
+SHORT = [case for case in GRID if case.prompt == QUICK[0].prompt]
 COMPARED = [QUICK[0], Case(1, 2048, NEW_TOKENS), Case(16, 8, NEW_TOKENS)]  # by targets, with each other
 FIGURES = {  # their name in tables, and how they are written
     "decode_tok_s": ("decode", "{:.0f} tok/s"),
@@ -19,6 +21,7 @@ FIGURES = {  # their name in tables, and how they are written
 }
 # what is wanted of each precision: decoding over llama.cpp's; the share of the memory's rate in a model of gigabytes
 OVER_LLAMA = {"bf16": 1.05, "int8": 1.25, "int4": 1.2}
+OVER_ALL = 1.2  # decoding over that of the fastest peer
 SHARES = {"bf16": 0.85, "int8": 0.75, "int4": 0.65}
 
 
@@ -69,6 +72,7 @@ def full_table(result: dict) -> str:
 def targets(result: dict) -> str:
     """What was promised, what came, and whether it was kept; ratios of one run."""
     rows = [*against_llama(result, "decode_tok_s", QUICK[0]), *against_llama(result, "prefill_tok_s", QUICK[1])]
+    rows += against_all(result)
     for precision in result["in_turn"]:
         rows += against_itself(result["in_turn"], precision)
     start = result["start_up"]
@@ -91,6 +95,29 @@ def against_llama(result: dict, figure: str, case: Case) -> list[list[str]]:
             what, limit = ("decode", OVER_LLAMA[precision]) if case == QUICK[0] else (f"prefill of {case.prompt}", 1.5)
             rows.append(target(f"{precision} {what} against llama.cpp {theirs}", ratio, ">=", limit))
     return rows
+
+
+def against_all(result: dict) -> list[list[str]]:
+    """Decoding of each batch after a short prompt, against the fastest of the other sides."""
+    rows = []
+    for precision, case in product(PRECISIONS, SHORT):
+        found = result["cases"].get(key_of(precision, case), {})
+        rates = {side: each["median"]["decode_tok_s"] for side, each in found.items()}
+        own = rates.pop("gpt-faster", None)
+        if rates:
+            side = max(rates, key=rates.get)
+            what = f"{precision} decode at batch {case.batch} against the fastest peer, {side}"
+            rows.append(target(what, own / rates[side], ">=", OVER_ALL))
+    return rows
+
+
+def engines(result: dict) -> str:
+    """What each side says of itself, and why others are left out."""
+    rows = [
+        [name, ", ".join(f"{key} {fact}" for key, fact in facts.items())] for name, facts in result["engines"].items()
+    ]
+    rows += [[name, f"left out: {why}"] for name, why in result["left_out"].items()]
+    return markdown(["engine", f"on {result['machine']['processor']}"], rows)
 
 
 def against_itself(found: dict, precision: str) -> list[list[str]]:
@@ -140,7 +167,7 @@ def compare_sides(axes, cases: list[dict]) -> None:
         places = {j: list(each).index(side) + 0.5 - len(each) / 2 for j, each in enumerate(cases) if side in each}
         heights = [cases[j][side]["median"]["decode_tok_s"] for j in places]
         bars = axes.bar([j + width * place for j, place in places.items()], heights, width, label=side, color=f"C{n}")
-        axes.bar_label(bars, fmt="%.0f")
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(cases)), PRECISIONS)
     axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
@@ -160,5 +187,6 @@ def write_files(report: Report) -> None:
     drawing = path.with_suffix(".svg")
     chart(result, drawing)
     with atomic_path(path.with_suffix(".md")) as temporary:
-        parts = [heading, headline(result), picture(result, drawing.name), targets(result), full_table(result)]
+        parts = [heading, headline(result), engines(result), picture(result, drawing.name), targets(result)]
+        parts.append(full_table(result))
         temporary.write_text("\n\n".join(parts) + "\n")

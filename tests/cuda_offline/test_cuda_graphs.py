@@ -22,7 +22,7 @@ from tests.cuda_offline.wrapper import copied_weights, kernels_a_layer, recorded
 CHOICES = {
     "family": FAMILIES,
     "form": FORMATS,
-    "call": ("step", "verification", "long verification", "draft", "prompt"),
+    "call": ("step", "served step", "verification", "long verification", "draft", "prompt"),
     "n_rows": (1, 2, 16, 32),
 }
 

@@ -66,33 +66,55 @@ void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* 
   }
 }
 
+#ifdef GPT_FASTER_AMX
+
+bool held = false;  // the unit, by a thread that has multiplied
+
+constexpr MatrixUnit kUnit{
+    .multiply = [](int64_t M, int64_t N, int64_t K, const BFloat16* a, int64_t a_stride, const uint32_t* b,
+                   int64_t b_stride, float* c, int64_t c_stride, bool add) {
+      held = true;
+      for (int64_t m = 0; m < M; m++) for (int64_t n = 0; n < N; n += 16) {
+        float* to = c + m * c_stride + n;
+        Floats sum = add ? load(to) : every(0.0f);
+        for (int64_t k = 0; k < K; k += 2) {
+          sum = dot_pairs(sum, load_pairs(b + k / 2 * b_stride + n), every_pair(a + m * a_stride + k));
+        }
+        store(to, sum);
+      }
+    },
+    .release = [] { held = false; }};
+const MatrixUnit* const kMatrixUnit = &kUnit;
+
+#else
+
+constexpr bool held = false;
+constexpr const MatrixUnit* kMatrixUnit = nullptr;
+
+#endif
+
 // Weight and scales may be those of the first of several experts.
-Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in) {
+Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in, Dtype dtype) {
   if (scales.bytes.empty()) {
     const int64_t out = weight.size(-2);
     const Bf16Weight bf16{.weight = weight.data<BFloat16>(), .bias = bias.data<BFloat16>(), .N = out, .K = in};
-    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out};
+    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out,
+            .many_rows_product = product_of_many_rows, .matrix_unit = nullptr};
   }
   const CodesWeight codes{.codes = weight.data<uint8_t>(), .scales = scales.data<void>(), .scale_dtype = scales.dtype,
                           .bias = bias.data<float>(), .in = in, .tiles = weight.size(-2), .groups = scales.size(-3),
                           .is_int4 = scales.size(-2) == 2};
-  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes};
+  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes,
+          .many_rows_product = nullptr, .matrix_unit = dtype == Dtype::bfloat16 ? kMatrixUnit : nullptr};
 }
 
 template <class Element>
 void run_linear(Tensor* args) {
   Tensor& x = args[0];
-  const int64_t M = x.rows();
-  const Linear layer = layer_of(args[1], args[2], args[3], x.size(-1));
-  std::vector<char> scratch(Activations::bytes(M, layer.in, x.dtype));
+  const int64_t M = x.rows(), S = x.sizes.size() > 1 ? x.size(-2) : 1;
+  const Linear layer = layer_of(args[1], args[2], args[3], x.size(-1), x.dtype);
   std::vector<Element> y(M * layer.out);
-  for (int64_t m = 0; m < M; m++) layer.quantise_inputs(x.data<Element>(), M, scratch.data(), m, {0, layer.in});
-  if (layer.has_codes) {
-    multiply(layer.codes, Activations(scratch.data(), M, layer.in, x.dtype), y.data(), x.dtype, kThreads);
-  } else if constexpr (std::is_same_v<Element, BFloat16>) {
-    if (M > kFewRows) product_of_many_rows(layer.bf16, x.data<Element>(), y.data(), M);
-    else Bf16Product{.layer = layer.bf16, .x = x.data<Element>(), .y = y.data(), .M = M}.multiply_all(kThreads);
-  }
+  layer.multiply(x.data<Element>(), y.data(), M, S, kThreads);
   write(y.data(), y.size() * sizeof(Element));
 }
 
@@ -100,12 +122,12 @@ template <class Element>
 void run_experts(Tensor* args) {
   Tensor &x = args[0], &chosen = args[1], &weight = args[2], &scales = args[3], none = args[4];
   const int64_t n_expert = weight.size(0), T = chosen.size(0), K = chosen.size(1);
-  const Linear first = layer_of(weight, scales, none, x.size(-1));
+  const Linear first = layer_of(weight, scales, none, x.size(-1), x.dtype);
   std::vector<Element> y(T * K * first.out);
   const auto stride = [&](const Tensor& tensor) { return static_cast<int64_t>(tensor.bytes.size()) / n_expert; };
   Experts<Element>{.first = first, .weight_stride = stride(weight), .scales_stride = stride(scales),
                    .x = x.data<Element>(), .chosen = chosen.data<int64_t>(), .y = y.data(), .n_expert = n_expert, .T = T,
-                   .K = K, .x_rows = x.size(1), .threads = kThreads, .many_rows_product = product_of_many_rows}
+                   .K = K, .x_rows = x.size(1), .threads = kThreads}
       .run();
   write(y.data(), y.size() * sizeof(Element));
 }
@@ -123,7 +145,7 @@ void run_attend(Tensor* args) {
                                     .B = q.size(0), .S = q.size(1), .H = q.size(2), .D = q.size(3),
                                     .group = q.size(2) / k.size(1), .cache_slots = k.size(2), .slots = slots,
                                     .mask_row = q.size(1) * slots, .mask_query = slots,
-                                    .scale = *args[7].data<float>()},
+                                    .scale = *args[7].data<float>(), .matrix_unit = kMatrixUnit},
                  kThreads);
   write(y.data(), y.size() * sizeof(Element));
 }
@@ -139,13 +161,13 @@ void run_blocks(Tensor* args, int count) {
   for (Tensor* t = args + 8; t < args + count; t += 20) {
     caches.push_back({.k = vectors_of(t), .v = vectors_of(t + 2)});
     Tensor* b = t + 4;
-    const auto layer = [&](int i, int64_t in) { return layer_of(b[i], b[i + 1], b[i + 2], in); };
+    const auto layer = [&](int i, int64_t in) { return layer_of(b[i], b[i + 1], b[i + 2], in, x.dtype); };
     const Linear wqkv = layer(1, dim), w13 = layer(10, dim);
     blocks.push_back({.attention_norm = b[0].data<void>(), .ffn_norm = b[9].data<void>(), .q_norm = b[4].data<void>(),
                       .k_norm = b[5].data<void>(), .wqkv = wqkv, .wo = layer(6, wqkv.out - 2 * n_kv_head * D),
                       .w13 = w13, .w2 = layer(13, w13.out / 2)});
   }
-  Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads, .many_rows_product = product_of_many_rows,
+  Blocks<Element>{.blocks = blocks, .caches = caches, .threads = kThreads, .matrix_unit = kMatrixUnit,
                   .B = x.size(0), .S = x.size(1), .M = x.rows(), .dim = dim, .width = blocks[0].w13.out / 2,
                   .n_head = blocks[0].wo.in / D, .n_kv_head = n_kv_head, .D = D, .cache_slots = keys.size(2),
                   .slots = mask.size(2), .eps = *args[1].data<float>(), .scale = *args[2].data<float>(),
@@ -170,6 +192,7 @@ int main() {
       else if (name == 2) run_attend<Element>(args.data());
       else run_blocks<Element>(args.data(), count);
     });
+    if (held) return 1;
     std::fflush(stdout);
   }
 }

@@ -14,11 +14,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class EmulatedOperators:
-    """Operators of a level of instructions, compiled into `folder`; `emulator` is a command that runs the program."""
+    """Operators compiled with the flags of a level into `folder`; `emulator` is a command that runs the program."""
 
-    def __init__(self, level, compiler, emulator, folder):
+    def __init__(self, flags, compiler, emulator, folder):
         program = folder / "operators"
-        flags = ["-O1", "-std=c++20", "-static", *cpu.LEVELS[level].flags, "-I", cpu.FOLDER, "-o", program]
+        flags = ["-O1", "-std=c++20", "-static", *flags, "-I", cpu.FOLDER, "-o", program]
         subprocess.run([compiler, *flags, SOURCE, "-lgomp"], check=True)
         self.process = subprocess.Popen([*emulator, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -41,28 +41,41 @@ CASES = [  # a test, and the arguments for it
 ]
 
 
+FUSED = [(8, {}, None), (4, blocks.EXTRAS, INT8), (None, {}, None)]
+SEEN = [(64, 0, 100, D, None, BFLOAT16) for D in cpu.HEAD_DIMS]
+SEEN += [(130, 33, 170, 64, 40, kind) for kind in (BFLOAT16, INT8)]
+PROMPTS = [  # that a matrix unit multiplies
+    *((layers.test_prompts_equal_float64, spec) for spec, _ in FORMS),
+    *((operators.test_attention_of_many_queries_equals_float64, *seen) for seen in SEEN),
+    *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, *some, [(2, 70)]) for some in FUSED),
+]
+
+
 def tools_for(level):
-    """A compiler for a level, and the command of an emulator, which a processor that has the level needs not."""
+    """Flags and a compiler for a level, and the command of an emulator, if the processor lacks the level."""
     if level == cpu.level():
         pytest.skip("the tests of operators themselves test this processor's own level")
-    has = torch.cpu.get_capabilities()
+    has, flags = torch.cpu.get_capabilities(), cpu.LEVELS[level].flags
+    if level == "amx" and has.get("avx2"):  # the program has a matrix unit of its own
+        level, flags = "avx2", (*cpu.AVX2.flags, cpu.MATRIX_UNIT)
     if all(has.get(need) for need in cpu.LEVELS[level].needs):
         if "clang" in cpu.compiler_version():
             pytest.skip("the program is linked with GCC's OpenMP")
-        return os.environ.get("CXX", "c++"), []
+        return flags, os.environ.get("CXX", "c++"), []
     if not level.startswith("neon"):
         pytest.skip(f"this processor has no {level}")
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     if not (shutil.which(compiler) and shutil.which(emulator)):
         pytest.skip(f"{level} needs {compiler} and {emulator}: apt-get install g++-aarch64-linux-gnu qemu-user")
-    return compiler, [emulator, "-cpu", "max"]
+    return flags, compiler, [emulator, "-cpu", "max"]
 
 
-@pytest.mark.parametrize("level", ["avx2", "neon", "neon.bf16"])
+@pytest.mark.parametrize("level", ["avx2", "neon", "neon.bf16", "amx"])
 def test_operators_of_a_level_pass_the_tests_of_operators(level, monkeypatch, tmp_path):
-    emulated = EmulatedOperators(level, *tools_for(level), tmp_path)
+    emulated = EmulatedOperators(*tools_for(level), tmp_path)
     monkeypatch.setattr(torch.ops, "gpt_faster", emulated)
     monkeypatch.setattr(cpu, "available", lambda: True)
-    for test, *arguments in CASES:
+    monkeypatch.setattr(cpu, "level", lambda: level)
+    for test, *arguments in PROMPTS if level == "amx" else CASES:
         test(*arguments)
     emulated.close()

@@ -16,11 +16,11 @@ from model import Blocks, Context, ModelArgs, Transformer
 from tests.kernels.test_operators import needs_operators, random
 
 BLOCKS = ModelArgs(
-    dim=192, n_layer=3, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
+    dim=192, n_layer=3, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=128
 )
 FORMS = [(dtype, bits) for dtype in (torch.float32, torch.bfloat16, torch.float16) for bits in (8, 4)]
 FORMS += [(torch.bfloat16, None)]
-SHAPES = ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8), (4, 6), (1, 17), (3, 20))  # rows, and tokens after the first of them
+SHAPES = ((1, 1), (1, 5), (3, 4), (4, 1), (2, 8), (4, 6), (1, 17), (2, 70))  # rows, and tokens after the first of them
 
 
 def model_of(dtype, bits, **fields):
@@ -47,10 +47,11 @@ def join_cache(keys, values):
 def run_blocks(model, blocks, tokens, pos, last):
     """Logits [B, S, V] of the last tokens of each row after those before, and what the cache then holds."""
     model.layers = blocks
-    cache = model.new_cache(4, 40)
+    slots = tokens.shape[1] + 10
+    cache = model.new_cache(4, slots)
     model(tokens[:, :-last], pos[:, :-last], cache.view())
-    logits = model(tokens[:, -last:], pos[:, -last:], cache.view(length=37))
-    like = torch.empty(4, 0, 40)  # all rows and slots
+    logits = model(tokens[:, -last:], pos[:, -last:], cache.view(length=slots - 3))
+    like = torch.empty(4, 0, slots)  # all rows and slots
     return logits.clone(), torch.stack([each.read(None, like) for i in range(3) for each in cache.view().layer(i)[:2]])
 
 
@@ -66,8 +67,8 @@ def test_fused_blocks_equal_the_blocks_one_by_one(dtype, bits, fields, cache_dty
     fused, generator = model.layers, torch.Generator().manual_seed(0)
     assert isinstance(fused, FusedBlocks)
     for B, S in shapes:
-        tokens = torch.randint(130, (B, 30), generator=generator)
-        pos = torch.arange(30) + torch.arange(B)[:, None]  # rows at positions of their own
+        tokens = torch.randint(130, (B, max(30, S + 10)), generator=generator)
+        pos = torch.arange(tokens.shape[1]) + torch.arange(B)[:, None]  # rows at positions of their own
         found = [
             run_blocks(each, blocks, tokens, pos, S)
             for each, blocks in ((model, fused), (model, Blocks(fused)), (exact, Blocks(exact.layers)))

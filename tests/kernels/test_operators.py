@@ -320,7 +320,12 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
     avx512 = avx2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"}
     neon = {"neon", "dot"}
     monkeypatch.delenv("GPT_FASTER_ISA", raising=False)
+    amx = avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
     for has, asked, expected in (
+        (amx, "", "amx"),
+        (amx, "avx512", "avx512.bf16"),
+        (amx - {"amx_bf16"}, "", "avx512.bf16"),
+        (amx - {"avx512_bf16"}, "", "avx512"),
         (avx512 | {"avx512_bf16"}, "", "avx512.bf16"),
         (avx512, "", "avx512"),
         (avx512 | {"avx512_bf16"}, "avx512", "avx512.bf16"),
@@ -338,6 +343,7 @@ def test_the_level_is_the_first_that_the_processor_has(monkeypatch):
         assert cpu.level.__wrapped__() == expected
     for has, asked, words in (
         (avx2, "avx512", "GPT_FASTER_ISA is 'avx512'; this processor has avx2, plain"),
+        (avx512, "amx", "GPT_FASTER_ISA is 'amx'; this processor has avx512, avx2, plain"),
         (avx512, "AVX2", "GPT_FASTER_ISA is 'AVX2'; this processor has avx512, avx2, plain"),
         (neon, "avx2", "GPT_FASTER_ISA is 'avx2'; this processor has neon, plain"),
     ):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from scripts.bench import report, run, speed
+from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
-from scripts.bench.sides import Case, SideProcess
+from scripts.bench.sides import start_side
 from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, compare_sides, key_of, targets
 from tests.tiny import make_tiny_checkpoint
 
@@ -36,7 +37,7 @@ def test_sides_take_turns_after_a_warm_up():
 
 def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
     path = make_tiny_checkpoint(tmp_path)
-    with SideProcess(str(path), 1, "eager", "int8") as side:
+    with start_side(str(path), 1, "eager", "int8") as side:
         answer = side.ask({"batch": 2, "prompt": 5, "new_tokens": 4})
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(side.process.pid)], capture_output=True, text=True)
         assert state.stdout.startswith("T")
@@ -44,7 +45,7 @@ def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
         reads = side.ask({"bandwidth": True})
         assert reads["kv_bytes_per_position"] == 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, their size, bfloat16
     assert side.process.poll() is not None
-    none = SideProcess(str(tmp_path / "none.pth"), 1, "eager", "int8")
+    none = start_side(str(tmp_path / "none.pth"), 1, "eager", "int8")
     with pytest.raises(ValueError, match="eager, int8 ended with exit code 1; its last words: .*no checkpoint"), none:
         pass
 
@@ -55,7 +56,7 @@ class FakeSide:
     asked: list[tuple[str, dict]] = []
 
     def __init__(self, model, threads, side, *_):
-        self.name, self.speed = side, SPEED.get(side, 50.0)
+        self.name, self.speed, self.facts = side, SPEED.get(side, 50.0), {"version": "1.0"}
 
     def __enter__(self):
         return self
@@ -75,10 +76,11 @@ class FakeSide:
 @pytest.fixture
 def bench(monkeypatch, tmp_path, one_thread):
     """The command, with sides that answer at once."""
-    monkeypatch.setattr(speed, "SideProcess", FakeSide)
+    monkeypatch.setattr(speed, "start_side", FakeSide)
     monkeypatch.setattr(speed, "start_up", lambda _: {f"{t}_{w}_s": 5.0 for t in ("cold", "warm") for w in WHAT})
     monkeypatch.setattr(report, "machine", lambda: {"processor": "a", "date": "today"})
     monkeypatch.setattr(speed, "gguf_of", lambda _: None)
+    monkeypatch.setattr(speed, "peer_command", lambda side, *_: None)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(FakeSide, "asked", [])
     (tmp_path / "README.md").write_text(f"before\n<!-- table: {tmp_path / 'out.json'} -->\nold\n<!-- end -->\nafter\n")
@@ -123,6 +125,29 @@ def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, ca
     assert readme[-2:] == ["<!-- end -->", "after"] and len(readme) == 2 + 2 + 6 + 2
 
 
+def test_a_peer_that_cannot_be_installed_is_named_and_left_out(bench, monkeypatch, tmp_path, capsys):
+    def command(side, *_):
+        if side == "openvino":
+            raise ValueError("openvino cannot be installed: no network")
+
+    monkeypatch.setattr(speed, "peer_command", command)
+    sides = ["gpt-faster", "openvino", "ik_llama.cpp"]
+    result = bench(sides=sides)
+    assert set(result["cases"]["int8, batch 1, prompt 8"]) == {"gpt-faster", "ik_llama.cpp"}
+    assert "\nopenvino is left out: openvino cannot be installed: no network\n" in f"\n{capsys.readouterr().err}"
+    written = (tmp_path / "out.md").read_text()
+    assert "| openvino | left out: openvino cannot be installed: no network |" in written
+    assert "| ik_llama.cpp, int4 | version 1.0 |" in written
+    monkeypatch.setattr(speed, "peer_command", lambda *_: None)
+    assert set(bench(sides=sides)["cases"]["int8, batch 1, prompt 8"]) == set(sides)
+    assert "left out" not in (tmp_path / "out.md").read_text()
+
+
+def test_slow_sides_have_no_long_prompts_in_batches():
+    assert speed.sides_of("int8", Case(16, 2048, 200), speed.SIDES) == ["gpt-faster", "llama.cpp", "openvino"]
+    assert speed.sides_of("bf16", Case(16, 512, 200), speed.SIDES) == [*speed.SIDES[:4], "transformers"]
+
+
 def test_the_chart_has_no_empty_panel_and_its_markdown_shows_it(bench, tmp_path):
     for quick in (True, False):
         bench(quick=quick)
@@ -149,6 +174,7 @@ def test_targets_by_hand(bench):
     lines = targets(bench(quick=False)).splitlines()
     rows = {cells[1]: cells[2:5] for cells in ([cell.strip() for cell in line.split("|")] for line in lines)}
     assert rows["bf16 decode against llama.cpp BF16"] == [">= 1.05 x", "1.50 x", ""]
+    assert rows["int8 decode at batch 4 against the fastest peer, llama.cpp"] == [">= 1.2 x", "1.50 x", ""]
     assert rows["bf16 decode at batch 16 against batch 1"] == [">= 6 x", "4.00 x", "missed"]
     # 2 GB a token at 149.4 tok/s, of 40 GB/s
     assert rows["int4 decode, of the rate at which our operator reads one large matrix"][1] == "7.47 x"

@@ -10,7 +10,7 @@ from engine.decode import forward_chunk
 from engine.speculative import verify
 from scripts import check_device
 from scripts.bench import sides
-from scripts.bench.sides import Case
+from scripts.bench.peers.protocol import Case
 from scripts.device_rows import ALL, GUESSES, POSITIONS, PREFILL, STEP, Row, rows_in_order, step
 
 CASES = [sys.executable, "-c", "print('passed: a (1 s)', 'FAILED: b (1 s): off by one', 'left out: c', sep='\\n')"]
@@ -65,7 +65,7 @@ class FakeSide:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(check_device, "SideProcess", FakeSide)
+    monkeypatch.setattr(check_device, "start_side", FakeSide)
     monkeypatch.setattr("scripts.device_rows.has_dependent_launch", lambda: True)
     monkeypatch.setattr(check_device, "limits", lambda _: {"gb_s": 4000.0, "tflop_s": 100.0})
     monkeypatch.setattr(FakeSide, "asked", [])
