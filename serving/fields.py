@@ -94,16 +94,23 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def number(low: float, high: float = math.inf) -> Check:
-    fits = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number above {low:g}"
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
+
+def number(low: float, high: float) -> Check:
     def check(name: str, value: Any) -> float:
-        in_range = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not in_range or math.inf == high and not low < value < 1e30:
-            raise wrong(name, value, fits)
+        if not is_number(value) or not low <= value <= high:
+            raise wrong(name, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
     return check
+
+
+def positive(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value < 1e30:
+        raise wrong(name, value, "a number above 0")
+    return float(value)
 
 
 def integer(low: int, high: float = math.inf) -> Check:
@@ -280,8 +287,8 @@ GENERATION: dict[str, Check] = {
     "logit_bias": biases,
     "frequency_penalty": number(-2, 2),
     "presence_penalty": number(-2, 2),
-    "repetition_penalty": number(0),
-    "repeat_penalty": number(0),
+    "repetition_penalty": positive,
+    "repeat_penalty": positive,
     "response_format": response_format,
     "stream": boolean,
     "stream_options": stream_options,

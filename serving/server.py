@@ -142,7 +142,7 @@ def key_check(key: str) -> Callable[[Request], None]:
 def given_key(request: Request) -> bytes:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip().encode()
+        return value.strip().encode("latin-1")  # as which headers are decoded, whatever they are
     try:
         return b64decode(value, validate=True).partition(b":")[2] if scheme.lower() == "basic" else b""
     except ValueError:
