@@ -1,5 +1,6 @@
 """Prompts and their answers: printed in order, kept for the report, and written as JSON Lines as they end."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from measure.scoring import evenly
 from ranks import speaks
-from serving.scheduler import Scheduler, Task, run_tasks
+from serving.scheduler import Processor, Scheduler, Task, run_tasks
 from text.results import Results
 from text.tokenizer import Tokenizer
 from weights.files import write_json
@@ -36,7 +37,7 @@ class Answers:
     """What is asked, and the answers to it, once for each sample.
 
     The rows of a batch end together; with a scheduler one that ends makes room for the next. The n-th answer of a run
-    is drawn with `seed` + n, from 0.
+    is drawn with `seed` + n, from 0. processors, by the prompt, and n_logprobs: of the scheduler's tasks.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Answers:
         batches: list[list[Row]],
         seed: int,
         scheduler: Scheduler | None = None,
+        processors: Callable[[list[int]], list[Processor]] = lambda prompt: [],
+        n_logprobs: int | None = None,
         results: Results | None = None,
     ):
         self.engine, self.tokenizer, self.limits, self.sampling = engine, tokenizer, limits, sampling
         self.batches, self.seed, self.scheduler, self.results = batches, seed, scheduler, results
         self.numbers = sorted(row.number for batch in batches for row in batch)
         self.streams = len(self.numbers) == 1
+        self.processors, self.n_logprobs = processors, n_logprobs
         self.timings: list[Timing] = []
         self.ended: list[dict[int, dict]] = []  # of each sample, rows as the report has them, by number
 
@@ -78,7 +82,8 @@ class Answers:
                 if self.scheduler is None:
                     run = run_batch(self.engine, list(rows), self.sampling, timing, seeds=seeds)
                 else:
-                    tasks = [Task(request, self.sampling, seed) for request, seed in zip(rows, seeds, strict=True)]
+                    tasks = [self.task(request, seed) for request, seed in zip(rows, seeds, strict=True)]
+                    self.logprobs = {task.request: task.logprobs for task in tasks}
                     run = run_tasks(self.scheduler, tasks, timing)
                 with closing(run) as pieces:
                     for request, text in pieces:
@@ -88,6 +93,9 @@ class Answers:
                             self.end(rows[request], request)
                             bar.update()
 
+    def task(self, request: Request, seed: int) -> Task:
+        return Task(request, self.sampling, seed, self.processors(request.prompt), self.n_logprobs)
+
     def seed_of(self, row: Row) -> int:
         """By the number of the row: a run that goes on where another was interrupted draws the same."""
         return self.seed + (len(self.timings) - 1) * len(self.numbers) + row.number - 1
@@ -95,6 +103,8 @@ class Answers:
     def end(self, row: Row, request: Request) -> None:
         """Keep, write and print the answer to one row."""
         made = request.to_json()
+        if self.n_logprobs is not None:
+            made["logprobs"] = [each._asdict() for each in self.logprobs[request]]
         prompt = row.prompt if isinstance(row.prompt, str) else None
         self.ended[-1][row.number] = {"row": row.number, "prompt": prompt} | made
         if self.results is not None:

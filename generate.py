@@ -29,13 +29,19 @@ from engine.guess_length import check_length
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from flags import (
+    NEW_TOKENS,
     cache_flag,
     check_counts,
+    check_logits,
     check_threads,
     checkpoint_path,
+    generation_flags,
+    logits_flags,
     model_flags,
+    needs_tasks,
     number_or_text,
     place_flags,
+    read_processors,
     say_device,
     template_flag,
 )
@@ -56,7 +62,6 @@ from weights.device import parse_cache_dtype, parse_dtype, pick_device
 from weights.files import atomic_path, require_writable
 
 DEFAULT_PROMPT = "Hello, my name is"
-NEW_TOKENS = 200  # at most, unless --max_new_tokens says otherwise; an answer in interactive mode may fill the context
 INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_length says otherwise
 
 
@@ -115,6 +120,7 @@ def check_request(args: argparse.Namespace) -> None:
         for name in ("batch_size", "output_json", "output_jsonl", "profile"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} does not go with --interactive; leave it out")
+    check_logits(args)
     if args.output_jsonl is not None and args.prompt_file is None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
@@ -276,7 +282,8 @@ def answer(
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
     batches, scheduler = plan(engine, tokenizer, prompts, args, context)
     limits, seed = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos), facts["seed"]
-    answers = Answers(engine, tokenizer, limits, sampling, batches, seed, scheduler, results if speaks(ranks) else None)
+    how = (scheduler, read_processors(args, tokenizer, engine.model), args.logprobs)
+    answers = Answers(engine, tokenizer, limits, sampling, batches, seed, *how, results if speaks(ranks) else None)
     facts["compile_s"] = prepare(answers.warm_up, engine, args)
     torch.manual_seed(seed)
     try:
@@ -304,8 +311,11 @@ def plan(
     rows = list(map(Row, prompts, texts, encoded))
     if args.prompt_file is None:  # a single prompt fills the batch
         n_rows = args.batch_size or 1
+        rows = [replace(rows[0], number=number) for number in range(1, n_rows + 1)]
+        if needs_tasks(args):
+            return [rows], Scheduler(engine, n_rows, length)
         engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
-        return [[replace(rows[0], number=number) for number in range(1, n_rows + 1)]], None
+        return [rows], None
     n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
     if engine.speculation is None or isinstance(engine.speculation.drafter, PromptLookup):
         return [rows], Scheduler(engine, n_rows, length)
@@ -355,7 +365,9 @@ def build_parser() -> argparse.ArgumentParser:
     place_flags(where)
     cache_flag(where)
     prompt_flags(parser.add_argument_group("prompt"))
-    generation_flags(parser.add_argument_group("generation"))
+    generation = parser.add_argument_group("generation")
+    generation_flags(generation)
+    logits_flags(generation)
     speed_flags(parser.add_argument_group("speed"))
     text = "guess tokens ahead and check them in one go; the text is the same"
     speculation_flags(parser.add_argument_group("speculation", text))
@@ -373,24 +385,6 @@ def prompt_flags(group) -> None:
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", help="system message, with --chat or --interactive")
     template_flag(group)
-
-
-def generation_flags(group) -> None:
-    group.add_argument("--num_samples", type=int, default=5, help="times to answer (default: %(default)s)")
-    text = f"tokens at most (default: {NEW_TOKENS}; with --interactive until the answer ends)"
-    group.add_argument("--max_new_tokens", type=int, help=text)
-    text = "rows at a time (default: 1; with --prompt_file as memory allows)"
-    group.add_argument("--batch_size", type=int, help=text)
-    text = "0 takes the likeliest token (default: %(default)s)"
-    group.add_argument("--temperature", type=float, default=0.8, help=text)
-    text = "draw from the k likeliest; 0 is off (default: %(default)s)"
-    group.add_argument("--top_k", type=int, default=200, help=text)
-    group.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default: off)")
-    group.add_argument("--min_p", type=float, default=0.0, help="drop those below p times the likeliest (default: off)")
-    group.add_argument("--seed", type=int, default=1234, help="-1 draws one and prints it (default: %(default)s)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    group.add_argument("--ignore_eos", action="store_true", help="go on after end-of-text")
-    group.add_argument("--max_seq_length", type=int, help="context in tokens (default: the model's)")
 
 
 def speed_flags(group) -> None:

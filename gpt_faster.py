@@ -14,7 +14,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = ("mixers", "kernels", "layers", "weights", "text", "engine", "measure", "compress")
+ROOMS = ("mixers", "kernels", "layers", "weights", "text", "engine", "serving", "measure", "compress")
 NAMES = (*ROOMS, "cli", "model", "ranks", "tp")
 
 

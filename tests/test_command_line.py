@@ -57,6 +57,36 @@ def test_text_alone_goes_to_stdout_and_gpt_fasts_lines_to_stderr(run_cli, tiny):
     assert result.stderr.startswith(f"Using device=cpu, isa={cpu.isa()}\n")
 
 
+def test_logprobs_penalties_and_a_schema(talk, tmp_path):
+    """Greedy tokens are the likeliest, none repeats where that costs everything, and the text follows the schema."""
+    path, schema = tmp_path / "out.json", tmp_path / "schema.json"
+    flags = ("--prompt", "he", "--num_samples", 2, "--output_json", path, "--logprobs", 2, *GREEDY)
+    talk(*flags, "--repetition_penalty", 1e6, "--presence_penalty", 0.5)
+    for sample in json.loads(path.read_text())["samples"]:
+        (row,) = sample["sequences"]
+        assert len(set(row["token_ids"])) == 12 == len(row["logprobs"])
+        assert row["logprobs"][0] == {"logprob": row["logprobs"][0]["top"][0][1], "top": row["logprobs"][0]["top"]}
+    schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}')
+    out = talk("--prompt", "he", "--batch_size", 2, "--num_samples", 1, "--max_new_tokens", 99, "--json_schema", schema)
+    answers = out.out.replace("[row 1]\n", "").split("[row 2]\n")
+    assert [set(json.loads(answer)) <= {"a", "b"} for answer in answers] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--logprobs", 1), "output_json"),
+        (("--repetition_penalty", 0), "above 0"),
+        (("--presence_penalty", 1, "--interactive"), "interactive"),
+        (("--json_schema", "no-such.json"), "no-such.json is missing"),
+        (("--json_schema", "benchmarks/cpu.json", "--ignore_eos"), "ignore_eos"),
+    ],
+)
+def test_flags_about_logits_that_cannot_work(talk, flags, message):
+    with pytest.raises(ValueError, match=message):
+        talk(*flags)
+
+
 def test_defaults_are_gpt_fasts():
     args = build_parser().parse_args([])
     assert (args.num_samples, NEW_TOKENS, args.top_k, args.temperature) == (5, 200, 200, 0.8)

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def replaced(args, option, value):
 def test_every_command_is_tried_below():
     known = (
         "python generate.py",
+        "python serve.py",
+        "curl http://127.0.0.1:8000/",
         "python quantize.py",
         "python eval.py",
         "python scripts/",
@@ -83,6 +86,22 @@ def test_generate(command, run_cli, default_model_dir, tmp_path):
         or (tmp_path / "answers.jsonl").read_text().count("finish_reason") == 2
     )
     assert not list(tmp_path.glob("*.json")) or "sequences" in (tmp_path / "answers.json").read_text()
+
+
+def test_serve(tmp_path):
+    """The server, the curl line, and the openai client, on a tiny model and a free port."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    (command,), (curl,) = of("python serve.py"), of("curl")
+    args = replaced(replaced(shlex.split(command)[1:], "--checkpoint_path", checkpoint), "--port", 0)
+    (code,) = [block for block in blocks("python") if "openai" in block]
+    with subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        url = server.stdout.readline().split()[-1]
+        ask = shlex.split(curl.replace("http://127.0.0.1:8000", url))
+        assert '"finish_reason"' in subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        code = code.replace("http://127.0.0.1:8000", url).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model")
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        server.terminate()
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("command", of("torchrun "))
@@ -197,7 +216,7 @@ def test_library_example(run_cli, default_model_dir, tmp_path):
     """In a folder whose own modules have the names of our rooms."""
     for name in ("model", "text"):
         (tmp_path / f"{name}.py").write_text("MINE = True\n")
-    (code,) = blocks("python")
+    (code,) = [block for block in blocks("python") if "gpt_faster" in block]
     code = re.sub(r'load\("[^"]+"', f"load({str(default_model_dir / 'model.pth')!r}", code)
     code = code.replace("max_new_tokens=100", "max_new_tokens=12")
     # as pip install -e does: the file is found, its folder is not on the path

@@ -5,6 +5,8 @@ from pathlib import Path
 from text.files import read_utf8
 from weights.files import read_json
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 
 def read_settings(folder: Path) -> tuple[dict, dict]:
     """The contents of tokenizer_config.json, completed from the files beside it; and the ids of BOS and EOS."""
@@ -19,6 +21,13 @@ def read_settings(folder: Path) -> tuple[dict, dict]:
     eos = [*id_list(generation.get("eos_token_id")), *id_list(model.get("eos_token_id"))]
     bos = [*id_list(generation.get("bos_token_id")), *id_list(model.get("bos_token_id")), None]
     return config, {"bos_token_id": bos[0], "eos_token_id": eos}
+
+
+def read_sampling(path: str | Path) -> dict:
+    """What generation_config.json beside a checkpoint, or in its folder, says about how tokens are drawn."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    found = read_if_there(folder / "generation_config.json")
+    return {name: found[name] for name in SAMPLING if found.get(name) is not None}
 
 
 def read_if_there(path: Path) -> dict:

@@ -74,6 +74,10 @@ class Tokenizer:
         """Those that a vocabulary spells and `decode` leaves out."""
         return self.backend.special
 
+    def token_bytes(self, token: int) -> bytes:
+        """What the token adds to a text, a special one too; it may be a part of a character."""
+        return self.backend.token_bytes(token)
+
     def byte(self, token: int) -> int | None:
         """The value of a byte-fallback token, None for every other."""
         return self.backend.bytes.get(token)
@@ -101,13 +105,19 @@ class Tokenizer:
             raise ValueError("the model has no chat template; choose a file that has one, or give it plain text")
         return self.chat_template
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it."""
+    def render_chat(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = True,
+        tools: list[dict] | None = None,
+        settings: dict | None = None,
+    ) -> str:
+        """The conversation as the model's template writes it; settings: variables that only some templates have."""
         template = self.require_template()
         fixed = {**self._names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         if wants_parts(template, frozenset(fixed.items())):
             messages = [{**message, "content": as_parts(message["content"])} for message in messages]
-        return render(template, {**fixed, "messages": messages})
+        return render(template, {**(settings or {}), **fixed, "tools": tools, "messages": messages})
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of the rendered conversation; templates write BOS themselves."""

@@ -10,6 +10,11 @@ from weights.files import refuse_pointer
 
 # appended to a serialised sentencepiece model, it sets normalizer_spec.add_dummy_prefix to false
 NO_PREFIX = b"\x1a\x02\x18\x00"
+SPACE = "\u2581"  # as sentencepiece spells it
+# byte-level vocabularies spell a byte as itself where that is a visible character, and the others from U+0100 on
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_LEVEL = {chr(byte): byte for byte in VISIBLE}
+BYTE_LEVEL |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
 PADDING = re.compile(r"\[PAD\d+\]|<dummy\d+>")  # with which converters fill a vocabulary up to the model's rows
 
 
@@ -45,12 +50,19 @@ class HuggingFaceVocabulary:
         # only a decoder with byte fallback turns them into bytes; to others they are text
         known = [i for i in bytes_ if i is not None and bytes_[i] == ord("A")]
         self.bytes = bytes_ if tokenizer.decode(known) == "A" else {}
+        self.is_byte_level = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        spelled = self.tokenizer.id_to_token(token) or ""
+        if self.is_byte_level and spelled not in self.added:
+            return bytes(BYTE_LEVEL.get(character, ord("?")) for character in spelled)
+        return bytes_of(spelled, self.bytes.get(token))
 
     def vocabulary(self) -> dict[int, str]:
         return {i: token for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -104,11 +116,18 @@ class SentencePieceVocabulary:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode_pieces([self.pieces[token] for token in ids if not self.skips(token)])
 
+    def token_bytes(self, token: int) -> bytes:
+        return bytes_of(self.pieces.get(token, ""), self.bytes.get(token))
+
     def vocabulary(self) -> dict[int, str]:
         return self.pieces
 
     def skips(self, token: int) -> bool:
         return token in self.special or token not in self.pieces  # models may have more rows than the vocabulary
+
+
+def bytes_of(spelled: str, byte: int | None) -> bytes:
+    return spelled.replace(SPACE, " ").encode() if byte is None else bytes([byte])
 
 
 def added_pattern(token) -> str:

@@ -195,6 +195,15 @@ def test_texts_survive(backends, kind):
             assert found == text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens_join_to_the_text(backends, kind):
+    """Also where a token is a part of a character; sentencepiece puts a space before the text."""
+    for text in TEXTS:
+        ids = backends[kind].encode(text, add_special_tokens=False)
+        joined = b"".join(backends[kind].token_bytes(token) for token in ids if not backends[kind].skips(token))
+        assert joined.decode().lstrip(" ") == backends[kind].decode(ids).lstrip(" ")
+
+
 def test_sentencepiece_equals_the_library(backends, tmp_path):
     model = train_sentencepiece(tmp_path)
     for text in TEXTS:
