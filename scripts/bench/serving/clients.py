@@ -82,7 +82,7 @@ def percentile(values: list[float], share: float) -> float:
 
 async def ask_all(url: str, load: Load, vocab_size: int, seed: int) -> list[Answer]:
     bodies = load.bodies(vocab_size, seed)
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an idle one may end while it is taken
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits) as http:
         if load.rate is None:  # one iterator for all: whoever is free takes the next
             found = await asyncio.gather(*(in_turn(http, bodies) for _ in range(load.clients)))

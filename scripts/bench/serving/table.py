@@ -22,7 +22,7 @@ from weights.checkpoint import open_model
 PARTS, SAME = ("left_out", "loads"), ("threads", "model")
 CONTEXT, ROWS = 2048, 16
 SHORT, LONG, ANSWER = (16, 64), (256, 1024), (64, 256)
-QUICK = {"1 client": Load(1, 6, SHORT, ANSWER), "16 clients": Load(16, 48, SHORT, ANSWER)}
+QUICK = {"1 client": Load(1, 4, SHORT, ANSWER), "16 clients": Load(16, 32, SHORT, ANSWER)}
 LOADS = QUICK | {
     "4 clients": Load(4, 16, SHORT, ANSWER),
     "64 clients": Load(64, 128, SHORT, ANSWER),
