@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -139,18 +141,47 @@ def drafts(tiny, tmp_path_factory):
     return drafts
 
 
-@pytest.fixture
-def talk(tiny, drafts, capsys, monkeypatch, tmp_path_factory):
-    """talk("--prompt", "Hi") calls main on the tiny model; returns what it printed on stdout (out) and stderr (err)."""
-    from generate import build_parser, main
+@pytest.fixture(scope="session")
+def one_measured_bandwidth():
+    """Of all runs in this process: it takes half a second."""
+    from measure import speed
 
-    def call(*flags, input=""):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measured_bandwidth", cache(speed.measured_bandwidth))
+        yield
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Reading lm-eval's index of all tasks takes seconds, and so do the facts of the machine in its report."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda report: None)
+
+
+@pytest.fixture
+def call(one_measured_bandwidth, capsys, monkeypatch, tmp_path_factory):
+    """call("eval.py", *flags) calls the command's main; returns what it printed on stdout (out) and stderr (err)."""
+
+    def call(program, *flags, input=""):
         (tmp_path_factory.getbasetemp() / "input").write_text(input)
         monkeypatch.setattr(sys, "stdin", (tmp_path_factory.getbasetemp() / "input").open())
-        where = () if {"--random_weights", "--checkpoint_path"} & set(flags) else ("--checkpoint_path", tiny)
-        flags = [str(drafts.get(flag, flag)) for flag in (*where, "--max_new_tokens", 12, *flags)]
+        command = import_module(program.removesuffix(".py"))
         torch._dynamo.reset()
-        main(**vars(build_parser().parse_args(flags)))
+        command.main(**vars(command.build_parser().parse_args(list(map(str, flags)))))
         return capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def talk(tiny, drafts, call):
+    """talk("--prompt", "Hi") calls generate.py's main on the tiny model."""
+
+    def talk(*flags, input=""):
+        where = () if {"--random_weights", "--checkpoint_path"} & set(flags) else ("--checkpoint_path", tiny)
+        flags = [drafts.get(flag, flag) for flag in (*where, "--max_new_tokens", 12, *flags)]
+        return call("generate.py", *flags, input=input)
+
+    return talk

@@ -14,6 +14,7 @@ from layers.packed import FEW
 from layers.quantized import QuantSpec, linear_table, quantize_
 from model import Blocks, Context, ModelArgs, Transformer
 from tests.kernels.test_operators import needs_operators, random
+from tests.tiny import pairwise
 
 BLOCKS = ModelArgs(
     dim=192, n_layer=3, n_head=6, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=128
@@ -100,9 +101,9 @@ def test_fused_blocks_serve_any_tokens_in_bfloat16_and_16_at_most_in_others(dtyp
 
 
 @needs_operators
-@pytest.mark.parametrize("any_length", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [None, (2, 0)], ids=["rows in order", "rows chosen"])
+@pytest.mark.parametrize(
+    *pairwise(any_length=[False, True], dtype=[torch.float32, torch.bfloat16], rows=[None, (2, 0)])
+)
 @torch.inference_mode()
 def test_fused_blocks_compile(dtype, any_length, rows):
     model = model_of(dtype, 4)

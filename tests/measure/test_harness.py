@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from copy import deepcopy
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as program  # noqa: E402
 import quantize  # noqa: E402
@@ -399,20 +397,14 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def own_tasks_only(monkeypatch):
-    """Reading the index of all tasks takes seconds."""
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
-
-
 @pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"apply_chat_template": True}], ids=str)
-def test_metrics(pair, tasks, options, monkeypatch, tmp_path):
+def test_metrics(pair, tasks, own_tasks_only, options, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     found = [
         lm_eval.simple_evaluate(
             lm,
             tasks=["mine_choice", "mine_rolling", "mine_open"],
-            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            task_manager=task_manager(str(tasks)),
             bootstrap_iters=10,
             log_samples=True,
             **options,

@@ -313,10 +313,9 @@ def test_token_that_the_model_does_not_have(tmp_path):
         evaluate("--checkpoint_path", path, "--perplexity", tmp_path / "text")
 
 
-def test_errors_of_the_command_are_one_line_and_exit_code_2(run_cli, tmp_path):
-    done = run_cli("eval.py")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: give either --tasks NAME ... or a text with --perplexity FILE\n"
+def test_neither_a_text_nor_tasks():
+    with pytest.raises(ValueError, match="^give either --tasks NAME ... or a text with --perplexity FILE$"):
+        evaluate()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -125,11 +125,6 @@ def greedy(model, prompts):
     return continuation(model, model.new_cache(len(prompts), 256), prompts, N_NEW).tolist()
 
 
-def greedy_of_transformers(model, prompt):
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=N_NEW, min_new_tokens=N_NEW, do_sample=False)
-    return out[0, len(prompt) :].tolist()
-
-
 def edit_json(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
@@ -147,9 +142,10 @@ def test_family_equals_transformers(family, tmp_path):
         expected = theirs(torch.tensor([prompt])).logits
         torch.testing.assert_close(ours(torch.tensor([prompt]), pos), expected, atol=1e-4, rtol=1e-4)
 
-    expected = [greedy_of_transformers(theirs, prompt) for prompt in prompts]
-    assert [greedy(ours, [prompt])[0] for prompt in prompts] == expected
-    assert greedy(ours, prompts) == expected
+    answers = [greedy(ours, [prompt])[0] for prompt in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):  # after each part of an answer, their likeliest token
+        assert theirs(torch.tensor([prompt + answer])).logits[0, -N_NEW - 1 : -1].argmax(-1).tolist() == answer
+    assert greedy(ours, prompts) == answers
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -401,15 +401,15 @@ def test_nothing_to_keep(tmp_path):
 
 
 @torch.inference_mode()
-def test_default_model_kept(default_gguf, run_cli, tmp_path, monkeypatch):
+def test_default_model_kept(default_gguf, call, capsys, tmp_path, monkeypatch):
     os.symlink(default_gguf, tmp_path / default_gguf.name)
-    path, options = tmp_path / "model_quantized.pth", ["--checkpoint_dir", tmp_path, "--dtype", "float32"]
-    done = run_cli("scripts/convert_hf_checkpoint.py", "--keep_quantized", *options)
-    assert done.returncode == 0 and "121 layers kept: 120 int4.g32, 1 int8.g32" in done.stderr, done.stderr
+    path = tmp_path / "model_quantized.pth"
+    convert(checkpoint_dir=tmp_path, dtype="float32", keep_quantized=True)
+    assert "121 layers kept: 120 int4.g32, 1 int8.g32" in capsys.readouterr().err
     assert not (tmp_path / "model.pth").exists()
     options = ["--temperature", 0, "--max_new_tokens", 4, "--num_samples", 1]
-    done = run_cli("generate.py", "--checkpoint_path", path, "--prompt", "The capital of France is", *options)
-    assert done.returncode == 0 and done.stdout.startswith(" Paris."), done
+    printed = call("generate.py", "--checkpoint_path", path, "--prompt", "The capital of France is", *options)
+    assert printed.out.startswith(" Paris.")
     monkeypatch.setattr("weights.checkpoint.pack_", lambda *_: None)  # operators that round activations too
     tokens, logits = torch.tensor([[504, 3575, 282, 4649, 314]]), []
     for file in (path, default_gguf):
