@@ -15,8 +15,7 @@ from cli import in_words, say
 from scripts.bench.peers.llama import gguf_of, llama_file
 from scripts.bench.report import Report, markdown, shared_flags, take_turns
 from scripts.bench.serving.clients import Load, measure
-from scripts.bench.serving.servers import Server, free_port, llama_command, our_command
-from scripts.bench.sides import PRECISIONS
+from scripts.bench.serving.servers import MODES, Server, free_port, llama_command, our_command
 from weights.checkpoint import open_model
 
 PARTS, SAME = ("left_out", "loads"), ("threads", "model")
@@ -39,7 +38,7 @@ def add_flags(parser) -> None:
 
 def fill(report: Report, *, model: str, quick: bool, rounds: int, threads: int) -> None:
     vocab_size = open_model(model).args.vocab_size
-    for precision in PRECISIONS:
+    for precision in MODES:
         with ExitStack() as stack:
             servers = {}
             for name in SERVERS:
