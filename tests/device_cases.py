@@ -23,11 +23,14 @@ from engine.compile import compile_step
 from engine.decode import forward_chunk, read_prompts
 from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import build_engine, generate
+from engine.request import Request, Timing
 from engine.sampling import Sampling, choose, logits_to_probs
 from engine.speculative import Speculation, verify
 from layers.fastest import fastest
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
 from model import ExpertLinear, ModelArgs, Transformer
+from serving.scheduler import Scheduler, Task, run_tasks
+from text.prompts import IdTokenizer
 from weights.checkpoint import build
 from weights.device import parse_dtype
 from weights.layout import Layout
@@ -217,6 +220,20 @@ def check_tokens(draft: str | None, k: int | str, compiled: bool, device, dtype)
     assert found == alone, f"{found} and not {alone}"
 
 
+def check_scheduler(compiled: bool, device, dtype) -> None:
+    """Greedy float32 tokens of tasks that share two rows equal those of each alone on the CPU."""
+    reference, model = two_models(ARGS, None, device, torch.float32)
+    prompts = [[5, 6, 7, 8, 9], [11], list(range(100, 140)), list(range(600))]
+    alone = [tokens_of(build_engine(reference), [prompt])[0] for prompt in prompts]
+    scheduler = Scheduler(build_engine(model, compiled, compiled), 2, 640)
+    scheduler.warm_up()
+    requests = [Request(prompt, IdTokenizer(ARGS.vocab_size), 24, [], True) for prompt in prompts]
+    for _ in run_tasks(scheduler, [Task(request, GREEDY) for request in requests], Timing()):
+        pass
+    found = [request.token_ids for request in requests]
+    assert found == alone, f"{found} and not {alone}"
+
+
 def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
     """Each case by a name that begins with its group."""
     int8, int4 = QuantSpec(8), QuantSpec(4, 32)
@@ -240,6 +257,7 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
         for draft, k in ((None, 0), ("model", 4), ("model", "auto"), ("ngram", 4)):
             name = "plain" if draft is None else f"guesses of {draft}, k {k}"
             found[f"tokens, {how}: {name}"] = partial(check_tokens, draft, k, compiled)
+        found[f"tokens, {how}: of a scheduler"] = partial(check_scheduler, compiled)
     return found
 
 
