@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
-from model import Attend, ExpertLinear, ModelArgs, Vectors, by_expert, softcap
+from model import Attend, ExpertLinear, Gate, ModelArgs, Vectors, by_expert, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -136,6 +136,12 @@ class CodesLinear(nn.Module):
         else:
             y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
+
+
+def rounds_each_row(blocks: nn.Module) -> bool:
+    """Whether a CPU gives a token of a prompt the same numbers however many are read with it: all layers have codes."""
+    layers = {type(layer) for layer in blocks.modules() if getattr(layer, "weight", None) is not None}
+    return CodesLinear in layers and not layers & {FewRowsLinear, nn.Linear, Gate}
 
 
 class FloatLinear(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.cache import copy_prefix, prefix_length, shared_prefix
 from engine.compile import compile_step
-from engine.decode import chunk_end, least_chunk
+from engine.decode import PREFILL_CHUNK, chunk_end, least_chunk
 from engine.drafters import PromptLookup
 from engine.engine import Engine
 from engine.guess_length import AdaptiveLength, FixedLength
@@ -24,6 +24,7 @@ from engine.request import Request, Timing
 from engine.sampling import NO_TOKEN, Sampling, choose, require_finite, seed_row
 from engine.speculative import Speculation, Text
 from kernels import cpu
+from layers.packed import rounds_each_row
 from model import CacheView, Transformer
 from ranks import from_first
 from tp import full_logits
@@ -88,6 +89,8 @@ class Scheduler:
         if engine.is_compiled:  # on a CPU one form serves any number of rows, on a GPU each is a graph
             self.step_logits = compile_step(logits_of_step, device, any_length=not self.is_cuda)
         self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
+        # alone, a prompt is read faster in larger chunks, if that does not change it
+        self.chunk_alone = max(self.chunk, PREFILL_CHUNK) if rounds_each_row(engine.model.layers) else self.chunk
         self.waiting: deque[Task] = deque()
         self.reading: Task | None = None
         self.running: list[Task] = []
@@ -202,15 +205,16 @@ class Scheduler:
     def read_chunk(self, task: Task) -> list[tuple[Task, str]]:
         """Read the next chunk of a prompt; after the last one draw the first token."""
         model, cache, prompt = self.engine.model, self.engine.cache, task.request.prompt
-        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), self.chunk, model.device)
+        size = self.chunk if self.running else self.chunk_alone
+        begin, end = task.n_read, chunk_end(task.n_read, len(prompt), size, model.device)
         tokens = torch.tensor([prompt[begin:end]], device=model.device)
         pos = torch.arange(begin, end, device=model.device)[None]
         view = cache.view(self.rows_of([task]), prefix_length(cache, end))
         hidden = self.engine.forward(model, tokens, pos, view)
         task.n_read = end
         self.timing.prompt_tokens += end - begin
-        if end - begin == self.chunk:
-            self.held[task.row] += prompt[begin:end]
+        if end - begin == self.chunk or self.chunk_alone > self.chunk:
+            self.held[task.row] += prompt[begin : end - (end - begin) % self.chunk]
         if end < len(prompt):
             return []
         self.reading = None
