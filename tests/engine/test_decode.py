@@ -191,6 +191,7 @@ def test_the_compiled_draw_follows_the_distribution():
 @pytest.mark.parametrize("lengths", [(9,), (1,), (1, 5, 13), (4, 8, 5, 12), (13, 13)])
 def test_prefill_in_chunks_equals_one_forward_of_each_row(monkeypatch, chunk, lengths):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("engine.decode.least_chunk", lambda device: 1)
     model, prompts = tiny_model(), random_ids(*lengths)
     cache = model.new_cache(len(prompts), 64)
     seen = []
@@ -274,6 +275,7 @@ def test_on_cuda_prefixes_double_and_are_aligned(length, filled, slots):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_head_is_computed_only_where_a_row_ends(compiled, monkeypatch):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("engine.decode.least_chunk", lambda device: 1)
     model, heads = tiny_model(), []
     forward = compile_step(forward_chunk, CPU, any_length=True) if compiled else forward_chunk
     model.output.register_forward_hook(lambda _module, _inputs, logits: heads.append(logits.shape[1]))
@@ -309,6 +311,7 @@ def test_compiled_step_equals_plain_across_sizes_without_recompiling():
 
 def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("engine.decode.least_chunk", lambda device: 1)
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     cache = model.new_cache(1, 1024)
     torch._dynamo.reset()
