@@ -311,7 +311,7 @@ def test_compiled_step_equals_plain_across_sizes_without_recompiling():
 
 def test_a_prompt_of_one_token_needs_no_form_of_its_own(monkeypatch):
     monkeypatch.setattr("engine.decode.PREFILL_CHUNK", 8)
-    monkeypatch.setattr("engine.decode.least_chunk", lambda device: 1)
+    monkeypatch.setattr("engine.decode.least_chunk", lambda device: 2)
     model, forward = tiny_model(), compile_step(forward_chunk, CPU, any_length=True)
     cache = model.new_cache(1, 1024)
     torch._dynamo.reset()
