@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.cache import prefix_length
 from engine.sampling import Sampling, next_token
 from kernels import cpu
+from layers.packed import FEW
 from model import CacheView, KVCache, Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activations, and skips what none may see
@@ -19,7 +20,7 @@ PREFILL_CHUNK = 512  # prompt tokens a row in one forward: bounds mask and activ
 
 def least_chunk(device: torch.device) -> int:
     """Tokens of a prompt from which on the operators for prompts compute them, which round in another way."""
-    return 64 if device.type == "cpu" and cpu.isa() == "amx" else 17
+    return 64 if device.type == "cpu" and cpu.isa() == "amx" else FEW + 1
 
 
 def chunk_end(begin: int, length: int, size: int, device: torch.device) -> int:

@@ -148,10 +148,11 @@ def require_finite(model: Transformer, is_finite: bool, what: str = "model") -> 
 
 
 def next_token(model: Transformer, logits: Tensor, pos: Tensor, cache: CacheView, sampling: Sampling) -> Tensor:
-    """The token [B, S] that follows each pos [B, S], by the logits [B, S, V] that `model` returned there.
+    """The token [B, S] that follows each pos [B, S], by the logits [B, S, V] that `model` returned there."""
+    return draw(model, full_logits(model, logits, sampling.candidates), pos, cache, sampling)
 
-    It is the same on every rank that shares the model.
-    """
-    uniforms = None if sampling.is_greedy else uniforms_at(cache, pos)
-    token = choose(full_logits(model, logits, sampling.candidates), sampling, uniforms)
+
+def draw(model: Transformer, logits: Tensor, pos: Tensor, cache: CacheView, sampling: Sampling) -> Tensor:
+    """As `next_token`, by logits of the whole vocabulary. It is the same on every rank that shares the model."""
+    token = choose(logits, sampling, None if sampling.is_greedy else uniforms_at(cache, pos))
     return token if sampling.is_greedy else from_first(model.ranks, token)  # the likeliest is so everywhere

@@ -139,9 +139,10 @@ class CodesLinear(nn.Module):
 
 
 def rounds_each_row(blocks: nn.Module) -> bool:
-    """Whether a CPU gives a token of a prompt the same numbers however many are read with it: all layers have codes."""
-    layers = {type(layer) for layer in blocks.modules() if getattr(layer, "weight", None) is not None}
-    return CodesLinear in layers and not layers & {FewRowsLinear, nn.Linear, Gate}
+    """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
+    kinds = {type(module) for module in blocks.modules()}
+    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend}
+    return {CodesLinear, ManyAttend} <= kinds and not kinds & others
 
 
 class FloatLinear(nn.Module):

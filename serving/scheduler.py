@@ -21,17 +21,16 @@ from engine.drafters import PromptLookup
 from engine.engine import Engine
 from engine.guess_length import AdaptiveLength, FixedLength
 from engine.request import Request, Timing
-from engine.sampling import NO_TOKEN, Sampling, choose, require_finite, seed_row
+from engine.sampling import NO_TOKEN, Sampling, draw, require_finite, seed_row
 from engine.speculative import Speculation, Text
 from kernels import cpu
-from layers.packed import rounds_each_row
+from layers.packed import FEW, rounds_each_row
 from model import CacheView, Transformer
-from ranks import from_first
 from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
 SMALL_CHUNK = 32  # of slower processors
-STEP_ROWS, MOST_ROWS = 16, 64  # of one pass on a CPU, which computes more by other operators, and on a GPU
+GPU_ROWS = 64  # of a step: our kernels take no more; on a CPU FEW, because more are computed by other operators
 
 Processor = Callable[[Tensor, list[int]], Tensor]  # logits [V] in float32, and the new ids so far -> logits
 
@@ -193,7 +192,7 @@ class Scheduler:
         if self.reading is not None:
             events += self.read_chunk(self.reading)
             self.timing.prefill_s += time.perf_counter() - began
-        began, most = time.perf_counter(), MOST_ROWS if self.is_cuda else STEP_ROWS
+        began, most = time.perf_counter(), GPU_ROWS if self.is_cuda else FEW
         if len(running) == 1 and running[0].speculation is not None:
             events += self.guess(running[0])
         else:
@@ -243,7 +242,7 @@ class Scheduler:
         text = Text(recent, pos, pos + request.length - place, place + 1, self.rows_of([task]))
         how = (self.engine.model, self.engine.cache, text)
         if task.length is None:
-            task.length = task.speculation.chooser(*how, task.sampling).at_most(STEP_ROWS - 1)
+            task.length = task.speculation.chooser(*how, task.sampling).at_most(FEW - 1)
         grades, began = drafter.grades(), time.perf_counter()
         k = task.length.choose(grades, 0, request.length - 1 - place)
         [[*ids, n]] = task.speculation.round(*how, k, task.sampling)[0].tolist()
@@ -268,16 +267,14 @@ class Scheduler:
         needed = [task.sampling.candidates if plain else None for task in tasks]
         raw = full_logits(self.engine.model, logits, None if None in needed else max(needed))
         logits = raw if plain else self.process(tasks, raw)
+        rows, pos = self.rows_of(tasks), torch.tensor(places, device=logits.device)[:, None]
         tokens, alike = [NO_TOKEN] * len(tasks), {}
         for i, task in enumerate(tasks):
             alike.setdefault(task.sampling, []).append(i)
         for sampling, some in alike.items():
-            uniforms = None
-            if not sampling.is_greedy:
-                rows = self.rows_of([tasks[i] for i in some])
-                uniforms = self.engine.cache.uniforms[rows, torch.tensor([places[i] for i in some])]
-            drawn = choose(logits if len(alike) == 1 else logits[some], sampling, uniforms)
-            for i, token in zip(some, from_first(self.engine.model.ranks, drawn).tolist(), strict=True):
+            view = self.engine.cache.view(rows[some])
+            drawn = draw(self.engine.model, logits[some][:, None], pos[some], view, sampling)
+            for i, token in zip(some, drawn.flatten().tolist(), strict=True):
                 tokens[i] = token
         for task, token, row in zip(tasks, tokens, raw, strict=True):
             if task.n_logprobs is not None and token != NO_TOKEN:

@@ -25,6 +25,7 @@ from layers.packed import (
     TorchInt8,
     by_torch,
     has_triton,
+    rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.rope_scaling import RopeScaling
@@ -231,3 +232,11 @@ def test_one_key_head_without_a_cache():
     wanted = model(tokens, pos)
     pack_(model)
     assert (model(tokens, pos) - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@needs_operators
+@pytest.mark.parametrize("changes, alone", [({}, True), ({"attention_softcap": 2.0}, False), (EXPERTS, False)], ids=str)
+def test_whether_a_token_has_the_same_numbers_whatever_is_read_with_it(changes, alone):
+    model = quantised({"head_dim": 64, **changes}).bfloat16()
+    pack_(model)
+    assert rounds_each_row(model.layers) == alone
