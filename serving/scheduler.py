@@ -293,13 +293,14 @@ class Scheduler:
                 task.error = error
         return logits
 
-    def push(self, task: Task, ids: list[int], proposed: int | None = None) -> str:
+    def push(self, task: Task, ids: list[int], proposed: int = 0) -> str:
         """Give a task its new tokens, of a round with so many proposals; the text that can be shown now."""
         request, text = task.request, ""
         if task.error is None:
             try:
                 require_finite(self.engine.model, NO_TOKEN not in ids)
-                text = request.push(ids) if proposed is None else request.push_round(ids, proposed)
+                is_round = task.speculation is not None and request.token_ids  # the first token is the prompt's
+                text = request.push_round(ids, proposed) if is_round else request.push(ids)
             except ValueError as error:
                 task.error = error
         if task.error is not None:
