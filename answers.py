@@ -1,8 +1,10 @@
 """Prompts and their answers: printed in order, kept for the report, and written as JSON Lines as they end."""
 
+import argparse
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -12,11 +14,17 @@ from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
 from measure.scoring import evenly
+from model import Transformer
 from ranks import speaks
+from serving.processors import Grammars, Logits, processors_of
 from serving.scheduler import Processor, Scheduler, Task, run_tasks
 from text.results import Results
 from text.tokenizer import Tokenizer
-from weights.files import write_json
+from weights.files import read_json, write_json
+
+# flags of generate.py that change logits or tell of them, which only tasks of a scheduler can do
+OF_TASKS = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+OF_TASKS |= {"json_schema": None, "logprobs": None}
 
 
 @dataclass(frozen=True)
@@ -126,3 +134,48 @@ class Answers:
             timing.to_json() | {"sequences": [ended[number] for number in sorted(ended)]}
             for timing, ended in zip(self.timings, self.ended, strict=True)
         ]
+
+
+# ---------------------------------------------------------------- flags that only a scheduler's tasks can follow
+
+
+def logits_flags(group) -> None:
+    text = "factor against what prompt and answer have: 1.1 makes it a little less likely (default: 1, off)"
+    group.add_argument("--repetition_penalty", type=float, default=OF_TASKS["repetition_penalty"], help=text)
+    text = "taken from a logit for each time that the answer has the token (default: 0, off)"
+    group.add_argument("--frequency_penalty", type=float, default=OF_TASKS["frequency_penalty"], help=text)
+    text = "taken from the logits of tokens that the answer has (default: 0, off)"
+    group.add_argument("--presence_penalty", type=float, default=OF_TASKS["presence_penalty"], help=text)
+    group.add_argument("--json_schema", metavar="FILE", help="answers are JSON that follows the schema in a file")
+    text = "--output_json tells log p of each token, and of the N likeliest there"
+    group.add_argument("--logprobs", type=int, metavar="N", help=text)
+
+
+def needs_tasks(args: argparse.Namespace) -> list[str]:
+    """The flags given that only tasks of a scheduler can follow."""
+    return [name for name, off in OF_TASKS.items() if getattr(args, name) != off]
+
+
+def check_logits(args: argparse.Namespace) -> None:
+    """Refuse flags about logits that cannot work."""
+    given = needs_tasks(args)
+    if given and (args.interactive or args.draft_checkpoint_path is not None):
+        raise ValueError(f"--{given[0]} does not go with --interactive or --draft_checkpoint_path; leave one out")
+    if not 0 < args.repetition_penalty < float("inf"):
+        raise ValueError(f"--repetition_penalty is {args.repetition_penalty}; it must be above 0, and 1 is off")
+    if args.logprobs is not None and (args.logprobs < 0 or args.output_json is None):
+        raise ValueError(f"--logprobs is {args.logprobs}; it must be 0 or above, and needs --output_json")
+    if args.json_schema is not None:
+        read_json(args.json_schema)
+        if args.ignore_eos:
+            raise ValueError("--json_schema does not go with --ignore_eos; an answer ends where its JSON does")
+
+
+def read_processors(args: argparse.Namespace, tokenizer: Tokenizer, model: Transformer) -> Callable[[list[int]], list]:
+    """What changes the logits after a prompt, as the flags say."""
+    penalties = {name: getattr(args, name) for name in OF_TASKS if name.endswith("_penalty")}
+    if args.json_schema is None:
+        return partial(processors_of, Logits(**penalties), grammars=None)
+    grammars = Grammars(tokenizer, model.args.vocab_size)
+    grammar = grammars.of_schema(read_json(args.json_schema))
+    return partial(processors_of, Logits(**penalties, grammar=grammar), grammars=grammars)

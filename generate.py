@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import cli
-from answers import Answers, Row, batches_of
+from answers import Answers, Row, batches_of, check_logits, logits_flags, needs_tasks, read_processors
 from cli import say, write
 from engine.cache import check_fit, context_length, rows_that_fit
 from engine.compile import compile_step, require_compiler
@@ -32,16 +32,12 @@ from flags import (
     NEW_TOKENS,
     cache_flag,
     check_counts,
-    check_logits,
     check_threads,
     checkpoint_path,
     generation_flags,
-    logits_flags,
     model_flags,
-    needs_tasks,
     number_or_text,
     place_flags,
-    read_processors,
     say_device,
     template_flag,
 )
@@ -309,13 +305,12 @@ def plan(
     encoded = shared(ranks, lambda: [encode_prompt(tokenizer, text, args.chat, args.system) for text in texts])
     length = check_fit(max(map(len, encoded)), args.max_new_tokens, context)
     rows = list(map(Row, prompts, texts, encoded))
-    if args.prompt_file is None:  # a single prompt fills the batch
+    if args.prompt_file is None:  # a single prompt fills the batch, made only where the cache has memory for it
         n_rows = args.batch_size or 1
-        rows = [replace(rows[0], number=number) for number in range(1, n_rows + 1)]
-        if needs_tasks(args):
-            return [rows], Scheduler(engine, n_rows, length)
-        engine.reserve(n_rows, length)  # before a batch is made for which there is no memory
-        return [rows], None
+        scheduler = Scheduler(engine, n_rows, length) if needs_tasks(args) else None
+        if scheduler is None:
+            engine.reserve(n_rows, length)
+        return [[replace(rows[0], number=number) for number in range(1, n_rows + 1)]], scheduler
     n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
     if engine.speculation is None or isinstance(engine.speculation.drafter, PromptLookup):
         return [rows], Scheduler(engine, n_rows, length)
