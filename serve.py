@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,6 +35,9 @@ from flags import (
 )
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from ranks import Ranks, init_tp, shared, speaks
+from serving.fields import GENERATION, read_fields
+from serving.jobs import Served
+from serving.scheduler import Scheduler
 from text.chat import start_rendering
 from text.settings import read_sampling
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -55,8 +59,7 @@ def main(**flags) -> None:
         say_device(device, ranks)
         if speaks(ranks):
             start_rendering()
-        engine, tokenizer = load(args, device, ranks)
-        serve(engine, tokenizer, args, bound)
+        serve(args, device, ranks, bound)
 
 
 def require_packages() -> None:
@@ -122,31 +125,34 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     return engine, load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
 
 
-def serve(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, bound: socket.socket | None) -> None:
+def serve(args: argparse.Namespace, device: torch.device, ranks: Ranks | None, bound: socket.socket | None) -> None:
     """Answer requests until Ctrl-C or SIGTERM; without a socket, as the first rank orders."""
-    from serving.fields import GENERATION, read_fields
-    from serving.jobs import Served
-    from serving.scheduler import Scheduler
     from serving.server import run_server
     from serving.worker import Worker
 
-    model = engine.model
-    context = context_length(model.args, args.max_seq_length)
-    n_rows = args.max_batch or shared(model.ranks, lambda: rows_that_fit(model, context))
-    name = args.served_model_name or model_id(Path(args.checkpoint_path))
-    defaults = read_fields(read_sampling(args.checkpoint_path), GENERATION)
-    served = Served(name, tokenizer, context, model.args.vocab_size, defaults)
-    worker = Worker(Scheduler(engine, n_rows, context), served, args.max_queue, model.ranks)
+    worker = Worker(partial(prepare, args, device, ranks), args.max_queue, ranks)
     if bound is None:
+        worker.load()
         with cli.undisturbed():  # the first rank obeys the signal
-            return worker.run()
-    say(f"Serving {name} with {n_rows} rows of {context} tokens")
+            return worker.follow()
     worker.start()
     worker.ready.result()
     key = args.api_key or os.environ.get(KEY)
     with contextlib.suppress(KeyboardInterrupt, cli.Terminated):  # sent again by uvicorn, which has obeyed them
         run_server(worker, bound, args.host, args.cors_origin, key, args.max_body)
     worker.stop()
+
+
+def prepare(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Scheduler, Served]:
+    """What runs the model, and what requests must know of it."""
+    engine, tokenizer = load(args, device, ranks)
+    model = engine.model
+    context = context_length(model.args, args.max_seq_length)
+    n_rows = args.max_batch or shared(ranks, lambda: rows_that_fit(model, context))
+    name = args.served_model_name or model_id(Path(args.checkpoint_path))
+    defaults = read_fields(read_sampling(args.checkpoint_path), GENERATION)
+    say(f"Serving {name} with {n_rows} rows of {context} tokens")
+    return Scheduler(engine, n_rows, context), Served(name, tokenizer, context, model.args.vocab_size, defaults)
 
 
 def model_id(path: Path) -> str:

@@ -21,7 +21,7 @@ from engine.drafters import PromptLookup
 from engine.engine import Engine
 from engine.guess_length import AdaptiveLength, FixedLength
 from engine.request import Request, Timing
-from engine.sampling import NO_TOKEN, Sampling, draw, require_finite, seed_row
+from engine.sampling import NO_TOKEN, Sampling, draw, next_token, require_finite, seed_row
 from engine.speculative import Speculation, Text
 from kernels import cpu
 from layers.packed import FEW, rounds_each_row
@@ -30,6 +30,7 @@ from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
 SMALL_CHUNK = 32  # of slower processors
+GREEDY = Sampling(temperature=0)
 GPU_ROWS = 64  # of a step: our kernels take no more; on a CPU FEW, because more are computed by other operators
 
 Processor = Callable[[Tensor, list[int]], Tensor]  # logits [V] in float32, and the new ids so far -> logits
@@ -63,14 +64,20 @@ class Task:
     length: FixedLength | AdaptiveLength | None = None  # of its guesses
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its tokens follow from the logits and the sampling, and nobody asks for more."""
+        return self.n_logprobs is None and not self.processors
+
+    @property
     def last(self) -> tuple[int, int]:
         """The last token, which the cache does not hold yet, and its position."""
         return self.request.token_ids[-1], len(self.request.prompt) + len(self.request.token_ids) - 1
 
 
-def logits_of_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:
-    """Logits [B, V] after tokens [B, 1] at pos [B, 1]."""
-    return model(tokens, pos, cache)[:, -1]
+def step_rows(model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] after tokens [B, 1] at pos [B, 1], and the likeliest token [B] by each row of them."""
+    logits = model(tokens, pos, cache)
+    return logits[:, -1], next_token(model, logits, pos, cache, GREEDY)[:, -1]
 
 
 class Scheduler:
@@ -84,9 +91,9 @@ class Scheduler:
         device = engine.model.device
         self.is_cuda = device.type == "cuda"
         engine.reserve(n_rows + self.is_cuda, context)  # the last row of a GPU's is for padding
-        self.engine, self.context, self.step_logits = engine, context, logits_of_step
+        self.engine, self.context, self.step_rows = engine, context, step_rows
         if engine.is_compiled:  # on a CPU one form serves any number of rows, on a GPU each is a graph
-            self.step_logits = compile_step(logits_of_step, device, any_length=not self.is_cuda)
+            self.step_rows = compile_step(step_rows, device, any_length=not self.is_cuda)
         self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
         # alone, a prompt is read faster in larger chunks, if that does not change it
         self.chunk_alone = max(self.chunk, PREFILL_CHUNK) if rounds_each_row(engine.model.layers) else self.chunk
@@ -113,12 +120,12 @@ class Scheduler:
             some = torch.arange(size, device=model.device) % n_rows
             for length in lengths:
                 for _ in range(times):
-                    self.step_logits(model, some[:, None] * 0, some[:, None] * 0, cache.view(some, length))
+                    self.step_rows(model, some[:, None] * 0, some[:, None] * 0, cache.view(some, length))
         if self.speculation is not None:
             self.speculation.drafter.begin(model, [[0, 0]])
             last = torch.full_like(rows[:1, None], self.context - 1)
             text = Text(last.repeat(1, 2) * 0, last, last + 1, self.context, rows[:1])
-            self.speculation.measure(model, cache, text, Sampling(temperature=0))
+            self.speculation.measure(model, cache, text, GREEDY)
 
     # ------------------------------------------------------------ tasks come and go
 
@@ -161,7 +168,7 @@ class Scheduler:
         if not task.sampling.is_greedy:
             seed_row(cache, row, task.seed)
         task.row, task.n_read, task.cached_tokens = row, most, most
-        if self.speculation is not None and not task.processors and task.n_logprobs is None:
+        if self.speculation is not None and task.is_plain:
             task.speculation = replace(self.speculation, drafter=PromptLookup())
             task.speculation.drafter.begin(self.engine.model, [prompt])
         self.reading = task
@@ -229,9 +236,11 @@ class Scheduler:
         padding = [0] * self.n_padding(len(tasks))
         tokens, pos = (torch.tensor([*each, *padding], device=model.device)[:, None] for each in (tokens, places))
         view = cache.view(self.rows_of(tasks, len(padding)), prefix_length(cache, max(places) + 1))
-        logits = self.step_logits(model, tokens, pos, view)[: len(tasks)]
+        logits, likeliest = (each[: len(tasks)] for each in self.step_rows(model, tokens, pos, view))
         self.timing.count(len(tasks), 0)
         self.timing.decoded_tokens += len(tasks)
+        if all(task.sampling.is_greedy and task.is_plain for task in tasks):
+            return self.hand_out(tasks, likeliest.tolist())
         return self.draw(tasks, logits, places)
 
     def guess(self, task: Task) -> list[tuple[Task, str]]:
@@ -263,22 +272,27 @@ class Scheduler:
 
     def draw(self, tasks: list[Task], logits: Tensor, places: Sequence[int]) -> list[tuple[Task, str]]:
         """Draw what follows the places of tasks, by logits [B, V]; those that are drawn alike, together."""
-        plain = all(task.n_logprobs is None and not task.processors for task in tasks)
-        needed = [task.sampling.candidates if plain else None for task in tasks]
+        is_plain = all(task.is_plain for task in tasks)
+        needed = [task.sampling.candidates if is_plain else None for task in tasks]
         raw = full_logits(self.engine.model, logits, None if None in needed else max(needed))
-        logits = raw if plain else self.process(tasks, raw)
+        logits = raw if is_plain else self.process(tasks, raw)
         rows, pos = self.rows_of(tasks), torch.tensor(places, device=logits.device)[:, None]
         tokens, alike = [NO_TOKEN] * len(tasks), {}
         for i, task in enumerate(tasks):
             alike.setdefault(task.sampling, []).append(i)
         for sampling, some in alike.items():
-            view = self.engine.cache.view(rows[some])
-            drawn = draw(self.engine.model, logits[some][:, None], pos[some], view, sampling)
+            part = slice(None) if len(some) == len(tasks) else some  # picking rows copies their logits
+            view = self.engine.cache.view(rows[part])
+            drawn = draw(self.engine.model, logits[part][:, None], pos[part], view, sampling)
             for i, token in zip(some, drawn.flatten().tolist(), strict=True):
                 tokens[i] = token
         for task, token, row in zip(tasks, tokens, raw, strict=True):
             if task.n_logprobs is not None and token != NO_TOKEN:
                 task.logprobs.append(logprobs_of(row, token, task.n_logprobs))
+        return self.hand_out(tasks, tokens)
+
+    def hand_out(self, tasks: list[Task], tokens: list[int]) -> list[tuple[Task, str]]:
+        """Give each task its new token; the new text, and the tasks that end."""
         events = [(task, self.push(task, [token])) for task, token in zip(tasks, tokens, strict=True)]
         return [(task, text) for task, text in events if text or task.request.finish_reason]
 

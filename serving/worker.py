@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -60,15 +60,14 @@ class Place:
 class Worker(threading.Thread):
     """Steps the scheduler as long as there is work. With ranks, one on each: they obey the orders of rank 0 together.
 
-    Only this thread touches the scheduler, because compiled functions and CUDA graphs belong to a thread.
+    prepare: loads the model. All that computes runs in this thread alone: compiled functions and CUDA graphs belong to
+    a thread, and once two threads have computed, the threads of OpenMP, too many then, no longer wait awake.
     """
 
-    def __init__(self, scheduler: Scheduler, served: Served, max_queue: int, ranks: Ranks | None = None):
+    def __init__(self, prepare: Callable[[], tuple[Scheduler, Served]], max_queue: int = 0, ranks: Ranks | None = None):
         super().__init__(daemon=True, name="scheduler")
-        self.scheduler, self.served, self.ranks = scheduler, served, ranks
-        self.n_rows = len(scheduler.held)
-        self.max_places = self.n_rows + max_queue
-        self.ready: Future[None] = Future()
+        self.prepare, self.max_queue, self.ranks = prepare, max_queue, ranks
+        self.ready: Future[None] = Future()  # from then on there are a scheduler and what it serves
         self.orders: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         # of the event loop
         self.metrics = Metrics()
@@ -83,10 +82,11 @@ class Worker(threading.Thread):
 
     def submit(self, jobs: list[Job]) -> "Answers":
         """Queue the jobs; a refusal if there is no room in the queue."""
-        if len(jobs) > self.max_places:
-            raise RequestError(f"{len(jobs)} answers are asked for; this server takes at most {self.max_places}", "n")
-        if len(self.places) + len(jobs) > self.max_places:
-            message = f"the queue is full: {len(self.places)} answers of at most {self.max_places} are in the making"
+        most = self.n_rows + self.max_queue
+        if len(jobs) > most:
+            raise RequestError(f"{len(jobs)} answers are asked for; this server takes at most {most}", "n")
+        if len(self.places) + len(jobs) > most:
+            message = f"the queue is full: {len(self.places)} answers of at most {most} are in the making"
             raise RequestError(message, code="queue_full", status=503, Retry_After="1")
         self.loop = asyncio.get_running_loop()
         numbers, arrived = list(itertools.islice(self.count, len(jobs))), asyncio.Queue()
@@ -144,11 +144,20 @@ class Worker(threading.Thread):
     def run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps the number for each thread apart
         try:
-            self.scheduler.warm_up()
+            self.load()
         except BaseException as error:
             self.ready.set_exception(error)
-            return
-        self.ready.set_result(None)
+        else:
+            self.ready.set_result(None)
+            self.follow()
+
+    def load(self) -> None:
+        self.scheduler, self.served = self.prepare()
+        self.n_rows = len(self.scheduler.held)
+        self.scheduler.warm_up()
+
+    def follow(self) -> None:
+        """Do what is ordered, until that is to stop."""
         while self.obey(shared(self.ranks, self.next_orders)):
             if self.scheduler.has_work:
                 self.send(self.step())

@@ -18,7 +18,7 @@ from engine.speculative import verify
 from layers.quantized import QuantSpec
 from model import ModelArgs, Transformer
 from ranks import Ranks
-from serving.scheduler import logits_of_step
+from serving.scheduler import step_rows
 from tests.cuda_offline.imagined_gpu import CUDA, FAKE, allow_fake_tensors
 from tp import rank_args
 from weights.checkpoint import fill, new_table
@@ -96,7 +96,7 @@ def call_of(name: str, model: Transformer, n_rows: int, sampling: Sampling = SAM
     token, pos = zeros(n_rows, 1), zeros(n_rows, 1)
     calls = {
         "step": (decode_one_token, (token, pos, view, sampling)),
-        "served step": (logits_of_step, (token, pos, view._replace(cache_rows=zeros(n_rows)))),
+        "served step": (step_rows, (token, pos, view._replace(cache_rows=zeros(n_rows)))),
         "verification": (verify, (zeros(n_rows, 2 + 4), pos, view, zeros(n_rows, 1), None, sampling)),
         "long verification": (verify, (zeros(n_rows, 2 + 63), pos, view, zeros(n_rows, 1), None, sampling)),
         "draft": (draft_one_token, (zeros(n_rows, 2), zeros(n_rows, 2), view, None, sampling)),

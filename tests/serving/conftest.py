@@ -51,7 +51,7 @@ def serving(model, tokenizer):
     def start(n_rows=4, max_queue=100, max_body=100_000, origins=(), key=None, host="127.0.0.1", **defaults):
         context = model.args.max_seq_length
         served = Served("owner/tiny", tokenizer, context, model.args.vocab_size, defaults)
-        worker = Worker(Scheduler(Engine(model), n_rows, context), served, max_queue)
+        worker = Worker(lambda: (Scheduler(Engine(model), n_rows, context), served), max_queue)
         worker.start()
         worker.ready.result()
         app = build_app(Api(served, worker, max_body), host, list(origins), key)
