@@ -199,6 +199,8 @@ class Scheduler:
         if self.reading is not None:
             events += self.read_chunk(self.reading)
             self.timing.prefill_s += time.perf_counter() - began
+            if self.timing.time_to_first_token_s is None and self.reading is None:
+                self.timing.time_to_first_token_s = self.timing.prefill_s
         began, most = time.perf_counter(), GPU_ROWS if self.is_cuda else FEW
         if len(running) == 1 and running[0].speculation is not None:
             events += self.guess(running[0])
@@ -225,8 +227,6 @@ class Scheduler:
             return []
         self.reading = None
         self.running.append(task)
-        if self.timing.time_to_first_token_s is None:
-            self.timing.time_to_first_token_s = self.timing.prefill_s
         return self.draw([task], model.logits(hidden[:, -1:])[:, 0], [len(prompt) - 1])
 
     def run(self, tasks: list[Task]) -> list[tuple[Task, str]]:

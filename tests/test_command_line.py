@@ -162,6 +162,7 @@ def test_output_jsonl_goes_on_where_it_stopped(talk, tiny, tmp_path, monkeypatch
     (sample,) = json.loads(report.read_text())["samples"]
     rows = sorted(line["index"] for line in done)
     assert len(done) == 3 and [sequence["row"] for sequence in sample["sequences"]] == rows
+    assert 0 < sample["time_to_first_token_s"] <= sample["prefill_s"]
     capsys.readouterr()  # the rows before the interruption
     printed = talk(*flags).out
     assert [int(n) for n in re.findall(r"\[row (\d)\]", printed)] == [n for n in range(1, 6) if n not in rows]
