@@ -17,7 +17,7 @@ from weights.layout import Layout
 NEW_TOKENS = 100  # of each row
 BATCHES, PROMPTS, POSITIONS = (1, 8, 32, 128), (512, 2048), (8192, 32768)
 STEP, PREFILL, GUESSES = "compiled step", "compiled prefill", "compiled step, ngram guesses"
-INT8_CACHE = "compiled step, int8 cache"
+INT8_CACHE, TASKS = "compiled step, int8 cache", "tasks that come and go"
 ALL = "int4, head too"
 PDL = (("GPT_FASTER_PDL", "1"),)
 
@@ -81,6 +81,7 @@ def rows_in_order() -> list[Row]:
         rows += [step(precision), Row(STEP, precision, None), step(precision, 32)]
     rows += [row for row in waterfall().values() if row not in rows]
     rows += [Row(COMPILED_PEER, "bf16", step("bf16", 32).case)]
+    rows += [step(precision, 32, 512, TASKS) for precision in ("bf16", "int4")]
     rows += [prefill(precision, prompt) for precision in PRECISIONS if precision != ALL for prompt in PROMPTS]
     for precision in PRECISIONS:
         rows += [step(precision, 1, position) for position in POSITIONS]
@@ -95,7 +96,7 @@ def document(result: dict, args: ModelArgs) -> str:
     parts = [f"`{result['command']}`: {machine}", checks(result["checks"])]
     if limits := result["limits"]:
         parts.append(f"Copies move {limits['gb_s']:.0f} GB/s; matrices multiply at {limits['tflop_s']:.1f} TFLOP/s.")
-    tables = (decode_table, waterfall_table, prompt_table, position_table, peer_table, kernel_tables)
+    tables = (decode_table, waterfall_table, prompt_table, position_table, peer_table, task_table, kernel_tables)
     parts += [table(Found(result, args)) for table in tables]
     if result["left_out"]:
         parts.append("Left out:\n\n" + "\n".join(f"- {name}: {why}" for name, why in result["left_out"].items()))
@@ -199,6 +200,14 @@ def peer_table(found: Found) -> str:
     row = Row(COMPILED_PEER, "bf16", step("bf16", 32).case)
     cells = ["decode, tok/s", found.rate(step("bf16", 32)), found.rate(row)]
     return filled(["bf16, batch 32", "gpt-faster", COMPILED_PEER], [cells])
+
+
+def task_table(found: Found) -> str:
+    """Prompts of 512 tokens are read between the steps, which is part of the time."""
+    cells = [found.rate(step(precision, 32, 512, TASKS)) for precision in ("bf16", "int4")]
+    return filled(
+        ["32 tasks at a time, prompts of 512, new tok/s", "bf16", "int4"], [["gpt-faster's scheduler", *cells]]
+    )
 
 
 def kernel_tables(found: Found) -> str:

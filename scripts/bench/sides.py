@@ -8,7 +8,7 @@ What is asked, and how it answers, stands in `peers/protocol.py`.
 import math
 import sys
 import time
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from importlib.metadata import version
 
@@ -18,6 +18,7 @@ from engine.cache import row_bytes, slots_for
 from engine.compile import compile_step
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
+from engine.request import Request, Timing
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from kernels import cpu
@@ -27,6 +28,8 @@ from model import ModelArgs
 from scripts.bench.peers.llama import gguf_of
 from scripts.bench.peers.protocol import Case, SideProcess, serve
 from scripts.bench.peers.table import PEERS, peer_command
+from serving.scheduler import Scheduler, Task, run_tasks
+from text.prompts import IdTokenizer
 from weights.checkpoint import load_model, random_model
 from weights.device import parse_cache_dtype
 from weights.layout import weight_bytes
@@ -115,6 +118,33 @@ class Ours:
         return {"kernels": sorted(found, key=lambda each: -each[-1])}
 
 
+class Tasks(Ours):
+    """The same engine behind the scheduler of `serve.py`: as many tasks at a time as the batch has rows, two each."""
+
+    scheduler: Scheduler | None = None
+    n_measured = 0
+
+    def measure(self, case: Case) -> dict[str, float]:
+        """Tokens/s of all new tokens over all of the time; every second answer is half as long, so that rows change."""
+        if self.scheduler is None or (len(self.scheduler.held), self.scheduler.context) != (case.batch, case.length):
+            self.scheduler = Scheduler(self.engine, case.batch, case.length)
+            self.scheduler.warm_up()
+        tokenizer, lengths = IdTokenizer(self.engine.model.args.vocab_size), (case.new_tokens, case.new_tokens // 2)
+        self.n_measured += 1  # other prompts each time, because rows keep what they have read
+        tasks = [
+            Task(Request(prompt, tokenizer, lengths[i % 2], [], True), GREEDY)
+            for i, prompt in enumerate(
+                replace(case, batch=2 * case.batch).prompts(tokenizer.vocab_size, self.n_measured)
+            )
+        ]
+        timing, began = Timing(), time.perf_counter()
+        for _ in run_tasks(self.scheduler, tasks, timing):
+            pass
+        rate = case.batch * sum(lengths) / (time.perf_counter() - began)
+        first = {"time_to_first_token_s": timing.time_to_first_token_s}
+        return {"decode_tok_s": rate, "prefill_tok_s": timing.prefill_tok_s} | first
+
+
 class Transformers:
     """transformers' own generate, eager; or static, with a static cache and compiled.
 
@@ -189,6 +219,7 @@ SIDES = {
     "compiled prefill": partial(Ours, compiled=False),
     "compiled step, int8 cache": partial(Ours, compiled_prefill=False, cache_dtype="int8"),
     "compiled step, ngram guesses": partial(Ours, compiled_prefill=False, guesses=4),
+    "tasks that come and go": Tasks,
 }
 
 

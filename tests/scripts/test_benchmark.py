@@ -10,7 +10,7 @@ import torch
 from scripts.bench import report, run, speed
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
-from scripts.bench.sides import start_side
+from scripts.bench.sides import SIDES, start_side
 from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, compare_sides, key_of, targets
 from tests.tiny import make_tiny_checkpoint
 
@@ -48,6 +48,14 @@ def test_a_side_is_a_process_that_answers_and_is_stopped_between(tmp_path):
     none = start_side(str(tmp_path / "none.pth"), 1, "eager", "int8")
     with pytest.raises(ValueError, match="eager, int8 ended with exit code 1; its last words: .*no checkpoint"), none:
         pass
+
+
+def test_tasks_of_a_scheduler_are_a_side():
+    side = SIDES["tasks that come and go"]("stories15M", "int8", 1, "cpu", compiled=False, compiled_prefill=False)
+    found = [side.measure(Case(2, 40, 6)) for _ in range(2)]
+    assert all(value > 0 for each in found for value in each.values())
+    assert len(side.scheduler.held) == 2 and not side.scheduler.has_work
+    assert [len(request.token_ids) for request in side.scheduler.timing.requests].count(3) == 2
 
 
 class FakeSide:
