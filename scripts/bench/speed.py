@@ -2,6 +2,7 @@
 
     pip install -r requirements-bench.txt
     python scripts/bench/run.py speed --quick    # batch 1, prompts of 8 and 512 tokens: a quarter of an hour
+    python scripts/bench/run.py speed --quick --batches    # also batches of 4 and 16: 20 minutes more
     python scripts/bench/run.py speed            # batches 1, 4, 16, prompts 8, 512, 2048, the waterfall: over two hours
 
 Every engine has its own process, which is stopped while another is timed. They take turns (A B C A B C ...), so that a
@@ -24,7 +25,7 @@ from scripts.bench.peers.protocol import Case, SideProcess
 from scripts.bench.peers.table import PEERS, peer_command
 from scripts.bench.report import ROOT, Report, shared_flags, take_turns
 from scripts.bench.sides import start_side
-from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, headline, key_of, write_files
+from scripts.bench.speed_tables import COMPARED, GRID, PRECISIONS, QUICK, SHORT, headline, key_of, write_files
 from weights.registry import REGISTRY
 
 PARTS, SAME = ("engines", "left_out", "cases", "in_turn", "waterfall", "start_up"), ("threads", "model")
@@ -49,9 +50,12 @@ def add_flags(parser) -> None:
     text = "default: all; with --quick not transformers compiled, which takes minutes"
     parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=f"of {'; '.join(SIDES)} ({text})")
     parser.add_argument("--quick", action="store_true", help="batch 1, prompts of 8 and 512 tokens (default: the grid)")
+    parser.add_argument("--batches", action="store_true", help="with --quick, prompts of 8 in batches of 4 and 16 too")
 
 
-def fill(report: Report, *, model: str, sides: list[str] | None, quick: bool, rounds: int, threads: int) -> None:
+def fill(
+    report: Report, *, model: str, sides: list[str] | None, quick: bool, batches: bool, rounds: int, threads: int
+) -> None:
     if sides is None:
         sides = [side for side in SIDES if side != COMPILED_PEER or not quick]
     if "gpt-faster" not in sides:
@@ -61,8 +65,9 @@ def fill(report: Report, *, model: str, sides: list[str] | None, quick: bool, ro
     start, result = partial(start_side, model, threads), report.result
     result["left_out"] = missing_peers(sides, model, threads)
     sides = [side for side in sides if side not in result["left_out"]]
+    cases = [*QUICK, *(SHORT[1:] if batches else [])] if quick else GRID
     for precision in PRECISIONS:
-        fill_cases(report, precision, QUICK if quick else GRID, sides, rounds, start)
+        fill_cases(report, precision, cases, sides, rounds, start)
     for precision in PRECISIONS:
         own = COMPARED[:1] if quick else COMPARED
         if (

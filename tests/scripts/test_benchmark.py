@@ -11,7 +11,7 @@ from scripts.bench import report, run, speed
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
 from scripts.bench.sides import SIDES, start_side
-from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, compare_sides, key_of, targets
+from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, SHORT, compare_sides, key_of, targets
 from tests.tiny import make_tiny_checkpoint
 
 SPEED = {"gpt-faster": 150.0, "llama.cpp": 100.0, "transformers": 25.0}
@@ -94,7 +94,8 @@ def bench(monkeypatch, tmp_path, one_thread):
     (tmp_path / "README.md").write_text(f"before\n<!-- table: {tmp_path / 'out.json'} -->\nold\n<!-- end -->\nafter\n")
 
     def ask(**flags):
-        defaults = {"model": "TinyLlama-1.1B", "sides": list(SPEED), "quick": True, "fresh": False, "rounds": 2}
+        defaults = {"model": "TinyLlama-1.1B", "sides": list(SPEED), "quick": True, "batches": False}
+        defaults |= {"fresh": False, "rounds": 2}
         defaults |= {"threads": torch.get_num_threads(), "output": str(tmp_path / "out.json")}
         run.main(table="speed", **defaults | flags)
         return json.loads((tmp_path / "out.json").read_text())
@@ -114,6 +115,8 @@ def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, ca
     assert set(quick["cases"]) == {key_of(p, case) for p in PRECISIONS for case in QUICK}
     FakeSide.asked.clear()
     assert bench()["cases"] == quick["cases"] and FakeSide.asked == []
+    short = {key_of(p, case) for p in PRECISIONS for case in [*QUICK, *SHORT]}
+    assert set(bench(batches=True)["cases"]) == short and len(short) == 3 * 4
     whole = bench(quick=False)
     assert set(whole["cases"]) == {key_of(p, case) for p in PRECISIONS for case in GRID}
     cases = {(q["batch"], q["prompt"]) for name, q in FakeSide.asked if "batch" in q and name == "llama.cpp"}
