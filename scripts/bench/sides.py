@@ -15,11 +15,10 @@ from importlib.metadata import version
 import torch
 
 from engine.cache import row_bytes, slots_for
-from engine.compile import compile_step
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
-from engine.speculative import Speculation, verify
+from engine.speculative import build_speculation
 from kernels import cpu
 from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth, peak_memory
@@ -77,10 +76,7 @@ class Ours:
         load = partial(random_model, head=head) if model in REGISTRY else load_model
         loaded = load(model, torch.device(device), quantize=spec)
         loaded.cache_dtype = parse_cache_dtype(cache_dtype)
-        speculation = None
-        if guesses:
-            check = compile_step(verify, loaded.device)
-            speculation = Speculation(PromptLookup(), guesses, check, device=loaded.device)
+        speculation = build_speculation(loaded, PromptLookup(), guesses, compile=True) if guesses else None
         self.engine = build_engine(loaded, compiled, compiled_prefill, speculation)
 
     def facts(self) -> dict[str, str | None]:
