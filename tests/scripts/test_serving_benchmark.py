@@ -41,7 +41,7 @@ def test_our_server_is_measured_and_one_that_is_missing_is_named(tmp_path, monke
     pytest.importorskip("starlette")
     path = make_tiny_checkpoint(tmp_path)
     loads = {"3 clients": Load(3, 5, (3, 9), (4, 8)), "by chance": Load(9, 4, (3, 9), (4, 8), rate=50.0)}
-    monkeypatch.setattr(table, "MODES", ["int8"])
+    monkeypatch.setattr(table, "OUR_FLAGS", ["int8"])
     monkeypatch.setattr(table, "QUICK", loads)
     monkeypatch.setattr(table, "CONTEXT", 64)
     (tmp_path / "some.gguf").touch()

@@ -15,7 +15,7 @@ from cli import in_words, say
 from scripts.bench.peers.llama import gguf_of, llama_file
 from scripts.bench.report import Report, markdown, shared_flags, take_turns
 from scripts.bench.serving.clients import Load, measure
-from scripts.bench.serving.servers import MODES, Server, free_port, llama_command, our_command
+from scripts.bench.serving.servers import OUR_FLAGS, Server, free_port, llama_command, our_command
 from weights.checkpoint import open_model
 
 PARTS, SAME = ("left_out", "loads"), ("threads", "model")
@@ -38,7 +38,7 @@ def add_flags(parser) -> None:
 
 def fill(report: Report, *, model: str, quick: bool, rounds: int, threads: int) -> None:
     vocab_size = open_model(model).args.vocab_size
-    for precision in MODES:
+    for precision in OUR_FLAGS:
         with ExitStack() as stack:
             servers = {}
             for name in SERVERS:
@@ -66,8 +66,8 @@ def started(name: str, model: str, precision: str, threads: int) -> Server:
 def one_run(server: Server, load: Load, vocab_size: int, runs: list) -> dict[str, float]:
     """One run; `runs` counts them, because the prompts of each are others."""
     runs.append(None)
-    with server.running() as url:
-        figures = measure(url, load, vocab_size, len(runs))
+    with server.running():
+        figures = measure(server.url, load, vocab_size, len(runs))
     return figures | {"peak_memory_gb": server.peak_memory_gb()}
 
 
