@@ -26,6 +26,7 @@ from model import ModelArgs
 from scripts.bench.peers.llama import gguf_of
 from scripts.bench.peers.protocol import Case, SideProcess, serve
 from scripts.bench.peers.table import PEERS, peer_command
+from scripts.bench.peers.transformers import read
 from weights.checkpoint import load_model, random_model
 from weights.device import parse_cache_dtype
 from weights.layout import weight_bytes
@@ -119,7 +120,7 @@ class Transformers:
 
     def __init__(self, model: str, precision: str, threads: int, device: str, static: bool = False):
         torch.set_num_threads(threads)
-        self.model = random_llama(model, device) if model in REGISTRY else read_by_transformers(model).to(device)
+        self.model = random_llama(model, device) if model in REGISTRY else read(gguf_of(model)).to(device)
         if static:
             self.model.generation_config.cache_implementation = "static"
         if static and device == "cpu":  # on a GPU generate compiles by itself
@@ -142,13 +143,6 @@ class Transformers:
         began = time.perf_counter()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
         return case.rates(times[0] - began, time.perf_counter() - times[0])
-
-
-def read_by_transformers(model: str):
-    from transformers import AutoModelForCausalLM
-
-    file = gguf_of(model)
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
 
 
 def random_llama(name: str, device: str):

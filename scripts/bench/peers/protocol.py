@@ -2,7 +2,8 @@
 
 Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
 {"bandwidth": true} asks how fast the side reads memory, {"profile": PATH} for the kernels of one step, and a trace of
-them in a file. Each answer is a line of output. The first, when the side has loaded, is what it says of itself.
+them in a file; {"load": {...}, "seed": "a"}, fields of a `Load`, has many requests answered. Each answer is a line of
+output. The first, when the side has loaded, is what it says of itself.
 """
 
 import json
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.bench.peers.process import MeasuredProcess
+from scripts.bench.serving.load import Load
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def serve(load: Callable[[], Any], peak_memory: Callable[[], int]) -> None:
             answer = engine.profile(asked["profile"])
         elif "bandwidth" in asked:
             answer = engine.bandwidth()
+        elif "load" in asked:
+            answer = engine.under_load(Load(**asked["load"]), asked["seed"])
         else:
             answer = engine.measure(Case(**asked))
         print(json.dumps(answer | {"peak_memory_gb": peak_memory() / 1e9}), file=answers, flush=True)
