@@ -14,8 +14,7 @@ from cli import ROOT
 class MeasuredProcess(contextlib.AbstractContextManager):
     """A program in a process of its own, stopped but while it loads and is measured; its log is a temporary file."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str] | None = None, **pipes):
-        self.name = name
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None, **pipes):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         pipes = {"stdout": self.log, "stderr": self.log} | pipes
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), text=True, **pipes)

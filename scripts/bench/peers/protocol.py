@@ -56,8 +56,8 @@ class SideProcess(MeasuredProcess):
     def __init__(
         self, name: str, command: list[str], environment: dict[str, str] | None = None, deadline: float = math.inf
     ):
-        super().__init__(name, command, environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.deadline = deadline
+        super().__init__(command, environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.name, self.deadline = name, deadline
 
     def load(self) -> None:
         self.facts = self.answer()

@@ -14,6 +14,7 @@ NAME = "transformers"  # of the environment in which it serves
 
 
 def read(gguf: Path):
+    """Its own model of the file, whose layers would else compute on packed codes where it has kernels for them."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 

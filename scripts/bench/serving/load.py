@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+LONGEST = 300  # seconds of one run; a server that takes longer fails
+
 
 @dataclass(frozen=True)
 class Load:

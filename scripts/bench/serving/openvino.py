@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure.memory import peak_main_memory
 from scripts.bench.peers.protocol import serve
-from scripts.bench.serving.load import Answer, Load, figures
+from scripts.bench.serving.load import LONGEST, Answer, Load, figures
 
 
 class ContinuousBatching:
@@ -43,6 +43,8 @@ class ContinuousBatching:
                 asked = began + due if load.rate else time.perf_counter()
                 answers.append(Answer(tokens, asked))
                 running.append((self.request(len(answers), prompt, tokens), answers[-1]))
+            if time.perf_counter() - began > LONGEST:
+                raise TimeoutError(f"{load.requests} requests were not answered in {LONGEST} s")
             if running:
                 self.pipeline.step()
                 running = [(handle, answer) for handle, answer in running if not self.is_whole(handle, answer)]

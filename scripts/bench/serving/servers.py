@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import httpx
 
@@ -26,7 +25,7 @@ from weights.checkpoint import open_model
 CONTEXT, ROWS = 2048, 16
 READY_SECONDS = 600
 OUR_FLAGS = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--groupsize", "32"]}
-PAGE, CHUNK = 256, 64  # tokens of a page of transformers' cache, and of a step: more cost one that has few as much
+PAGE, CHUNK = 256, 64  # tokens of a page of transformers' cache, and of a step; unset, they would fill the memory
 
 
 def by_ids(prompt: list[int], tokens: int) -> dict:
@@ -45,7 +44,7 @@ class Server(MeasuredProcess):
         environment: dict[str, str] | None = None,
     ):
         port = free_port()
-        super().__init__(Path(command[0]).name, [*map(str, command), "--port", str(port)], environment)
+        super().__init__([*map(str, command), "--port", str(port)], environment)
         self.url, self.vocab_size, self.body = f"http://127.0.0.1:{port}", vocab_size, body
 
     def load(self) -> None:

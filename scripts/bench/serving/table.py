@@ -75,7 +75,8 @@ def start_all(report: Report, stack: ExitStack, model: str, precision: str, thre
             server = stack.enter_context(start(model, precision, threads))
             server.measure(WARM_UP, "warm up")
             servers[name] = server
-        except ValueError as error:
+            report.result["left_out"].pop(name, None)  # by an earlier run
+        except (ValueError, OSError) as error:
             leave_out(report, name, error)
     return servers
 
@@ -96,7 +97,7 @@ def one_run(server: Server | Pipeline, load: Load, key: str, count: itertools.co
     return server.measure(load, f"{key}, {next(count)}")
 
 
-def leave_out(report: Report, what: str, error: ValueError) -> None:
+def leave_out(report: Report, what: str, error: ValueError | OSError) -> None:
     """Note a server that cannot be measured; ours must be."""
     if OURS in what:
         raise error
