@@ -27,7 +27,7 @@ from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine
 from engine.guess_length import check_length
 from engine.sampling import Sampling
-from engine.speculative import Speculation, verify
+from engine.speculative import Speculation, build_speculation
 from flags import (
     NEW_TOKENS,
     cache_flag,
@@ -230,8 +230,7 @@ def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: 
     if not speculates(args):
         return None
     drafter = PromptLookup() if args.speculate == "ngram" else load_draft(args, model, tokenizer)
-    check = compile_step(verify, model.device) if args.compile else verify
-    return Speculation(drafter, args.speculate_k or "auto", check, device=model.device)
+    return build_speculation(model, drafter, args.speculate_k, args.compile)
 
 
 def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Drafter:

@@ -18,11 +18,11 @@ import torch
 import cli
 from cli import say
 from engine.cache import MOST_ROWS, context_length, rows_that_fit
-from engine.compile import compile_step, require_compiler
+from engine.compile import require_compiler
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine
 from engine.guess_length import check_length
-from engine.speculative import Speculation, verify
+from engine.speculative import build_speculation
 from flags import (
     cache_flag,
     check_counts,
@@ -119,8 +119,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     speculation = None
     if args.speculate is not None:
-        check = compile_step(verify, device) if args.compile else verify
-        speculation = Speculation(PromptLookup(), args.speculate_k or "auto", check, device=device)
+        speculation = build_speculation(model, PromptLookup(), args.speculate_k, args.compile)
     engine = build_engine(model, args.compile, speculation=speculation)
     return engine, load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cache import prefix_length
+from engine.compile import compile_step
 from engine.decode import Chunk
 from engine.drafters import Drafter
 from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
@@ -151,6 +152,14 @@ class Speculation:
             for k in costs.rounds.keys() - seconds.keys():
                 self.round(model, cache, text, k, sampling)
         self.costs[len(text.pos)] = costs
+
+
+def build_speculation(
+    model: Transformer, drafter: Drafter, k: int | str | None = None, compile: bool = False
+) -> Speculation:
+    """Guesses for a model, k at a time (None: as many as pay), and what verifies them, compiled as asked."""
+    check = compile_step(verify, model.device) if compile else verify
+    return Speculation(drafter, k or "auto", check, device=model.device)
 
 
 class Text(NamedTuple):

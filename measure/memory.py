@@ -4,12 +4,15 @@ import sys
 from pathlib import Path
 
 
-def peak_main_memory() -> int:
-    """Bytes of main memory, at most, that this process has held."""
+def peak_main_memory(process: int | None = None) -> int:
+    """Bytes of main memory, at most, that a process has held; None: this one. Of another only Linux tells."""
     try:  # ru_maxrss would count the parent's peak too
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        status = Path(f"/proc/{process or 'self'}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
+        if process is not None:
+            raise ValueError(f"the system does not tell how much memory process {process} has held") from None
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,7 +25,7 @@ from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import build_engine, generate
 from engine.request import Request, Timing
 from engine.sampling import Sampling, choose, logits_to_probs
-from engine.speculative import Speculation, verify
+from engine.speculative import build_speculation
 from layers.fastest import fastest
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
 from model import ExpertLinear, ModelArgs, Transformer
@@ -212,10 +212,10 @@ def check_tokens(draft: str | None, k: int | str, compiled: bool, device, dtype)
     alone = [tokens_of(build_engine(reference), [prompt])[0] for prompt in prompts]
     speculation = None
     if draft is not None:
-        step, check = (compile_step(each, device) if compiled else each for each in (draft_one_token, verify))
+        step = compile_step(draft_one_token, device) if compiled else draft_one_token
         noisy = {name: w + 0.05 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()}
         drafter = PromptLookup() if draft == "ngram" else DraftModel(build(ARGS, noisy), step)
-        speculation = Speculation(drafter, k, check, device=device)
+        speculation = build_speculation(model, drafter, k, compiled)
     found = tokens_of(build_engine(model, compiled, compiled, speculation), prompts)
     assert found == alone, f"{found} and not {alone}"
 

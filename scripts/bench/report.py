@@ -104,17 +104,30 @@ def machine() -> dict:
     return facts | {name: there[name] for name in PACKAGES if name in there}
 
 
-def take_turns(rounds: int, sides: dict[str, Callable[[], dict[str, float]]], warm_up: bool = True) -> dict[str, dict]:
+def take_turns(
+    rounds: int,
+    sides: dict[str, Callable[[], dict[str, float]]],
+    warm_up: bool = True,
+    failed: dict[str, ValueError] | None = None,
+) -> dict[str, dict]:
     """Run every side once a round (A B A B ...), so that a machine whose speed drifts is fair to all.
 
-    For each side its runs and their medians. warm_up: run each once before, which compiles.
+    For each side its runs and their medians. warm_up: run each once before, which compiles. failed: takes the errors of
+    sides that raise ValueError, which are then left out; None: they end all.
     """
     runs = {name: [] for name in sides}
     for run in sides.values() if warm_up else ():
         run()
     for number in range(1, rounds + 1):
-        for name, run in sides.items():
-            runs[name].append(run())
+        for name in list(runs):
+            try:
+                runs[name].append(sides[name]())
+            except ValueError as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                del runs[name]
+                continue
             figures = ", ".join(f"{key} {value:.4g}" for key, value in runs[name][-1].items())
             say(f"  {number} of {rounds}, {name}: {figures}")
     return {name: {"runs": each, "median": medians(each)} for name, each in runs.items()}

@@ -31,7 +31,7 @@ TABLES = {
     "speed": "decoding and prefill, against llama.cpp and transformers on the same weights",
     "quality": "size, perplexity and time to make of each quantisation",
     "speculation": "speculative decoding against plain decoding",
-    "serving": "serve.py under load, against llama-server on the same weights",
+    "serving": "serve.py under load, against other servers on the same weights",
     "experts": "a mixture of experts, against the memory's rate and a dense model",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",

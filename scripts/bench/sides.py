@@ -15,12 +15,11 @@ from importlib.metadata import version
 import torch
 
 from engine.cache import row_bytes, slots_for
-from engine.compile import compile_step
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.request import Request, Timing
 from engine.sampling import Sampling
-from engine.speculative import Speculation, verify
+from engine.speculative import build_speculation
 from kernels import cpu
 from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth, peak_memory
@@ -28,6 +27,7 @@ from model import ModelArgs
 from scripts.bench.peers.llama import gguf_of
 from scripts.bench.peers.protocol import Case, SideProcess, serve
 from scripts.bench.peers.table import PEERS, peer_command
+from scripts.bench.peers.transformers import read
 from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import IdTokenizer
 from weights.checkpoint import load_model, random_model
@@ -80,10 +80,7 @@ class Ours:
         load = partial(random_model, head=head) if model in REGISTRY else load_model
         loaded = load(model, torch.device(device), quantize=spec)
         loaded.cache_dtype = parse_cache_dtype(cache_dtype)
-        speculation = None
-        if guesses:
-            check = compile_step(verify, loaded.device)
-            speculation = Speculation(PromptLookup(), guesses, check, device=loaded.device)
+        speculation = build_speculation(loaded, PromptLookup(), guesses, compile=True) if guesses else None
         self.engine = build_engine(loaded, compiled, compiled_prefill, speculation)
 
     def facts(self) -> dict[str, str | None]:
@@ -153,7 +150,7 @@ class Transformers:
 
     def __init__(self, model: str, precision: str, threads: int, device: str, static: bool = False):
         torch.set_num_threads(threads)
-        self.model = random_llama(model, device) if model in REGISTRY else read_by_transformers(model).to(device)
+        self.model = random_llama(model, device) if model in REGISTRY else read(gguf_of(model)).to(device)
         if static:
             self.model.generation_config.cache_implementation = "static"
         if static and device == "cpu":  # on a GPU generate compiles by itself
@@ -176,13 +173,6 @@ class Transformers:
         began = time.perf_counter()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
         return case.rates(times[0] - began, time.perf_counter() - times[0])
-
-
-def read_by_transformers(model: str):
-    from transformers import AutoModelForCausalLM
-
-    file = gguf_of(model)
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
 
 
 def random_llama(name: str, device: str):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from measure.memory import peak_main_memory
 from scripts.bench.peers import environment
 from scripts.bench.peers.protocol import SideProcess
 from scripts.bench.peers.table import PEERS, peer_command
@@ -39,8 +40,10 @@ def test_a_peer_needs_no_package_of_ours_and_what_its_libraries_print_is_no_answ
         assert side.facts == {"stand-in": "1.0"}
         question = {"batch": 2, "prompt": 5, "new_tokens": 4}
         assert side.ask(question) == side.ask(question) == {"decode_tok_s": 4.0, "peak_memory_gb": 3.0}
-        with pytest.raises(ValueError, match="a peer ended with exit code 1; its last words: .*no memory for so many"):
-            side.ask(question | {"batch": 3})
+        assert 0 < peak_main_memory(side.process.pid) < peak_main_memory()  # it has not loaded torch
+        for _ in range(2):  # one that has ended says so again
+            with pytest.raises(ValueError, match="a peer ended with exit code 1; its last words: .*no memory for so"):
+                side.ask(question | {"batch": 3})
 
 
 def test_an_environment_is_made_once(monkeypatch, tmp_path):

@@ -2,25 +2,24 @@
 
 Each line of standard input is a JSON object: a case ({"batch": 4, "prompt": 512, "new_tokens": 200}) is measured once;
 {"bandwidth": true} asks how fast the side reads memory, {"profile": PATH} for the kernels of one step, and a trace of
-them in a file. Each answer is a line of output. The first, when the side has loaded, is what it says of itself.
+them in a file; {"load": {...}, "seed": "a"}, fields of a `Load`, has many requests answered. Each answer is a line of
+output. The first, when the side has loaded, is what it says of itself.
 """
 
-import contextlib
 import json
 import math
 import os
 import random
 import select
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cli import ROOT
+from scripts.bench.peers.process import MeasuredProcess
+from scripts.bench.serving.load import Load
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Case:
         }
 
 
-class SideProcess(contextlib.AbstractContextManager):
-    """A process that serves one side, stopped but for the time of a question. facts: what it says of itself.
+class SideProcess(MeasuredProcess):
+    """A process that serves one side. facts: what it says of itself.
 
     deadline: of time.monotonic(), at which an answer is no longer waited for: TimeoutError.
     """
@@ -57,45 +56,30 @@ class SideProcess(contextlib.AbstractContextManager):
     def __init__(
         self, name: str, command: list[str], environment: dict[str, str] | None = None, deadline: float = math.inf
     ):
+        super().__init__(command, environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.name, self.deadline = name, deadline
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), **pipes)
 
-    def __enter__(self) -> "SideProcess":
-        """Wait until it has loaded."""
-        try:
-            self.facts = self.answer()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+    def load(self) -> None:
+        self.facts = self.answer()
 
     def ask(self, question: dict) -> dict:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
+        with self.running():
+            if self.process.poll() is None:
+                self.process.stdin.write(json.dumps(question) + "\n")
+                self.process.stdin.flush()
+            return self.answer()
 
     def answer(self) -> dict:
-        """Its next answer, after which it is stopped. Raises ValueError with its last words if it ended."""
+        """Its next answer. Raises ValueError with its last words if it ended."""
         if self.deadline < math.inf:
             seconds = max(0.0, self.deadline - time.monotonic())
             if not select.select([self.process.stdout], [], [], seconds)[0]:
                 raise TimeoutError(f"{self.name} did not answer in time")
         line = self.process.stdout.readline()
         if not line:
-            self.log.seek(0)
-            words = self.log.read().strip().splitlines() or ["none"]
             code = self.process.wait()
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            raise ValueError(f"{self.name} ended {how}; its last words: {words[-1]}")
-        self.process.send_signal(signal.SIGSTOP)
+            raise ValueError(f"{self.name} ended {how}; its last words: {self.last_words()}")
         return json.loads(line)
 
 
@@ -111,6 +95,8 @@ def serve(load: Callable[[], Any], peak_memory: Callable[[], int]) -> None:
             answer = engine.profile(asked["profile"])
         elif "bandwidth" in asked:
             answer = engine.bandwidth()
+        elif "load" in asked:
+            answer = engine.under_load(Load(**asked["load"]), asked["seed"])
         else:
             answer = engine.measure(Case(**asked))
         print(json.dumps(answer | {"peak_memory_gb": peak_memory() / 1e9}), file=answers, flush=True)

@@ -1,23 +1,73 @@
-"""Servers that are compared: how each is started, and what of it is measured from outside."""
+"""Servers that are compared: how each is started and asked, and what of it is measured from outside."""
 
 import contextlib
-import os
-import re
+import json
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 
 import httpx
 
-from cli import ROOT
+from measure.memory import peak_main_memory
+from scripts.bench.peers import openvino, transformers
+from scripts.bench.peers.environment import python_of
+from scripts.bench.peers.llama import gguf_of, llama_file
+from scripts.bench.peers.process import MeasuredProcess
+from scripts.bench.peers.protocol import SideProcess
+from scripts.bench.serving.clients import measure
+from scripts.bench.serving.load import Load
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import open_model
 
+CONTEXT, ROWS = 2048, 16
 READY_SECONDS = 600
-MODES = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--groupsize", "32"]}
+OUR_FLAGS = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--groupsize", "32"]}
+PAGE, CHUNK = 256, 64  # tokens of a page of transformers' cache, and of a step; unset, they would fill the memory
+
+
+def by_ids(prompt: list[int], tokens: int) -> dict:
+    """What is posted, as our server and llama.cpp's take it."""
+    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+
+
+class Server(MeasuredProcess):
+    """A server at a port of its own. body: of (prompt, tokens of the answer), what is posted."""
+
+    def __init__(
+        self,
+        command: list,
+        vocab_size: int,
+        body: Callable[[list[int], int], dict] = by_ids,
+        environment: dict[str, str] | None = None,
+    ):
+        port = free_port()
+        super().__init__([*map(str, command), "--port", str(port)], environment)
+        self.url, self.vocab_size, self.body = f"http://127.0.0.1:{port}", vocab_size, body
+
+    def load(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise ValueError(f"it does not answer; its last words: {self.last_words()}")
+
+    def measure(self, load: Load, seed: str) -> dict[str, float]:
+        """Raises ValueError if a request is not answered."""
+        with self.running():
+            found = measure(self.url, self.body, load, self.vocab_size, seed)
+        return found | {"peak_memory_gb": peak_main_memory(self.process.pid) / 1e9}
+
+
+class Pipeline(SideProcess):
+    """A side that has no server."""
+
+    def measure(self, load: Load, seed: str) -> dict[str, float]:
+        return self.ask({"load": asdict(load), "seed": seed})
 
 
 def free_port() -> int:
@@ -26,55 +76,39 @@ def free_port() -> int:
         return some.getsockname()[1]
 
 
-def our_command(model: str, precision: str, rows: int, context: int, threads: int, port: int) -> list[str]:
-    limits = ["--max_batch", rows, "--max_seq_length", context, "--threads", threads, "--port", port]
-    return [sys.executable, "serve.py", "--checkpoint_path", model, *MODES[precision], *map(str, limits)]
+def our_server(model: str, precision: str, threads: int) -> Server:
+    limits = ["--max_batch", ROWS, "--max_seq_length", CONTEXT, "--threads", threads]
+    command = [sys.executable, "serve.py", "--checkpoint_path", model, *OUR_FLAGS[precision], *limits]
+    return Server(command, open_model(model).args.vocab_size)
 
 
-def llama_command(file: str, rows: int, context: int, threads: int, port: int) -> list[str]:
-    """llama-server: its context is that of all rows together. Raises ValueError if it is not installed."""
+def llama_server(model: str, precision: str, threads: int) -> Server:
+    """Its context is that of all rows together. Raises ValueError if it is not installed."""
     program = shutil.which("llama-server")
     if program is None:
         raise ValueError("llama-server is not on the path")
-    limits = ["--parallel", rows, "-c", rows * context, "-t", threads, "-tb", threads, "--port", port]
-    return [program, "-m", file, "--no-webui", "-fa", "on", *map(str, limits)]
+    file, limits = llama_file(gguf_of(model), precision), ["--parallel", ROWS, "-c", ROWS * CONTEXT]
+    command = [program, "-m", file, "--no-webui", "-fa", "on", *limits, "-t", threads, "-tb", threads]
+    return Server(command, open_model(model).args.vocab_size)
 
 
-class Server(contextlib.AbstractContextManager):
-    """A server in a process of its own, stopped but for the time in which it is measured."""
+def transformers_server(model: str, precision: str, threads: int) -> Server:
+    """With continuous batching. It takes prompts as text, which may have some tokens more or less."""
+    vocab_size = open_model(model).args.vocab_size
+    tokenizer = load_tokenizer(model, vocab_size)
 
-    def __init__(self, name: str, command: list[str], port: int):
-        self.name, self.url = name, f"http://127.0.0.1:{port}"
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=self.log, env=os.environ)
+    def by_text(prompt: list[int], tokens: int) -> dict:
+        how = json.dumps({"do_sample": False})  # and no end of text
+        return {"prompt": tokenizer.decode(prompt), "max_tokens": tokens, "generation_config": how, "stream": True}
 
-    def __enter__(self) -> "Server":
-        """Wait until it answers."""
-        deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    self.process.send_signal(signal.SIGSTOP)
-                    return self
-            time.sleep(0.1)
-        self.log.seek(0)
-        words = self.log.read().strip().splitlines() or ["none"]
-        self.__exit__()
-        raise ValueError(f"{self.name} does not answer; its last words: {words[-1]}")
+    program = python_of(transformers.NAME).with_name("transformers")
+    limits = ["--cb-num-blocks", ROWS * CONTEXT // PAGE, "--cb-max-batch-tokens", CHUNK]
+    command = [program, "serve", transformers.transformers_folder(gguf_of(model)), "--continuous-batching", *limits]
+    command += ["--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1"]
+    return Server(command, vocab_size, by_text, {"OMP_NUM_THREADS": str(threads)})
 
-    def __exit__(self, *_) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
 
-    @contextlib.contextmanager
-    def running(self):
-        self.process.send_signal(signal.SIGCONT)
-        try:
-            yield self.url
-        finally:
-            self.process.send_signal(signal.SIGSTOP)
-
-    def peak_memory_gb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e6
+def openvino_pipeline(model: str, precision: str, threads: int) -> Pipeline:
+    folder = openvino.openvino_folder(gguf_of(model), precision)
+    words = [python_of(openvino.NAME), "-m", "scripts.bench.serving.openvino", folder, threads, ROWS]
+    return Pipeline("openvino", [str(word) for word in words])
