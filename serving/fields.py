@@ -237,6 +237,17 @@ def tool_call(value: Any) -> dict:
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
+def tool_choice(name: str, value: Any) -> str | dict:
+    """A word, or the function that is to be called, by its name."""
+    if not isinstance(value, dict):
+        return one_of("auto", "none", "required")(name, value)
+    found = read_fields(value, {"type": one_of("function"), "function": mapping})
+    function = read_fields(found.get("function", {}), {"name": text})
+    if "name" not in function:
+        raise RequestError(f"{name} has no function.name", name)
+    return function
+
+
 def tools(name: str, value: Any) -> list[dict]:
     if not isinstance(value, list):
         raise wrong(name, value, "a list of tools")
@@ -249,6 +260,8 @@ def tool(value: Any) -> dict:
     function = read_fields(found.get("function", {}), checks, {"strict": (False,)})
     if "name" not in function:
         raise RequestError("the tool has no function.name")
+    if function.get("parameters", {}).get("type", "object") != "object":
+        raise wrong("function.parameters.type", function["parameters"]["type"], '"object"')
     return {"type": "function", "function": function}
 
 
@@ -293,11 +306,13 @@ GENERATION: dict[str, Check] = {
     "stream": boolean,
     "stream_options": stream_options,
     "user": text,  # whose request it is, which changes nothing
+    "safety_identifier": text,  # as clients name it now
 }
 CHAT: dict[str, Check] = GENERATION | {
     "messages": messages,
     "tools": tools,
-    "tool_choice": one_of("auto", "none"),
+    "tool_choice": tool_choice,
+    "parallel_tool_calls": boolean,
     "chat_template_kwargs": mapping,
     "logprobs": boolean,
     "top_logprobs": integer(0, 20),
@@ -307,7 +322,6 @@ TOKENIZE: dict[str, Check] = {"model": text, "prompt": text, "add_special_tokens
 TOKENIZE |= {name: CHAT[name] for name in ("messages", "tools", "chat_template_kwargs")}
 
 CHAT_NEUTRAL = {
-    "parallel_tool_calls": (True,),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),

@@ -18,7 +18,7 @@ from serving.fields import (
 )
 from serving.processors import Grammars, Logits, processors_of
 from serving.scheduler import Task
-from serving.tools import CLOSE_THINKING, OPEN_THINKING, Form, Showing, tool_form
+from serving.tools import CLOSE_THINKING, OPEN_THINKING, Form, Showing, calls_grammar, tool_form
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer
 
@@ -94,8 +94,9 @@ def read_chat(body: dict, served: Served) -> Asked:
     form = tool_form(served.tokenizer.require_template(), "tools") if tools else None
     prompt = render(fields, served)
     ids = checked_ids(served.tokenizer.encode(prompt, add_special_tokens=False), served.tokenizer)
-    # an answer that follows a schema has no place for thoughts
-    thinks = CLOSE_THINKING in served.tokenizer.require_template() and fields.get("response_format") is None
+    # an answer that follows a grammar has no place for thoughts
+    is_free = fields.get("response_format") is None and not called_tools(fields)
+    thinks = is_free and CLOSE_THINKING in served.tokenizer.require_template()
     marks = {*(form.marks if form else ()), *((OPEN_THINKING, CLOSE_THINKING) if thinks else ())}
     shown = {token: text for token, text in served.tokenizer.special_tokens.items() if text in marks}
     n_logprobs = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
@@ -133,6 +134,21 @@ def read_tokenize(body: dict, served: Served) -> list[int]:
     if "prompt" in fields:
         return served.tokenizer.encode(fields["prompt"], fields.get("add_special_tokens", True))
     return served.tokenizer.encode(render(fields, served), fields.get("add_special_tokens", False))
+
+
+def called_tools(fields: dict) -> list[dict]:
+    """The tools of which the answer must call one; none: it may be a text as well."""
+    tools, choice = fields.get("tools") or [], fields.get("tool_choice", "auto")
+    if choice in ("auto", "none"):
+        if tools and not fields.get("parallel_tool_calls", True):
+            message = "parallel_tool_calls: false needs a tool_choice that forces a call: required, or a function"
+            raise RequestError(message, "parallel_tool_calls")
+        return []
+    named = [tool for tool in tools if choice == "required" or tool["function"]["name"] == choice["name"]]
+    if not named:
+        wanted = "tool" if choice == "required" else f"{choice['name']!r} among the tools"
+        raise RequestError(f"tool_choice asks for a call, and there is no {wanted}", "tool_choice")
+    return named
 
 
 def check_model(fields: dict, served: Served) -> None:
@@ -207,17 +223,28 @@ def sampling_of(fields: dict, served: Served) -> Sampling:
 
 def logits_of(fields: dict, served: Served) -> Logits:
     """What changes the logits."""
-    bias, schema = fields.get("logit_bias", {}), fields.get("response_format")
+    bias = fields.get("logit_bias", {})
     if bias and max(bias) >= served.vocab_size:
         raise RequestError(f"logit_bias has token {max(bias)}; the model has {served.vocab_size} tokens", "logit_bias")
-    if schema is not None and fields.get("ignore_eos"):
-        raise RequestError("response_format does not go with ignore_eos; leave one of them out", "response_format")
-    if schema is not None and fields.get("tools"):
-        raise RequestError("response_format does not go with tools; leave one of them out", "response_format")
     penalties = ("frequency_penalty", "presence_penalty", "repetition_penalty")
     given = {name: fields[name] for name in penalties if name in fields}
+    return Logits(bias=bias, grammar=grammar_of(fields, served), **given)
+
+
+def grammar_of(fields: dict, served: Served) -> str | None:
+    """The grammar that the answer follows: that of a JSON schema, or of calls."""
+    schema, tools = fields.get("response_format"), called_tools(fields)
+    if schema is None and not tools:
+        return None
+    param = "tool_choice" if schema is None else "response_format"
+    for other in ("ignore_eos",) if schema is None else ("ignore_eos", "tools"):
+        if fields.get(other):
+            raise RequestError(f"{param} does not go with {other}; leave one of them out", param)
     try:
-        grammar = None if schema is None else served.grammars.of_schema(schema)
+        if schema is not None:
+            return served.grammars.of_schema(schema)
+        tokenizer = served.tokenizer
+        form, is_one = tool_form(tokenizer.require_template(), "tools"), not fields.get("parallel_tool_calls", True)
+        return served.grammars.checked(calls_grammar(form, tools, is_one, tokenizer.special_tokens))
     except ValueError as error:
-        raise RequestError(f"response_format: {error}", "response_format") from None
-    return Logits(bias=bias, grammar=grammar, **given)
+        raise RequestError(f"{param}: {error}", param) from None

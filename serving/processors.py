@@ -1,5 +1,6 @@
-"""What changes the logits of one answer before a token is drawn: penalties, biases, the grammar of a JSON schema."""
+"""What changes the logits of one answer before a token is drawn: penalties, biases, the grammar that it follows."""
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor
 from serving.fields import RequestError
 from text.tokenizer import Tokenizer
 
-WHITESPACE = r" |\n {0,16}"  # between the parts of JSON; without a bound some models write nothing else
+GUIDANCE = {"whitespace_pattern": r" |\n {0,16}"}  # between the parts of JSON; without a bound some write nothing else
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What changes them, in values that another process can read. grammar: as `Grammars.of_schema` writes it."""
+    """What changes them, in values that another process can read. grammar: as `Grammars` writes it."""
 
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
@@ -44,10 +45,20 @@ class Grammars:
         """The grammar of what a JSON schema describes; a ValueError if it describes nothing, or in unknown words."""
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
+        return self.checked(LLMatcher.grammar_from_json_schema(schema, GUIDANCE))
+
+    def checked(self, grammar: str) -> str:
+        """A grammar in llguidance's dialect of Lark, or as `of_schema` makes it; a ValueError if nothing follows it."""
+        from llguidance import LLMatcher
+
         if error := LLMatcher.validate_grammar(grammar, self.vocabulary):
             raise ValueError(error)
         return grammar
+
+
+def json_rule(schema: dict) -> str:
+    """The right side of a rule in Lark for what a JSON schema describes."""
+    return f"%json {json.dumps(schema | {'x-guidance': GUIDANCE})}"
 
 
 def processors_of(logits: Logits, prompt: list[int], grammars: Grammars | None) -> list:
@@ -106,5 +117,5 @@ class Mask:
         self.n_read = len(ids)
         allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
         if self.matcher.is_error():  # its limits of memory or time are reached
-            raise RequestError(f"the JSON schema is too much: {self.matcher.get_error()}", "response_format")
+            raise RequestError(f"the JSON schema is too much: {self.matcher.get_error()}")
         return logits.where(allowed.bool().to(logits.device), float("-inf"))

@@ -1,10 +1,12 @@
-"""Tool calls and thinking, told apart from the rest of an answer as it streams."""
+"""Tool calls: how models write them, grammars that force one; calls and thinking told apart as an answer streams."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from serving.fields import RequestError
+from serving.processors import json_rule
 from text.tokenizer import Tokenizer
 
 OPEN_THINKING, CLOSE_THINKING = "<think>", "</think>"
@@ -14,12 +16,16 @@ OPEN_THINKING, CLOSE_THINKING = "<think>", "</think>"
 class Form:
     """How a family of models writes calls: the mark before them, that after each if there is one, how they are read.
 
-    bare: an answer may be calls without a mark.
+    bare: an answer may be calls without a mark. call: what stands before a name, between it and the arguments, after
+    them. between: two calls. around: before and after all.
     """
 
     begin: str
     end: str | None
     read: Callable[[str], Iterator[tuple[str, dict]]]
+    call: tuple[str, str, str]
+    between: str
+    around: tuple[str, str] = ("", "")
     bare: bool = False
 
     @property
@@ -28,6 +34,8 @@ class Form:
 
 
 ARGUMENTS = "[ARGS]"
+MOST_CALLS = 16  # of an answer that is forced to be one: some models write calls without end
+NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 
 
 def read_objects(text: str) -> Iterator[tuple[str, dict]]:
@@ -56,9 +64,30 @@ def skip(text: str, at: int, what: str) -> int:
 
 
 FORMS = {
-    "hermes": Form("<tool_call>", "</tool_call>", read_objects),
-    "mistral": Form("[TOOL_CALLS]", None, read_named),
-    "llama": Form("<|python_tag|>", None, read_objects, bare=True),
+    "hermes": Form(
+        "<tool_call>",
+        "</tool_call>",
+        read_objects,
+        call=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+        between="\n",
+    ),
+    "mistral": Form("[TOOL_CALLS]", None, read_named, call=("[TOOL_CALLS]", ARGUMENTS, ""), between=""),
+    "mistral array": Form(
+        "[TOOL_CALLS]",
+        None,
+        read_named,
+        call=('{"name": "', '", "arguments": ', "}"),
+        between=", ",
+        around=("[TOOL_CALLS][", "]"),
+    ),
+    "llama": Form(
+        "<|python_tag|>",
+        None,
+        read_objects,
+        call=('{"name": "', '", "parameters": ', "}"),
+        between="; ",
+        bare=True,
+    ),
 }
 
 
@@ -67,10 +96,31 @@ def tool_form(template: str, param: str) -> Form:
     if "<tool_call>" in template and "<function=" not in template:  # which is another form between the same marks
         return FORMS["hermes"]
     if "[TOOL_CALLS]" in template:
-        return FORMS["mistral"]
+        return FORMS["mistral" if ARGUMENTS in template else "mistral array"]
     if "ipython" in template and "parameters" in template:
         return FORMS["llama"]
     raise RequestError("tools are not supported: the model's chat template has no known form of calls", param)
+
+
+def calls_grammar(form: Form, tools: list[dict], is_one: bool, special: dict[int, str]) -> str:
+    """An answer that is a call of one of the tools, or of several, in Lark as llguidance reads it.
+
+    special: the tokens, by id, that a grammar names because it does not spell them.
+    """
+    named = {text: f"<[{token}]>" for token, text in special.items()}
+    marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
+
+    def spelled(text: str) -> str:
+        return " ".join(named.get(part, json.dumps(part, ensure_ascii=False)) for part in marks.split(text) if part)
+
+    (first, last), (before, middle, after) = map(spelled, form.around), form.call
+    more = "" if is_one else f"({spelled(form.between)} call){{0,{MOST_CALLS - 1}}}"
+    rules = [f"start: {first} call {more} {last}", f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
+    for i, function in enumerate(tool["function"] for tool in tools):
+        name = json.dumps(function["name"], ensure_ascii=False)[1:-1] if before.endswith('"') else function["name"]
+        rules.append(f"call_{i}: {spelled(before + name + middle)} arguments_{i} {spelled(after)}")
+        rules.append(f"arguments_{i}: {json_rule(function.get('parameters', NO_PARAMETERS) | {'type': 'object'})}")
+    return "\n".join(rules)
 
 
 class Showing:

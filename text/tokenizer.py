@@ -115,6 +115,8 @@ class Tokenizer:
         """The conversation as the model's template writes it; settings: variables that only some templates have."""
         template = self.require_template()
         fixed = {**self._names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        if taken := sorted((settings or {}).keys() & {*fixed, "messages"}):
+            raise ValueError(f"{listed(taken)} cannot be set for the chat template; leave it out")
         if wants_parts(template, frozenset(fixed.items())):
             messages = [{**message, "content": as_parts(message["content"])} for message in messages]
         return render(template, {**(settings or {}), **fixed, "tools": tools, "messages": messages})

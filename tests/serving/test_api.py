@@ -191,8 +191,8 @@ BAD_FIELDS = [
     (CHAT, {"top_logprobs": 2}, "top_logprobs", "logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
     (CHAT, {"chat_template": "{{ 7 * 7 }}"}, "chat_template", "no field"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, None, "messages"),
     (CHAT, {"tools": [{"type": "web_search"}]}, "tools[0]", "web_search"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice", "required"),
     (CHAT, {"modalities": ["audio"]}, "modalities", "not supported"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "xml"),
     (

@@ -1,5 +1,6 @@
 """serve.py as a process, through the client that people use, and through sockets that no client would open so."""
 
+import asyncio
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from itertools import chain
 
+import httpx
 import openai
 import pytest
 
@@ -76,6 +78,37 @@ def test_the_openai_client(server, endless):
         ) as left:
             next(iter(left))
     assert client.chat.completions.create(**ask, max_tokens=12).choices[0].message.content == text
+
+
+def test_many_requests_of_which_some_are_cut_off_or_malformed(server):
+    """60, 16 at a time, of 2 rows: every good one is answered as it is alone, and no row is lost."""
+    _, url = server
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+    prompts, turns = ["he", "the cat", "the dog sat on the mat and he said " * 5], asyncio.Semaphore(16)
+
+    def ask(prompt, **fields):
+        return client.completions.create(model="model", prompt=prompt, **{"temperature": 0, "max_tokens": 8} | fields)
+
+    async def one(i, alone):
+        async with turns:
+            if i % 10 == 0:
+                with pytest.raises(openai.BadRequestError):
+                    await ask("he", n=0)
+            elif i % 10 == 1:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(ask("he", max_tokens=40_000, extra_body={"ignore_eos": True}), 0.02 * i)
+            else:
+                assert (await ask(prompts[i % 3])).choices[0].text == alone[i % 3]
+
+    async def run():
+        alone = [(await ask(prompt)).choices[0].text for prompt in prompts]
+        await asyncio.gather(*(one(i, alone) for i in range(60)))
+
+    asyncio.run(run())
+    until, idle = time.monotonic() + 5, {"gpt_faster_requests_running 0.0", "gpt_faster_requests_waiting 0.0"}
+    while not idle <= {*httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"}).text.splitlines()}:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def connect(url, data=b""):

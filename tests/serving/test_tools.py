@@ -1,7 +1,9 @@
 """Tool calls and thinking, however the text is cut into pieces."""
 
 import json
+from dataclasses import replace
 
+import jsonschema
 import pytest
 
 from serving.fields import RequestError
@@ -73,7 +75,8 @@ def test_thinking(is_thinking, text, reasoning, content, size):
     "template, form",
     [
         ('"Return <tool_call>\\n{"name": ...}\\n</tool_call>"', "hermes"),
-        ("[AVAILABLE_TOOLS]...[TOOL_CALLS]", "mistral"),
+        ("[AVAILABLE_TOOLS]...[TOOL_CALLS]", "mistral array"),
+        ("[AVAILABLE_TOOLS]...[TOOL_CALLS]name[ARGS]{}", "mistral"),
         ('Environment: ipython ... {"name": function name, "parameters": dictionary}', "llama"),
         ("<tool_call><function=name><parameter=city>", None),
         ("{{ messages }}", None),
@@ -138,3 +141,58 @@ def test_thinking_that_the_template_opens_is_reasoning(client):
     form = {"type": "json_schema", "json_schema": {"name": "two", "schema": {"enum": ["a", "b"]}}}
     answer = post(client, CHAT, chat_template_kwargs={"enable_thinking": True}, response_format=form).json()
     assert answer["choices"][0]["message"]["content"] in ('"a"', '"b"')
+
+
+# ---------------------------------------------------------------- calls that are forced
+
+CITY = {"$defs": {"city": {"enum": ["Bern", "K\u00f6ln"]}}, "properties": {"city": {"$ref": "#/$defs/city"}}}
+CITY |= {"type": "object", "required": ["city"], "additionalProperties": False}
+FLAGS = {"type": "object", "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 9}}}
+FLAGS |= {"required": ["on"], "additionalProperties": False}
+SCHEMAS = {"weather": CITY, 'é."b"': FLAGS, "now": {"type": "object", "maxProperties": 0}}
+FORCED = [{"type": "function", "function": {"name": name, "parameters": SCHEMAS[name]}} for name in SCHEMAS]
+FORCED[2]["function"].pop("parameters")
+
+
+HERMES = FORMS["hermes"]  # here with a mark that is a special token
+MARKED = replace(HERMES, begin="<|im_start|>", call=('<|im_start|>{"name": "', *HERMES.call[1:]))
+
+
+@pytest.fixture(params=[*FORMS.values(), MARKED], ids=[*FORMS, "marked"])
+def forcing(request, client, monkeypatch):
+    """The client, whose model writes calls in one of the forms; its short context has no place for the tools."""
+    monkeypatch.setattr("serving.jobs.tool_form", lambda *_: request.param)
+    monkeypatch.setattr("serving.jobs.render", lambda *_: "the cat")
+    return client
+
+
+@pytest.mark.parametrize("is_one", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": 'é."b"'}}])
+def test_a_forced_call_validates(forcing, tokenizer, choice, is_one):
+    """Noise at temperature 1 is held to the form and to the parameters."""
+    ask = {"tools": FORCED, "tool_choice": choice, "parallel_tool_calls": not is_one, "n": 4, "temperature": 1}
+    ends = [tokenizer.eos_id, *tokenizer.encode("]")]  # made likelier, or more calls come than the context holds
+    ask |= {"max_tokens": None, "seed": 1, "logit_bias": {str(token): 3 for token in ends}}
+    for found in post(forcing, CHAT, **ask).json()["choices"]:
+        assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None), found
+        calls = [each["function"] for each in found["message"]["tool_calls"]]
+        assert len(calls) == 1 or not is_one
+        for call in calls:
+            assert choice == "required" or call["name"] == 'é."b"'
+            jsonschema.validate(json.loads(call["arguments"]), SCHEMAS[call["name"]])
+
+
+@pytest.mark.parametrize(
+    "fields, param, word",
+    [
+        ({"tool_choice": "required"}, "tool_choice", "no tool"),
+        ({"tool_choice": {"type": "function", "function": {"name": "rm"}}, "tools": FORCED}, "tool_choice", "rm"),
+        ({"tool_choice": {"type": "function"}, "tools": FORCED}, "tool_choice", "function.name"),
+        ({"tool_choice": "all", "tools": FORCED}, "tool_choice", "required"),
+        ({"tool_choice": "required", "tools": FORCED[2:], "ignore_eos": True}, "tool_choice", "ignore_eos"),
+        ({"parallel_tool_calls": False, "tools": FORCED}, "parallel_tool_calls", "tool_choice"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools[0]", "object"),
+    ],
+)
+def test_a_choice_of_tools_that_cannot_be(client, fields, param, word):
+    assert refusal(post(client, CHAT, **fields), 400, word)["param"] == param
