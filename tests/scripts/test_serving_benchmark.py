@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import AbstractContextManager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,10 +100,14 @@ def test_our_server_is_measured_and_others_that_are_missing_or_fail_are_named(tm
     monkeypatch.setattr(table, "OUR_FLAGS", ["int8"])
     monkeypatch.setattr(table, "QUICK", loads)
     monkeypatch.setattr(servers, "CONTEXT", 64)
+    monkeypatch.setattr(servers, "COMPILED", [])
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     result = {part: {} for part in table.PARTS} | {"model": "tiny", "threads": 1}
     report = Report(str(tmp_path / "out.json"), result)
-    table.fill(report, model=str(path), quick=True, rounds=1, threads=1)
+    fill = partial(table.fill, report, model=str(path), quick=True, rounds=1, threads=1)
+    with pytest.raises(ValueError, match="--servers lacks gpt-faster"):
+        fill(servers=["llama-server"])
+    fill(servers=[*some])
     missing = {"llama-server": "llama-server is not on the path"}
     assert result["left_out"] == missing | {"int8, 3 clients, failing": "too much"}
     assert [*result["loads"]] == ["int8, 3 clients", "int8, by chance"]

@@ -25,6 +25,7 @@ from weights.checkpoint import open_model
 CONTEXT, ROWS = 2048, 16
 READY_SECONDS = 600
 OUR_FLAGS = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--groupsize", "32"]}
+COMPILED = ["--compile"]
 PAGE, CHUNK = 256, 64  # tokens of a page of transformers' cache, and of a step; unset, they would fill the memory
 
 
@@ -78,7 +79,7 @@ def free_port() -> int:
 
 def our_server(model: str, precision: str, threads: int) -> Server:
     limits = ["--max_batch", ROWS, "--max_seq_length", CONTEXT, "--threads", threads]
-    command = [sys.executable, "serve.py", "--checkpoint_path", model, *OUR_FLAGS[precision], *limits]
+    command = [sys.executable, "serve.py", "--checkpoint_path", model, *COMPILED, *OUR_FLAGS[precision], *limits]
     return Server(command, open_model(model).args.vocab_size)
 
 

@@ -53,26 +53,30 @@ SERVERS: dict[str, Callable[[str, str, int], Server | Pipeline]] = {
 
 def add_flags(parser) -> None:
     shared_flags(parser, "benchmarks/serving.json", rounds=2)
+    text = f"of {'; '.join(SERVERS)} (default: all)"
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS], metavar="SERVER", help=text)
     parser.add_argument("--quick", action="store_true", help="1 and 16 clients (default: all loads)")
 
 
-def fill(report: Report, *, model: str, quick: bool, rounds: int, threads: int) -> None:
+def fill(report: Report, *, model: str, servers: list[str], quick: bool, rounds: int, threads: int) -> None:
+    if OURS not in servers:
+        raise ValueError(f"--servers lacks {OURS}, which the others are compared with")
     for precision in OUR_FLAGS:
         with ExitStack() as stack:
-            servers = start_all(report, stack, model, precision, threads)
+            started = start_all(report, stack, servers, model, precision, threads)
             for name, load in (QUICK if quick else LOADS).items():
                 key = f"{precision}, {name}"
-                report.once(report.result["loads"], key, partial(compare, report, key, servers, load, rounds))
+                report.once(report.result["loads"], key, partial(compare, report, key, started, load, rounds))
 
 
-def start_all(report: Report, stack: ExitStack, model: str, precision: str, threads: int) -> Servers:
+def start_all(report: Report, stack: ExitStack, names: list[str], model: str, precision: str, threads: int) -> Servers:
     """The servers that can be started, each of which has answered; the stack ends them."""
     servers = {}
-    for name, start in SERVERS.items():
+    for name in names:
         if precision != "bf16" and name == TRANSFORMERS:  # it has the weights as they are
             continue
         try:
-            server = stack.enter_context(start(model, precision, threads))
+            server = stack.enter_context(SERVERS[name](model, precision, threads))
             server.measure(WARM_UP, "warm up")
             servers[name] = server
             report.result["left_out"].pop(name, None)  # by an earlier run
