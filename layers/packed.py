@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
+from layers.quantized import LAYERS, PART, Int8Linear, QuantizedLinear
 from model import Attend, ExpertLinear, Gate, ModelArgs, Vectors, by_expert, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
@@ -145,6 +145,22 @@ def rounds_each_row(blocks: nn.Module) -> bool:
     return {CodesLinear, ManyAttend} <= kinds and not kinds & others
 
 
+class Permuted(nn.Module):
+    """A layer, or one for each of E experts, whose inputs are put in its order first."""
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        tensors = dict(layer.named_buffers())
+        self.register_buffer("order", tensors.pop("order"))
+        self.layer = type(layer)(**tensors)
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; of experts as `ExpertLinear`."""
+        if chosen is None:
+            return self.layer(x.index_select(-1, self.order))
+        return self.layer(x.expand(-1, chosen.shape[1], -1).gather(-1, self.order[chosen]), chosen)
+
+
 class FloatLinear(nn.Module):
     """A float linear layer of any number of rows, on a CPU.
 
@@ -244,7 +260,7 @@ class AnyExperts(nn.Module):
         return each(x, chosen, list(self.buffers()), self.kind)
 
 
-KINDS = {kind.__name__: kind for kind in (ExpertLinear, Int8Linear, Int4Linear, TorchInt8, TorchInt4)}
+KINDS = {kind.__name__: kind for kind in (ExpertLinear, *LAYERS.values(), TorchInt8, TorchInt4)}
 
 
 def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], kind: str) -> Tensor:

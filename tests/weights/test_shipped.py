@@ -1,0 +1,163 @@
+"""Folders that other programs have quantised, as published descriptions and other libraries have them."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+
+from tests.tiny import SIZES, save_tiny
+from weights.checkpoint import load_model, open_model
+from weights.layout import dequantized
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDS = torch.arange(60)[None]
+SMALL = SIZES | {"hidden_size": 128, "intermediate_size": 192}
+PLAIN = LlamaConfig(**SMALL)
+BIASES = Qwen2Config(**SMALL)
+MOE = Qwen3MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE}
+LAYER = re.compile(r"(.*(?:_proj|experts\.\d+\.\w+))\.weight")
+
+
+# ---------------------------------------------------------------- files as other programs write them, written by hand
+
+
+def random(*shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts(out, n_in, groupsize, bits, seed, symmetric=False):
+    """Unsigned codes [out, in], points and float16 scales [out, groups], and w = (code - point) * scale in float64."""
+    groups = n_in // groupsize
+    codes = (random(out, n_in, seed=seed) * 2**bits).long()
+    points = (random(out, groups, seed=seed + 1) * (2**bits - 1)).long() + 1
+    points = torch.full_like(points, 2 ** (bits - 1)) if symmetric else points
+    scales = ((0.5 + random(out, groups, seed=seed + 2)) / 2**bits).half()
+    return codes, points, scales
+
+
+def exact(codes, points, scales, group_of):
+    return (codes - points[:, group_of]).double() * scales[:, group_of].double()
+
+
+def words(codes, bits, places=None):
+    """[..., n] codes as int32 [..., n * bits / 32]; places: of a word's nibble i is code places[i] of its run."""
+    n = 32 // bits
+    runs = codes.unflatten(-1, (-1, n)).tolist()
+
+    def word(run):
+        value = sum(run[place] << bits * i for i, place in enumerate(places or range(n)))
+        return value - (1 << 32) if value >> 31 else value
+
+    return torch.tensor([[word(run) for run in row] for row in runs], dtype=torch.int32)
+
+
+def awq(groupsize):
+    """AutoAWQ's GEMM: [in, out], the nibbles of a word are outputs 0 2 4 6 1 3 5 7."""
+
+    def pack(out, n_in, seed):
+        size = n_in if groupsize == -1 else groupsize
+        codes, points, scales = parts(out, n_in, size, 4, seed)
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        file = {"qweight": words(codes.T, 4, order), "qzeros": words(points.T, 4, order), "scales": scales.T}
+        return file, exact(codes, points, scales, torch.arange(n_in) // size)
+
+    return {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm", "zero_point": True}, pack
+
+
+def gptq(bits, groupsize, sym, desc_act=False, version="gptq"):
+    """AutoGPTQ: words of inputs; the points are one less in version 1, and in words of outputs."""
+
+    def pack(out, n_in, seed):
+        size = n_in if groupsize == -1 else groupsize
+        codes, points, scales = parts(out, n_in, size, bits, seed, sym)
+        group_of = torch.arange(n_in) // size
+        if desc_act:  # one order for all layers of so many inputs, as one calibration makes it
+            group_of = group_of[torch.randperm(n_in, generator=torch.Generator().manual_seed(n_in))]
+        stored = points - 1 if version == "gptq" else points
+        file = {"qweight": words(codes.T.T, bits).T, "qzeros": words(stored.T, bits), "scales": scales.T}
+        return file | {"g_idx": group_of.int()}, exact(codes, points, scales, group_of)
+
+    settings = {"bits": bits, "group_size": groupsize, "sym": sym, "desc_act": desc_act, "checkpoint_format": version}
+    return {"quant_method": "gptq"} | settings, pack
+
+
+def float8(block, leaf):
+    """DeepSeek's, or one scale for a row or a tensor."""
+
+    def pack(out, n_in, seed):
+        codes = ((random(out, n_in, seed=seed) - 0.5) * 100).to(torch.float8_e4m3fn)
+        rows, columns = block or (1, n_in)
+        scales = 0.01 + random(-(-out // rows), -(-n_in // columns), seed=seed + 1) / 100
+        scales = scales[:1, :1] if block is None and leaf == "weight_scale_inv" else scales
+        each = scales.double().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :n_in]
+        scales = scales if block or len(scales) > 1 else scales[0, 0]
+        file = {"weight": codes, leaf: scales, "input_scale": torch.tensor(0.5)}
+        return file, codes.double() * each
+
+    return {"quant_method": "fp8", "weight_block_size": block and list(block)}, pack
+
+
+METHODS = {
+    "awq g32": (*awq(32), "int4.g32"),
+    "awq g64": (*awq(64), "int4.g64"),
+    "awq of rows": (*awq(-1), "int4.g64 int4.g128"),
+    "gptq int4": (*gptq(4, 32, sym=True), "int4.g32"),
+    "gptq int4 asym": (*gptq(4, 64, sym=False), "int4.g64"),
+    "gptq v2": (*gptq(4, 32, sym=False, version="gptq_v2"), "int4.g32"),
+    "gptq int8": (*gptq(8, 64, sym=True), "int8.g64"),
+    "gptq int8 of rows": (*gptq(8, -1, sym=True), "int8"),
+    "gptq int8 asym": (*gptq(8, 32, sym=False), "int8.zeros.g32"),
+    "gptq desc_act": (*gptq(4, 32, sym=False, desc_act=True), "int4.g32.ordered"),
+    "gptq int8 desc_act": (*gptq(8, 32, sym=True, desc_act=True), "int8.g32.ordered"),
+    "fp8 blocks": (*float8((128, 128), "weight_scale_inv"), "float8 float8.g64"),
+    "fp8 blocks of rows": (*float8((64, 32), "weight_scale_inv"), "float8.g32"),
+    "fp8 rows": (*float8(None, "weight_scale"), "float8"),
+    "fp8": (*float8(None, "weight_scale_inv"), "float8"),
+}
+
+
+def quantise(folder, method, only=LAYER):
+    """Quantise a folder's layers: their weights in float64 by name. In `float` lies the folder with float weights."""
+    settings, pack, _ = METHODS[method]
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    weights, file = {}, dict(state)
+    for i, (name, weight) in enumerate(state.items()):
+        if only.fullmatch(name):
+            tensors, weights[name] = pack(*weight.shape, seed=3 * i)
+            layer = file.pop(name) is weight and name.removesuffix(".weight")
+            file |= {f"{layer}.{leaf}": tensor.contiguous() for leaf, tensor in tensors.items()}
+    (folder / "float").mkdir()
+    save_file(state | {name: weight.float() for name, weight in weights.items()}, folder / "float/model.safetensors")
+    (folder / "float/config.json").write_text(json.dumps(config))
+    save_file(file, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return weights
+
+
+def logits_of_transformers(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")(IDS).logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        *(("plain", method) for method in METHODS),
+        *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "fp8 blocks")),
+        ("biases", "awq g32"),
+    ],
+)
+def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
+    save_tiny(CONFIGS[kind], tmp_path)
+    quantise(tmp_path, method)
+    opened = open_model(tmp_path)
+    assert {str(spec) for spec in opened.table.values()} <= set(METHODS[method][2].split()) and len(opened.table) == 8
+    floats, truth = dequantized(opened).tensors, open_model(tmp_path / "float").tensors
+    for module in opened.table:  # nothing is rounded again
+        assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
