@@ -101,6 +101,34 @@ def float8(block, leaf):
     return {"quant_method": "fp8", "weight_block_size": block and list(block)}, pack
 
 
+def compressed(form, **weights):
+    """By the library compressed-tensors itself."""
+
+    def pack(out, n_in, seed):
+        library = pytest.importorskip("compressed_tensors.quantization")
+        from compressed_tensors.compressors import BaseCompressor
+
+        args = library.QuantizationArgs(**weights)
+        scheme = library.QuantizationScheme(targets=["Linear"], weights=args)
+        rows, columns = weights.get("block_structure", (1, weights.get("group_size", n_in)))
+        n_row, n_column = (1, 1) if weights["strategy"] == "tensor" else (-(-out // rows), -(-n_in // columns))
+        scale = (0.5 + random(n_row, n_column, seed=seed)) * (0.01 if args.type == "float" else 2.0**-args.num_bits)
+        state = {"weight": (random(out, n_in, seed=seed + 1) - 0.5) * 4, "weight_scale": scale.bfloat16().float()}
+        if not args.symmetric:
+            state["weight_zero_point"] = (random(n_row, n_column, seed=seed + 2) * 9 - 4).to(torch.int8)
+        if n_row == n_column == 1:
+            state["weight_scale"] = state["weight_scale"].view(1)
+        compressor = BaseCompressor.get_value_from_registry(form)
+        file = compressor.compress(state, scheme)
+        weight = compressor.decompress(file, scheme)["weight"]
+        return file | {"weight_scale": file["weight_scale"].bfloat16()}, weight
+
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}, pack
+
+
+INT4, INT8 = {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 METHODS = {
     "awq g32": (*awq(32), "int4.g32"),
     "awq g64": (*awq(64), "int4.g64"),
@@ -117,6 +145,15 @@ METHODS = {
     "fp8 blocks of rows": (*float8((64, 32), "weight_scale_inv"), "float8.g32"),
     "fp8 rows": (*float8(None, "weight_scale"), "float8"),
     "fp8": (*float8(None, "weight_scale_inv"), "float8"),
+    "W4A16": (*compressed("pack-quantized", **INT4, symmetric=True, strategy="group", group_size=64), "int4.g64"),
+    "W4A16 asym": (*compressed("pack-quantized", **INT4, symmetric=False, strategy="group", group_size=32), "int4.g32"),
+    "W8A16": (*compressed("pack-quantized", **INT8, symmetric=True, strategy="channel"), "int8"),
+    "W8A16 asym": (*compressed("pack-quantized", **INT8, symmetric=False, strategy="channel"), "int8.zeros"),
+    "W8A8": (*compressed("int-quantized", **INT8, symmetric=True, strategy="channel"), "int8"),
+    "W8A8 asym": (*compressed("int-quantized", **INT8, symmetric=False, strategy="channel"), "int8.zeros"),
+    "FP8 of rows": (*compressed("float-quantized", **FP8, strategy="channel"), "float8"),
+    "FP8 of tensors": (*compressed("float-quantized", **FP8, strategy="tensor"), "float8"),
+    "FP8 of blocks": (*compressed("float-quantized", **FP8, strategy="block", block_structure=[64, 32]), "float8.g32"),
 }
 
 
@@ -147,7 +184,7 @@ def logits_of_transformers(folder):
     "kind, method",
     [
         *(("plain", method) for method in METHODS),
-        *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "fp8 blocks")),
+        *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "W8A16", "fp8 blocks")),
         ("biases", "awq g32"),
     ],
 )
@@ -161,3 +198,103 @@ def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
         assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
     ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
     torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["awq g32", "fp8 rows"])
+def test_layers_left_float_stay_so_and_mixed_ones_become_float(method, tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, method, re.compile(r"(.*layers\.0.*(?:v|down)_proj)\.weight"))
+    assert open_model(tmp_path).table.keys() == {"layers.0.feed_forward.w2"}  # of q, k and v only v has codes
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_fp8_equals_what_transformers_makes_of_the_folder(tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, "fp8 blocks of rows")
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path)
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+def settings(**changes):
+    """Changes quantization_config; ... removes a key."""
+
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        values = config["quantization_config"] | changes
+        config["quantization_config"] = {key: value for key, value in values.items() if value is not ...}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def tensor(leaf, change):
+    """Changes a tensor of the first layer's v."""
+
+    def of_folder(folder):
+        state, name = load_file(folder / "model.safetensors"), f"model.layers.0.self_attn.v_proj.{leaf}"
+        save_file(state | {name: change(state[name]).contiguous()}, folder / "model.safetensors")
+
+    return of_folder
+
+
+def first(value):
+    return lambda t: t.index_fill(0, torch.tensor([0]), value)
+
+
+REFUSED = {
+    "a width": ("awq g32", settings(bits=3), "bits is 3.*supported: 4"),
+    "a packing": ("awq g32", settings(version="gemv"), "version is 'gemv'.*supported: 'gemm'"),
+    "small groups": ("awq g32", settings(group_size=16), "q_proj has groups of 16 of its 128 inputs; a multiple of 32"),
+    "other groups": ("awq g32", settings(group_size=64), r"(the scales of|qzeros) .*has shape"),
+    "short codes": ("awq g32", tensor("qweight", lambda t: t[:-1]), r"v_proj.qweight has shape \[127, 8\].*128, 8"),
+    "narrow codes": ("awq g32", tensor("qweight", lambda t: t[:, :-1]), r"wqkv.weight has shape .*sizes need"),
+    "codes of floats": (
+        "awq g32",
+        tensor("qweight", lambda t: t.float()),
+        "v_proj.qweight is a tensor of torch.float32",
+    ),
+    "a scale of zero": ("awq g32", tensor("scales", first(0)), "scales of .*v_proj.*zero, NaN or infinite"),
+    "a scale of NaN": ("gptq int4", tensor("scales", first(torch.nan)), "scales of .*v_proj.*zero, NaN or infinite"),
+    "no sym": ("gptq int4 asym", settings(sym=True), "q_proj.qzeros are not symmetric, though the config says sym"),
+    "uneven groups": ("gptq desc_act", tensor("g_idx", first(3)), "v_proj has groups that are not of 32 inputs each"),
+    "a g_idx below 0": (
+        "gptq desc_act",
+        tensor("g_idx", first(-1)),
+        "v_proj has groups that are not of 32 inputs each",
+    ),
+    "settings by layer": ("gptq int4", settings(dynamic={"-:.*v_proj": {}}), "dynamic.* not supported"),
+    "no scales": ("gptq int4", settings(group_size=...), "group_size is missing"),
+    "blocks": (
+        "fp8 blocks of rows",
+        settings(weight_block_size=[64, 64]),
+        r"weight_scale_inv has shape \[2, 4\].*2, 2",
+    ),
+    "half a block": ("fp8 blocks of rows", settings(weight_block_size=[64]), r"weight_block_size is \[64\]; two sizes"),
+    "an FP8 of NaN": (
+        "fp8 rows",
+        tensor("weight", lambda t: (t.float() * torch.nan).to(t.dtype)),
+        "v_proj.weight holds NaN",
+    ),
+    "FP8 of e5m2": ("fp8 rows", tensor("weight", lambda t: t.float().to(torch.float8_e5m2)), "float8_e5m2; codes of"),
+    "compressed": ("W8A8", settings(format="marlin-24"), "format 'marlin-24' of 8-bit int weights is not supported"),
+    "sparse": ("W8A8", settings(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
+    "no target": (
+        "W8A8",
+        settings(config_groups={"a": {"targets": ["re:.*mlp"], "weights": INT8 | {"strategy": "channel"}}}),
+        "q_proj is quantised, and no group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_contradicts_itself_is_refused_in_words(name, tmp_path):
+    method, change, words = REFUSED[name]
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, method)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
