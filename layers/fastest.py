@@ -60,7 +60,7 @@ CUDA_REGIONS = RegionBlocks.fits_cuda_graph
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtypes operators  fits                 fast
     Row(FLOAT,                  "cpu",  BF16,  True,      None,                FewRowsLinear),
-    Row(CODES,                  "cpu",  None,  True,      None,                CodesLinear),
+    Row(ALL,                    "cpu",  None,  True,      None,                CodesLinear),
     Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),

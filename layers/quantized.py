@@ -159,6 +159,11 @@ class QuantizedLinear(nn.Module):
         """Numbers that float32 holds exactly, int8 but of float8: [out, in]"""
         raise NotImplementedError
 
+    def unsigned(self) -> tuple[Tensor, int]:
+        """The codes as uint8 [out, in], and the one that stands for 0."""
+        middle = 1 << (self.bits - 1)
+        return self.codes().view(torch.uint8) + middle, middle  # bytes wrap: -1 + 8 is 7
+
     def dequantize(self) -> Tensor:
         """The weight in float32 [out, in]."""
         groups = self.codes().unflatten(-1, (self.scales.shape[-1], -1)).float() * self.scales.float()[..., None]
@@ -231,6 +236,9 @@ class Float8Linear(QuantizedLinear):
 
     def codes(self) -> Tensor:
         return self.weight.view(torch.float8_e4m3fn).float()
+
+    def unsigned(self) -> tuple[Tensor, int]:
+        return self.weight, 0
 
 
 NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear}

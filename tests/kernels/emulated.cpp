@@ -103,7 +103,8 @@ Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in, Dtype 
   }
   const CodesWeight codes{.codes = weight.data<uint8_t>(), .scales = scales.data<void>(), .scale_dtype = scales.dtype,
                           .bias = bias.data<float>(), .in = in, .tiles = weight.size(-2), .groups = scales.size(-3),
-                          .is_int4 = scales.size(-2) == 2};
+                          .is_int4 = scales.size(-2) == 2, .is_float8 = false,
+                          .has_zeros = scales.size(-2) == 2};
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes,
           .many_rows_product = nullptr, .matrix_unit = dtype == Dtype::bfloat16 ? kMatrixUnit : nullptr};
 }

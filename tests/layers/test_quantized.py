@@ -40,7 +40,7 @@ TINY = ModelArgs(
 )
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
 OTHERS = [QuantSpec(8, None, "float8"), QuantSpec(8, 64, "float8"), QuantSpec(8, 64, "int8.zeros")]
-FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32)]
+FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32), *OTHERS]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -148,7 +148,7 @@ def test_plain_forward_is_the_dequantised_weight(spec):
     torch.testing.assert_close(layer(large).double(), 100 * (expected - bias.double()), rtol=0, atol=50)
 
 
-@pytest.mark.parametrize("spec", [*FORMATS, *OTHERS], ids=str)
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
 def test_experts_are_as_many_layers(spec):
     weight, x, chosen = (
         random(4, 40, 64),
