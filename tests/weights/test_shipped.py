@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from tests.tiny import SIZES, save_tiny
+from tp import require_split, shard
 from weights.checkpoint import load_model, open_model
-from weights.layout import dequantized
+from weights.layout import LEAVES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(60)[None]
@@ -193,7 +195,7 @@ def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
     quantise(tmp_path, method)
     opened = open_model(tmp_path)
     assert {str(spec) for spec in opened.table.values()} <= set(METHODS[method][2].split()) and len(opened.table) == 8
-    floats, truth = dequantized(opened).tensors, open_model(tmp_path / "float").tensors
+    floats, truth = (open_model(tmp_path / name, dequantize=True).tensors for name in (".", "float"))
     for module in opened.table:  # nothing is rounded again
         assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
     ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
@@ -298,3 +300,28 @@ def test_a_folder_that_contradicts_itself_is_refused_in_words(name, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, method",
+    [("plain", "awq g32"), ("plain", "fp8 blocks of rows"), ("biases", "fp8 rows"), ("experts", "W8A16")],
+)
+def test_a_rank_has_its_part_of_codes_scales_and_zeros(kind, method, tmp_path):
+    save_tiny(CONFIGS[kind], tmp_path)
+    quantise(tmp_path, method)
+    opened, floats = open_model(tmp_path), open_model(tmp_path, dequantize=True)
+    require_split(opened.args, opened.table, 2)
+    for rank, (module, spec) in product(range(2), opened.table.items()):
+        names = [f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors]
+        parts = {name: shard(name, opened.tensors[name](), opened.args, rank, 2) for name in names}
+        weight = spec.layer(**{name.rpartition(".")[2]: part for name, part in parts.items()}).dequantize()
+        name = f"{module}.weight"
+        assert torch.equal(weight, shard(name, floats.tensors[name](), opened.args, rank, 2)), module
+
+
+def test_ranks_refuse_an_order_of_inputs(tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, "gptq desc_act")
+    opened = open_model(tmp_path)
+    with pytest.raises(ValueError, match="order of its own .*desc_act.*ranks cannot share; give --dequantize"):
+        require_split(opened.args, opened.table, 2)
