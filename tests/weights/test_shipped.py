@@ -242,6 +242,17 @@ def tensor(leaf, change):
     return of_folder
 
 
+def without(leaf):
+    """Removes a tensor of the first layer's v."""
+
+    def of_folder(folder):
+        state = load_file(folder / "model.safetensors")
+        del state[f"model.layers.0.self_attn.v_proj.{leaf}"]
+        save_file(state, folder / "model.safetensors")
+
+    return of_folder
+
+
 def first(value):
     return lambda t: t.index_fill(0, torch.tensor([0]), value)
 
@@ -260,6 +271,7 @@ REFUSED = {
     ),
     "a scale of zero": ("awq g32", tensor("scales", first(0)), "scales of .*v_proj.*zero, NaN or infinite"),
     "a scale of NaN": ("gptq int4", tensor("scales", first(torch.nan)), "scales of .*v_proj.*zero, NaN or infinite"),
+    "no zeros": ("awq g32", without("qzeros"), "lacks the tensor model.layers.0.self_attn.v_proj.qzeros"),
     "no sym": ("gptq int4 asym", settings(sym=True), "q_proj.qzeros are not symmetric, though the config says sym"),
     "uneven groups": ("gptq desc_act", tensor("g_idx", first(3)), "v_proj has groups that are not of 32 inputs each"),
     "a g_idx below 0": (

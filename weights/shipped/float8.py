@@ -5,7 +5,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec
 from weights.layout import Kept, Readers
-from weights.shipped.scales import checked_scales, checked_shape, our_groupsize, spread
+from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, spread
 
 
 def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int, int] | None) -> Kept:
@@ -16,7 +16,7 @@ def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int
     groupsize = None if block is None or block[1] >= n_in else our_groupsize(block[1], n_in, name)
 
     def weight() -> Tensor:
-        codes = raw[f"{name}.weight"]()
+        codes = fetch(raw, f"{name}.weight")
         if codes.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name}.weight is a tensor of {codes.dtype}; codes of float8_e4m3fn are needed")
         codes = codes.view(torch.uint8)
@@ -25,7 +25,10 @@ def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int
         return codes
 
     def scales() -> Tensor:
-        n_out, values = len(raw[f"{name}.weight"]()), checked_scales(f"{name}.{leaf}", raw[f"{name}.{leaf}"]())
+        n_out, values = (
+            len(fetch(raw, f"{name}.weight")),
+            checked_scales(f"{name}.{leaf}", fetch(raw, f"{name}.{leaf}")),
+        )
         if block is None:
             return values.expand(n_out, 1) if values.numel() == 1 else checked_shape(name, values.view(-1, 1), n_out, 1)
         height, width = block

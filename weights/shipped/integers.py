@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec
 from weights.layout import Kept, Readers
-from weights.shipped.scales import checked_scales, checked_shape, our_groupsize, spread, zeros_of
+from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, spread, zeros_of
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of 8 neighbours stand
 
@@ -86,7 +86,7 @@ def file_groupsize(groupsize: int, n_in: int) -> int:
 
 def read_words(raw: Readers, name: str, *shape: int | None) -> Tensor:
     """The tensor of 32-bit words `name`, of this shape; None: any size."""
-    words = raw[name]()
+    words = fetch(raw, name)
     if words.dtype != torch.int32:
         raise ValueError(f"{name} is a tensor of {words.dtype}; words of torch.int32 are needed")
     wanted = [size if want is None else want for size, want in zip(words.shape, shape, strict=False)]
@@ -104,7 +104,7 @@ def awq_layer(name: str, raw: Readers, n_in: int, groupsize: int) -> Kept | None
         return codes.unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T.contiguous()
 
     codes, points = partial(read, "qweight", n_in), partial(read, "qzeros", -(-n_in // groupsize))
-    return Codes(name, 4, n_in, groupsize, codes, lambda: raw[f"{name}.scales"]().T, points).kept()
+    return Codes(name, 4, n_in, groupsize, codes, lambda: fetch(raw, f"{name}.scales").T, points).kept()
 
 
 def gptq_layer(
@@ -128,9 +128,9 @@ def gptq_layer(
     def scales() -> Tensor:
         if symmetric and (points() != 1 << (bits - 1)).any():
             raise ValueError(f"{name}.qzeros are not symmetric, though the config says sym")
-        return raw[f"{name}.scales"]().T
+        return fetch(raw, f"{name}.scales").T
 
-    group_of = raw[f"{name}.g_idx"]().long() if f"{name}.g_idx" in raw else None
+    group_of = fetch(raw, f"{name}.g_idx").long() if f"{name}.g_idx" in raw else None
     if group_of is not None:
         checked_shape(f"{name}.g_idx", group_of, n_in)
     return Codes(name, bits, n_in, groupsize, codes, scales, None if symmetric else points, group_of).kept()
@@ -144,13 +144,13 @@ def packed_layer(name: str, raw: Readers, n_in: int, bits: int, groupsize: int, 
         return unpacked(words, bits)[:, :n_in]
 
     def points() -> Tensor:
-        n_out = len(raw[f"{name}.weight_scale"]())
+        n_out = len(fetch(raw, f"{name}.weight_scale"))
         return unpacked(read_words(raw, f"{name}.weight_zero_point", -(-n_out * bits // 32), None).T, bits).T[:n_out]
 
-    group_of = raw[f"{name}.weight_g_idx"]().long() if f"{name}.weight_g_idx" in raw else None
+    group_of = fetch(raw, f"{name}.weight_g_idx").long() if f"{name}.weight_g_idx" in raw else None
     if group_of is not None and (group_of == -1).all():  # of groups of neighbours
         group_of = None
-    groupsize, scales = file_groupsize(groupsize, n_in), raw[f"{name}.weight_scale"]
+    groupsize, scales = file_groupsize(groupsize, n_in), partial(fetch, raw, f"{name}.weight_scale")
     return Codes(name, bits, n_in, groupsize, codes, scales, None if symmetric else points, group_of).kept()
 
 
@@ -158,11 +158,11 @@ def plain_int8_layer(name: str, raw: Readers, n_in: int, groupsize: int, symmetr
     """weight int8 [out, in], weight_scale [out, n], weight_zero_point int8 [out, n]."""
 
     def unsigned(leaf: str) -> Tensor:
-        tensor = raw[f"{name}.{leaf}"]()
+        tensor = fetch(raw, f"{name}.{leaf}")
         if tensor.dtype != torch.int8:
             raise ValueError(f"{name}.{leaf} is a tensor of {tensor.dtype}; codes of torch.int8 are needed")
         return tensor.view(torch.uint8) ^ 128
 
     codes, points = partial(unsigned, "weight"), None if symmetric else partial(unsigned, "weight_zero_point")
-    scales = raw[f"{name}.weight_scale"]
+    scales = partial(fetch, raw, f"{name}.weight_scale")
     return Codes(name, 8, n_in, file_groupsize(groupsize, n_in), codes, scales, points).kept()

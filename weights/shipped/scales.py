@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layers.quantized import GROUPSIZES
 from weights.device import DTYPES
+from weights.layout import Readers
 
 
 def our_groupsize(groupsize: int, n_in: int, name: str) -> int:
@@ -17,6 +18,13 @@ def our_groupsize(groupsize: int, n_in: int, name: str) -> int:
             f"{name} has groups of {groupsize} of its {n_in} inputs; a multiple of {GROUPSIZES[0]} is needed in both"
         )
     return fits[-1]
+
+
+def fetch(raw: Readers, name: str) -> Tensor:
+    """A tensor of the file."""
+    if name not in raw:
+        raise ValueError(f"the file lacks the tensor {name} of a quantised layer")
+    return raw[name]()
 
 
 def checked_shape(name: str, tensor: Tensor, *shape: int) -> Tensor:
