@@ -42,10 +42,11 @@ def main(**flags) -> None:
             torch.set_num_threads(args.threads)
         say_device(device, ranks)
         began = time.perf_counter()
-        model = load_model(args.checkpoint_path, device, parse_dtype(args.dtype), args.model_name, ranks=ranks)
+        path, dtype = args.checkpoint_path, parse_dtype(args.dtype)
+        model = load_model(path, device, dtype, args.model_name, ranks=ranks, dequantize=args.dequantize)
         model.cache_dtype = parse_cache_dtype(args.cache_dtype)
         engine = build_engine(model, args.compile, args.compile)
-        tokenizer = load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
+        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
         facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
         if args.compile:
@@ -122,7 +123,8 @@ def measure_tasks(
     if report is None:
         return None
     seconds = time.perf_counter() - began
-    specs = {str(spec) for spec in open_model(args.checkpoint_path, args.model_name).table.values()}
+    opened = open_model(args.checkpoint_path, args.model_name, args.dequantize)
+    specs = {str(spec) for spec in opened.table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(specs), "lm_eval": version("lm_eval")}
     print(make_table(report))
     if report.get("groups"):

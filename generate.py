@@ -217,7 +217,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
         path = model_path(args)
-        model = load_model(path, device, dtype, args.model_name, spec, ranks)
+        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
         if tokenizer.templates and not args.chat and not args.interactive:
             say("This model has a chat template: with --chat it answers, without it continues the text")
@@ -237,7 +237,7 @@ def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
     """The draft model, checked to have the tokenizer of the model."""
     device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
     path = Path(args.draft_checkpoint_path)
-    draft = load_model(path, device, parse_dtype(args.dtype))
+    draft = load_model(path, device, parse_dtype(args.dtype), dequantize=args.dequantize)
     draft.cache_dtype = model.cache_dtype
     require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
     step = compile_step(draft_one_token, device) if args.compile else draft_one_token

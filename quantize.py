@@ -56,6 +56,7 @@ def main(**flags) -> None:
     tensors = rounded_tensors(job, windows, args)
     write(job, tensors)
     layers = layer_facts(job, tensors)
+    read = {"model_name": job.model_name, "dequantize": args.dequantize}
     seconds, peak = time.perf_counter() - began, peak_memory(job.device)
     torch.set_num_threads(n_thread)
     facts = {
@@ -68,8 +69,8 @@ def main(**flags) -> None:
         "file_before": sum(path.stat().st_size for path in job.source.paths),
         "file_after": job.target.stat().st_size,
         "layers": layers,
-        "perplexity_before": None if text is None else perplexity_of(job.path, job.model_name, text, job),
-        "perplexity_after": None if text is None else perplexity_of(job.target, None, text, job),
+        "perplexity_before": None if text is None else perplexity_of(job.path, text, job, **read),
+        "perplexity_after": None if text is None else perplexity_of(job.target, text, job),
         "seconds": seconds,
         "peak_memory_gb": peak / GB if peak else None,
     }
@@ -122,7 +123,7 @@ def check_request(args: argparse.Namespace) -> None:
 def open_job(args: argparse.Namespace) -> Job:
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     spec = quant_spec(args.mode, args.groupsize)
-    source = open_model(path, args.model_name)
+    source = open_model(path, args.model_name, args.dequantize)
     source = replace(source, tensors=dropping_page_cache(source.tensors, path))
     layout = source.layout.quantized(new_table(source, spec, path, args.head))
     target = target_path(path, args.mode, spec.groupsize, args.label)
@@ -194,7 +195,7 @@ def rounded_tensors(job: Job, windows: Tensor | None, args: argparse.Namespace) 
     """Every tensor of the quantised file: the layers in the table rounded to nearest or, with windows, by GPTQ."""
     if windows is None:
         return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
-    model = load_model(job.path, job.device, job.dtype, job.model_name)
+    model = load_model(job.path, job.device, job.dtype, job.model_name, dequantize=args.dequantize)
     how = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order")}
     state = model.state_dict() | gptq_(model, windows, job.layout.table, **how)
     return {name: state[name] for name in job.layout.tensors}
@@ -238,10 +239,10 @@ def relative_error(weight: Tensor, rounded: list[Tensor], bits: int) -> float:
     return math.sqrt(error / total) if total else 0.0
 
 
-def perplexity_of(path: Path, model_name: str | None, ids: list[int], job: Job) -> float:
-    """The perplexity of a text for the model in `path`."""
+def perplexity_of(path: Path, ids: list[int], job: Job, **how) -> float:
+    """The perplexity of a text for the model in `path`; how: of `load_model`."""
     say(f"Measuring the perplexity of {path} ...")
-    model = load_model(path, job.device, job.dtype, model_name)
+    model = load_model(path, job.device, job.dtype, **how)
     return perplexity(Engine(model), ids, window=min(WINDOW, model.args.max_seq_length)).perplexity
 
 

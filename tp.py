@@ -117,10 +117,16 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
     widths = {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
     widths["shared.w2"] = args.shared_size
     for module, spec in table.items():
+        if spec.ordered:
+            raise ValueError(
+                f"{module} takes its inputs in an order of its own (GPTQ's desc_act), which ranks cannot share; "
+                "give --dequantize, or use one process"
+            )
         width = next((width for name, width in widths.items() if module.endswith(name)), None)
         if width is not None and spec.groupsize and width // n_rank % spec.groupsize:
             fits = [size for size in GROUPSIZES if width // n_rank % size == 0]
             advice = f"quantise with --groupsize {listed(fits)}" if fits else "use int8 without groups, or fewer ranks"
+            advice += "; --dequantize makes floats, which can be cut"
             raise ValueError(
                 f"{n_rank} ranks split the {width} inputs of {module} into parts of {width // n_rank}, which would cut "
                 f"groups of {spec.groupsize}; {advice}"

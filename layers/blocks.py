@@ -4,6 +4,7 @@ import copy
 from dataclasses import fields
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
@@ -38,6 +39,11 @@ class RegionBlocks(Blocks):
         return _region(block, *inputs)
 
 
+def is_joinable(layer: nn.Module) -> bool:
+    """Whether `join_blocks` takes a layer: no rank's part, and no int8 codes with zeros, which it takes for int4."""
+    return type(layer) is FewRowsLinear or (type(layer) is CodesLinear and not layer.is_int8_with_zeros)
+
+
 class FusedBlocks(RegionBlocks):
     """All blocks as one operator of `kernels/`, for as many tokens in all as its attention takes queries a row."""
 
@@ -56,7 +62,7 @@ class FusedBlocks(RegionBlocks):
         if not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
             return False
         layers = [(b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in blocks]
-        packed = {type(layer) for each in layers for layer in each} <= {FewRowsLinear, CodesLinear}  # no rank's part
+        packed = all(is_joinable(layer) for each in layers for layer in each)
         return packed and args.dim % CodesLinear.LANES == 0 and args.intermediate_size % CodesLinear.GROUP == 0
 
     @staticmethod

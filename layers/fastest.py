@@ -19,12 +19,13 @@ from layers.packed import (
     FloatLinear,
     ManyAttend,
     OperatorAttend,
+    Permuted,
     StepAttend,
     by_torch,
     fits_torch,
     float_copy,
 )
-from layers.quantized import Int4Linear, Int8Linear, replace_
+from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
 from model import (
     Attend,
     Attention,
@@ -53,18 +54,18 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
     return layer.weight.ndim == 3
 
 
-FLOAT, CODES = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear)
+FLOAT, CODES, ALL = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear), tuple(LAYERS.values())
 BF16, HALF = (torch.bfloat16,), (torch.bfloat16, torch.float16)
 CUDA_REGIONS = RegionBlocks.fits_cuda_graph
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtypes operators  fits                 fast
     Row(FLOAT,                  "cpu",  BF16,  True,      None,                FewRowsLinear),
-    Row(CODES,                  "cpu",  None,  True,      None,                CodesLinear),
+    Row(ALL,                    "cpu",  None,  True,      None,                CodesLinear),
     Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),
     Row((Int4Linear,),          "cuda", None,  False,     Int4OnGpu.fits,      Int4OnGpu),
-    Row((ExpertLinear, *CODES), None,   None,  False,     is_experts,          AnyExperts),
+    Row((ExpertLinear, *ALL),   None,   None,  False,     is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  False,     None,                StepAttend),
@@ -99,7 +100,7 @@ def copy_as_float_(model: nn.Module, memory: int | None) -> None:
 
     As much is then left for the cache. memory: bytes that are free; None: nobody knows.
     """
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) in CODES}
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in ALL}
     layers = {name: layer for name, layer in layers.items() if fastest(layer, model) in (None, AnyExperts)}
     weights = sum(layer.scales[..., 0].numel() * layer.in_features for layer in layers.values())
     size = weights * model.dtype.itemsize
@@ -114,6 +115,9 @@ def pack_(model: nn.Module, memory: int | None = None) -> None:
 
     memory: bytes that are free, as in `copy_as_float_`.
     """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear) and layer.order is not None:
+            replace_(model, name, Permuted(layer))
     if model.device.type == "cpu" and not cpu.available():
         copy_as_float_(model, memory)
     # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of

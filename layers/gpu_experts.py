@@ -5,7 +5,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import has_triton
-from model import ACTIVATIONS, MixtureOfExperts, ModelArgs
+from layers.quantized import Int4Linear, Int8Linear
+from model import ACTIVATIONS, ExpertLinear, MixtureOfExperts, ModelArgs
+
+KINDS = {kind.__name__ for kind in (ExpertLinear, Int8Linear, Int4Linear)}  # that the kernels read
 
 
 class GpuExperts(MixtureOfExperts):
@@ -21,8 +24,9 @@ class GpuExperts(MixtureOfExperts):
         self.shared, self.shared_gate = mixture.shared, mixture.shared_gate
 
     @staticmethod
-    def fits(_: MixtureOfExperts, __: ModelArgs) -> bool:
-        return has_triton()
+    def fits(mixture: MixtureOfExperts, _: ModelArgs) -> bool:
+        kinds = {getattr(each, "kind", type(each).__name__) for each in (mixture.w13, mixture.w2)}  # of `AnyExperts`
+        return has_triton() and kinds <= KINDS
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         tensors = [

@@ -23,7 +23,7 @@ class OnGpu(nn.Module):
         nn.Module.__init__(self)
         from kernels.gpu.linear import FEW, new_counters  # registers the operator; it needs Triton
 
-        for name in ("weight", "scales", "zeros", "bias"):
+        for name in ("weight", "scales", "zeros", "bias", "order"):
             tensor = getattr(layer, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.register_buffer("counters", new_counters(self.weight), persistent=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
+from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
 from model import Attend, ExpertLinear, Gate, ModelArgs, Vectors, by_expert, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
@@ -97,11 +97,11 @@ def by_layer(packed: Callable[[QuantizedLinear], tuple[Tensor, ...]], layer: Qua
 
 
 class CodesLinear(nn.Module):
-    """An int8 or int4 linear layer, or one for each of E experts, in the order in which a CPU's instructions read it.
+    """A linear layer of codes, or one for each of E experts, in the order in which a CPU's instructions read it.
 
-    Activations in half precision are rounded to int8 in groups of 32 inputs, float32 ones are not. weight uint8
-    [tiles, bytes], scales and zeros [tiles, groups, 1 or 2, 16] in the file's dtype, bias float32 [tiles * 16]; those
-    of experts are [E, ...].
+    Activations in half precision are rounded to int8 in groups of 32 inputs, those in float32 or of a float8 layer are
+    not. weight [tiles, bytes], uint8 or, which tells the operators that it is, float8_e4m3fn; scales and zeros [tiles,
+    groups, 1 or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
     """
 
     LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
@@ -109,8 +109,9 @@ class CodesLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.out_features = layer.scales.shape[-2]
+        self.is_int8_with_zeros = layer.bits == 8 and layer.zeros is not None
         weight, scales = by_layer(self.packed, layer)
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight.view(torch.float8_e4m3fn) if type(layer) is Float8Linear else weight)
         self.register_buffer("scales", scales)
         pad = (0, -self.out_features % self.LANES)
         self.register_buffer("bias", None if layer.bias is None else F.pad(layer.bias.float(), pad))
@@ -118,10 +119,9 @@ class CodesLinear(nn.Module):
     @classmethod
     def packed(cls, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
         """weight and scales of one layer."""
-        codes, offset = layer.codes().view(torch.uint8), 1 << (layer.bits - 1)
+        codes, nothing = layer.unsigned()
         pad = (0, -codes.shape[1] % cls.GROUP, 0, -codes.shape[0] % cls.LANES)
-        unsigned = F.pad(codes + offset, pad, value=offset)  # bytes wrap: -1 + 8 is 7
-        tiles = unsigned.unflatten(0, (-1, cls.LANES))  # [tiles, 16, in]
+        tiles = F.pad(codes, pad, value=nothing).unflatten(0, (-1, cls.LANES))  # [tiles, 16, in]
         fours = tiles.unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, in / 4, 16, 4]
         weight = fours[:, 0::2] | fours[:, 1::2] << 4 if layer.bits == 4 else fours
         parts = [layer.scales] if layer.zeros is None else [layer.scales, layer.zeros]
@@ -141,8 +141,24 @@ class CodesLinear(nn.Module):
 def rounds_each_row(blocks: nn.Module) -> bool:
     """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
     kinds = {type(module) for module in blocks.modules()}
-    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend}
+    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, *LAYERS.values()}
     return {CodesLinear, ManyAttend} <= kinds and not kinds & others
+
+
+class Permuted(nn.Module):
+    """A layer, or one for each of E experts, whose inputs are put in its order first."""
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__()
+        tensors = dict(layer.named_buffers())
+        self.register_buffer("order", tensors.pop("order"))
+        self.layer = type(layer)(**tensors)
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; of experts as `ExpertLinear`."""
+        if chosen is None:
+            return self.layer(x.index_select(-1, self.order))
+        return self.layer(x.expand(-1, chosen.shape[1], -1).gather(-1, self.order[chosen]), chosen)
 
 
 class FloatLinear(nn.Module):
@@ -244,7 +260,7 @@ class AnyExperts(nn.Module):
         return each(x, chosen, list(self.buffers()), self.kind)
 
 
-KINDS = {kind.__name__: kind for kind in (ExpertLinear, Int8Linear, Int4Linear, TorchInt8, TorchInt4)}
+KINDS = {kind.__name__: kind for kind in (ExpertLinear, *LAYERS.values(), TorchInt8, TorchInt4)}
 
 
 def each_expert(x: Tensor, chosen: Tensor, tensors: list[Tensor], kind: str) -> Tensor:

@@ -1,9 +1,10 @@
 """Formats of quantised linear layers and their arithmetic.
 
 A weight is w = code * scale + zero, with one scale for each group of inputs of each output row: int8 is symmetric
-(codes -128..127, no zero; by default one group a row), int4 is not (codes -8..7). Files hold the logical layout of the
-classes below; `layers.fastest.pack_` makes what a device's kernels read, once, after loading. A new format is a class
-here, a row of `LAYERS` and, where it has a fast form, a row of `layers.fastest.TABLE`."""
+(codes -128..127, no zero; by default one group a row), int4 is not (codes -8..7). Formats with a name are not made
+here: a file that another program has quantised keeps them. Files hold the logical layout of the classes below;
+`layers.fastest.pack_` makes what a device's kernels read, once, after loading. A new format is a class here, a row of
+`LAYERS` and, where it has a fast form, a row of `layers.fastest.TABLE`."""
 
 import functools
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ class QuantSpec:
 
     bits: int
     groupsize: int | None = None  # inputs that share a scale; None: all of a row
+    format: str | None = None  # one of `LAYERS` that has a name; None: what is made here of so many bits
+    ordered: bool = False  # whether the layer holds the order in which its codes take the inputs
 
     def __post_init__(self):
         supported = ", ".join(map(str, GROUPSIZES))
@@ -36,6 +39,15 @@ class QuantSpec:
             raise ValueError(f"int4 needs a groupsize; use one of {supported}")
         if self.groupsize is not None and (type(self.groupsize) is not int or self.groupsize not in GROUPSIZES):
             raise ValueError(f"groupsize {self.groupsize!r} is not supported; use one of {supported}")
+        if self.format is not None and self.format not in NAMED:
+            raise ValueError(f"format {self.format!r} is not supported; supported: {', '.join(NAMED)}")
+        if self.layer.bits != self.bits or type(self.ordered) is not bool:
+            raise ValueError(f"there is no format {self.format!r} of {self.bits} bits, ordered: {self.ordered!r}")
+
+    @property
+    def layer(self) -> type["QuantizedLinear"]:
+        """The class of such a layer."""
+        return LAYERS[self.format or self.bits]
 
     def groups(self, in_features: int, name: str) -> int:
         """Groups in a row of layer `name`; a ValueError names the groupsizes that divide it, if this one does not."""
@@ -48,7 +60,8 @@ class QuantSpec:
         return in_features // self.groupsize
 
     def __str__(self) -> str:
-        return f"int{self.bits}" + (f".g{self.groupsize}" if self.groupsize else "")
+        group, order = f".g{self.groupsize}" if self.groupsize else "", ".ordered" if self.ordered else ""
+        return f"{self.format or f'int{self.bits}'}{group}{order}"
 
 
 def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
@@ -65,9 +78,14 @@ def scales_and_zeros(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:  # [..
     if bits == 8:
         scales = groups.abs().amax(-1, keepdim=True) / 127
         return scales.bfloat16().float(), torch.zeros_like(scales)
+    return asymmetric_scales(groups, bits)
+
+
+def asymmetric_scales(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `scales_and_zeros`, where the codes reach from the least weight of each group to its largest."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    scales = ((high - low) / 15).bfloat16().float()
-    return scales, (low + 8 * scales).bfloat16().float()
+    scales = ((high - low) / ((1 << bits) - 1)).bfloat16().float()
+    return scales, (low + (1 << (bits - 1)) * scales).bfloat16().float()
 
 
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -98,7 +116,7 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") ->
     """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `LAYERS`."""
     rows, n_group = weight.flatten(0, -2), spec.groups(weight.shape[-1], name)
     parts = [
-        LAYERS[spec.bits].rounded(part.float().unflatten(1, (n_group, -1)))
+        spec.layer.rounded(part.float().unflatten(1, (n_group, -1)))
         for part in rows.split(max(1, PART // rows.shape[1]))
     ]
     return {key: torch.cat([part[key] for part in parts]).unflatten(0, weight.shape[:-1]) for key in parts[0]}
@@ -107,14 +125,23 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") ->
 class QuantizedLinear(nn.Module):
     """A linear layer of codes, or one for each of E experts: every tensor is then [E, ...].
 
-    weight: codes as the format stores them. scales, and zeros or None: [out, groups]. bias: [out] or None.
+    weight: codes as the format stores them. scales, and zeros or None: [out, groups]. bias: [out] or None. order: int64
+    [in] or None: column i of the codes, scales and zeros is for input order[i].
     """
 
     bits: int
 
-    def __init__(self, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+    ):
         super().__init__()
-        for name, tensor in (("weight", weight), ("scales", scales), ("zeros", zeros), ("bias", bias)):
+        tensors = {"weight": weight, "scales": scales, "zeros": zeros, "bias": bias, "order": order}
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     @classmethod
@@ -129,13 +156,21 @@ class QuantizedLinear(nn.Module):
         return self.weight.shape[-1] * self.weight.itemsize * 8 // self.bits
 
     def codes(self) -> Tensor:
-        """int8 [out, in]"""
+        """Numbers that float32 holds exactly, int8 but of float8: [out, in]"""
         raise NotImplementedError
+
+    def unsigned(self) -> tuple[Tensor, int]:
+        """The codes as uint8 [out, in], and the one that stands for 0."""
+        middle = 1 << (self.bits - 1)
+        return self.codes().view(torch.uint8) + middle, middle  # bytes wrap: -1 + 8 is 7
 
     def dequantize(self) -> Tensor:
         """The weight in float32 [out, in]."""
         groups = self.codes().unflatten(-1, (self.scales.shape[-1], -1)).float() * self.scales.float()[..., None]
-        return (groups if self.zeros is None else groups + self.zeros.float()[..., None]).flatten(-2)
+        weight = (groups if self.zeros is None else groups + self.zeros.float()[..., None]).flatten(-2)
+        if self.order is None:
+            return weight
+        return weight.gather(-1, self.order.argsort()[..., None, :].expand_as(weight))
 
     def expert(self, e: int) -> "QuantizedLinear":
         return type(self)(**{name: tensor[e] for name, tensor in self.named_buffers()})
@@ -174,7 +209,40 @@ class Int4Linear(QuantizedLinear):
         return unpack_nibbles(self.weight)
 
 
-LAYERS = {8: Int8Linear, 4: Int4Linear}
+class Int8ZerosLinear(Int8Linear):
+    """weight int8 [out, in], scales and zeros [out, 1] or [out, in/g]."""
+
+    @classmethod
+    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
+        scales, zeros = asymmetric_scales(groups, cls.bits)
+        codes = to_codes(groups, scales, zeros, cls.bits).to(torch.int8)
+        return {"weight": codes.flatten(1), "scales": scales[..., 0].bfloat16(), "zeros": zeros[..., 0].bfloat16()}
+
+    def linear(self, x: Tensor) -> Tensor:
+        return QuantizedLinear.linear(self, x)
+
+
+class Float8Linear(QuantizedLinear):
+    """weight uint8 [out, in], the bits of float8_e4m3fn; scales [out, 1] or [out, in/g], no zeros."""
+
+    bits = 8
+
+    @classmethod
+    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scales = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
+        codes = (groups / scales.where(scales > 0, 1)).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return {"weight": codes.view(torch.uint8).flatten(1), "scales": scales[..., 0].bfloat16()}
+
+    def codes(self) -> Tensor:
+        return self.weight.view(torch.float8_e4m3fn).float()
+
+    def unsigned(self) -> tuple[Tensor, int]:
+        return self.weight, 0
+
+
+NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear}
+LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
 
 
 def linear_table(model: nn.Module, spec: QuantSpec, head: QuantSpec | None) -> dict[str, QuantSpec]:
@@ -205,7 +273,10 @@ def table_from_json(value) -> dict[str, QuantSpec]:
 
 
 def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
-    """Replace each layer in `table` by its quantised form; on the meta device, by a shell to load into."""
+    """Replace each layer in `table` by its quantised form; on the meta device, by a shell to load into.
+
+    An ordered one can only be loaded.
+    """
     layers = dict(model.named_modules())
     for name, spec in table.items():
         layer = layers.get(name)
@@ -214,14 +285,17 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
         spec.groups(layer.weight.shape[-1], name)
         weight = layer.weight
         tensors = _meta_tensors(weight.shape, spec) if weight.is_meta else quantize_weight(weight, spec)
-        replace_(model, name, LAYERS[spec.bits](**tensors, bias=getattr(layer, "bias", None)))
+        replace_(model, name, spec.layer(**tensors, bias=getattr(layer, "bias", None)))
 
 
 @functools.cache  # a model has few different shapes, and each costs a millisecond
 def _meta_tensors(shape: torch.Size, spec: QuantSpec) -> dict[str, Tensor]:
     # widths and dtypes of a row of zeros: arithmetic on meta tensors imports the compiler, two seconds of start-up
     row = quantize_weight(torch.zeros(1, shape[-1], device="cpu"), spec)
-    return {key: torch.empty(*shape[:-1], t.shape[-1], dtype=t.dtype, device="meta") for key, t in row.items()}
+    tensors = {key: torch.empty(*shape[:-1], t.shape[-1], dtype=t.dtype, device="meta") for key, t in row.items()}
+    if spec.ordered:
+        tensors["order"] = torch.empty(*shape[:-2], shape[-1], dtype=torch.int64, device="meta")
+    return tensors
 
 
 def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:

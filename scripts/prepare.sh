@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Download a model, convert it and round it to int8: bash scripts/prepare.sh HuggingFaceTB/SmolLM2-135M-Instruct
+# Download a model, convert it to floats and round it to int8: bash scripts/prepare.sh HuggingFaceTB/SmolLM2-135M-Instruct
 set -euo pipefail
 
 if [ $# -ne 1 ] || [[ $1 == -* ]]; then
@@ -9,5 +9,5 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 "${PYTHON:-python}" scripts/download.py --repo_id "$1"
-"${PYTHON:-python}" scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$1"
+"${PYTHON:-python}" scripts/convert_hf_checkpoint.py --checkpoint_dir "checkpoints/$1" --dequantize
 "${PYTHON:-python}" quantize.py --checkpoint_path "checkpoints/$1/model.pth" --mode int8

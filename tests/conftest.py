@@ -90,7 +90,7 @@ def default_model_dir(default_gguf):
             link_or_copy(default_gguf, folder / GGUF)
             for kept in folder.glob("*.json"):  # by the converter
                 kept.unlink()
-            result = run(CONVERT, "--checkpoint_dir", folder, timeout=600)
+            result = run(CONVERT, "--checkpoint_dir", folder, "--dequantize", timeout=600)
             assert result.returncode == 0, result.stderr
             stamp.write_text(converter_digest())
     return folder
@@ -99,7 +99,7 @@ def default_model_dir(default_gguf):
 def converter_digest():
     """Changes when the code that writes a converted checkpoint does; unlike times, it is the same in every clone."""
     sources = [ROOT / name for name in ("model.py", CONVERT)]
-    sources += [*sorted((ROOT / "weights").glob("*.py")), *sorted((ROOT / "text").glob("*.py"))]
+    sources += [*sorted((ROOT / "weights").rglob("*.py")), *sorted((ROOT / "text").glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -225,7 +225,7 @@ def test_hugging_face_folder(tmp_path):
 
 def test_gguf_brings_its_tokenizer_and_is_what_the_file_is_compared_with(default_gguf, tmp_path, capsys):
     os.symlink(default_gguf, tmp_path / "some.gguf")
-    facts = quantise(tmp_path / "some.gguf")
+    facts = quantise(tmp_path / "some.gguf", "--dequantize")
     tokenizer = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert names(tmp_path) == sorted(["some.gguf", "some_int8.pth", *tokenizer])
     assert facts["bytes_before"] == 2 * 134_515_008  # parameters in bfloat16, whatever the file has
@@ -234,6 +234,25 @@ def test_gguf_brings_its_tokenizer_and_is_what_the_file_is_compared_with(default
     assert all(0.005 < layer["relative_error"] < 0.02 for layer in facts["layers"])
     (tmp_path / "some.gguf").unlink()
     assert load_tokenizer(tmp_path / "some_int8.pth").encode(TEXT) == load_tokenizer(default_gguf).encode(TEXT)
+
+
+def test_codes_become_floats_on_request(folder, text, call, capsys):
+    """Commands compute the same in float32 either way, and what would round codes again names the flag."""
+    quantise(folder / "model.pth", "--mode", "int4")
+    path, exact = folder / "model_int4.g32.pth", ("--dtype", "float32")
+    capsys.readouterr()
+    for name, flags in {
+        "generate.py": ("--prompt", "the cat", "--temperature", 0, "--max_new_tokens", 8, "--num_samples", 1),
+        "eval.py": ("--perplexity", text),
+    }.items():
+        command = (name, "--checkpoint_path", path, *exact, *flags)
+        printed = [call(*command, *more).out.splitlines()[0] for more in ((), ("--dequantize",))]
+        assert printed[0] == printed[1]
+    kept, floats = open_model(path), open_model(path, dequantize=True)
+    assert not floats.table and floats.layout.bytes(torch.float32) > 2 * kept.layout.bytes(torch.float32)
+    with pytest.raises(ValueError, match="quantised already .*or give --dequantize"):
+        call("generate.py", "--checkpoint_path", path, "--prompt", "a", "--quantize", "int8")
+    assert quantise(path, "--dequantize")["layers"]
 
 
 def test_an_existing_file_is_replaced(folder):
@@ -546,7 +565,7 @@ def test_prepare_downloads_converts_and_quantises(tmp_path):
     assert done.returncode == 0
     assert log.read_text().splitlines() == [
         "scripts/download.py --repo_id a/b",
-        "scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/a/b",
+        "scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/a/b --dequantize",
         "quantize.py --checkpoint_path checkpoints/a/b/model.pth --mode int8",
     ]
 

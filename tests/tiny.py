@@ -19,11 +19,11 @@ from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from engine.speculative import Speculation
-from layers.quantized import LAYERS
 from model import ModelArgs, Transformer
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import build, load_model, save_checkpoint
 from weights.huggingface import HF_MODULES
+from weights.layout import LEAVES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -146,9 +146,8 @@ def dequantised(args, state, table):
     """A float model with the weights that `state` stores."""
     state = dict(state)
     for name, spec in table.items():
-        keys = ("weight", "scales", "zeros")[: 3 if spec.bits == 4 else 2]
-        layer = LAYERS[spec.bits](*(state.pop(f"{name}.{key}") for key in keys))
-        state[f"{name}.weight"] = layer.dequantize()
+        tensors = {key: state.pop(f"{name}.{key}") for key in LEAVES if f"{name}.{key}" in state}
+        state[f"{name}.weight"] = spec.layer(**tensors).dequantize()
     return build(replace(args, tie_embeddings=False), state)
 
 

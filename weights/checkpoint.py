@@ -21,7 +21,7 @@ from weights.files import WEIGHTS, atomic_path, read_json, require_space, requir
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
-from weights.layout import Layout, ModelFile
+from weights.layout import Layout, ModelFile, dequantized
 from weights.registry import args_from_name
 from weights.torch_files import open_torch
 
@@ -37,10 +37,10 @@ def find_checkpoint(path: str | Path) -> Path:
     return own if own.exists() and not path.exists() else path
 
 
-def open_model(path: str | Path, model_name: str | None = None) -> ModelFile:
+def open_model(path: str | Path, model_name: str | None = None, dequantize: bool = False) -> ModelFile:
     """Find out what `path` is by its content, and read its sizes.
 
-    model_name: a registry name, needed only for a file that does not say what it is.
+    model_name: a registry name, needed only for a file that does not say what it is. dequantize: codes become floats.
     """
     path = Path(path)
     if path.is_dir():
@@ -59,14 +59,12 @@ def open_model(path: str | Path, model_name: str | None = None) -> ModelFile:
         opened = open_torch(path, model_name)
     if model_name is not None:
         reject_contradiction(opened.args, args_from_name(model_name), path, model_name)
-    return opened
+    return dequantized(opened) if dequantize else opened
 
 
-def open_folder(
-    folder: Path, model_name: str | None = None, converted: bool = True, keep_quantized: bool = False
-) -> ModelFile:
+def open_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> ModelFile:
     """The model in a folder, as `model_in` finds it; of an adapter it is said that it is not used."""
-    opened = model_in(folder, model_name, converted, keep_quantized)
+    opened = model_in(folder, model_name, converted)
     if adapter := adapter_in(folder):
         if opened is None:
             raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
@@ -85,22 +83,17 @@ def adapter_in(folder: Path) -> str | None:
     return f"an adapter ({config.get('peft_type', 'LORA')} of {config.get('base_model_name_or_path')})"
 
 
-def model_in(folder: Path, model_name: str | None, converted: bool, keep_quantized: bool) -> ModelFile | None:
-    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file.
-
-    keep_quantized: see `open_gguf`; a Hugging Face model is refused then, as it is float.
-    """
+def model_in(folder: Path, model_name: str | None, converted: bool) -> ModelFile | None:
+    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file."""
     if converted and (folder / "model.pth").is_file():
         return open_torch(folder / "model.pth", model_name)
     opened = open_hf(folder)
     if opened is not None:
-        if keep_quantized:
-            raise ValueError(f"{folder} holds float weights; --keep_quantized is for a folder with only a GGUF file")
         return opened
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{folder} has several models; give the path of one: {', '.join(map(str, files))}")
-    return open_gguf(files[0], keep_quantized) if files else None
+    return open_gguf(files[0]) if files else None
 
 
 def missing_checkpoint(path: Path) -> str:
@@ -130,7 +123,7 @@ def new_table(opened: ModelFile, spec: QuantSpec | None, path: str | Path, head:
         return {}
     if opened.table:
         specs = ", ".join(sorted({str(each) for each in opened.table.values()}))
-        raise ValueError(f"{path} is quantised already ({specs}); start from the float file")
+        raise ValueError(f"{path} is quantised already ({specs}); start from the float file, or give --dequantize")
     heads = {"int8": QuantSpec(8), "float": None, "int4": spec}
     return linear_table(opened.layout.model, spec, heads[head])
 
@@ -225,13 +218,14 @@ def load_model(
     model_name: str | None = None,
     quantize: QuantSpec | None = None,
     ranks: Ranks | None = None,
+    dequantize: bool = False,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
-    model_name: see `open_model`. quantize: round the linear layers of a float file to nearest. ranks: those that share
-    the model, each with its part of the weights.
+    model_name, dequantize: see `open_model`. quantize: round the linear layers of a float file to nearest. ranks: those
+    that share the model, each with its part of the weights.
     """
-    opened = open_model(path, model_name)
+    opened = open_model(path, model_name, dequantize)
     return fetch(opened, path, torch.device(device), dtype, new_table(opened, quantize, path), "Loading", ranks)
 
 

@@ -164,17 +164,11 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
         for part, name in zip(source_modules(module, modules)[0], names, strict=True):
             keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
             codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
-    if not table:
-        there = ", ".join(sorted({each.name for each, _, _ in file.tensors.values()}))
-        raise ValueError(
-            f"{file.path} has no whole layer in {' or '.join(KEPT)} to keep; "
-            f"its types are {there}: convert it without --keep_quantized"
-        )
     return table, codes
 
 
-def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
-    """A GGUF file; keep_quantized: layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again."""
+def open_gguf(path: Path) -> ModelFile:
+    """A GGUF file. Layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again; others become float."""
     file = GGUFFile(path)
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -191,7 +185,6 @@ def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
         return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
 
     raw = {name: partial(read, name) for name in file.tensors}
-    if keep_quantized:
-        table, codes = kept_layers(file, layout, modules)
-        raw, layout = raw | codes, layout.quantized(table)
+    table, codes = kept_layers(file, layout, modules)
+    raw, layout = raw | codes, layout.quantized(table)
     return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), (path,), gguf=path)

@@ -7,6 +7,8 @@ from pathlib import Path
 from weights.families import Config, args_from_config
 from weights.files import damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
+from weights.shipped.layers import kept_layers
+from weights.shipped.methods import read_layer_of
 
 # Our module -> theirs, see `source_modules`.
 HF_MODULES = {
@@ -59,8 +61,6 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
-QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; the last is MLX's
-QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
 
 
 def hf_modules(model_type: str) -> dict[str, tuple[str, ...]]:
@@ -78,7 +78,7 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has weights but no config.json, which tells their architecture")
     config = read_json(folder / "config.json")
-    refuse_quantised(config, folder)
+    read_layer = read_layer_of(config, folder)
     raw = {}
     for path in paths:
         raw |= safetensors_file(path) if path.suffix == ".safetensors" else readers(read_torch(path), path)
@@ -90,27 +90,16 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     args, raw = head_as_stored(
         args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
     )
-    layout = Layout(args)
-    return ModelFile(layout, rename(layout, raw, hf_modules(config["model_type"]), where), tuple(paths))
+    layout, modules = Layout(args), hf_modules(config["model_type"])
+    if read_layer is not None:
+        layout, raw = kept_layers(layout, raw, modules, read_layer, where)
+    return ModelFile(layout, rename(layout, raw, modules, where), tuple(paths))
 
 
 def text_config(config: dict) -> dict:
     """The config of the language part; whether its head is tied is said beside it, or in it."""
     tied = config.get("tie_word_embeddings")
     return config["text_config"] | ({} if tied is None else {"tie_word_embeddings": tied})
-
-
-def refuse_quantised(config: dict, folder: Path) -> None:
-    """Refuse a model whose weights another program has quantised."""
-    found = [(f"{key} of config.json", config[key]) for key in QUANTISED_KEYS if isinstance(config.get(key), dict)]
-    found += [(name, read_json(folder / name)) for name in QUANTISED_FILES if (folder / name).exists()]
-    if found:
-        where, settings = found[0]
-        how = [f"{key} {settings[key]}" for key in ("quant_method", "bits") if key in settings]
-        raise ValueError(
-            f"{folder} is quantised, as {where} says ({', '.join(how) or 'no method named'}), in a form that is "
-            "not supported; use the float model it was made from, or a GGUF file"
-        )
 
 
 def with_usual_names(raw: Readers, where: Path) -> Readers:

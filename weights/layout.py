@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from model import ModelArgs, Transformer
 
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
 
+LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
 EXPERT_TENSOR = re.compile(r"feed_forward\.(layer\.)?w(13|2)\.")  # layer: where ranks share it
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
@@ -78,6 +79,28 @@ class ModelFile:
         return self.layout.table
 
 
+class Kept(NamedTuple):
+    """A layer, or some rows of one, whose codes a file has: how, and its tensors by the names of `QuantizedLinear`."""
+
+    spec: QuantSpec
+    tensors: Readers
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, in float32."""
+        return self.spec.layer(**{name: read() for name, read in self.tensors.items()}).dequantize()
+
+
+def dequantized(opened: ModelFile) -> ModelFile:
+    """The model in an open file with float weights in the place of codes."""
+    layout = opened.layout
+    tensors = {name: read for name, read in opened.tensors.items() if not layout.keeps_dtype(name)}
+    for module, spec in layout.table.items():
+        names = {leaf: f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors}
+        tensors[f"{module}.weight"] = Kept(spec, {leaf: opened.tensors[name] for leaf, name in names.items()}).weight
+    args, tensors = head_as_stored(layout.args, tensors)
+    return replace(opened, layout=Layout(args), tensors=tensors)
+
+
 def readers(state: Any, path: Path) -> Readers:
     """The tensors of a dictionary that holds nothing else, each of them plain: strided, with its data."""
     if not isinstance(state, dict) or not state:
@@ -129,6 +152,8 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved
     for name in layout.tensors:
         module, _, leaf = name.rpartition(".")
         parts = source_modules(module, modules, layout.args.n_expert)
+        if leaf == "order":  # in which all rows of a layer take the inputs
+            parts = [of_expert[:1] for of_expert in parts]
         names = [[f"{part}.{leaf}" for part in of_expert] for of_expert in parts]
         absent = [part for of_expert in names for part in of_expert if part not in raw]
         if absent:

@@ -149,6 +149,16 @@ INLINE Ints code_of(Bytes codes, int c) {
   return {_mm256_srli_epi32(codes.low, 8 * c) & byte, _mm256_srli_epi32(codes.high, 8 * c) & byte};
 }
 
+// Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
+// another bias.
+INLINE Floats e4m3_of(Bytes codes, int c) {
+  const auto number = [&](__m256i codes) {
+    const __m256i placed = _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * c), 4);
+    return (__m256)(placed & _mm256_set1_epi32(0x87f00000)) * _mm256_set1_ps(0x1p120f);
+  };
+  return {number(codes.low), number(codes.high)};
+}
+
 // Sums of two products of an unsigned and a signed byte, which must fit 16 bits, to four.
 INLINE __m256i fours(__m256i twos) { return _mm256_madd_epi16(twos, _mm256_set1_epi16(1)); }
 

@@ -107,6 +107,12 @@ INLINE Bytes high_nibbles(Bytes both) { return both >> 4; }
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) { return ((Ints)codes >> 8 * c) & 255; }
 
+// Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
+// another bias.
+INLINE Floats e4m3_of(Bytes codes, int c) {
+  return (Floats)((((Ints)codes << (24 - 8 * c)) >> 4) & static_cast<int32_t>(0x87f00000)) * 0x1p120f;
+}
+
 // What int8 codes, which are stored with 128 added, still have more than they should in a product.
 constexpr int kAddedToInt8 = 128;
 

@@ -93,8 +93,8 @@ struct Blocks {
     qkv = scratch.take<Element>(M * (n_head + 2 * n_kv_head) * D), gate_up = scratch.take<Element>(M * 2 * width);
     q = scratch.take<Element>(M * n_head * D), attended = scratch.take<Element>(M * n_head * D);
     hidden = scratch.take<Element>(M * width);
-    quantised = scratch.take<char>(Activations::bytes(M, widest, dtype_of<Element>));
-    other_quantised = scratch.take<char>(Activations::bytes(M, widest, dtype_of<Element>));
+    quantised = scratch.take<char>(Activations::bytes(M, widest, true));  // some layers may take floats, some not
+    other_quantised = scratch.take<char>(Activations::bytes(M, widest, true));
     if (M > kFewRows) return;
     const Attention<Element> attention = this->attention(caches[0]);
     const FewQueries<Element> few{attention, nullptr};

@@ -53,7 +53,7 @@ struct Experts {
   Job job(const Linear& layer, std::vector<int64_t> places, Scratch& scratch) const {
     const int64_t M = places.size(), in = layer.in;
     Job job{.layer = layer, .x = row(places[0]), .y = y + places[0] * layer.out};
-    job.scratch = scratch.take<char>(Activations::bytes(M, in, dtype_of<Element>));
+    job.scratch = scratch.take<char>(Activations::bytes(M, in, layer.codes.multiplies_floats(dtype_of<Element>)));
     if (M > 1) {
       Element* rows = scratch.take<Element>(M * in);
       for (int64_t m = 0; m < M; m++) std::memcpy(rows + m * in, row(places[m]), in * sizeof(Element));

@@ -65,7 +65,7 @@ struct Linear {
   void quantise_inputs(const Element* x, int64_t M, int64_t S, void* scratch, int64_t m, Range inputs) const {
     if (takes_floats(S)) return;
     const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
-    quantise(x, codes, Activations(scratch, M, in, dtype_of<Element>), m, groups);
+    quantise(x, codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), m, groups);
   }
 
   // All inputs of all rows, by all threads.
@@ -82,7 +82,7 @@ struct Linear {
   void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
     if (has_codes) {
       const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
-      return multiply_few(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, tiles);
+      return multiply_few(codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), y, dtype_of<Element>, tiles);
     }
     if constexpr (std::is_same_v<Element, BFloat16>) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply(outputs);
   }
@@ -92,7 +92,7 @@ struct Linear {
   void multiply_many_rows(const Element* x, Element* y, int64_t M, int64_t S, void* scratch,
                           const Threads& threads) const {
     if (!takes_floats(S)) {
-      return multiply_many(codes, Activations(scratch, M, in, dtype_of<Element>), y, dtype_of<Element>, threads);
+      return multiply_many(codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), y, dtype_of<Element>, threads);
     }
     if constexpr (std::is_same_v<Element, BFloat16>) {
       if (has_codes) multiply_unpacked(codes, x, y, M, *matrix_unit, threads);
@@ -105,12 +105,12 @@ struct Linear {
   template <class Element>
   void multiply(const Element* x, Element* y, int64_t M, int64_t S, const Threads& threads) const {
     Scratch scratch(false);
-    const int64_t bytes = takes_floats(S) ? 0 : Activations::bytes(M, in, dtype_of<Element>);
+    const int64_t bytes = takes_floats(S) ? 0 : Activations::bytes(M, in, codes.multiplies_floats(dtype_of<Element>));
     char* quantised = scratch.take<char>(bytes);
     quantise_rows(x, M, S, quantised, threads);
     if (M > kFewRows) return multiply_many_rows(x, y, M, S, quantised, threads);
     if (has_codes) {
-      const Activations activations(quantised, M, in, dtype_of<Element>);
+      const Activations activations(quantised, M, in, codes.multiplies_floats(dtype_of<Element>));
       const int64_t grain = std::max<int64_t>(1, 65536 / codes.bytes_a_tile());
       threads.for_shares(codes.tiles, grain, [&](Range tiles) {
         multiply_few(codes, activations, y, dtype_of<Element>, tiles);

@@ -6,7 +6,7 @@
 //
 // Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products are then exact integers.
 // float32 ones are multiplied as they are, three times slower where the arithmetic counts: whoever asks for float32 wants
-// every digit. The order of sums is the same for any number of rows: no row's result depends on the rows beside it.
+// every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do. The order of sums is the same for any number of rows: no row's result depends on the rows beside it.
 #pragma once
 
 #include <vector>
@@ -20,12 +20,14 @@ constexpr int64_t kAhead = 1536;             // bytes, which a stream that is re
 
 struct CodesWeight {
   const uint8_t* codes;  // [tiles, K * 16], or half as many bytes of int4; K is `in` rounded up to whole groups of 32
-  const void* scales;    // [tiles, groups, 16], or of int4, scales and zeros: [tiles, groups, 2, 16]
+  const void* scales;    // [tiles, groups, 16], or scales and zeros, which int4 always has: [tiles, groups, 2, 16]
   Dtype scale_dtype;
   const float* bias;  // [tiles * 16] or null
   int64_t in, tiles, groups;
-  bool is_int4;
+  bool is_int4, is_float8, has_zeros;
 
+  // Whether activations are multiplied as they are.
+  bool multiplies_floats(Dtype x) const { return is_float8 || x == Dtype::float32; }
   int64_t K() const { return round_up(in, kGroup); }
   int64_t bytes_a_tile() const { return K() * kLanes / (is_int4 ? 2 : 1); }
 };
@@ -34,16 +36,31 @@ struct CodesWeight {
 
 struct Int8 {  // a scale for each output row
   static constexpr int kOffset = 128;
-  static constexpr bool kIsInt4 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
+  static constexpr bool kIsInt4 = false, kIsFloat8 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
+
+  // Number c of each four, without what is added to it.
+  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
 };
 
 struct Int8Groups : Int8 {  // a scale for each group of inputs of each output row
   static constexpr bool kHasGroups = true;
 };
 
+struct Int8Zeros : Int8Groups {  // a zero too
+  static constexpr bool kHasZeros = true;
+};
+
 struct Int4 {  // two codes a byte; a scale and a zero for each group
   static constexpr int kOffset = 8;
-  static constexpr bool kIsInt4 = true, kPacked = true, kHasGroups = true, kHasZeros = true;
+  static constexpr bool kIsInt4 = true, kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = true;
+
+  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
+};
+
+struct Float8 {  // e4m3 numbers; a scale for each group
+  static constexpr bool kIsInt4 = false, kIsFloat8 = true, kPacked = false, kHasGroups = true, kHasZeros = false;
+
+  static INLINE Floats numbers(Bytes four, int c) { return e4m3_of(four, c); }
 };
 
 struct UnpackedInt4 : Int4 {  // a code a byte
@@ -65,18 +82,18 @@ struct Activations {
   int64_t M, K;
   void* values;      // int8 or float32 [M, K]
   float* scales;     // [M, K / 32]
-  float* sums;       // [M, K / 32] of the activations themselves, which the zeros of int4 weights multiply
+  float* sums;       // [M, K / 32] of the activations themselves, which the zeros of weights multiply
   int32_t* offsets;  // [M, K / 32], where sums of products start: they undo the numbers added to the codes
 
-  static int64_t bytes(int64_t M, int64_t in, Dtype dtype) {
+  static int64_t bytes(int64_t M, int64_t in, bool floats) {
     const int64_t K = round_up(in, kGroup);
-    return M * K * (dtype == Dtype::float32 ? 4 : 1) + 12 * M * K / kGroup;
+    return M * K * (floats ? 4 : 1) + 12 * M * K / kGroup;
   }
 
   // Lays the arrays out in `scratch`, which has as many bytes as that.
-  Activations(void* scratch, int64_t M, int64_t in, Dtype dtype) : M(M), K(round_up(in, kGroup)), values(scratch) {
+  Activations(void* scratch, int64_t M, int64_t in, bool floats) : M(M), K(round_up(in, kGroup)), values(scratch) {
     const int64_t groups = M * K / kGroup;
-    scales = reinterpret_cast<float*>(static_cast<char*>(scratch) + M * K * (dtype == Dtype::float32 ? 4 : 1));
+    scales = reinterpret_cast<float*>(static_cast<char*>(scratch) + M * K * (floats ? 4 : 1));
     sums = scales + groups;
     offsets = reinterpret_cast<int32_t*>(sums + groups);
   }
@@ -89,8 +106,8 @@ void quantise(const Element* x, const CodesWeight& weight, const Activations& to
     const int64_t left = weight.in - g * kGroup, at = m * to.K + g * kGroup, group = m * to.K / kGroup + g;
     const Element* from = x + m * weight.in + g * kGroup;
     const Floats low = load(from, std::min<int64_t>(left, 16)), high = load(from + 16, std::max<int64_t>(left - 16, 0));
-    if (weight.is_int4) to.sums[group] = reduce_add(low + high);
-    if constexpr (std::is_same_v<Element, float>) {
+    if (weight.has_zeros) to.sums[group] = reduce_add(low + high);
+    if (weight.multiplies_floats(dtype_of<Element>)) {
       store(static_cast<float*>(to.values) + at, low);
       store(static_cast<float*>(to.values) + at + 16, high);
     } else {
@@ -149,7 +166,7 @@ INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = sum[i][j].total();
 }
 
-// ... and float32 ones.
+// ... and those that are multiplied as they are.
 template <class Format, int R, int T>
 INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t g,
                                    const Codes<Format, T>& codes) {
@@ -162,7 +179,7 @@ INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x
     UNROLL for (int f = 0; f < kFours; f++) UNROLL for (int c = 0; c < 4; c++) {  // code c of each four
       Floats weights[T];
       UNROLL for (int j = 0; j < T; j++) {
-        weights[j] = to_floats(code_of(codes.four(loaded[j], f), c)) - every(float{Format::kOffset});
+        weights[j] = Format::numbers(codes.four(loaded[j], f), c);
       }
       UNROLL for (int i = 0; i < R; i++) {
         const Floats row = every(values[i * x.K + k + 4 * f + c]);
@@ -172,7 +189,7 @@ INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x
   }
 }
 
-// Products of activations and a weight, into y [M, tiles * 16]. EXACT: the activations are float32.
+// Products of activations and a weight, into y [M, tiles * 16]. EXACT: the activations are multiplied as they are.
 template <class Format, bool EXACT, class Scale>
 struct CodesProduct {
   const CodesWeight& weight;
@@ -215,7 +232,7 @@ struct CodesProduct {
         }
       }
     }
-    if constexpr (EXACT) finish<float, R, T>(sum, r, n, stride);
+    if (EXACT && (!Format::kIsFloat8 || y_dtype == Dtype::float32)) finish<float, R, T>(sum, r, n, stride);
     else if (y_dtype == Dtype::float16) finish<Half, R, T>(sum, r, n, stride);
     else finish<BFloat16, R, T>(sum, r, n, stride);
   }
@@ -290,11 +307,14 @@ void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtyp
     with_type_of(weight.scale_dtype, [&](auto scale) {
       using Format = decltype(format);
       using Scale = decltype(scale);
-      if (dtype == Dtype::float32) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
+      if constexpr (Format::kIsFloat8) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
+      else if (dtype == Dtype::float32) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
       else work(CodesProduct<Format, false, Scale>{weight, x, y, dtype});
     });
   };
-  if (weight.is_int4) with_format(Int4Format{});
+  if (weight.is_float8) with_format(Float8{});
+  else if (weight.is_int4) with_format(Int4Format{});
+  else if (weight.has_zeros) with_format(Int8Zeros{});
   else if (weight.groups > 1) with_format(Int8Groups{});
   else with_format(Int8{});
 }

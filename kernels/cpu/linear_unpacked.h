@@ -28,14 +28,14 @@ struct UnpackedProduct {
     const Scale* scales = static_cast<const Scale*>(weight.scales) + n * weight.groups * kParts * kLanes;
     for (int64_t g = 0; g < weight.groups; g++, scales += kParts * kLanes) {
       const Floats scale = load(scales);
-      Floats zero = scale * every(-float{Format::kOffset});
-      if constexpr (Format::kHasZeros) zero = zero + load(scales + kLanes);
+      Floats zero = every(0.0f);
+      if constexpr (Format::kHasZeros) zero = load(scales + kLanes);
       for (int64_t k = 0; k < groupsize; k += kLoad, codes += kLanes * 4) {
         const Bytes loaded = load_bytes(codes);
         UNROLL for (int f = 0; f < Loads::kFours; f++) UNROLL for (int c = 0; c < 4; c += 2, to += kColumns) {
           BFloat16 pair[2][kLanes];
           UNROLL for (int i = 0; i < 2; i++) {
-            store(pair[i], multiply_add(to_floats(code_of(Loads::four(loaded, f), c + i)), scale, zero));
+            store(pair[i], multiply_add(Format::numbers(Loads::four(loaded, f), c + i), scale, zero));
           }
           store(to, interleave(pair[0], pair[1], kLanes));
         }
@@ -80,7 +80,9 @@ inline void multiply_unpacked(const CodesWeight& weight, const BFloat16* x, BFlo
       threads.for_shares(divide_up(weight.tiles, product.kTiles), 1, [&](Range blocks) { product.multiply(blocks); });
     });
   };
-  if (weight.is_int4) with_format(Int4{});
+  if (weight.is_float8) with_format(Float8{});
+  else if (weight.is_int4) with_format(Int4{});
+  else if (weight.has_zeros) with_format(Int8Zeros{});
   else with_format(Int8{});
 }
 

@@ -205,6 +205,16 @@ INLINE Ints code_of(Bytes codes, int c) {
   }, codes);
 }
 
+// Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
+// another bias.
+INLINE Floats e4m3_of(Bytes codes, int c) {
+  const int32x4_t left = vdupq_n_s32(24 - 8 * c), places = vdupq_n_s32(static_cast<int32_t>(0x87f00000));
+  return each<Floats>([&](auto codes) {
+    const int32x4_t placed = vandq_s32(vshrq_n_s32(vshlq_s32((int32x4_t)codes, left), 4), places);
+    return vmulq_n_f32((float32x4_t)placed, 0x1p120f);
+  }, codes);
+}
+
 #ifdef __ARM_FEATURE_MATMUL_INT8
 
 // What int8 codes, which are stored with 128 added, still have more than they should in a product.

@@ -84,8 +84,10 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
               ": scales are not contiguous [tiles, groups, 1 or 2, 16]");
   const CodesWeight codes{.codes = data<uint8_t>(weight), .scales = s.const_data_ptr(),
                           .scale_dtype = dtype_from(s.scalar_type(), op), .bias = data<float>(bias), .in = in,
-                          .tiles = tiles, .groups = s.size(1), .is_int4 = s.size(2) == 2};
-  TORCH_CHECK(weight.scalar_type() == at::kByte && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
+                          .tiles = tiles, .groups = s.size(1),
+                          .is_int4 = s.size(2) == 2 && weight.size(1) == round_up(in, kGroup) * kLanes / 2,
+                          .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = s.size(2) == 2};
+  TORCH_CHECK((weight.scalar_type() == at::kByte || (codes.is_float8 && !codes.has_zeros)) && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
   TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
   TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kGroup % codes.groups == 0 &&
               (!bias || bias->numel() == tiles * kLanes), op,

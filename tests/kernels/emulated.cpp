@@ -25,6 +25,8 @@ Number read() {
   return number;
 }
 
+constexpr Dtype kFloat8{3};  // of emulated.py
+
 struct Tensor {
   Dtype dtype = Dtype::float32;  // of numbers that are neither integers nor bytes
   std::vector<int64_t> sizes;
@@ -103,7 +105,8 @@ Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in, Dtype 
   }
   const CodesWeight codes{.codes = weight.data<uint8_t>(), .scales = scales.data<void>(), .scale_dtype = scales.dtype,
                           .bias = bias.data<float>(), .in = in, .tiles = weight.size(-2), .groups = scales.size(-3),
-                          .is_int4 = scales.size(-2) == 2};
+                          .is_int4 = scales.size(-2) == 2 && weight.size(-1) == round_up(in, kGroup) * kLanes / 2,
+                          .is_float8 = weight.dtype == kFloat8, .has_zeros = scales.size(-2) == 2};
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes,
           .many_rows_product = nullptr, .matrix_unit = dtype == Dtype::bfloat16 ? kMatrixUnit : nullptr};
 }

@@ -10,7 +10,7 @@ from kernels import cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LINEAR, EXPERTS, ATTEND, BLOCKS = range(4)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 class EmulatedOperators:

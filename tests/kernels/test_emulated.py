@@ -15,7 +15,11 @@ from tests.layers import test_packed as layers
 
 FLOAT32, FLOAT16, BFLOAT16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 FORMS = [(QuantSpec(8), BFLOAT16), (QuantSpec(8, 64), FLOAT16), (QuantSpec(4, 32), BFLOAT16)]
-FORMS += [(QuantSpec(4, 128), FLOAT32)]
+FORMS += [
+    (QuantSpec(4, 128), FLOAT32),
+    (QuantSpec(8, 64, "float8"), BFLOAT16),
+    (QuantSpec(8, 64, "int8.zeros"), FLOAT16),
+]
 CASES = [  # a test, and the arguments for it
     *((operators.test_linear_equals_float64, M, 37, 30, True) for M in (1, 5)),
     *((operators.test_linear_equals_float64, M, 576, 101, False) for M in (1, 2, 16)),

@@ -90,8 +90,8 @@ def logits(model):
     return torch.cat([model(tokens[:, part], pos[:, part], cache) for part in parts], 1)
 
 
-def assert_equals_plain(changes, kind):
-    plain, packed = quantised(changes), quantised(changes)
+def assert_equals_plain(changes, kind, spec=INT4):
+    plain, packed = quantised(changes, spec), quantised(changes, spec)
     pack_(packed)
     assert type(packed.layers) is kind
     found, wanted = (
@@ -105,6 +105,7 @@ WITHOUT_OPERATORS = {  # the dtype, how layers are quantised, and the forms they
     "int4": (torch.bfloat16, QuantSpec(4, 32), {TorchInt4, TorchInt8}),
     "int8": (torch.bfloat16, QuantSpec(8), {TorchInt8}),
     "int8 in groups": (torch.bfloat16, QuantSpec(8, 32), {FloatLinear, TorchInt8}),
+    "float8": (torch.bfloat16, QuantSpec(8, 32, "float8"), {FloatLinear, TorchInt8}),
     "float16": (torch.float16, QuantSpec(4, 32), {FloatLinear}),
     "float32": (torch.float32, QuantSpec(4, 32), {FloatLinear}),
 }
@@ -185,6 +186,13 @@ def test_fused_blocks_equal_plain_ones(name):
 def test_fused_blocks_of_other_sizes_equal_plain_ones(head_dim, n_kv_head):
     changes = {"dim": 96, "n_layer": 3, "n_kv_head": n_kv_head, "head_dim": head_dim, "intermediate_size": 160}
     assert_equals_plain(changes, FusedBlocks)
+
+
+@needs_operators
+@pytest.mark.parametrize("name, kind", [("float8", FusedBlocks), ("int8.zeros", RegionBlocks)])
+@pytest.mark.parametrize("groupsize", [None, 32])
+def test_blocks_of_formats_with_a_name_equal_plain_ones(name, kind, groupsize):
+    assert_equals_plain({}, kind, QuantSpec(8, groupsize, name))
 
 
 @pytest.mark.parametrize("name", REFUSED)

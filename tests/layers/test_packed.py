@@ -7,9 +7,10 @@ import torch
 
 from kernels import cpu
 from layers.packed import CodesLinear
-from layers.quantized import GROUPSIZES, LAYERS, QuantSpec, quantize_weight
+from layers.quantized import GROUPSIZES, NAMED, QuantSpec, quantize_weight
 
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
+SPECS += [QuantSpec(8, size, name) for name in NAMED for size in (None, 64)]
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +20,7 @@ def random(*shape, seed=0):
 
 
 def rounded(weight, spec, bias=None):
-    return LAYERS[spec.bits](**quantize_weight(weight, spec), bias=bias)
+    return spec.layer(**quantize_weight(weight, spec), bias=bias)
 
 
 def exactly(layer, x):
@@ -57,7 +58,7 @@ def test_operator_equals_float64(spec, dtype):
                 continue
             # each activation is rounded by half a step of its group at most
             steps = x.double().unflatten(1, (-1, 32)).abs().amax(-1) / 127
-            scaled = LAYERS[spec.bits](layer.weight, layer.scales).dequantize()  # zeros meet activations as they are
+            scaled = type(layer)(layer.weight, layer.scales).dequantize()  # zeros meet activations as they are
             weight = scaled.double().abs().unflatten(1, (-1, 32)).sum(-1)
             bound = 0.51 * steps @ weight.T + 2**-8 * exactly(layer, x).abs() + 1e-6 * exactly(layer, x).abs().max()
             assert ((packed(x).double() - exactly(layer, x)).abs() <= bound).all()
@@ -130,7 +131,7 @@ def test_float32_scales_are_used_as_they_are():
     assert_right(CodesLinear(layer)(x), exactly(layer, x))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4, 32)], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4, 32), QuantSpec(8, 32, "float8")], ids=str)
 def test_experts_are_packed_as_as_many_layers(spec):
     weight = random(4, 40, 64)
     alone = [CodesLinear(rounded(each, spec)).state_dict() for each in weight]

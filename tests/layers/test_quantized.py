@@ -14,10 +14,9 @@ from compress.gptq import gptq_
 from engine.compile import compile_step
 from engine.decode import decode_one_token, forward_chunk
 from kernels import cpu
-from layers.packed import FloatLinear
+from layers.packed import FloatLinear, Permuted
 from layers.quantized import (
     GROUPSIZES,
-    LAYERS,
     Int4Linear,
     QuantSpec,
     linear_table,
@@ -40,7 +39,8 @@ TINY = ModelArgs(
     dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=512, vocab_size=300, max_seq_length=512
 )
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
-FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32)]
+OTHERS = [QuantSpec(8, None, "float8"), QuantSpec(8, 64, "float8"), QuantSpec(8, 64, "int8.zeros")]
+FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32), *OTHERS]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -52,7 +52,7 @@ def random(*shape, seed=0):
 
 
 def rounded(weight, spec, bias=None):
-    return LAYERS[spec.bits](**quantize_weight(weight, spec), bias=bias)
+    return spec.layer(**quantize_weight(weight, spec), bias=bias)
 
 
 def test_int8_by_hand():
@@ -71,6 +71,33 @@ def test_int4_by_hand():
     assert tensors["scales"].flatten().tolist() == [1, 3, 0]
     assert tensors["zeros"].flatten().tolist() == [8, 19, 0.75]
     assert Int4Linear(**tensors).dequantize()[2].tolist() == [0.75] * 32
+
+
+def test_float8_by_hand():
+    codes = torch.tensor([[0x38, 0xB8, 0x01, 0x7E], [0x00, 0x80, 0x08, 0x40]], dtype=torch.uint8)
+    layer = QuantSpec(8, None, "float8").layer(codes, torch.tensor([[2.0], [0.5]]))
+    assert layer.dequantize().tolist() == [[2, -2, 2**-8, 896], [0, 0, 2**-7, 1]]
+    tensors = quantize_weight(torch.tensor([[448.0, -3.0, 0.0]]), QuantSpec(8, None, "float8"))
+    assert tensors["weight"].tolist() == [[0x7E, 0xC4, 0]] and tensors["scales"].item() == 1
+
+
+def test_int8_with_zeros_by_hand():
+    tensors = quantize_weight(torch.tensor([[0.0, 255.0, 1.0]]), QuantSpec(8, None, "int8.zeros"))
+    assert [tensors[name].tolist() for name in ("weight", "scales", "zeros")] == [[[-128, 127, -127]], [[1]], [[128]]]
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(8, 32, "int8.zeros")], ids=str)
+def test_an_order_of_inputs(spec):
+    """Column i of the codes is for input order[i], in plain form and with the inputs put in order first."""
+    order, x = torch.stack([torch.randperm(64), torch.randperm(64)]), random(3, 2, 64, seed=1)
+    alone = rounded(random(2, 40, 64), spec)
+    experts = spec.layer(**alone.state_dict(), order=order)
+    chosen = torch.tensor([[0, 1], [1, 0], [1, 1]])
+    places = zip(x.flatten(0, 1), chosen.flatten(), strict=True)
+    expected = torch.stack([alone.expert(e)(row[order[e]]) for row, e in places])
+    for layer in (experts, Permuted(experts)):
+        torch.testing.assert_close(layer(x, chosen), expected.view(3, 2, 40))
+    torch.testing.assert_close(Permuted(experts.expert(1))(x), experts.expert(1)(x))
 
 
 def test_nibbles_keep_the_even_input_low():
@@ -106,7 +133,7 @@ def test_parts_of_a_large_weight_are_rounded_as_one(monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *OTHERS], ids=str)
 def test_plain_forward_is_the_dequantised_weight(spec):
     weight, x, bias = random(40, 512), random(3, 512, seed=1), random(40, seed=2)
     layer = rounded(weight, spec, bias)
@@ -142,11 +169,12 @@ def test_experts_are_as_many_layers(spec):
 
 
 @pytest.mark.parametrize(
-    "bits, groupsize", [(4, None), (4, 16), (8, 0), (4, 48), (5, 32), (True, 32), (8, "32"), (4, 32.0)]
+    "fields",
+    [(4, None), (4, 16), (8, 0), (4, 48), (5, 32), (True, 32), (8, "32"), (4, 32.0), (4, 32, "float8"), (8, 32, 8)],
 )
-def test_specs_that_do_not_exist(bits, groupsize):
-    with pytest.raises(ValueError, match="bits is|groupsize"):
-        QuantSpec(bits, groupsize)
+def test_specs_that_do_not_exist(fields):
+    with pytest.raises(ValueError, match="bits is|groupsize|format"):
+        QuantSpec(*fields)
 
 
 def test_flags_to_specs():
@@ -168,7 +196,7 @@ def test_a_groupsize_that_does_not_divide_names_those_that_do():
 
 
 def test_tables_survive_json_and_damaged_ones_are_refused():
-    table = {"a.b": QuantSpec(8), "c": QuantSpec(4, 64)}
+    table = {"a.b": QuantSpec(8), "c": QuantSpec(4, 64, ordered=True), "d": QuantSpec(8, 64, "float8")}
     assert table_from_json(table_to_json(table)) == table and table_from_json(None) == {}
     for wrong in ([1], {"a": 3}, {"a": {"bits": 4}}, {"a": {"bits": 8, "size": 3}}, {"a": {}}, {"a": None}):
         with pytest.raises(ValueError):
@@ -178,7 +206,7 @@ def test_tables_survive_json_and_damaged_ones_are_refused():
             quantize_(Layout(TINY).model, {name: QuantSpec(8)})
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *OTHERS], ids=str)
 def test_shells_have_the_shapes_and_types_of_real_layers(spec):
     real = nn.Sequential(nn.Linear(512, 48))
     with torch.device("meta"):
@@ -186,7 +214,7 @@ def test_shells_have_the_shapes_and_types_of_real_layers(spec):
     for model in (real, empty):
         quantize_(model, {"0": spec})
     kinds = [{n: (t.shape, t.dtype) for n, t in model.state_dict().items()} for model in (real, empty)]
-    assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is LAYERS[spec.bits]
+    assert kinds[0] == kinds[1] and type(real[0]) is type(empty[0]) is spec.layer
 
 
 # In a process of its own, because the tests around it compile.
@@ -304,7 +332,7 @@ def test_quantising_while_loading_equals_the_file(tmp_path):
     a = load_model(tmp_path / "q.pth").state_dict()
     b = load_model(tmp_path / "float.pth", quantize=QuantSpec(4, 32)).state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(ValueError, match="q.pth is quantised already .int4.g32, int8.; start from the float file"):
+    with pytest.raises(ValueError, match="q.pth is quantised already .int4.g32, int8.; start from .* or give --deq"):
         load_model(tmp_path / "q.pth", quantize=QuantSpec(8))
 
 

@@ -18,6 +18,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "beta_fast": 4
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -156,9 +157,10 @@ def without_weights(*changes):
 LORA = [file("adapter_config.json", ADAPTER), file("adapter_model.safetensors", "")]
 BASE_1 = YARN | {"rope_theta": 1.0}
 REFUSED = {
-    "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantised", "gptq, bits 4", "float"]),
-    "MLX": (config(quantization={"group_size": 64, "bits": 4}), ["quantised", "bits 4"]),
-    "AWQ of old": (file("quant_config.json", {"w_bit": 4}), ["quantised", "quant_config.json"]),
+    "a method": (config(quantization_config={"quant_method": "mxfp4"}), ["quantised", "'mxfp4'", "awq", "float model"]),
+    "MLX": (config(quantization={"group_size": 64, "bits": 4}), ["config.json, quantization", "quantised", "None"]),
+    "AWQ of old": (file("quant_config.json", {"w_bit": 3}), ["quant_config.json", "bits is 3", "4"]),
+    "GPTQ without codes": (config(quantization_config=GPTQ), ["no quantised layer", "config says"]),
     "LoRA": (without_weights(*LORA), ["adapter", "LORA of some/base", "merge"]),
     "LFS weights": (file("model.safetensors", POINTER), ["model.safetensors", "Git LFS pointer", "git lfs pull"]),
     "LFS .bin": (without_weights(file("pytorch_model.bin", POINTER)), ["pytorch_model.bin", "Git LFS pointer"]),

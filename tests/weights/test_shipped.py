@@ -1,0 +1,339 @@
+"""Folders that other programs have quantised, as published descriptions and other libraries have them."""
+
+import json
+import re
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+
+from tests.tiny import SIZES, save_tiny
+from tp import require_split, shard
+from weights.checkpoint import load_model, open_model
+from weights.layout import LEAVES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDS = torch.arange(60)[None]
+SMALL = SIZES | {"hidden_size": 128, "intermediate_size": 192}
+PLAIN = LlamaConfig(**SMALL)
+BIASES = Qwen2Config(**SMALL)
+MOE = Qwen3MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE}
+LAYER = re.compile(r"(.*(?:_proj|experts\.\d+\.\w+))\.weight")
+
+
+# ---------------------------------------------------------------- files as other programs write them, written by hand
+
+
+def random(*shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts(out, n_in, groupsize, bits, seed, symmetric=False):
+    """Unsigned codes [out, in], points and float16 scales [out, groups], and w = (code - point) * scale in float64."""
+    groups = n_in // groupsize
+    codes = (random(out, n_in, seed=seed) * 2**bits).long()
+    points = (random(out, groups, seed=seed + 1) * (2**bits - 1)).long() + 1
+    points = torch.full_like(points, 2 ** (bits - 1)) if symmetric else points
+    scales = ((0.5 + random(out, groups, seed=seed + 2)) / 2**bits).half()
+    return codes, points, scales
+
+
+def exact(codes, points, scales, group_of):
+    return (codes - points[:, group_of]).double() * scales[:, group_of].double()
+
+
+def words(codes, bits, places=None):
+    """[..., n] codes as int32 [..., n * bits / 32]; places: of a word's nibble i is code places[i] of its run."""
+    n = 32 // bits
+    runs = codes.unflatten(-1, (-1, n)).tolist()
+
+    def word(run):
+        value = sum(run[place] << bits * i for i, place in enumerate(places or range(n)))
+        return value - (1 << 32) if value >> 31 else value
+
+    return torch.tensor([[word(run) for run in row] for row in runs], dtype=torch.int32)
+
+
+def awq(groupsize):
+    """AutoAWQ's GEMM: [in, out], the nibbles of a word are outputs 0 2 4 6 1 3 5 7."""
+
+    def pack(out, n_in, seed):
+        size = n_in if groupsize == -1 else groupsize
+        codes, points, scales = parts(out, n_in, size, 4, seed)
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        file = {"qweight": words(codes.T, 4, order), "qzeros": words(points.T, 4, order), "scales": scales.T}
+        return file, exact(codes, points, scales, torch.arange(n_in) // size)
+
+    return {"quant_method": "awq", "bits": 4, "group_size": groupsize, "version": "gemm", "zero_point": True}, pack
+
+
+def gptq(bits, groupsize, sym, desc_act=False, version="gptq"):
+    """AutoGPTQ: words of inputs; the points are one less in version 1, and in words of outputs."""
+
+    def pack(out, n_in, seed):
+        size = n_in if groupsize == -1 else groupsize
+        codes, points, scales = parts(out, n_in, size, bits, seed, sym)
+        group_of = torch.arange(n_in) // size
+        if desc_act:  # one order for all layers of so many inputs, as one calibration makes it
+            group_of = group_of[torch.randperm(n_in, generator=torch.Generator().manual_seed(n_in))]
+        stored = points - 1 if version == "gptq" else points
+        file = {"qweight": words(codes.T.T, bits).T, "qzeros": words(stored.T, bits), "scales": scales.T}
+        return file | {"g_idx": group_of.int()}, exact(codes, points, scales, group_of)
+
+    settings = {"bits": bits, "group_size": groupsize, "sym": sym, "desc_act": desc_act, "checkpoint_format": version}
+    return {"quant_method": "gptq"} | settings, pack
+
+
+def float8(block, leaf):
+    """DeepSeek's, or one scale for a row or a tensor."""
+
+    def pack(out, n_in, seed):
+        codes = ((random(out, n_in, seed=seed) - 0.5) * 100).to(torch.float8_e4m3fn)
+        rows, columns = block or (1, n_in)
+        scales = 0.01 + random(-(-out // rows), -(-n_in // columns), seed=seed + 1) / 100
+        scales = scales[:1, :1] if block is None and leaf == "weight_scale_inv" else scales
+        each = scales.double().repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :n_in]
+        scales = scales if block or len(scales) > 1 else scales[0, 0]
+        file = {"weight": codes, leaf: scales, "input_scale": torch.tensor(0.5)}
+        return file, codes.double() * each
+
+    return {"quant_method": "fp8", "weight_block_size": block and list(block)}, pack
+
+
+def compressed(form, **weights):
+    """By the library compressed-tensors itself."""
+
+    def pack(out, n_in, seed):
+        library = pytest.importorskip("compressed_tensors.quantization")
+        from compressed_tensors.compressors import BaseCompressor
+
+        args = library.QuantizationArgs(**weights)
+        scheme = library.QuantizationScheme(targets=["Linear"], weights=args)
+        rows, columns = weights.get("block_structure", (1, weights.get("group_size", n_in)))
+        n_row, n_column = (1, 1) if weights["strategy"] == "tensor" else (-(-out // rows), -(-n_in // columns))
+        scale = (0.5 + random(n_row, n_column, seed=seed)) * (0.01 if args.type == "float" else 2.0**-args.num_bits)
+        state = {"weight": (random(out, n_in, seed=seed + 1) - 0.5) * 4, "weight_scale": scale.bfloat16().float()}
+        if not args.symmetric:
+            state["weight_zero_point"] = (random(n_row, n_column, seed=seed + 2) * 9 - 4).to(torch.int8)
+        if n_row == n_column == 1:
+            state["weight_scale"] = state["weight_scale"].view(1)
+        compressor = BaseCompressor.get_value_from_registry(form)
+        file = compressor.compress(state, scheme)
+        weight = compressor.decompress(file, scheme)["weight"]
+        return file | {"weight_scale": file["weight_scale"].bfloat16()}, weight
+
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}, pack
+
+
+INT4, INT8 = {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+METHODS = {
+    "awq g32": (*awq(32), "int4.g32"),
+    "awq g64": (*awq(64), "int4.g64"),
+    "awq of rows": (*awq(-1), "int4.g64 int4.g128"),
+    "gptq int4": (*gptq(4, 32, sym=True), "int4.g32"),
+    "gptq int4 asym": (*gptq(4, 64, sym=False), "int4.g64"),
+    "gptq v2": (*gptq(4, 32, sym=False, version="gptq_v2"), "int4.g32"),
+    "gptq int8": (*gptq(8, 64, sym=True), "int8.g64"),
+    "gptq int8 of rows": (*gptq(8, -1, sym=True), "int8"),
+    "gptq int8 asym": (*gptq(8, 32, sym=False), "int8.zeros.g32"),
+    "gptq desc_act": (*gptq(4, 32, sym=False, desc_act=True), "int4.g32.ordered"),
+    "gptq int8 desc_act": (*gptq(8, 32, sym=True, desc_act=True), "int8.g32.ordered"),
+    "fp8 blocks": (*float8((128, 128), "weight_scale_inv"), "float8 float8.g64"),
+    "fp8 blocks of rows": (*float8((64, 32), "weight_scale_inv"), "float8.g32"),
+    "fp8 rows": (*float8(None, "weight_scale"), "float8"),
+    "fp8": (*float8(None, "weight_scale_inv"), "float8"),
+    "W4A16": (*compressed("pack-quantized", **INT4, symmetric=True, strategy="group", group_size=64), "int4.g64"),
+    "W4A16 asym": (*compressed("pack-quantized", **INT4, symmetric=False, strategy="group", group_size=32), "int4.g32"),
+    "W8A16": (*compressed("pack-quantized", **INT8, symmetric=True, strategy="channel"), "int8"),
+    "W8A16 asym": (*compressed("pack-quantized", **INT8, symmetric=False, strategy="channel"), "int8.zeros"),
+    "W8A8": (*compressed("int-quantized", **INT8, symmetric=True, strategy="channel"), "int8"),
+    "W8A8 asym": (*compressed("int-quantized", **INT8, symmetric=False, strategy="channel"), "int8.zeros"),
+    "FP8 of rows": (*compressed("float-quantized", **FP8, strategy="channel"), "float8"),
+    "FP8 of tensors": (*compressed("float-quantized", **FP8, strategy="tensor"), "float8"),
+    "FP8 of blocks": (*compressed("float-quantized", **FP8, strategy="block", block_structure=[64, 32]), "float8.g32"),
+}
+
+
+def quantise(folder, method, only=LAYER):
+    """Quantise a folder's layers: their weights in float64 by name. In `float` lies the folder with float weights."""
+    settings, pack, _ = METHODS[method]
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    weights, file = {}, dict(state)
+    for i, (name, weight) in enumerate(state.items()):
+        if only.fullmatch(name):
+            tensors, weights[name] = pack(*weight.shape, seed=3 * i)
+            layer = file.pop(name) is weight and name.removesuffix(".weight")
+            file |= {f"{layer}.{leaf}": tensor.contiguous() for leaf, tensor in tensors.items()}
+    (folder / "float").mkdir()
+    save_file(state | {name: weight.float() for name, weight in weights.items()}, folder / "float/model.safetensors")
+    (folder / "float/config.json").write_text(json.dumps(config))
+    save_file(file, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return weights
+
+
+def logits_of_transformers(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")(IDS).logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        *(("plain", method) for method in METHODS),
+        *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "W8A16", "fp8 blocks")),
+        ("biases", "awq g32"),
+    ],
+)
+def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
+    save_tiny(CONFIGS[kind], tmp_path)
+    quantise(tmp_path, method)
+    opened = open_model(tmp_path)
+    assert {str(spec) for spec in opened.table.values()} <= set(METHODS[method][2].split()) and len(opened.table) == 8
+    floats, truth = (open_model(tmp_path / name, dequantize=True).tensors for name in (".", "float"))
+    for module in opened.table:  # nothing is rounded again
+        assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["awq g32", "fp8 rows"])
+def test_layers_left_float_stay_so_and_mixed_ones_become_float(method, tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, method, re.compile(r"(.*layers\.0.*(?:v|down)_proj)\.weight"))
+    assert open_model(tmp_path).table.keys() == {"layers.0.feed_forward.w2"}  # of q, k and v only v has codes
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_fp8_equals_what_transformers_makes_of_the_folder(tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, "fp8 blocks of rows")
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path)
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+def settings(**changes):
+    """Changes quantization_config; ... removes a key."""
+
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        values = config["quantization_config"] | changes
+        config["quantization_config"] = {key: value for key, value in values.items() if value is not ...}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def tensor(leaf, change):
+    """Changes a tensor of the first layer's v."""
+
+    def of_folder(folder):
+        state, name = load_file(folder / "model.safetensors"), f"model.layers.0.self_attn.v_proj.{leaf}"
+        save_file(state | {name: change(state[name]).contiguous()}, folder / "model.safetensors")
+
+    return of_folder
+
+
+def without(leaf):
+    """Removes a tensor of the first layer's v."""
+
+    def of_folder(folder):
+        state = load_file(folder / "model.safetensors")
+        del state[f"model.layers.0.self_attn.v_proj.{leaf}"]
+        save_file(state, folder / "model.safetensors")
+
+    return of_folder
+
+
+def first(value):
+    return lambda t: t.index_fill(0, torch.tensor([0]), value)
+
+
+REFUSED = {
+    "a width": ("awq g32", settings(bits=3), "bits is 3.*supported: 4"),
+    "a packing": ("awq g32", settings(version="gemv"), "version is 'gemv'.*supported: 'gemm'"),
+    "small groups": ("awq g32", settings(group_size=16), "q_proj has groups of 16 of its 128 inputs; a multiple of 32"),
+    "other groups": ("awq g32", settings(group_size=64), r"(the scales of|qzeros) .*has shape"),
+    "short codes": ("awq g32", tensor("qweight", lambda t: t[:-1]), r"v_proj.qweight has shape \[127, 8\].*128, 8"),
+    "narrow codes": ("awq g32", tensor("qweight", lambda t: t[:, :-1]), r"wqkv.weight has shape .*sizes need"),
+    "codes of floats": (
+        "awq g32",
+        tensor("qweight", lambda t: t.float()),
+        "v_proj.qweight is a tensor of torch.float32",
+    ),
+    "a scale of zero": ("awq g32", tensor("scales", first(0)), "scales of .*v_proj.*zero, NaN or infinite"),
+    "a scale of NaN": ("gptq int4", tensor("scales", first(torch.nan)), "scales of .*v_proj.*zero, NaN or infinite"),
+    "no zeros": ("awq g32", without("qzeros"), "lacks the tensor model.layers.0.self_attn.v_proj.qzeros"),
+    "no sym": ("gptq int4 asym", settings(sym=True), "q_proj.qzeros are not symmetric, though the config says sym"),
+    "uneven groups": ("gptq desc_act", tensor("g_idx", first(3)), "v_proj has groups that are not of 32 inputs each"),
+    "a g_idx below 0": (
+        "gptq desc_act",
+        tensor("g_idx", first(-1)),
+        "v_proj has groups that are not of 32 inputs each",
+    ),
+    "settings by layer": ("gptq int4", settings(dynamic={"-:.*v_proj": {}}), "dynamic.* not supported"),
+    "no scales": ("gptq int4", settings(group_size=...), "group_size is missing"),
+    "blocks": (
+        "fp8 blocks of rows",
+        settings(weight_block_size=[64, 64]),
+        r"weight_scale_inv has shape \[2, 4\].*2, 2",
+    ),
+    "half a block": ("fp8 blocks of rows", settings(weight_block_size=[64]), r"weight_block_size is \[64\]; two sizes"),
+    "an FP8 of NaN": (
+        "fp8 rows",
+        tensor("weight", lambda t: (t.float() * torch.nan).to(t.dtype)),
+        "v_proj.weight holds NaN",
+    ),
+    "FP8 of e5m2": ("fp8 rows", tensor("weight", lambda t: t.float().to(torch.float8_e5m2)), "float8_e5m2; codes of"),
+    "compressed": ("W8A8", settings(format="marlin-24"), "format 'marlin-24' of 8-bit int weights is not supported"),
+    "sparse": ("W8A8", settings(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
+    "no target": (
+        "W8A8",
+        settings(config_groups={"a": {"targets": ["re:.*mlp"], "weights": INT8 | {"strategy": "channel"}}}),
+        "q_proj is quantised, and no group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_contradicts_itself_is_refused_in_words(name, tmp_path):
+    method, change, words = REFUSED[name]
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, method)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, method",
+    [("plain", "awq g32"), ("plain", "fp8 blocks of rows"), ("biases", "fp8 rows"), ("experts", "W8A16")],
+)
+def test_a_rank_has_its_part_of_codes_scales_and_zeros(kind, method, tmp_path):
+    save_tiny(CONFIGS[kind], tmp_path)
+    quantise(tmp_path, method)
+    opened, floats = open_model(tmp_path), open_model(tmp_path, dequantize=True)
+    require_split(opened.args, opened.table, 2)
+    for rank, (module, spec) in product(range(2), opened.table.items()):
+        names = [f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors]
+        parts = {name: shard(name, opened.tensors[name](), opened.args, rank, 2) for name in names}
+        weight = spec.layer(**{name.rpartition(".")[2]: part for name, part in parts.items()}).dequantize()
+        name = f"{module}.weight"
+        assert torch.equal(weight, shard(name, floats.tensors[name](), opened.args, rank, 2)), module
+
+
+def test_ranks_refuse_an_order_of_inputs(tmp_path):
+    save_tiny(PLAIN, tmp_path)
+    quantise(tmp_path, "gptq desc_act")
+    opened = open_model(tmp_path)
+    with pytest.raises(ValueError, match="order of its own .*desc_act.*ranks cannot share; give --dequantize"):
+        require_split(opened.args, opened.table, 2)
