@@ -121,6 +121,8 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
+    if args.random_weights and args.dequantize:
+        raise ValueError("--random_weights are floats; leave out --dequantize")
     for name in ("system", "chat_template"):
         if getattr(args, name) is not None and not (args.chat or args.interactive):
             raise ValueError(f"--{name} needs --chat or --interactive")

@@ -482,6 +482,7 @@ BAD_FLAGS = {  # and what the error says
     "--speculate ngram --draft_checkpoint_path OTHER": "both given; give one source of guesses",
     "--draft_device cpu": "--draft_device needs --draft_checkpoint_path",
     "--random_weights stories15M --draft_checkpoint_path OTHER": "no tokenizer that a draft could share",
+    "--random_weights stories15M --dequantize": "--random_weights are floats",
     "--draft_checkpoint_path OTHER --output_json OTHER": "this run reads it",
     "--draft_checkpoint_path nowhere.pth": "there is no checkpoint at nowhere.pth",
     "--draft_checkpoint_path /proc": "/proc holds no model",

@@ -6,7 +6,8 @@
 //
 // Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products are then exact integers.
 // float32 ones are multiplied as they are, three times slower where the arithmetic counts: whoever asks for float32 wants
-// every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do. The order of sums is the same for any number of rows: no row's result depends on the rows beside it.
+// every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do. The order of sums is the
+// same for any number of rows: no row's result depends on the rows beside it.
 #pragma once
 
 #include <vector>
