@@ -1,4 +1,4 @@
-"""The Transformer in one flat file: configuration, KV cache, rope, attention, feed-forward, experts.
+"""The Transformer in one flat file: configuration, KV cache, rope, attention, feed-forward.
 
 The mathematics of a decoder-only language model and nothing else: which form of a layer is fastest on a device is
 decided in `layers/`, and who uses which row of the cache in `engine/cache.py`.
@@ -7,9 +7,7 @@ Shapes: B rows of the batch, S new tokens a row, N rows and C slots of the cache
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixers.activations import ACTIVATIONS
+from mixers.experts import MixtureOfExperts
 from mixers.fields import MAX_SIZE, check_fields
 from mixers.rope_scaling import RopeScaling
-
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -308,76 +306,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(self.activation(gate) * up)
+        return self.w2(self.activation(gate, up))
 
 
-class Gate(nn.Linear):
-    """Scores that choose or weigh experts; never quantised, because rounded ones choose others."""
-
-
-class ExpertLinear(nn.Module):
-    """A linear layer for each of E experts: weight [E, out, in]."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def expert(self, e: int) -> Callable[[Tensor], Tensor]:
-        return partial(F.linear, weight=self.weight[e])
-
-    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [T, K or 1, in] through the experts chosen [T, K] -> [T, K, out]."""
-        return by_expert(self, x, chosen)
-
-
-def by_expert(layer: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
-    """x [T, K or 1, in] through the experts chosen [T, K] of `layer` -> [T, K, out].
-
-    Each expert gets all its tokens at once, so its weight is read once, and that of one not chosen never.
-    """
-    x = x.expand(-1, chosen.shape[1], -1)
-    y = x.new_empty(*chosen.shape, layer.weight.shape[1])
-    for e in chosen.unique().tolist():
-        own = chosen == e
-        y[own] = layer.expert(e)(x[own])
-    return y
-
-
-class MixtureOfExperts(nn.Module):
-    """Feed-forwards of which a gate chooses some for each token (Shazeer et al. 2017; Jiang et al. 2024).
-
-    Another one, shared, may serve all tokens, weighted by a gate of its own (Qwen2-MoE).
-    """
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.activation = ACTIVATIONS[args.activation]
-        self.n_used, self.normalize = args.n_expert_used, args.normalize_experts
-        self.gate = Gate(args.dim, args.n_expert, bias=False)
-        self.w13 = ExpertLinear(torch.empty(args.n_expert, 2 * args.intermediate_size, args.dim))
-        self.w2 = ExpertLinear(torch.empty(args.n_expert, args.dim, args.intermediate_size))
-        self.shared = FeedForward(args, args.shared_size) if args.shared_size else None
-        self.shared_gate = Gate(args.dim, 1, bias=False) if args.shared_size else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)  # [T, dim]
-        weights, chosen = self.gate(rows).float().softmax(-1).topk(self.n_used)  # [T, K]
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
-        return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
-
-    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
-        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
-        return self.w2(self.activation(gate) * up, chosen)
+def feed_forward(args: ModelArgs) -> nn.Module:
+    """The feed-forward of one layer."""
+    if args.n_expert is None:
+        return FeedForward(args, args.intermediate_size)
+    return MixtureOfExperts(args, FeedForward(args, args.shared_size) if args.shared_size else None)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs, window: int | None):
         super().__init__()
         self.attention = Attention(args, window)
-        self.feed_forward = MixtureOfExperts(args) if args.n_expert else FeedForward(args, args.intermediate_size)
+        self.feed_forward = feed_forward(args)
         self.residual_scale = args.residual_scale
         self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))

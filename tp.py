@@ -17,7 +17,8 @@ from torch import Tensor
 from cli import listed
 from layers.gpu_linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
-from model import HeadsNorm, MixtureOfExperts, ModelArgs, Transformer
+from mixers.experts import MixtureOfExperts
+from model import HeadsNorm, ModelArgs, Transformer
 from ranks import Ranks
 
 

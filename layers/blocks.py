@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
-from model import Blocks, CacheView, Context, KVCache, MixtureOfExperts, ModelArgs, RMSNorm, TransformerBlock
+from mixers.experts import MixtureOfExperts
+from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.

@@ -5,7 +5,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import has_triton
-from model import ACTIVATIONS, MixtureOfExperts, ModelArgs
+from mixers.activations import ACTIVATIONS
+from mixers.experts import MixtureOfExperts
+from model import ModelArgs
 
 
 class GpuExperts(MixtureOfExperts):

@@ -8,7 +8,8 @@ from torch import Tensor
 from layers.blocks import HONOURED, honours
 from layers.packed import has_triton, surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
-from model import ACTIVATIONS, ModelArgs, RMSNorm, Transformer, TransformerBlock
+from mixers.activations import ACTIVATIONS
+from model import ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 
 class OnGpu(nn.Module):
@@ -49,7 +50,7 @@ class OnGpu(nn.Module):
         y = self.linear(x if norm is None else norm(x))
         if activation is not None:
             gate, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[activation](gate) * up
+            y = ACTIVATIONS[activation](gate, up)
         return y if residual is None else residual + y
 
 

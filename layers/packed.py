@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import PART, Int4Linear, Int8Linear, QuantizedLinear
-from model import Attend, ExpertLinear, Gate, ModelArgs, Vectors, by_expert, softcap
+from mixers.experts import ExpertLinear, Gate, by_expert
+from model import Attend, ModelArgs, Vectors, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),

@@ -28,8 +28,9 @@ from layers.packed import (
     rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
+from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.rope_scaling import RopeScaling
-from model import Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, Transformer
+from model import Attention, Blocks, ModelArgs, Transformer
 
 TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
@@ -215,7 +216,9 @@ def test_forms_on_cuda_by_hand():
     def chosen(dtype, **changes):
         args = replace(TINY, **EXPERTS, **changes)
         model = SimpleNamespace(args=args, dtype=dtype, device=torch.device("cuda"))
-        return [fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args), Transformer(args))]
+        return [
+            fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args, None), Transformer(args))
+        ]
 
     assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts, join_head_]
     others = [None, GpuExperts, join_head_]
