@@ -30,7 +30,8 @@ class GpuAttention(Attention):
 
     @staticmethod
     def fits(_: Attention, args: ModelArgs) -> bool:
-        return args.head_dim in range(32, 257, 16) and not args.joint_qk_norm and has_triton()
+        other = args.joint_qk_norm or args.qk_norm_last or args.attention_sinks or args.late_query_scale
+        return args.head_dim in range(32, 257, 16) and not other and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         few = surely_few(x.shape[0], self.most_rows) and surely_few(x.shape[1], self.most_tokens)

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.gpu_linear import KERNEL_ACTIVATIONS
 from layers.packed import has_triton
 from mixers.activations import ACTIVATIONS
 from mixers.experts import MixtureOfExperts
@@ -17,14 +18,12 @@ class GpuExperts(MixtureOfExperts):
         nn.Module.__init__(self)
         import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton
 
-        self.n_used, self.normalize, self.activation = mixture.n_used, mixture.normalize, mixture.activation
+        vars(self).update(vars(mixture))
         self.activation_name = next(name for name, each in ACTIVATIONS.items() if each is mixture.activation)
-        self.gate, self.w13, self.w2 = mixture.gate, mixture.w13, mixture.w2
-        self.shared, self.shared_gate = mixture.shared, mixture.shared_gate
 
     @staticmethod
-    def fits(_: MixtureOfExperts, __: ModelArgs) -> bool:
-        return has_triton()
+    def fits(_: MixtureOfExperts, args: ModelArgs) -> bool:
+        return has_triton() and not args.ffn_bias and args.activation in KERNEL_ACTIVATIONS
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         tensors = [

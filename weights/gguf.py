@@ -10,10 +10,11 @@ from torch import Tensor
 from layers.quantized import QuantSpec, can_be_rounded
 from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
-from weights.families import Config, args_from_config
+from weights.families import args_from_config
+from weights.files import Config
 from weights.gguf_file import KEPT, GGUFFile
 from weights.huggingface import hf_modules
-from weights.layout import Layout, ModelFile, Readers, rename, source_modules
+from weights.layout import Layout, ModelFile, Readers, rename, rope_order, source_modules
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -154,14 +155,14 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
     """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
     table, codes = {}, {}
     for module, layer in layout.model.named_modules():
-        names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules)[0]]
+        names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules, layout.args)[0]]
         if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
         spec = kept_spec(file, names, layer.weight.shape)
         if spec is None:
             continue
         table[module] = spec
-        for part, name in zip(source_modules(module, modules)[0], names, strict=True):
+        for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
             keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
             codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
     if not table:
@@ -194,4 +195,5 @@ def open_gguf(path: Path, keep_quantized: bool = False) -> ModelFile:
     if keep_quantized:
         table, codes = kept_layers(file, layout, modules)
         raw, layout = raw | codes, layout.quantized(table)
-    return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), (path,), gguf=path)
+    order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
+    return ModelFile(layout, rename(layout, raw, modules, path, order), (path,), gguf=path)

@@ -10,29 +10,41 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    Cohere2Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    Glm4MoeConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 import tests.tp_cases as tp_cases
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from tests.tiny import SIZES, continuation, ran, random_prompts, save_tiny
 from weights.checkpoint import build, load_model, new_table, open_model
-from weights.families import Config, args_from_config
+from weights.families import args_from_config
+from weights.files import Config
 from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +69,21 @@ YARN_ROPE = {
 }
 EXPERTS = {"num_experts": 8, "moe_intermediate_size": 32}
 GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 0.7}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75}
+LONG_ROPE |= {"short_factor": [1.0, 1.1, 1.5], "long_factor": [1.2, 2.0, 4.0]}  # of 6 numbers in 8
+IN_TURN = {"num_hidden_layers": 4, "sliding_window": 16}
+GLM_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 3,
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 FAMILIES = {
@@ -68,6 +95,14 @@ FAMILIES = {
     "llama, yarn rope, not truncated": (LlamaConfig, {"rope_parameters": {**YARN_ROPE, "truncate": False}}),
     "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "llama, head_dim": (LlamaConfig, {"head_dim": 12}),
+    "llama, biases": (LlamaConfig, BIASES),
+    "llama, partial rope": (LlamaConfig, PARTIAL),
+    "smollm3": (SmolLM3Config, {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True}),
+    "smollm3, every so many": (SmolLM3Config, {"num_hidden_layers": 3, "no_rope_layer_interval": 2}),
+    "ministral3": (
+        Ministral3Config,
+        {"head_dim": 16, "rope_parameters": YARN_ROPE | {"llama_4_scaling_beta": 0.3, "mscale": 1.0}},
+    ),
     "mistral, window": (MistralConfig, {"sliding_window": 16, "rope_parameters": {"rope_theta": 1e6}}),
     "mistral, no window": (MistralConfig, {"sliding_window": None}),
     "mistral, head_dim": (MistralConfig, {"head_dim": 12, "sliding_window": None}),
@@ -83,7 +118,32 @@ FAMILIES = {
     "mixtral, window": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 16}),
     "qwen2_moe": (Qwen2MoeConfig, {**EXPERTS, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 96}),
     "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "head_dim": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_moe, in some layers": (
+        Qwen3MoeConfig,
+        {**EXPERTS, "num_experts_per_tok": 2, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
     "phi3": (Phi3Config, {"sliding_window": 16}),
+    "phi3, longrope": (
+        Phi3Config,
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 24, "tie_word_embeddings": True},
+    ),
+    "glm4": (Glm4Config, {"head_dim": 16}),
+    "glm4_moe": (Glm4MoeConfig, GLM_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe, all layers": (Glm4MoeConfig, GLM_EXPERTS | {"n_group": 1, "first_k_dense_replace": 0}),
+    "gpt_oss": (GptOssConfig, IN_TURN | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    "granitemoe": (GraniteMoeConfig, GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "hunyuan": (
+        HunYuanDenseV1Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "exaone4": (Exaone4Config, IN_TURN),
+    "exaone4, no window": (Exaone4Config, {"sliding_window": None, "layer_types": 2 * ["full_attention"]}),
+    "cohere2": (Cohere2Config, IN_TURN | {"logit_scale": 0.3, "attention_bias": True}),
+    "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
     "granite": (GraniteConfig, GRANITE),
     "olmo2": (Olmo2Config, {}),
     "olmo3": (
@@ -233,8 +293,8 @@ def test_family_in_int4(family, tmp_path):
     plain = build(replace(source.args, tie_embeddings=False), state)
     for found, expected in zip(*(logits_of(model, random_prompts(40, 7)) for model in (quantised, plain)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
-    n_linear = 6 if source.args.shared_size else 4  # of a block
-    assert len(table) == n_linear * source.args.n_layer + 1
+    n_shared = 2 * (source.args.n_layer - len(source.args.dense_layers)) if source.args.shared_size else 0
+    assert len(table) == 4 * source.args.n_layer + n_shared + 1
 
 
 def dequantised(weight, spec):
