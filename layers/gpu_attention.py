@@ -16,15 +16,12 @@ class GpuAttention(Attention):
 
     def __init__(self, attention: Attention):
         nn.Module.__init__(self)
+        vars(self).update(vars(attention))
         from kernels.gpu.attention import MOST_ROWS, MOST_TOKENS, new_counters  # it needs Triton
 
         self.most_rows, self.most_tokens = MOST_ROWS, MOST_TOKENS
         counters = new_counters(attention.n_head, attention.wqkv.weight.device)
         self.register_buffer("counters", counters, persistent=False)
-        self.n_head, self.n_kv_head, self.head_dim = attention.n_head, attention.n_kv_head, attention.head_dim
-        self.window = attention.window
-        self.wqkv, self.wo, self.attend = attention.wqkv, attention.wo, attention.attend
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         norm = attention.q_norm
         self.norm = (norm.offset, norm.eps) if isinstance(norm, RMSNorm) else (False, 0.0)
 

@@ -57,4 +57,6 @@ def check_sizes(args) -> None:
     for name in ("factors", "long_factors"):
         factors = getattr(args.rope_scaling, name, ())
         if len(factors) not in (0, args.turned // 2):
-            raise ValueError(f"rope has {len(factors)} {name}; to turn {args.turned} numbers it needs half as many")
+            raise ValueError(
+                f"rope has {len(factors)} frequency factors; to turn {args.turned} numbers it needs half as many"
+            )

@@ -42,7 +42,7 @@ class RopeScaling:
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             )
 
-    def apply(self, freqs: Tensor, base: float, length: int) -> Tensor:
+    def apply(self, freqs: Tensor, base: float, length: int = 0) -> Tensor:
         """Scale `freqs` [D/2], radians per position, the powers of 1 / base, for contexts of `length` tokens."""
         if self.type == "linear":
             return freqs / self.factor

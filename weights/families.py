@@ -1,6 +1,7 @@
 """From a config, in Hugging Face's words, to ModelArgs: what each family of models adds to a plain Llama."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,11 +11,10 @@ from model import ModelArgs
 from weights.files import Config
 
 
-def rope(config: Config, window_key: str | None, head_dim: int) -> dict:
+def rope(config: Config, family: "Family", head_dim: int) -> dict:
     """The fields of rope; layers with a window may have a base of their own, and then no scaling.
 
     Settings occur as rope_theta and rope_scaling, or together as rope_parameters, which may differ by layer type.
-    window_key: the number that is the base of layers with a window, where the settings do not differ by layer type.
     """
     settings, windowed = config.part(config.get("rope_scaling") or config.get("rope_parameters")), config.part(None)
     differs = "full_attention" in settings.values
@@ -23,12 +23,12 @@ def rope(config: Config, window_key: str | None, head_dim: int) -> dict:
         if windowed.get("rope_type", "default") != "default":
             raise config.error(f"rope type {windowed.get('rope_type')!r} of windowed layers is not supported")
     window_base = None
-    if differs or window_key is not None:
-        window_base = windowed.number("rope_theta", config.get(window_key or "rope_theta"))
+    if differs or family.window_rope_base is not None:
+        window_base = windowed.number("rope_theta", config.get(family.window_rope_base or "rope_theta"))
     base = settings.number("rope_theta", config.get("rope_theta"))
     part = settings.number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if part > 1 or windowed.number("partial_rotary_factor", part) != part:
-        raise config.error(f"partial_rotary_factor {part} is more than 1, or differs in layers with a window")
+    if part > 1 or (part < 1 and "partial_rotary_factor" not in family.defaults):
+        raise config.error(f"partial_rotary_factor {part} is not supported in models of this type")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     if rope_type == "dynamic" and settings.get("alpha"):  # a fixed growth of the base
         rope_type, base = "default", base * settings.number("alpha") ** (head_dim / (head_dim - 2))
@@ -252,9 +252,10 @@ QWEN_CONFIG = {"sliding_window": 4096, "use_sliding_window": False, "max_positio
 QWEN_2_CONFIG = QWEN_CONFIG | {"max_window_layers": 28, "layer_types": None, "num_key_value_heads": 32}
 QWEN_2_MOE_CONFIG = QWEN_2_CONFIG | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
 MOE_CONFIG = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
-QWEN_2_MOE_CONFIG |= MOE_CONFIG
+QWEN_2_MOE_CONFIG |= MOE_CONFIG | {"qkv_bias": True}
 QWEN_3_MOE_CONFIG = QWEN_CONFIG | MOE_CONFIG | {"num_key_value_heads": 4}
-PHI_CONFIG = EPS | {"sliding_window": None, "max_position_embeddings": 4096}
+PHI_CONFIG = EPS | {"sliding_window": None, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0}
+PHI_CONFIG |= {"original_max_position_embeddings": 4096}
 OLMO_3_CONFIG = EPS | WINDOW | {"rope_theta": 5e5}
 GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
 GEMMA_1_CONFIG = GEMMA_CONFIG | {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16}
@@ -306,7 +307,7 @@ FAMILIES = {
     "qwen2": Family({"qkv_bias": True}, defaults=QWEN_2_CONFIG),
     "qwen3": Family({"qk_norm": True}, defaults=QWEN_2_CONFIG | {"head_dim": 128}, biases=ATTENTION_BIAS),
     "mixtral": Family({}, experts, MIXTRAL_CONFIG),
-    "qwen2_moe": Family({"qkv_bias": True}, experts, QWEN_2_MOE_CONFIG, expert_size=MOE_SIZE),
+    "qwen2_moe": Family({}, experts, QWEN_2_MOE_CONFIG, expert_size=MOE_SIZE, biases={"qkv_bias": ("qkv_bias",)}),
     "qwen3_moe": Family({"qk_norm": True}, experts, QWEN_3_MOE_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS),
     "phi3": Family(defaults=PHI_CONFIG),
     "glm4": Family({"post_norm": True}, defaults=GLM_4_CONFIG, biases=QKV_BIAS),
@@ -331,6 +332,36 @@ FAMILIES = {
 }
 
 
+# keys that change no number: words about the file, training and generation, and what is true of a whole family
+WITHOUT_EFFECT = re.compile(
+    r"_.*|.*token(_id|_ids|izer|izer_class)|.*(dropout|pdrop|version|jitter_noise|_coef|_penalty|_ids)|initializer\w*"
+    r"|(transformers|unsloth|output|return|router|num_return|forced|suppress|id2|label)\W?\w*|architectures|auto_map"
+    r"|model_type|intermediate_size"
+    r"|(torch_)?dtype|use_cache|cache_implementation|(tie|is)_(encoder_)?decoder|is_llama_config|pretraining_tp|prefix"
+    r"|num_(labels|beams|beam_groups|nextn_predict_layers|mtp_layers)|m(ax|in)_length|do_sample|early_stopping|typical_p"
+    r"|temperature|top_[kp]|(encoder_)?no_repeat_ngram_size|remove_invalid_values|finetuning_task|problem_type"
+    r"|task_specific_params|pruned_heads|chunk_size_feed_forward|torchscript|use_bfloat16|neftune_noise_alpha|hidden_act"
+    r"|rope_(theta|scaling|parameters|local_base_freq)|use_(gated_activation|rotary_pos_emb|qk_norm|embedding_sharing)"
+    r"|use_parallel_(block|embedding)|position_embedding_type|order_of_interleaved_layers|layer_switch|norm_type|pool_type"
+    r"|attention_head_dim|org_vocab_size|cla_share_factor|dense_list|(pad|mask_init|(im|text)_(start|end))_id"
+    r"|enable_lm_head_fp32|initial_context_length|experts_per_token|quantization_config"
+)
+
+
+def refuse_unknown(given: dict, config: Config, family: Family) -> None:
+    """Refuse a key that might change the model and that nothing here reads; as off count null, false, 0, 1 and empty.
+
+    given: the keys of the file.
+    """
+    for key, value in given.items():
+        is_off = (
+            value is None or value is False or value in ("", [], {}) or (type(value) is not bool and value in (0, 1))
+        )
+        known = key in config.read or key in family.defaults or key in READ_BY_SOME or WITHOUT_EFFECT.fullmatch(key)
+        if not known and not is_off:
+            raise config.error(f"{key} is {value!r}, which is not known here; if it changes nothing, take it out")
+
+
 def args_from_config(config: Config) -> ModelArgs:
     """The sizes and switches of the model that a config describes; what is not supported is refused."""
     name = config.get("model_type")
@@ -338,7 +369,8 @@ def args_from_config(config: Config) -> ModelArgs:
         name = name or config.get("architectures")
         raise config.error(f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    read = {key: value for key, value in config.values.items() if key in family.defaults or key not in READ_BY_SOME}
+    given = config.values
+    read = {key: value for key, value in given.items() if key in family.defaults or key not in READ_BY_SOME}
     config = Config(PLAIN | family.defaults | read, config.where, config.names)
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(key) and key not in family.biases:
@@ -356,7 +388,7 @@ def args_from_config(config: Config) -> ModelArgs:
         "vocab_size": config.whole("vocab_size"),
         "max_seq_length": config.whole("max_position_embeddings"),
         "norm_eps": config.number(family.norm_eps),
-        **rope(config, family.window_rope_base, head_dim),
+        **rope(config, family, head_dim),
         "sliding_window": window,
         "full_layers": full_layers,
         "activation": activation(config, family),
@@ -366,7 +398,10 @@ def args_from_config(config: Config) -> ModelArgs:
         fields["window_rope_base"] = None
     for key, names in family.biases.items():
         fields |= dict.fromkeys(names, bool(config.get(key)))
-    return ModelArgs(**fields | family.fields | family.fields_from(config))
+    args = ModelArgs(**fields | family.fields | family.fields_from(config))
+    if not config.names:  # a config.json; other files have keys that others read
+        refuse_unknown(given, config, family)
+    return args
 
 
 def activation(config: Config, family: Family) -> str:

@@ -68,14 +68,16 @@ def read_json(path: str | Path) -> dict:
 class Config:
     """A model's config by the keys of Hugging Face's config.json; null counts as missing.
 
-    where: the file, for errors. names: what the file calls a key, where it is another name.
+    where: the file, for errors. names: what the file calls a key, where it is another name. read: the keys asked for.
     """
 
     values: dict
     where: str | Path = "config.json"
     names: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
     def get(self, key: str, default=None):
+        self.read.add(key)
         value = self.values.get(key)
         return default if value is None else value
 
@@ -98,7 +100,7 @@ class Config:
         """A list of values of one kind."""
         values = self.get(key)
         if not isinstance(values, list) or not all(isinstance(each, kind) for each in values):
-            raise self.error(f"{key} is {values!r}; a list is needed, of values such as {kind(1)!r}")
+            raise self.error(f"{key} is {values!r}; a list of numbers is needed")
         return values
 
     def _positive(self, key: str, types: tuple[type, ...], default, smallest: float, limit: float):

@@ -39,6 +39,7 @@ FAMILIES = {
     "plain": PLAIN,
     "experts": replace(PLAIN, n_expert=8, n_expert_used=2),
     "biased": replace(PLAIN, qkv_bias=True, qk_norm=True),
+    "sinks": replace(PLAIN, attention_sinks=True, wo_bias=True, rope_dim=16, unrotated_layers=(1,)),
     "capped": replace(
         PLAIN,
         sliding_window=128,

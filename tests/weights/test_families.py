@@ -70,7 +70,7 @@ YARN_ROPE = {
 EXPERTS = {"num_experts": 8, "moe_intermediate_size": 32}
 GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 0.7}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}
+NTK_ROPE = {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0}
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75}
 LONG_ROPE |= {"short_factor": [1.0, 1.1, 1.5], "long_factor": [1.2, 2.0, 4.0]}  # of 6 numbers in 8
 IN_TURN = {"num_hidden_layers": 4, "sliding_window": 16}
@@ -96,7 +96,6 @@ FAMILIES = {
     "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "llama, head_dim": (LlamaConfig, {"head_dim": 12}),
     "llama, biases": (LlamaConfig, BIASES),
-    "llama, partial rope": (LlamaConfig, PARTIAL),
     "smollm3": (SmolLM3Config, {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "attention_bias": True}),
     "smollm3, every so many": (SmolLM3Config, {"num_hidden_layers": 3, "no_rope_layer_interval": 2}),
     "ministral3": (
@@ -129,16 +128,13 @@ FAMILIES = {
     ),
     "glm4": (Glm4Config, {"head_dim": 16}),
     "glm4_moe": (Glm4MoeConfig, GLM_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
-    "glm4_moe, all layers": (Glm4MoeConfig, GLM_EXPERTS | {"n_group": 1, "first_k_dense_replace": 0}),
+    "glm4_moe, all layers": (Glm4MoeConfig, GLM_EXPERTS | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
     "gpt_oss": (GptOssConfig, IN_TURN | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "granitemoe": (GraniteMoeConfig, GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hunyuan": (
         HunYuanDenseV1Config,
-        {
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
-        },
+        {"head_dim": 16, "rope_parameters": NTK_ROPE},
     ),
     "exaone4": (Exaone4Config, IN_TURN),
     "exaone4, no window": (Exaone4Config, {"sliding_window": None, "layer_types": 2 * ["full_attention"]}),
@@ -246,9 +242,9 @@ def test_a_key_left_out_means_what_transformers_takes_it_for(family):
         given = {name: value for name, value in whole.items() if name != key}
         try:
             args = args_from_config(Config(given | {"model_type": model_type}))
-        except ValueError:  # refused: sizes that tell one model of a family from another
+            completed = AutoConfig.for_model(model_type, **copy.deepcopy(given)).to_dict()
+        except (ValueError, ZeroDivisionError):  # refused: sizes that tell one model of a family from another
             continue
-        completed = AutoConfig.for_model(model_type, **copy.deepcopy(given)).to_dict()
         assert args == args_from_config(Config(completed)), key
 
 
@@ -292,7 +288,7 @@ def test_family_in_int4(family, tmp_path):
         state[f"{name}.weight"] = dequantised(weight, each)
     plain = build(replace(source.args, tie_embeddings=False), state)
     for found, expected in zip(*(logits_of(model, random_prompts(40, 7)) for model in (quantised, plain)), strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=5e-5 * expected.abs().max().item(), rtol=1e-4)
     n_shared = 2 * (source.args.n_layer - len(source.args.dense_layers)) if source.args.shared_size else 0
     assert len(table) == 4 * source.args.n_layer + n_shared + 1
 
@@ -360,10 +356,10 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
     [
         ({"model_type": "gpt2"}, ["'gpt2'", "llama", "mistral", "qwen2", "qwen3"]),
         ({"model_type": None, "architectures": ["FooForCausalLM"]}, ["FooForCausalLM", "llama"]),
-        ({"model_type": ["llama"]}, ["llama, mistral"]),
+        ({"model_type": ["llama"]}, ["llama, smollm3"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
         ({"hidden_act": ["silu"]}, ["activation", "silu"]),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["'longrope'", "linear, llama3, yarn"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["short_factor is None", "a list"]),
         (
             {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}},
             ["'linear'", "windowed layers"],
@@ -375,15 +371,22 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
         ({"rope_parameters": "linear"}, ["rope settings"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
         (
-            {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 8, "mlp_only_layers": [0]},
-            ["some layers"],
+            {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 8, "mlp_only_layers": [0, 1]}
+            | {"num_experts_per_tok": 2},
+            ["dense_layers (0, 1)", "other layers"],
         ),
         (
             {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9},
             ["n_expert_used is 9", "from 1 to n_expert, 8"],
         ),
-        ({"attention_bias": True}, ["attention_bias", "q, k and v"]),
-        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"model_type": "mistral", "attention_bias": True}, ["attention_bias", "mistral"]),
+        ({"model_type": "qwen3", "mlp_bias": True}, ["mlp_bias"]),
+        ({"use_polar_rope": True}, ["use_polar_rope is True", "take it out"]),
+        ({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}, ["clip_qkv is 8.0"]),
+        (
+            {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 5.0},
+            ["swiglu_limit is 5.0", "7.0"],
+        ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         (WINDOW | {"layer_types": [*MIXED, *MIXED]}, ["layer_types", "2 of full_attention"]),
