@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.gpu.experts import experts, sort_pairs
+from layers.gpu_linear import KERNEL_ACTIVATIONS
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear
@@ -14,7 +15,7 @@ FEATURES = {
     "spec": SPECS,
     "n_expert_used": [(5, 1), (2, 2)],
     "n_token": [1, 20],
-    "activation": list(ACTIVATIONS),
+    "activation": KERNEL_ACTIVATIONS,
     "dtype": [torch.float16, torch.bfloat16],
 }
 

@@ -145,7 +145,9 @@ def without_operators(monkeypatch, dtype, spec, memory=None, **changes):
     return pair
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"ffn_bias": True, **EXPERTS}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"ffn_bias": True, "n_expert": 2, "n_expert_used": 2}], ids=str
+)
 @pytest.mark.parametrize("case", WITHOUT_OPERATORS)
 def test_quantised_models_without_operators_equal_plain_ones(case, changes, monkeypatch):
     dtype, spec, kinds = WITHOUT_OPERATORS[case]
