@@ -57,6 +57,19 @@ VARIANTS = {
     ),
     "norms last": replace(TINY, qk_norm=True, qk_norm_last=True, mean_norm=True, parallel=True),
     "sinks and biases": replace(TINY, attention_sinks=True, wo_bias=True, ffn_bias=True, n_expert=3, n_expert_used=2),
+    "experts scored alone": replace(
+        TINY,
+        n_expert=6,
+        n_expert_used=2,
+        sigmoid_experts=True,
+        n_expert_group=3,
+        n_group_used=2,
+        expert_scale=1.5,
+        shared_size=16,
+        shared_gate=False,
+        dense_layers=(0,),
+        dense_size=24,
+    ),
     "joint norms": replace(TINY, pre_norm=False, post_norm=True, joint_qk_norm=True),
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
@@ -161,7 +174,7 @@ def greedy(model, prompts, n_new, step):
     return continuation(model, cache, prompts, n_new + 1, step=step).T.tolist()
 
 
-@pytest.mark.parametrize("variant", ["window", "windows in turn", "scales and caps", "joint norms", "experts"])
+@pytest.mark.parametrize("variant", ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"])
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()
     model = random_tiny(VARIANTS[variant])
