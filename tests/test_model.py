@@ -174,7 +174,9 @@ def greedy(model, prompts, n_new, step):
     return continuation(model, cache, prompts, n_new + 1, step=step).T.tolist()
 
 
-@pytest.mark.parametrize("variant", ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"])
+@pytest.mark.parametrize(
+    "variant", ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"]
+)
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()
     model = random_tiny(VARIANTS[variant])

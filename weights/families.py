@@ -315,9 +315,7 @@ FAMILIES = {
     "gpt_oss": Family(GPT_OSS, clamped_experts, GPT_OSS_CONFIG, 2, biases=ATTENTION_BIAS, activations=CLAMPED),
     "seed_oss": Family(defaults=SEED_CONFIG, biases=SEED_BIASES),
     "granite": Family({}, granite_scales, biases=BIASES),
-    "granitemoe": Family(
-        {}, granite_experts, {"num_local_experts": 8, "num_experts_per_tok": 2}, biases=ATTENTION_BIAS
-    ),
+    "granitemoe": Family({}, granite_experts, biases=ATTENTION_BIAS),
     "hunyuan_v1_dense": Family({"qk_norm": True, "qk_norm_last": True}, defaults=EPS, biases=ATTENTION_BIAS),
     "exaone4": Family(POST_NORM | {"qk_norm": True}, exaone_fields, EXAONE_CONFIG, 4),
     "cohere2": Family(COHERE, cohere_fields, COHERE_CONFIG, 4, norm_eps="layer_norm_eps", biases=ATTENTION_BIAS),

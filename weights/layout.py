@@ -17,7 +17,7 @@ Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function
 
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
-    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
+    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_(freqs|factors_(short|long))\.weight|freqs_(cis|cos|sin)|causal_mask"
 )
 
 

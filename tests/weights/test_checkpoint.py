@@ -148,7 +148,7 @@ def test_a_folder_prefers_the_converted_file(folder, llama):
         ({"rope_base": "1e4"}, ["rope_base"]),
         ({"rope_scaling": [1]}, ["args"]),
         ({"rope_scaling": {"type": "llama3", "factor": "x"}}, ["factor", "'x'"]),
-        ({"rope_scaling": {"type": "longrope"}}, ["'longrope'", "linear, llama3, yarn"]),
+        ({"rope_scaling": {"type": "dynamic"}}, ["'dynamic'", "linear, llama3, yarn"]),
         ({"sliding_window": "all"}, ["sliding_window", "'all'"]),
         ({"tie_embeddings": "no"}, ["tie_embeddings", "'no'"]),
         ({"tie_embeddings": True, "dim": 31}, ["shape"]),
