@@ -118,7 +118,7 @@ def source_modules(module: str, modules: dict, args: ModelArgs) -> list[list[str
     pattern = module.replace(f"layers.{number}", "layers.#")
     if layer and int(number) in args.dense_layers:
         pattern = pattern.replace("feed_forward", "dense")
-    parts = [part.replace("#", number) for part in modules.get(pattern, (pattern,))]
+    parts = [part.replace("#", number) for part in modules.get(pattern, (module,))]
     n_list = args.n_expert if "@" in parts[0] else 1
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 

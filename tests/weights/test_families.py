@@ -41,10 +41,12 @@ from transformers import (
 
 import tests.tp_cases as tp_cases
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
-from tests.tiny import SIZES, continuation, ran, random_prompts, save_tiny
-from weights.checkpoint import build, load_model, new_table, open_model
+from tests.tiny import CPU, ROOT, SIZES, continuation, ran, random_prompts, save_tiny
+from weights.checkpoint import build, load_model, new_table, open_model, read_tensors, save_checkpoint
+from weights.families import FAMILIES as ROWS
 from weights.families import args_from_config
 from weights.files import Config
+from weights.gguf import ARCHITECTURES
 from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,6 +200,11 @@ def test_family_equals_transformers(family, tmp_path):
         expected = theirs(torch.tensor([prompt])).logits
         torch.testing.assert_close(ours(torch.tensor([prompt]), pos), expected, atol=1e-4, rtol=1e-4)
 
+    source = open_model(tmp_path)
+    save_checkpoint(tmp_path / "ours.pth", source.args, read_tensors(source, CPU, torch.float32, ""))
+    again = load_model(tmp_path / "ours.pth", dtype=torch.float32)
+    assert torch.equal(*(logits_of(model, prompts[1:2])[0] for model in (ours, again)))
+
     answers = [greedy(ours, [prompt])[0] for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):  # after each part of an answer, their likeliest token
         assert theirs(torch.tensor([prompt + answer])).logits[0, -N_NEW - 1 : -1].argmax(-1).tolist() == answer
@@ -261,6 +268,17 @@ def test_what_gemma_3_4b_leaves_out_of_its_config():
     tensors = Layout(args).tensors
     del tensors["tok_embeddings.weight"]
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == 3209
+
+
+def test_the_readme_lists_every_family_and_whether_gguf_files_of_it_are_read():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|")[2:4] for line in lines if re.match(r"\|[^|]*\| `\w+`[ `\w]*\|", line)]
+    listed = {name: how for names, how in rows for name in re.findall(r"`(\w+)`", names)}
+    in_gguf = {"mistral"}  # as a llama
+    for each in ARCHITECTURES.values():
+        in_gguf |= {each.model_type, each.with_experts, each.with_window} - {None}
+    assert listed.keys() - {"model_type"} == ROWS.keys()
+    assert {name for name, how in listed.items() if "GGUF" in how} == in_gguf
 
 
 def logits_of(model, prompts):
