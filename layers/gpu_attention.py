@@ -16,7 +16,7 @@ class GpuAttention(Attention):
 
     def __init__(self, attention: Attention):
         nn.Module.__init__(self)
-        vars(self).update(vars(attention))
+        vars(self).update(vars(attention))  # its layers and settings
         from kernels.gpu.attention import MOST_ROWS, MOST_TOKENS, new_counters  # it needs Triton
 
         self.most_rows, self.most_tokens = MOST_ROWS, MOST_TOKENS

@@ -18,7 +18,7 @@ class GpuExperts(MixtureOfExperts):
         nn.Module.__init__(self)
         import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton
 
-        vars(self).update(vars(mixture))
+        vars(self).update(vars(mixture))  # its layers and settings
         self.activation_name = next(name for name, each in ACTIVATIONS.items() if each is mixture.activation)
 
     @staticmethod

@@ -47,11 +47,8 @@ def check_sizes(args) -> None:
     for name in ("full_layers", "unrotated_layers", "dense_layers"):
         if max(getattr(args, name), default=-1) >= args.n_layer:
             raise ValueError(f"{name} {getattr(args, name)} must be below n_layer, {args.n_layer}")
-    for name, needed in (
-        ("full_layers", "sliding_window"),
-        ("late_query_scale", "rope_scaling"),
-        ("qk_norm_last", "qk_norm"),
-    ):
+    needs = {"full_layers": "sliding_window", "late_query_scale": "rope_scaling", "qk_norm_last": "qk_norm"}
+    for name, needed in needs.items():
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"{name} {getattr(args, name)} needs {needed}")
     for name in ("factors", "long_factors"):

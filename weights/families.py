@@ -268,22 +268,14 @@ SMOLLM_3_CONFIG = {"rope_theta": 2e6, "max_position_embeddings": 32768, "num_key
 SMOLLM_3_CONFIG |= {"sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True}
 SMOLLM_3_CONFIG |= {"no_rope_layers": None, "no_rope_layer_interval": 4}
 GLM_CONFIG = {"partial_rotary_factor": 0.5, "max_position_embeddings": 131072}
-GLM_4_CONFIG = GLM_CONFIG | {
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "rms_norm_eps": 1.5625e-7,
-    "attention_bias": True,
-}
+GLM_4_CONFIG = GLM_CONFIG | {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7}
+GLM_4_CONFIG |= {"attention_bias": True}
 GLM_MOE_CONFIG = GLM_CONFIG | EPS | {"num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "use_qk_norm": False}
 GLM_MOE_CONFIG |= {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 GLM_MOE_CONFIG |= {"n_shared_experts": 1}
 GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-GPT_OSS_CONFIG = EPS | {
-    "rope_theta": 1.5e5,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
+GPT_OSS_CONFIG = EPS | {"rope_theta": 1.5e5, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+GPT_OSS_CONFIG |= {"head_dim": 64}
 GPT_OSS_CONFIG |= {"sliding_window": 128, "layer_types": None, "rope_parameters": GPT_OSS_ROPE, "attention_bias": True}
 MINISTRAL_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
 MINISTRAL_ROPE |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
@@ -334,9 +326,10 @@ FAMILIES = {
 WITHOUT_EFFECT = re.compile(
     r"_.*|.*token(_id|_ids|izer|izer_class)|.*(dropout|pdrop|version|jitter_noise|_coef|_penalty|_ids)|initializer\w*"
     r"|(transformers|unsloth|output|return|router|num_return|forced|suppress|id2|label)\W?\w*|architectures|auto_map"
-    r"|model_type|intermediate_size"
+    r"|model_type|intermediate_size|(bos|eos|pad|unk|sep|mask)_token|(\w+_)?(max|min|seq|sequence)_length|n_ctx"
+    r"|gradient_checkpointing|(use_)?(flash_attn|attn_implementation)\w*|(anyres|vit|image|vision|video|audio)_\w+"
     r"|(torch_)?dtype|use_cache|cache_implementation|(tie|is)_(encoder_)?decoder|is_llama_config|pretraining_tp|prefix"
-    r"|num_(labels|beams|beam_groups|nextn_predict_layers|mtp_layers)|m(ax|in)_length|do_sample|early_stopping|typical_p"
+    r"|num_(labels|beams|beam_groups|nextn_predict_layers|mtp_layers)|do_sample|early_stopping|typical_p"
     r"|temperature|top_[kp]|(encoder_)?no_repeat_ngram_size|remove_invalid_values|finetuning_task|problem_type"
     r"|task_specific_params|pruned_heads|chunk_size_feed_forward|torchscript|use_bfloat16|neftune_noise_alpha|hidden_act"
     r"|rope_(theta|scaling|parameters|local_base_freq)|use_(gated_activation|rotary_pos_emb|qk_norm|embedding_sharing)"
