@@ -270,6 +270,25 @@ def test_what_gemma_3_4b_leaves_out_of_its_config():
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == 3209
 
 
+GPT_OSS_20B = {"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880}
+GPT_OSS_20B |= {"num_hidden_layers": 24, "num_attention_heads": 64, "num_local_experts": 32, "num_experts_per_tok": 4}
+GPT_OSS_20B |= {
+    "experts_per_token": 4,
+    "initial_context_length": 4096,
+    "router_aux_loss_coef": 0.9,
+    "swiglu_limit": 7.0,
+}
+COMMAND_R7B = {"model_type": "cohere2", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336}
+COMMAND_R7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "layer_switch": 4}
+COMMAND_R7B |= {"order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0, "use_parallel_block": True}
+
+
+@pytest.mark.parametrize("config, millions", [(GPT_OSS_20B, 20_915), (COMMAND_R7B, 8_028)])
+def test_published_sizes_of_models_whose_configs_hold_words_of_their_own(config, millions):
+    tensors = Layout(args_from_config(Config(config))).tensors
+    assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == millions
+
+
 def test_the_readme_lists_every_family_and_whether_gguf_files_of_it_are_read():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line.split("|")[2:4] for line in lines if re.match(r"\|[^|]*\| `\w+`[ `\w]*\|", line)]
