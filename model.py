@@ -1,4 +1,4 @@
-"""The Transformer in one flat file: configuration, KV cache, rope, attention, feed-forward, experts.
+"""The Transformer in one flat file: configuration, KV cache, rope, attention, feed-forward.
 
 The mathematics of a decoder-only language model and nothing else: which form of a layer is fastest on a device is
 decided in `layers/`, and who uses which row of the cache in `engine/cache.py`.
@@ -7,9 +7,7 @@ Shapes: B rows of the batch, S new tokens a row, N rows and C slots of the cache
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.fields import MAX_SIZE, check_fields
+from mixers.activations import ACTIVATIONS
+from mixers.experts import MixtureOfExperts, check_experts
+from mixers.fields import check_fields, check_sizes
 from mixers.rope_scaling import RopeScaling
-
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,22 @@ class ModelArgs:
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     full_layers: tuple[int, ...] = ()  # of a model with a window: the layers that have none
     window_rope_base: float | None = None  # of the layers with a window, whose rope is not scaled; None: as the others
+    rope_dim: int | None = None  # of each head's numbers, how many rope turns: the first of both halves; None: all
+    unrotated_layers: tuple[int, ...] = ()  # layers without rope
+    late_query_scale: float | None = None  # queries are times 1 + it * log(1 + pos // context before rope's scaling)
     qkv_bias: bool = False
+    wo_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised
+    qk_norm_last: bool = False  # ... after rope
     joint_qk_norm: bool = False  # all heads of q are normalised as one vector, and all of k
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
+    attention_sinks: bool = False  # each head has a score of nothing, which takes its share
     activation: str = "silu"
+    ffn_bias: bool = False  # of all layers of feed-forwards, and of the gate that chooses among them
     norm_offset: bool = False  # norms multiply by 1 + weight
+    mean_norm: bool = False  # the norms of blocks and the last subtract the mean first
+    parallel: bool = False  # the feed-forward takes what attention takes, not its result
     pre_norm: bool = True  # norms before attention and feed-forward
     post_norm: bool = False  # norms after them, before the sum
     embedding_scale: float = 1.0
@@ -57,29 +64,29 @@ class ModelArgs:
     n_expert: int | None = None  # feed-forwards of a block, each of intermediate_size; None: one, for all tokens
     n_expert_used: int | None = None  # for each token
     normalize_experts: bool = True  # whether the weights of those used add up to 1
+    expert_scale: float = 1.0  # of these weights
+    sigmoid_experts: bool = False  # each is scored alone, and a bias has a say in the choice, not in the weight
+    n_expert_group: int | None = None  # only the experts of the best groups can be chosen; None: all
+    n_group_used: int | None = None
     shared_size: int | None = None  # width of one more feed-forward, for all tokens
+    shared_gate: bool = True  # whether a gate weighs that one
+    dense_layers: tuple[int, ...] = ()  # of a mixture of experts: the layers that have one feed-forward, of dense_size
+    dense_size: int | None = None
     tie_embeddings: bool = False
 
     def __post_init__(self):
         check_fields(self)
-        if self.n_head * self.head_dim > MAX_SIZE:
-            raise ValueError(f"n_head {self.n_head} x head_dim {self.head_dim} is more than {MAX_SIZE}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rope needs an even one")
+        check_sizes(self)
+        check_experts(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        if self.full_layers and (self.sliding_window is None or max(self.full_layers) >= self.n_layer):
-            raise ValueError(f"full_layers {self.full_layers} need a sliding_window and {self.n_layer} layers or more")
-        if not (self.n_expert_used or 0) <= (self.n_expert or 0) or bool(self.n_expert) != bool(self.n_expert_used):
-            raise ValueError(f"n_expert_used is {self.n_expert_used}; it must be from 1 to n_expert, {self.n_expert}")
-        if self.shared_size and not self.n_expert:
-            raise ValueError(f"shared_size {self.shared_size} is for a model with n_expert, a mixture of experts")
-        if (n := len(self.rope_scaling.factors) if self.rope_scaling else 0) not in (0, self.head_dim // 2):
-            raise ValueError(f"rope has {n} frequency factors; head_dim {self.head_dim} needs half as many")
         if not has_finite_rope(self):
             raise ValueError(f"rope_base {self.rope_base} with {self.rope_scaling} makes angles that are not finite")
+
+    @property
+    def turned(self) -> int:
+        """How many numbers of a head rope turns."""
+        return self.rope_dim or self.head_dim
 
     def windows(self) -> list[int | None]:
         """The window of each layer; None: it has none."""
@@ -92,12 +99,14 @@ class ModelArgs:
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelArgs":
         """The inverse of `to_dict`. Raises ValueError on a field that is missing or unknown."""
-        scaling, full_layers = fields.get("rope_scaling"), fields.get("full_layers", ())
+
+        def with_tuples(values: dict) -> dict:
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+        scaling = fields.get("rope_scaling")
         try:
-            if scaling is not None:
-                scaling = RopeScaling(**{**scaling, "factors": tuple(scaling.get("factors", ()))})
-            full_layers = tuple(full_layers) if isinstance(full_layers, list) else full_layers
-            return cls(**{**fields, "rope_scaling": scaling, "full_layers": full_layers})
+            scaling = None if scaling is None else RopeScaling(**with_tuples(scaling))
+            return cls(**{**with_tuples(fields), "rope_scaling": scaling})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
 
@@ -121,6 +130,14 @@ class RMSNorm(nn.Module):
         return h.square().mean(-1, keepdim=True)
 
 
+class MeanNorm(RMSNorm):
+    """Layer normalisation without a bias (Ba et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return super().forward(h - h.mean(-1, keepdim=True)).to(x.dtype)
+
+
 class HeadsNorm(RMSNorm):
     """All heads normalised as one vector."""
 
@@ -140,23 +157,26 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
-def rope_table(args: ModelArgs, pos: Tensor, windowed: bool = False) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., D/2] in float32 of the angles at pos [...]; windowed: for layers with a window."""
+def rope_table(args: ModelArgs, pos: Tensor, windowed: bool = False, length: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D/2] in float32 of the angles at pos [...] in a context of `length` tokens.
+
+    windowed: for layers with a window.
+    """
     base, scaling, growth = args.rope_base, args.rope_scaling, 1.0
     if windowed and args.window_rope_base is not None:
         base, scaling = args.window_rope_base, None
-    freqs = 1.0 / base ** (torch.arange(0, args.head_dim, 2, device=pos.device).float() / args.head_dim)
+    freqs = 1.0 / base ** (torch.arange(0, args.turned, 2, device=pos.device).float() / args.turned)
     if scaling is not None:
-        freqs, growth = scaling.apply(freqs, base), scaling.attention_factor
-    angles = pos.float()[..., None] * freqs
-    return angles.cos() * growth, angles.sin() * growth
+        freqs, growth = scaling.apply(freqs, base, length), scaling.attention_factor
+    angles, still = pos.float()[..., None] * freqs, (0, (args.head_dim - args.turned) // 2)
+    return F.pad(angles.cos() * growth, still, value=1.0), F.pad(angles.sin() * growth, still)
 
 
 def has_finite_rope(args: ModelArgs) -> bool:
     """Whether every angle of rope is a number, up to the last position."""
     last = torch.tensor(args.max_seq_length - 1, device="cpu")
     try:
-        tables = rope_table(args, last) + rope_table(args, last, windowed=True)
+        tables = rope_table(args, last) + rope_table(args, last, True) + rope_table(args, last, False, 1 << 30)
     except ArithmeticError:  # a logarithm of 0 or of infinity
         return False
     return all(table.isfinite().all() for table in tables)
@@ -205,6 +225,9 @@ class LayerCache(nn.Module):
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
 
+SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
+
+
 class KVCache(nn.Module):
     """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and tables for their positions."""
 
@@ -214,7 +237,8 @@ class KVCache(nn.Module):
         self.layers = nn.ModuleList(LayerCache(shape, dtype, device) for _ in range(args.n_layer))
         slots = torch.arange(n_slots, device=device)
         uniforms = torch.zeros(n_rows, n_slots, device=device)  # decide what is drawn, see `engine/sampling.py`
-        tables = (slots, uniforms, *rope_table(args, slots), *rope_table(args, slots, windowed=True))
+        length = n_slots - SPARE_SLOTS
+        tables = (slots, uniforms, *rope_table(args, slots, False, length), *rope_table(args, slots, True, length))
         for name, table in zip(("slots", "uniforms", "cos", "sin", "window_cos", "window_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         self.n_rows, self.n_slots = n_rows, n_slots
@@ -252,11 +276,11 @@ def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Attend(nn.Module):
-    """Grouped-query attention. scale: of q k. cap: soft cap of the scaled scores."""
+    """Grouped-query attention. scale: of q k. cap: soft cap of the scaled scores. sinks [H]: scores of nothing."""
 
-    def __init__(self, scale: float, cap: float | None):
+    def __init__(self, scale: float, cap: float | None, sinks: nn.Parameter | None = None):
         super().__init__()
-        self.scale, self.cap = scale, cap
+        self.scale, self.cap, self.sinks = scale, cap, sinks
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         """q [B, S, H, D]; cache_rows [B]: see `KVCache.view`; mask [B, S, C'] -> [B, S, H, D]."""
@@ -265,11 +289,20 @@ class Attend(nn.Module):
         # the G query heads of one key head become rows of one head: larger blocks, and no copies of k and v
         q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).reshape(B, k.shape[1], -1, D)  # [B, Hkv, G * S, D]
         mask = mask.repeat(1, H // k.shape[1], 1)[:, None]  # [B, 1, G * S, C']
-        if self.cap is None:
+        if self.cap is None and self.sinks is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         else:
-            y = (softcap((q @ k.mT).float() * self.scale, self.cap) + mask.float()).softmax(-1).to(v.dtype) @ v
+            y = self.shares(softcap((q @ k.mT).float() * self.scale, self.cap) + mask.float()).to(v.dtype) @ v
         return y.view(B, k.shape[1], -1, S, D).permute(0, 3, 1, 2, 4).reshape(B, S, H, D)
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """The softmax of scores [B, Hkv, G * S, C'], of which a sink takes its share."""
+        shares = scores.softmax(-1)
+        if self.sinks is None:
+            return shares
+        sinks = self.sinks.float().view(scores.shape[1], -1, 1)  # [Hkv, G, 1]
+        sinks = sinks.expand(-1, -1, scores.shape[2] // sinks.shape[1]).reshape(1, *scores.shape[1:3], 1)
+        return shares * (scores.logsumexp(-1, keepdim=True) - sinks).sigmoid()
 
 
 class Attention(nn.Module):
@@ -279,16 +312,24 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.window = args.n_head, args.n_kv_head, args.head_dim, window
         self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=args.wo_bias)
         self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
-        self.attend = Attend(args.attention_scale or args.head_dim**-0.5, args.attention_softcap)
+        self.norm_last, self.late_scale = args.qk_norm_last, args.late_query_scale
+        self.late = args.rope_scaling.original_max_position_embeddings if self.late_scale else None
+        sinks = nn.Parameter(torch.zeros(args.n_head)) if args.attention_sinks else None
+        self.attend = Attend(args.attention_scale or args.head_dim**-0.5, args.attention_softcap, sinks)
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if self.norm_last:
+            q, k = self.q_norm(rotate(q, cos, sin)), self.k_norm(rotate(k, cos, sin))
+        else:
+            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if self.late_scale is not None:
+            q = q * (1 + self.late_scale * torch.log(1 + pos // self.late))[..., None, None].to(q.dtype)
         keys, values, cache_rows = cache or (Vectors(k.transpose(1, 2)), Vectors(v.transpose(1, 2)), None)
         if cache:
             rows = torch.arange(B, device=pos.device) if cache_rows is None else cache_rows
@@ -303,95 +344,47 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs, size: int):
         super().__init__()
         self.activation = ACTIVATIONS[args.activation]
-        self.w13 = nn.Linear(args.dim, 2 * size, bias=False)
-        self.w2 = nn.Linear(size, args.dim, bias=False)
+        self.w13 = nn.Linear(args.dim, 2 * size, bias=args.ffn_bias)
+        self.w2 = nn.Linear(size, args.dim, bias=args.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(self.activation(gate) * up)
+        return self.w2(self.activation(gate, up))
 
 
-class Gate(nn.Linear):
-    """Scores that choose or weigh experts; never quantised, because rounded ones choose others."""
-
-
-class ExpertLinear(nn.Module):
-    """A linear layer for each of E experts: weight [E, out, in]."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def expert(self, e: int) -> Callable[[Tensor], Tensor]:
-        return partial(F.linear, weight=self.weight[e])
-
-    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [T, K or 1, in] through the experts chosen [T, K] -> [T, K, out]."""
-        return by_expert(self, x, chosen)
-
-
-def by_expert(layer: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
-    """x [T, K or 1, in] through the experts chosen [T, K] of `layer` -> [T, K, out].
-
-    Each expert gets all its tokens at once, so its weight is read once, and that of one not chosen never.
-    """
-    x = x.expand(-1, chosen.shape[1], -1)
-    y = x.new_empty(*chosen.shape, layer.weight.shape[1])
-    for e in chosen.unique().tolist():
-        own = chosen == e
-        y[own] = layer.expert(e)(x[own])
-    return y
-
-
-class MixtureOfExperts(nn.Module):
-    """Feed-forwards of which a gate chooses some for each token (Shazeer et al. 2017; Jiang et al. 2024).
-
-    Another one, shared, may serve all tokens, weighted by a gate of its own (Qwen2-MoE).
-    """
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.activation = ACTIVATIONS[args.activation]
-        self.n_used, self.normalize = args.n_expert_used, args.normalize_experts
-        self.gate = Gate(args.dim, args.n_expert, bias=False)
-        self.w13 = ExpertLinear(torch.empty(args.n_expert, 2 * args.intermediate_size, args.dim))
-        self.w2 = ExpertLinear(torch.empty(args.n_expert, args.dim, args.intermediate_size))
-        self.shared = FeedForward(args, args.shared_size) if args.shared_size else None
-        self.shared_gate = Gate(args.dim, 1, bias=False) if args.shared_size else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)  # [T, dim]
-        weights, chosen = self.gate(rows).float().softmax(-1).topk(self.n_used)  # [T, K]
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
-        return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
-
-    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
-        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
-        return self.w2(self.activation(gate) * up, chosen)
+def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
+    """The feed-forward of one layer, the first being 0."""
+    if args.n_expert is None or layer in args.dense_layers:
+        return FeedForward(args, args.intermediate_size if args.n_expert is None else args.dense_size)
+    return MixtureOfExperts(args, FeedForward(args, args.shared_size) if args.shared_size else None)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, window: int | None):
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.attention = Attention(args, window)
-        self.feed_forward = MixtureOfExperts(args) if args.n_expert else FeedForward(args, args.intermediate_size)
-        self.residual_scale = args.residual_scale
-        self.attention_norm, self.ffn_norm = (_norm_if(args.pre_norm, args) for _ in range(2))
+        self.attention = Attention(args, args.windows()[layer])
+        self.feed_forward = feed_forward(args, layer)
+        self.residual_scale, self.parallel = args.residual_scale, args.parallel
+        self.attention_norm = _norm_if(args.pre_norm, args)
+        self.ffn_norm = _norm_if(args.pre_norm and not args.parallel, args)
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))
 
     def forward(self, x: Tensor, pos: Tensor, *context_and_cache) -> Tensor:
         """x [B, S, dim] at pos [B, S]; the rest is as `Attention.forward` takes it."""
-        y = self.post_attention_norm(self.attention(self.attention_norm(x), pos, *context_and_cache))
+        h = self.attention_norm(x)
+        y = self.post_attention_norm(self.attention(h, pos, *context_and_cache))
         x = x + _scaled(y, self.residual_scale)
-        y = self.post_ffn_norm(self.feed_forward(self.ffn_norm(x)))
+        y = self.post_ffn_norm(self.feed_forward(h if self.parallel else self.ffn_norm(x)))
         return x + _scaled(y, self.residual_scale)
 
 
 def _norm_if(wanted: bool, args: ModelArgs) -> nn.Module:
-    return RMSNorm(args.dim, args) if wanted else nn.Identity()
+    return block_norm(args) if wanted else nn.Identity()
+
+
+def block_norm(args: ModelArgs) -> RMSNorm:
+    """A norm of all numbers of a token."""
+    return (MeanNorm if args.mean_norm else RMSNorm)(args.dim, args)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -429,8 +422,8 @@ class Transformer(nn.Module):
         self.args = args
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = Blocks(TransformerBlock(args, window) for window in args.windows())
-        self.norm = RMSNorm(args.dim, args)
+        self.layers = Blocks(TransformerBlock(args, layer) for layer in range(args.n_layer))
+        self.norm = block_norm(args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
         self.cache_dtype: torch.dtype | None = None  # of keys and values, int8 or, None, as the model's
@@ -484,14 +477,18 @@ class Transformer(nn.Module):
         key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
         seen = key_pos <= pos[..., None]  # [B, S, C']
 
-        def context(windowed: bool) -> Context:
-            cos, sin = rope_table(self.args, pos, windowed) if cache is None else cache.rope(pos, windowed)
+        def context(windowed: bool, rotated: bool) -> Context:
+            alone = cache is None
+            cos, sin = rope_table(self.args, pos, windowed, pos.shape[1]) if alone else cache.rope(pos, windowed)
+            if not rotated:  # by an angle of 0
+                cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
             near = seen & (key_pos > pos[..., None] - self.args.sliding_window) if windowed else seen
             return Context(cos[:, :, None], sin[:, :, None], additive_mask(near, self.dtype))
 
-        windowed = [window is not None for window in self.args.windows()]
-        made = {each: context(each) for each in sorted(set(windowed))}
-        return [made[each] for each in windowed]
+        windows, unrotated = self.args.windows(), self.args.unrotated_layers
+        kinds = [(window is not None, i not in unrotated) for i, window in enumerate(windows)]
+        made = {kind: context(*kind) for kind in sorted(set(kinds))}
+        return [made[kind] for kind in kinds]
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -17,7 +17,8 @@ from torch import Tensor
 from cli import listed
 from layers.gpu_linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
-from model import HeadsNorm, MixtureOfExperts, ModelArgs, Transformer
+from mixers.experts import MixtureOfExperts
+from model import HeadsNorm, ModelArgs, Transformer
 from ranks import Ranks
 
 
@@ -37,6 +38,7 @@ PLAN = {
     "tok_embeddings": Split(-2, ("vocab_size",)),
     "layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head")),
     "layers.#.attention.wo": Split(-1, ("n_head",)),
+    "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
     "layers.#.feed_forward.shared.w13": Split(-2, ("shared_size", "shared_size")),
@@ -65,6 +67,7 @@ def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
         n_head=args.n_head // n_rank,
         n_kv_head=max(1, args.n_kv_head // n_rank),
         intermediate_size=args.intermediate_size // n_rank,
+        dense_size=args.dense_size and args.dense_size // n_rank,
         shared_size=args.shared_size and args.shared_size // n_rank,
         vocab_size=math.ceil(args.vocab_size / n_rank),
     )
@@ -81,7 +84,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
     if split is None:
         return tensor
     dim = split.dim
-    if leaf == "bias":  # [out]
+    if leaf in ("bias", "sinks"):  # [out], of experts [E, out]
         if dim == -1:
             return tensor if rank == 0 else torch.zeros_like(tensor)
         dim = -1
@@ -110,11 +113,13 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
     """
     if not divides(args, n_rank):
         fits = [n for n in range(1, args.n_head + 1) if divides(args, n)]
+        sizes = " and ".join(str(each) for each in (args.intermediate_size, args.shared_size, args.dense_size) if each)
         raise ValueError(
             f"{n_rank} ranks cannot share this model's {args.n_head} heads ({args.n_kv_head} key heads) and FFN of "
-            f"{args.intermediate_size}{f' and {args.shared_size}' if args.shared_size else ''}; use {listed(fits)}"
+            f"{sizes}; use {listed(fits)}"
         )
-    widths = {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
+    widths = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
+    widths |= {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
     widths["shared.w2"] = args.shared_size
     for module, spec in table.items():
         if spec.ordered:
@@ -135,7 +140,7 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
 
 def divides(args: ModelArgs, n_rank: int) -> bool:
     key_heads = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
-    sizes = (args.n_head, args.intermediate_size, args.shared_size or 0)
+    sizes = (args.n_head, args.intermediate_size, args.shared_size or 0, args.dense_size or 0)
     return key_heads and all(size % n_rank == 0 for size in sizes)
 
 
@@ -208,10 +213,11 @@ def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     model.args = replace(rank_args(args, ranks.size), vocab_size=args.vocab_size)
     model.ranks = ranks
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)
+    mixtures = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts))
     for name, layer in list(model.named_modules()):
         split = split_of(name, args)
         is_row_wise = split is not None and split.dim == -1
-        of_experts = args.n_expert and ".feed_forward." in name  # summed once, in their mixture
+        of_experts = name.startswith(mixtures)  # summed once, in their mixture
         if isinstance(layer, HeadsNorm):
             replace_(model, name, SplitNorm(layer, ranks))
         elif isinstance(layer, MixtureOfExperts) or (is_row_wise and not of_experts):

@@ -7,7 +7,7 @@ beyond a row's last token is hidden by position.
 import torch
 from torch import Tensor
 
-from model import KVCache, LayerCache, ModelArgs, Transformer
+from model import SPARE_SLOTS, KVCache, LayerCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
@@ -22,7 +22,7 @@ def slots_for(args: ModelArgs, length: int) -> int:
     They go in powers of two, so that few forms of the step are ever compiled, and stop at the model's context; the
     last few stay empty, see `prefix_length`.
     """
-    return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length)) + ALIGNED
+    return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length)) + SPARE_SLOTS
 
 
 def row_bytes(model: Transformer, n_slots: int) -> int:

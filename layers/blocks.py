@@ -8,13 +8,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
-from model import Blocks, CacheView, Context, KVCache, MixtureOfExperts, ModelArgs, RMSNorm, TransformerBlock
+from mixers.experts import MixtureOfExperts
+from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.
 HONOURED = {"dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size", "max_seq_length"}
-HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "sliding_window", "window_rope_base", "qkv_bias", "qk_norm"}
-HONOURED |= {"attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "tie_embeddings"}
+HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "rope_dim", "sliding_window", "window_rope_base", "qk_norm"}
+HONOURED |= {"qkv_bias", "wo_bias", "ffn_bias", "attention_scale", "embedding_scale", "logit_scale", "logit_softcap"}
+HONOURED |= {"tie_embeddings"}
 
 
 def honours(args: ModelArgs, names: set[str]) -> bool:

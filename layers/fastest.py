@@ -26,17 +26,8 @@ from layers.packed import (
     float_copy,
 )
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
-from model import (
-    Attend,
-    Attention,
-    Blocks,
-    ExpertLinear,
-    Gate,
-    MixtureOfExperts,
-    ModelArgs,
-    Transformer,
-    TransformerBlock,
-)
+from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
+from model import Attend, Attention, Blocks, ModelArgs, Transformer, TransformerBlock
 
 
 class Row(NamedTuple):

@@ -16,21 +16,19 @@ class GpuAttention(Attention):
 
     def __init__(self, attention: Attention):
         nn.Module.__init__(self)
+        vars(self).update(vars(attention))  # its layers and settings
         from kernels.gpu.attention import MOST_ROWS, MOST_TOKENS, new_counters  # it needs Triton
 
         self.most_rows, self.most_tokens = MOST_ROWS, MOST_TOKENS
         counters = new_counters(attention.n_head, attention.wqkv.weight.device)
         self.register_buffer("counters", counters, persistent=False)
-        self.n_head, self.n_kv_head, self.head_dim = attention.n_head, attention.n_kv_head, attention.head_dim
-        self.window = attention.window
-        self.wqkv, self.wo, self.attend = attention.wqkv, attention.wo, attention.attend
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         norm = attention.q_norm
         self.norm = (norm.offset, norm.eps) if isinstance(norm, RMSNorm) else (False, 0.0)
 
     @staticmethod
     def fits(_: Attention, args: ModelArgs) -> bool:
-        return args.head_dim in range(32, 257, 16) and not args.joint_qk_norm and has_triton()
+        other = args.joint_qk_norm or args.qk_norm_last or args.attention_sinks or args.late_query_scale
+        return args.head_dim in range(32, 257, 16) and not other and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         few = surely_few(x.shape[0], self.most_rows) and surely_few(x.shape[1], self.most_tokens)

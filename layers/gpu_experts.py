@@ -4,9 +4,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.gpu_linear import KERNEL_ACTIVATIONS
 from layers.packed import has_triton
 from layers.quantized import Int4Linear, Int8Linear
-from model import ACTIVATIONS, ExpertLinear, MixtureOfExperts, ModelArgs
+from mixers.activations import ACTIVATIONS
+from mixers.experts import ExpertLinear, MixtureOfExperts
+from model import ModelArgs
 
 KINDS = {kind.__name__ for kind in (ExpertLinear, Int8Linear, Int4Linear)}  # that the kernels read
 
@@ -18,15 +21,13 @@ class GpuExperts(MixtureOfExperts):
         nn.Module.__init__(self)
         import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton
 
-        self.n_used, self.normalize, self.activation = mixture.n_used, mixture.normalize, mixture.activation
+        vars(self).update(vars(mixture))  # its layers and settings
         self.activation_name = next(name for name, each in ACTIVATIONS.items() if each is mixture.activation)
-        self.gate, self.w13, self.w2 = mixture.gate, mixture.w13, mixture.w2
-        self.shared, self.shared_gate = mixture.shared, mixture.shared_gate
 
     @staticmethod
-    def fits(mixture: MixtureOfExperts, _: ModelArgs) -> bool:
+    def fits(mixture: MixtureOfExperts, args: ModelArgs) -> bool:
         kinds = {getattr(each, "kind", type(each).__name__) for each in (mixture.w13, mixture.w2)}  # of `AnyExperts`
-        return has_triton() and kinds <= KINDS
+        return has_triton() and kinds <= KINDS and not args.ffn_bias and args.activation in KERNEL_ACTIVATIONS
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         tensors = [

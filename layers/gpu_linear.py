@@ -8,7 +8,8 @@ from torch import Tensor
 from layers.blocks import HONOURED, honours
 from layers.packed import has_triton, surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
-from model import ACTIVATIONS, ModelArgs, RMSNorm, Transformer, TransformerBlock
+from mixers.activations import ACTIVATIONS
+from model import ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 
 class OnGpu(nn.Module):
@@ -49,7 +50,7 @@ class OnGpu(nn.Module):
         y = self.linear(x if norm is None else norm(x))
         if activation is not None:
             gate, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[activation](gate) * up
+            y = ACTIVATIONS[activation](gate, up)
         return y if residual is None else residual + y
 
 
@@ -68,8 +69,10 @@ class Int4OnGpu(OnGpu, Int4Linear):
     pass
 
 
+KERNEL_ACTIVATIONS = ("silu", "gelu_tanh")
 # The fields of ModelArgs that `GpuBlock` honours, or that do not concern it, as those of attention
-BLOCK_FIELDS = HONOURED | {"full_layers", "joint_qk_norm", "attention_softcap", "activation", "norm_offset"}
+BLOCK_FIELDS = HONOURED | {"full_layers", "unrotated_layers", "late_query_scale", "joint_qk_norm", "qk_norm_last"}
+BLOCK_FIELDS |= {"attention_softcap", "attention_sinks", "activation", "norm_offset"}
 
 
 class NormedLinear(nn.Module):
@@ -97,7 +100,7 @@ class GpuBlock(nn.Module):
     @staticmethod
     def fits(block: TransformerBlock, args: ModelArgs) -> bool:
         """Whether the kernels can do the work of this block, whose layers are packed."""
-        if not honours(args, BLOCK_FIELDS):
+        if not honours(args, BLOCK_FIELDS) or args.activation not in KERNEL_ACTIVATIONS:
             return False
         layers = (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2)
         return all(can_be_on_gpu(layer) for layer in layers)
@@ -117,7 +120,7 @@ def on_gpu(layer: nn.Linear | OnGpu) -> OnGpu:
 
 
 def has_head_for_gpu(model: Transformer, _: ModelArgs) -> bool:
-    return can_be_on_gpu(model.output)
+    return can_be_on_gpu(model.output) and type(model.norm) is RMSNorm
 
 
 def join_head_(model: Transformer) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
-from model import Attend, ExpertLinear, Gate, ModelArgs, Vectors, by_expert, softcap
+from mixers.experts import ExpertLinear, Gate, by_expert
+from model import Attend, ModelArgs, Vectors, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -38,7 +39,7 @@ class StepAttend(Attend):
     """
 
     def __init__(self, attend: Attend):
-        super().__init__(attend.scale, attend.cap)
+        super().__init__(attend.scale, attend.cap, attend.sinks)
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         if q.shape[1] != 1 or not torch.compiler.is_compiling():
@@ -47,7 +48,7 @@ class StepAttend(Attend):
         k, v = (each.read(cache_rows, mask) for each in (k, v))
         q = q.view(B, k.shape[1], -1, 1, D).float() * self.scale
         scores = softcap((q * k[:, :, None].float()).sum(-1), self.cap) + mask[:, None].float()  # [B, Hkv, G, C']
-        return (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
+        return (self.shares(scores)[..., None] * v[:, :, None].float()).sum(-2).view(B, 1, H, D).to(v.dtype)
 
 
 class OperatorAttend(StepAttend):
@@ -63,7 +64,7 @@ class OperatorAttend(StepAttend):
 
     @staticmethod
     def fits(attend: Attend, args: ModelArgs) -> bool:
-        return attend.cap is None and args.head_dim in cpu.HEAD_DIMS
+        return attend.cap is None and attend.sinks is None and args.head_dim in cpu.HEAD_DIMS
 
 
 class ManyAttend(OperatorAttend):
@@ -85,7 +86,12 @@ class FewRowsLinear(nn.Module):
         """x [..., in] -> [..., out]; of experts as `ExpertLinear`, and only those chosen are read."""
         if chosen is None:
             return torch.ops.gpt_faster.linear_bf16(x, self.weight, self.bias)
-        return torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None)
+        return plus_bias(torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, None), self.bias, chosen)
+
+
+def plus_bias(y: Tensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
+    """y [T, K, out] and, if there is a bias [E, out or more], that of the experts chosen [T, K]."""
+    return y if bias is None else y + bias[chosen][..., : y.shape[-1]].to(y.dtype)
 
 
 def by_layer(packed: Callable[[QuantizedLinear], tuple[Tensor, ...]], layer: QuantizedLinear) -> tuple[Tensor, ...]:
@@ -135,6 +141,7 @@ class CodesLinear(nn.Module):
             y = torch.ops.gpt_faster.linear_codes(x, self.weight, self.scales, self.bias)
         else:
             y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
+            y = plus_bias(y, self.bias, chosen)
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
 
 
@@ -251,13 +258,15 @@ class AnyExperts(nn.Module):
     def __init__(self, layer: ExpertLinear | QuantizedLinear):
         super().__init__()
         self.kind = type(layer).__name__
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False)
         for name, tensor in layer.state_dict().items():
-            self.register_buffer(name, tensor)
+            if name != "bias":
+                self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # as ExpertLinear
         # outside of a compiled function a call of an operator in Python would import the compiler: seconds of start-up
         each = each_expert_operator if torch.compiler.is_compiling() else each_expert
-        return each(x, chosen, list(self.buffers()), self.kind)
+        return plus_bias(each(x, chosen, list(self.buffers()), self.kind), self.bias, chosen)
 
 
 KINDS = {kind.__name__: kind for kind in (ExpertLinear, *LAYERS.values(), TorchInt8, TorchInt4)}
@@ -300,4 +309,4 @@ def by_torch(layer: QuantizedLinear) -> nn.Module:
 def float_copy(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
     """A layer, or one for each of E experts, with float weights."""
     weight = layer.dequantize().to(dtype)
-    return AnyExperts(ExpertLinear(weight)) if weight.ndim == 3 else FloatLinear(weight, layer.bias)
+    return AnyExperts(ExpertLinear(weight, layer.bias)) if weight.ndim == 3 else FloatLinear(weight, layer.bias)

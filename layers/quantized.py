@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ExpertLinear, Gate, by_expert
+from mixers.experts import ExpertLinear, Gate, by_expert
 
 GROUPSIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4")

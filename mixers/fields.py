@@ -32,3 +32,28 @@ def check_fields(config) -> None:
             fits, wanted = isinstance(value, kinds) and is_bool == (bool in kinds), field.type
         if not fits and not (value is None and NoneType in kinds):
             raise ValueError(f"{name} is {'missing' if value is None else repr(value)}; it must be {wanted}")
+
+
+def check_sizes(args) -> None:
+    """Raise ValueError if sizes of a `model.ModelArgs` do not fit each other."""
+    if args.n_head * args.head_dim > MAX_SIZE:
+        raise ValueError(f"n_head {args.n_head} x head_dim {args.head_dim} is more than {MAX_SIZE}")
+    if args.n_head % args.n_kv_head:
+        raise ValueError(f"n_head {args.n_head} is not a multiple of n_kv_head {args.n_kv_head}")
+    if args.head_dim % 2 or args.turned % 2 or args.turned > args.head_dim:
+        raise ValueError(
+            f"rope_dim {args.turned} and head_dim {args.head_dim} must be even, and rope_dim not the larger"
+        )
+    for name in ("full_layers", "unrotated_layers", "dense_layers"):
+        if max(getattr(args, name), default=-1) >= args.n_layer:
+            raise ValueError(f"{name} {getattr(args, name)} must be below n_layer, {args.n_layer}")
+    needs = {"full_layers": "sliding_window", "late_query_scale": "rope_scaling", "qk_norm_last": "qk_norm"}
+    for name, needed in needs.items():
+        if getattr(args, name) and not getattr(args, needed):
+            raise ValueError(f"{name} {getattr(args, name)} needs {needed}")
+    for name in ("factors", "long_factors"):
+        factors = getattr(args.rope_scaling, name, ())
+        if len(factors) not in (0, args.turned // 2):
+            raise ValueError(
+                f"rope has {len(factors)} frequency factors; to turn {args.turned} numbers it needs half as many"
+            )

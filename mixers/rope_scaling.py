@@ -16,7 +16,8 @@ class RopeScaling:
     `linear` divides all by `factor` (Chen et al. 2023); `llama3` divides the low ones and blends between the two
     wavelengths (Llama 3.1); `yarn` does so between two numbers of turns within the trained context, and makes cosines
     and sines larger by `attention_factor` (Peng et al. 2023); `factors` divides each by its own number, as GGUF files
-    store Llama 3.1's result.
+    store Llama 3.1's result; `longrope` does so by other numbers, `long_factors`, in contexts longer than the trained
+    one, also for the tokens at their beginning (Ding et al. 2024).
     """
 
     type: str
@@ -25,24 +26,30 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # turns at which they do not divide
     original_max_position_embeddings: int = 8192
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     whole_pairs: bool = True  # yarn blends between whole numbers of rope pairs
 
     def __post_init__(self):
-        if self.type not in ("linear", "llama3", "yarn", "factors"):
+        if self.type not in ("factors", *ROPE_TYPES):
             raise ValueError(f"rope type {self.type!r} is not supported; supported: default, {', '.join(ROPE_TYPES)}")
         check_fields(self)
+        needed = {"factors": (True, False), "longrope": (True, True)}.get(self.type, (False, False))
+        if needed != (bool(self.factors), bool(self.long_factors)):
+            raise ValueError(f"rope type {self.type!r} has other numbers than it needs in factors and long_factors")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             )
 
-    def apply(self, freqs: Tensor, base: float) -> Tensor:
-        """Scale `freqs` [D/2], radians per position, the powers of 1 / base."""
+    def apply(self, freqs: Tensor, base: float, length: int = 0) -> Tensor:
+        """Scale `freqs` [D/2], radians per position, the powers of 1 / base, for contexts of `length` tokens."""
         if self.type == "linear":
             return freqs / self.factor
-        if self.type == "factors":
-            return freqs / torch.tensor(self.factors, dtype=freqs.dtype, device=freqs.device)
+        if self.type in ("factors", "longrope"):
+            is_long = self.type == "longrope" and length > self.original_max_position_embeddings
+            factors = self.long_factors if is_long else self.factors
+            return freqs / torch.tensor(factors, dtype=freqs.dtype, device=freqs.device)
         keep = self.kept_by_yarn(freqs, base) if self.type == "yarn" else self.kept_by_llama3(freqs)
         return (
             keep * freqs + (1 - keep) * freqs / self.factor
@@ -66,4 +73,4 @@ class RopeScaling:
         return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
 
 
-ROPE_TYPES = ("linear", "llama3", "yarn")  # that a config.json can name
+ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")  # that a config.json can name

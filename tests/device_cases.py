@@ -28,7 +28,8 @@ from engine.sampling import Sampling, choose, logits_to_probs
 from engine.speculative import build_speculation
 from layers.fastest import fastest
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
-from model import ExpertLinear, ModelArgs, Transformer
+from mixers.experts import ExpertLinear
+from model import ModelArgs, Transformer
 from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import IdTokenizer
 from weights.checkpoint import build

@@ -45,6 +45,31 @@ VARIANTS = {
     "four norms, gelu": replace(TINY, norm_offset=True, post_norm=True, activation="gelu_tanh"),
     "experts": replace(TINY, n_expert=5, n_expert_used=2, normalize_experts=False),
     "a shared expert": replace(TINY, n_expert=3, n_expert_used=1, shared_size=16),
+    "part of rope": replace(
+        TINY,
+        rope_dim=4,
+        unrotated_layers=(1,),
+        rope_scaling=RopeScaling("yarn", 4.0, 1.0, 8.0, 4, attention_factor=1.2),
+        late_query_scale=0.3,
+    ),
+    "longrope": replace(
+        TINY, rope_scaling=RopeScaling("longrope", 1.0, 1.0, 4.0, 16, (1.0,) * 4, (1.0, 1.5, 2.0, 3.0))
+    ),
+    "norms last": replace(TINY, qk_norm=True, qk_norm_last=True, mean_norm=True, parallel=True),
+    "sinks and biases": replace(TINY, attention_sinks=True, wo_bias=True, ffn_bias=True, n_expert=3, n_expert_used=2),
+    "experts scored alone": replace(
+        TINY,
+        n_expert=6,
+        n_expert_used=2,
+        sigmoid_experts=True,
+        n_expert_group=3,
+        n_group_used=2,
+        expert_scale=1.5,
+        shared_size=16,
+        shared_gate=False,
+        dense_layers=(0,),
+        dense_size=24,
+    ),
     "joint norms": replace(TINY, pre_norm=False, post_norm=True, joint_qk_norm=True),
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
@@ -83,7 +108,7 @@ def test_prefill_and_steps_equal_one_forward(variant, prefix):
         torch.testing.assert_close(step[:, 0], expected[:, i])
 
 
-@pytest.mark.parametrize("variant", ["plain", "window", "llama3 rope", "windows in turn", "scales and caps"])
+@pytest.mark.parametrize("variant", ["plain", "window", "part of rope", "windows in turn", "sinks and biases"])
 @torch.inference_mode()
 def test_ragged_rows_equal_each_row_alone(variant):
     model, lengths, n_new = random_tiny(VARIANTS[variant]), [3, 17, 9], 8
@@ -114,7 +139,7 @@ def test_rows_picks_the_positions_whose_logits_are_wanted():
     torch.testing.assert_close(got, torch.stack([expected[row, rows[row]] for row in range(2)]))
 
 
-@pytest.mark.parametrize("variant", ["plain", "multi-query", "windows in turn", "scales and caps", "a shared expert"])
+@pytest.mark.parametrize("variant", ["plain", "multi-query", "windows in turn", "scales and caps", "sinks and biases"])
 def test_gradients_of_a_forward_without_a_cache_are_its_slopes(variant):
     """Of layers as model.py has them: the packed forms are for inference."""
     model, tokens = Transformer(VARIANTS[variant]), random_tokens(2, 12)
@@ -149,7 +174,9 @@ def greedy(model, prompts, n_new, step):
     return continuation(model, cache, prompts, n_new + 1, step=step).T.tolist()
 
 
-@pytest.mark.parametrize("variant", ["window", "windows in turn", "scales and caps", "joint norms", "experts"])
+@pytest.mark.parametrize(
+    "variant", ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"]
+)
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()
     model = random_tiny(VARIANTS[variant])
@@ -218,7 +245,7 @@ def test_no_field_takes_what_is_no_size(field):
         else:  # what was taken is what the field is for
             kept = getattr(args, field)
             assert type(kept) in (bool, int, float, type(None), tuple) and kept not in (-1, math.inf), (field, value)
-            assert type(kept) is not tuple or (field, kept) == ("full_layers", (1,))
+            assert type(kept) is not tuple or (field.endswith("_layers") and kept == (1,))
             Layout(args)
 
 

@@ -1,4 +1,4 @@
-"""Plain files: JSON, what can be written, writing whole or not at all, and the page cache."""
+"""Plain files: JSON, the values of a config, what can be written, writing whole or not at all, and the page cache."""
 
 import ctypes
 import json
@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from cli import scratch
+from mixers.fields import LARGEST, MAX_LAYERS, MAX_SIZE, SMALLEST
 
 GB = 1e9
 WEIGHTS = (".pth", ".bin", ".safetensors", ".gguf")  # suffixes
@@ -60,6 +62,60 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model's config by the keys of Hugging Face's config.json; null counts as missing.
+
+    where: the file, for errors. names: what the file calls a key, where it is another name. read: the keys asked for.
+    """
+
+    values: dict
+    where: str | Path = "config.json"
+    names: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+
+    def get(self, key: str, default=None):
+        self.read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def error(self, text: str) -> ValueError:
+        return ValueError(f"{self.where}: {text}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        return self._positive(key, (int,), default, 1, MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number from 0 on."""
+        return self._positive(key, (int,), default, 0, MAX_SIZE)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above 0."""
+        return float(self._positive(key, (int, float), default, SMALLEST, LARGEST))
+
+    def list_of(self, kind: type, key: str) -> list:
+        """A list of values of one kind."""
+        values = self.get(key)
+        if not isinstance(values, list) or not all(isinstance(each, kind) for each in values):
+            raise self.error(f"{key} is {values!r}; a list of numbers is needed")
+        return values
+
+    def _positive(self, key: str, types: tuple[type, ...], default, smallest: float, limit: float):
+        value, name = self.get(key, default), self.names.get(key, key)
+        if type(value) not in types:
+            raise self.error(f"{name} is {'missing' if value is None else repr(value)}; it must be a number")
+        if not smallest <= value <= limit:
+            raise self.error(f"{name} is {value!r}, which is no possible size")
+        return value
+
+    def part(self, values) -> "Config":
+        """The rope settings, or part of them, as a config of the same file."""
+        if not isinstance(values, dict | None):
+            raise self.error(f"the rope settings are {values!r}; an object is needed")
+        return Config(values or {}, self.where, self.names)
 
 
 def require_writable(path: str | Path, inputs: Iterable[str | Path | None] = ()) -> None:

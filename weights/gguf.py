@@ -10,10 +10,11 @@ from torch import Tensor
 from layers.quantized import QuantSpec, can_be_rounded
 from mixers.rope_scaling import RopeScaling
 from model import ModelArgs
-from weights.families import Config, args_from_config
+from weights.families import FAMILIES, args_from_config
+from weights.files import Config
 from weights.gguf_file import KEPT, GGUFFile
-from weights.huggingface import hf_modules
-from weights.layout import Layout, ModelFile, Readers, rename, source_modules
+from weights.huggingface import EXPERTS, hf_modules
+from weights.layout import Layout, ModelFile, Readers, rename, rope_order, source_modules
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -24,6 +25,7 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
     "sliding_window": "attention.sliding_window",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
@@ -32,6 +34,7 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope_theta": "rope.freq_base",
@@ -39,7 +42,6 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "rotary_dim": "rope.dimension_count",
 }
-REQUIRED = ("max_position_embeddings", "rms_norm_eps")  # though Hugging Face has defaults for them
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Architecture:
     with_window: str | None = None  # the model_type of files with a window
     interleaved: bool = False  # rope turns neighbouring pairs
     config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
-    required: tuple[str, ...] = ()  # as REQUIRED
+    required: tuple[str, ...] = ()  # keys that files must have, though Hugging Face has defaults for them
+    modules: dict = field(default_factory=dict)  # of Hugging Face, where files are split otherwise than its own
     layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
 
 
@@ -64,7 +67,15 @@ ARCHITECTURES = {
     "qwen2moe": Architecture("qwen2_moe"),
     "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
     "phi3": Architecture("phi3"),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "glm4": Architecture("glm4", interleaved=True),
+    "seed_oss": Architecture("seed_oss"),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "exaone4": Architecture("exaone4"),
+    "cohere2": Architecture("cohere2", interleaved=True, required=("logit_scale",)),
+    "olmoe": Architecture("olmoe"),
     "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
+    "granitemoe": Architecture("granitemoe", interleaved=True, required=("attention_multiplier",), modules=EXPERTS),
     "olmo2": Architecture("olmo2", with_window="olmo3"),
     "gemma": Architecture("gemma"),
     "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
@@ -82,7 +93,8 @@ def gguf_modules(architecture: str, model_type: str) -> dict[str, tuple[str, ...
         part = part.replace(".#.", ".0.").replace(".@", "")  # experts are one stack
         return (names.get_name(part) or part).replace(".0.", ".#.")
 
-    modules = {module: tuple(map(renamed, parts)) for module, parts in hf_modules(model_type).items()}
+    theirs = hf_modules(model_type) | ARCHITECTURES[architecture].modules
+    modules = {module: tuple(map(renamed, parts)) for module, parts in theirs.items()}
     return modules | {"output": ("output",)}  # the package lacks it where the head is tied
 
 
@@ -113,26 +125,28 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
 
 
 def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | None:
-    rope_type = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    if rope_type not in ("none", "linear", "yarn") or any(key.startswith("rope_factors") for key in file.tensors):
-        rope_type = "longrope" if rope_type in ("none", "linear", "yarn") else rope_type
+    rope_type, trained = file.metadata.get(f"{name}.rope.scaling.type", "none"), "original_max_position_embeddings"
+    if "rope_factors_long.weight" in file.tensors:
+        factors = {f"{each}_factor": file.read(f"rope_factors_{each}.weight").tolist() for each in ("short", "long")}
+        growth = {"attention_factor": file.metadata.get(f"{name}.rope.scaling.attn_factor")}
+        return {"rope_type": "longrope", trained: values[trained]} | factors | growth
+    if rope_type not in ("none", "linear", "yarn"):
         raise ValueError(f"{file.path}: rope type {rope_type!r} is not supported; supported: none, linear, yarn")
     if rope_type == "none" or "rope_freqs.weight" in file.tensors:
         return None
-    keys = ("factor", "original_max_position_embeddings")
-    return {"rope_type": rope_type} | {key: values[key] for key in keys}
+    return {"rope_type": rope_type} | {key: values[key] for key in ("factor", trained)}
 
 
 def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -> ModelArgs:
-    for key in (*REQUIRED, *architecture.required):
+    for key in ("max_position_embeddings", FAMILIES[config.get("model_type")].norm_eps, *architecture.required):
         config.number(key)
     if architecture.layers_scaled_by_dim is not None:
         scaled_by_dim = config.whole("num_hidden_layers") == architecture.layers_scaled_by_dim
         width = config.whole("hidden_size") / config.whole("num_attention_heads")
         config.values["query_pre_attn_scalar"] = width if scaled_by_dim else config.whole("head_dim")
+    head_dim = config.whole("head_dim", config.whole("hidden_size") // config.whole("num_attention_heads"))
+    config.values["partial_rotary_factor"] = config.whole("rotary_dim", head_dim) / head_dim
     args = args_from_config(config)
-    if config.whole("rotary_dim", args.head_dim) != args.head_dim:
-        raise ValueError(f"{file.path}: partial rope is not supported")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, already worked out
         factors = tuple(file.read("rope_freqs.weight").tolist())
         return replace(args, rope_scaling=RopeScaling("factors", factors=factors))
@@ -154,14 +168,14 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
     """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
     table, codes = {}, {}
     for module, layer in layout.model.named_modules():
-        names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules)[0]]
+        names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules, layout.args)[0]]
         if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
         spec = kept_spec(file, names, layer.weight.shape)
         if spec is None:
             continue
         table[module] = spec
-        for part, name in zip(source_modules(module, modules)[0], names, strict=True):
+        for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
             keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
             codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
     return table, codes
@@ -187,4 +201,5 @@ def open_gguf(path: Path) -> ModelFile:
     raw = {name: partial(read, name) for name in file.tensors}
     table, codes = kept_layers(file, layout, modules)
     raw, layout = raw | codes, layout.quantized(table)
-    return ModelFile(layout, rename(layout, raw, modules, path, ARCHITECTURES[name].interleaved), (path,), gguf=path)
+    order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
+    return ModelFile(layout, rename(layout, raw, modules, path, order), (path,), gguf=path)

@@ -2,11 +2,16 @@
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from weights.families import Config, args_from_config
-from weights.files import damaged, read_json, read_torch
-from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
+import torch
+from torch import Tensor
+
+from weights.families import args_from_config
+from weights.files import Config, damaged, read_json, read_torch
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order
 from weights.shipped.layers import kept_layers
 from weights.shipped.methods import read_layer_of
 
@@ -19,6 +24,8 @@ HF_MODULES = {
     "layers.#.attention.k_norm": ("model.layers.#.self_attn.k_norm",),
     "layers.#.feed_forward.w13": ("model.layers.#.mlp.gate_proj", "model.layers.#.mlp.up_proj"),
     "layers.#.feed_forward.w2": ("model.layers.#.mlp.down_proj",),
+    "layers.#.dense.w13": ("model.layers.#.mlp.gate_proj", "model.layers.#.mlp.up_proj"),
+    "layers.#.dense.w2": ("model.layers.#.mlp.down_proj",),
     "layers.#.attention_norm": ("model.layers.#.input_layernorm",),
     "layers.#.ffn_norm": ("model.layers.#.post_attention_layernorm",),
     "norm": ("model.norm",),
@@ -41,6 +48,31 @@ EXPERTS = {
     "layers.#.feed_forward.shared.w2": ("model.layers.#.mlp.shared_expert.down_proj",),
     "layers.#.feed_forward.shared_gate": ("model.layers.#.mlp.shared_expert_gate",),
 }
+SHARED_EXPERTS = {  # that stand under another name, without a gate
+    "layers.#.feed_forward": ("model.layers.#.mlp.gate",),  # its bias
+    "layers.#.feed_forward.shared.w13": tuple(f"model.layers.#.mlp.shared_experts.{x}_proj" for x in ("gate", "up")),
+    "layers.#.feed_forward.shared.w2": ("model.layers.#.mlp.shared_experts.down_proj",),
+}
+GPT_OSS = {
+    "layers.#.attention.attend": ("model.layers.#.self_attn",),  # its sinks
+    "layers.#.feed_forward.gate": ("model.layers.#.mlp.router",),
+    "layers.#.feed_forward.w13": ("model.layers.#.mlp.experts.gate_up_proj",),
+    "layers.#.feed_forward.w2": ("model.layers.#.mlp.experts.down_proj",),
+}
+GRANITE_EXPERTS = {
+    "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.router.layer",),
+    "layers.#.feed_forward.w13": ("model.layers.#.block_sparse_moe.input_linear",),
+    "layers.#.feed_forward.w2": ("model.layers.#.block_sparse_moe.output_linear",),
+}
+GLM_NORMS = {
+    "layers.#.post_attention_norm": ("model.layers.#.post_self_attn_layernorm",),
+    "layers.#.post_ffn_norm": ("model.layers.#.post_mlp_layernorm",),
+}
+LAST_NORMS = {
+    "layers.#.attention.q_norm": ("model.layers.#.self_attn.query_layernorm",),
+    "layers.#.attention.k_norm": ("model.layers.#.self_attn.key_layernorm",),
+}
+FUSED_GATE = {"layers.#.feed_forward.w13": FUSED["layers.#.feed_forward.w13"]}
 MIXTRAL = {
     "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.gate",),
     "layers.#.feed_forward.w13": tuple(f"model.layers.#.block_sparse_moe.experts.@.w{i}" for i in (1, 3)),
@@ -55,7 +87,16 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "olmo3": POST_NORMS,
     "gemma2": FOUR_NORMS,
     "gemma3_text": FOUR_NORMS,
+    "glm4": GLM_NORMS | FUSED_GATE,
+    "glm4_moe": EXPERTS | SHARED_EXPERTS,
+    "gpt_oss": GPT_OSS,
+    "olmoe": EXPERTS,
+    "granitemoe": GRANITE_EXPERTS,
+    "hunyuan_v1_dense": LAST_NORMS,
+    "exaone4": POST_NORMS,
 }
+INTERLEAVED = {"glm4", "cohere2"}  # model types in whose files rope turns neighbouring pairs
+GPT_OSS_EXPERTS = re.compile(r"(.*\.mlp\.experts\.(gate_up|down)_proj)(_bias)?")
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
@@ -86,14 +127,33 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         config = text_config(config)
         raw = {name: read for name, read in raw.items() if not VISION.match(name)}
     where = folder if file is None else file
-    raw = with_usual_names(raw, where)
+    raw = with_rows_of_outputs(with_usual_names(raw, where))
     args, raw = head_as_stored(
         args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
     )
-    layout, modules = Layout(args), hf_modules(config["model_type"])
+    layout, model_type = Layout(args), config["model_type"]
+    modules, order = hf_modules(model_type), rope_order(args, model_type in INTERLEAVED)
+    guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
+    raw = {name: read for name, read in raw.items() if not name.startswith(guesses)}  # of further tokens, unused
     if read_layer is not None:
         layout, raw = kept_layers(layout, raw, modules, read_layer, where)
-    return ModelFile(layout, rename(layout, raw, modules, where), tuple(paths))
+    return ModelFile(layout, rename(layout, raw, modules, where, order), tuple(paths))
+
+
+def with_rows_of_outputs(raw: Readers) -> Readers:
+    """gpt-oss's experts as other files have them: a row for each output, those of the gate before those of the rest."""
+
+    def turned(read: Callable[[], Tensor], part: str, is_bias: bool) -> Tensor:
+        tensor = read() if is_bias else read().mT
+        return torch.cat([tensor[:, ::2], tensor[:, 1::2]], dim=1) if part == "gate_up" else tensor
+
+    out = {}
+    for name, read in raw.items():
+        if match := GPT_OSS_EXPERTS.fullmatch(name):
+            leaf, read = "bias" if match[3] else "weight", partial(turned, read, match[2], bool(match[3]))
+            name = f"{match[1]}.{leaf}"
+        out[name] = read
+    return out
 
 
 def text_config(config: dict) -> dict:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from layers.quantized import QuantSpec, quantize_
+from mixers.experts import MixtureOfExperts
 from model import ModelArgs, Transformer
 
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
 
 LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
-EXPERT_TENSOR = re.compile(r"feed_forward\.(layer\.)?w(13|2)\.")  # layer: where ranks share it
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
-    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_freqs\.weight|freqs_(cis|cos|sin)|causal_mask"
+    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_(freqs|factors_(short|long))\.weight|freqs_(cis|cos|sin)|causal_mask"
 )
 
 
@@ -51,9 +51,9 @@ class Layout:
         return self.head_source if module == "output" else module
 
     def keeps_dtype(self, name: str) -> bool:
-        """Whether a tensor is part of a quantised layer: codes, scales and zeros are not converted on loading."""
+        """Whether a tensor is not converted on loading: codes, scales and zeros, and a bias that chooses experts."""
         module, _, leaf = name.rpartition(".")
-        return module in self.table and leaf != "bias"
+        return (module in self.table and leaf != "bias") or leaf == "e_score_correction_bias"
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors if the floats are `dtype`."""
@@ -130,28 +130,31 @@ def head_as_stored(
     return replace(args, tie_embeddings=False), raw
 
 
-def source_modules(module: str, modules: dict, n_expert: int | None = None) -> list[list[str]]:
+def source_modules(module: str, modules: dict, args: ModelArgs) -> list[list[str]]:
     """The file's modules whose rows our `module` holds, in order: a list for each expert if the file has them apart.
 
-    modules: our module -> the file's modules, where names differ; # is the layer's number, and @ that of an expert.
+    modules: our module -> the file's modules, where names differ; # is the layer's number, and @ that of an expert. The
+    feed_forward of a layer without experts is called dense.
     """
     layer = re.search(r"(?<=layers\.)\d+", module)
     number = layer[0] if layer else ""
     pattern = module.replace(f"layers.{number}", "layers.#")
-    parts = [part.replace("#", number) for part in modules.get(pattern, (pattern,))]
-    n_list = n_expert if "@" in parts[0] else 1
+    if layer and int(number) in args.dense_layers:
+        pattern = pattern.replace("feed_forward", "dense")
+    parts = [part.replace("#", number) for part in modules.get(pattern, (module,))]
+    n_list = args.n_expert if "@" in parts[0] else 1
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 
 
-def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved: bool = False) -> Readers:
+def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tensor | None = None) -> Readers:
     """Every tensor of the layout from those of a file: none may be missing or left over.
 
-    modules: see `source_modules`. interleaved: the file's rope turns neighbouring pairs of q and k rows.
+    modules: see `source_modules`. order: of the file's heads, see `rope_order`.
     """
-    tensors, used = {}, set()
+    tensors, used, args = {}, set(), layout.args
     for name in layout.tensors:
         module, _, leaf = name.rpartition(".")
-        parts = source_modules(module, modules, layout.args.n_expert)
+        parts = source_modules(module, modules, args)
         if leaf == "order":  # in which all rows of a layer take the inputs
             parts = [of_expert[:1] for of_expert in parts]
         names = [[f"{part}.{leaf}" for part in of_expert] for of_expert in parts]
@@ -160,8 +163,8 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, interleaved
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
         used.update(*names)
         tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
-        if interleaved and module.endswith("wqkv"):
-            tensors[name] = lambda read=tensors[name]: halves_from_pairs(read(), layout.args)
+        if order is not None and module.endswith(("wqkv", "q_norm", "k_norm")) and leaf != "order":
+            tensors[name] = lambda read=tensors[name]: in_our_order(read(), args, order)
     extra = [name for name in raw if name not in used and not IGNORED.fullmatch(name)]
     if extra:
         raise ValueError(f"{where} has {len(extra)} tensors this model has no place for, the first is {extra[0]}")
@@ -178,14 +181,23 @@ def concatenated(parts: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor
     return lambda: rows(parts[0]) if len(parts) == 1 else torch.stack([rows(of_expert) for of_expert in parts])
 
 
-def halves_from_pairs(wqkv: Tensor, args: ModelArgs) -> Tensor:
-    """Reorder the q and k rows of wqkv from interleaved rope pairs to half-split ones."""
-    sizes = [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
-    if wqkv.shape[0] != sum(sizes):
-        raise ValueError(f"wqkv has {wqkv.shape[0]} rows; the model's sizes need {sum(sizes)}")
-    *qk, v = wqkv.split(sizes)
-    pairs = [rows.unflatten(0, (-1, args.head_dim // 2, 2)) for rows in qk]
-    return torch.cat([*(each.transpose(1, 2).flatten(0, 2) for each in pairs), v])
+def rope_order(args: ModelArgs, interleaved: bool) -> Tensor | None:
+    """For each number of a head as we have it, its place in a file; None: the same.
+
+    Here rope turns number i with i + D/2; in a file it turns neighbours, or the halves of the `args.turned` first.
+    """
+    turned, still = torch.arange(args.turned), torch.arange(args.turned, args.head_dim).chunk(2)
+    if not interleaved and args.turned == args.head_dim:
+        return None
+    first, second = (turned[::2], turned[1::2]) if interleaved else turned.chunk(2)
+    return torch.cat([first, still[0], second, *still[1:]])
+
+
+def in_our_order(rows: Tensor, args: ModelArgs, order: Tensor) -> Tensor:
+    """The rows of wqkv, or the numbers of a norm of q or k, with those of each turned head in the `rope_order`."""
+    n_row = min(len(rows), (args.n_head + args.n_kv_head) * args.head_dim)  # values are not turned
+    heads = rows[:n_row].unflatten(0, (-1, args.head_dim))
+    return torch.cat([heads[:, order].flatten(0, 1), rows[n_row:]])
 
 
 def weight_bytes(model: Transformer, tokens: float = 1) -> int:
@@ -198,5 +210,7 @@ def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     args = model.args
     unread = (1 - args.n_expert_used / args.n_expert) ** tokens if args.n_expert else 0.0
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight"}
-    experts = sum(size for name, size in sizes.items() if args.n_expert and EXPERT_TENSOR.search(name))
+    mixtures = [name for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts)]
+    of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2"))
+    experts = sum(size for name, size in sizes.items() if name.startswith(of_experts))
     return sum(sizes.values()) - round(unread * experts)

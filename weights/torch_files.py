@@ -5,10 +5,10 @@ from pathlib import Path
 
 from layers.quantized import QuantSpec, linear_table, table_from_json
 from model import ModelArgs
-from weights.families import Config, args_from_config
-from weights.files import read_json, read_torch
+from weights.families import args_from_config
+from weights.files import Config, read_json, read_torch
 from weights.huggingface import open_hf
-from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order
 from weights.registry import REGISTRY, args_from_name
 
 # Our module -> theirs, see `source_modules`.
@@ -80,7 +80,7 @@ def open_bare(layout: Layout, raw: Readers, path: Path) -> ModelFile:
         layout = layout.quantized(linear_table(layout.model, QuantSpec(8), QuantSpec(8)))
         columns = {n: lambda read=read: read().unsqueeze(-1) for n, read in raw.items() if n.endswith(".scales")}
         raw = raw | columns
-    return ModelFile(layout, rename(layout, raw, modules, path, interleaved=True), (path,))
+    return ModelFile(layout, rename(layout, raw, modules, path, rope_order(layout.args, interleaved=True)), (path,))
 
 
 def args_from_llama2c(model_args: dict, raw: Readers, path: Path) -> ModelArgs:

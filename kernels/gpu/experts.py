@@ -157,7 +157,7 @@ def experts(x: Tensor, chosen: Tensor, w13: Tensor, scales13: Tensor | None, zer
     """x [T, dim] through the feed-forwards chosen [T, K] of E experts -> [T, K, dim].
 
     w13 [E, 2 * size, dim] and w2 [E, dim, size] are of x's dtype, or codes with scales and zeros as `layers.quantized`
-    stores them. activation: a key of `model.ACTIVATIONS`.
+    stores them. activation: a key of `mixers.activations.ACTIVATIONS`.
     """
     n_pair, n_expert = chosen.numel(), len(w13)
     order, ends = (torch.empty(size, dtype=torch.int32, device=x.device) for size in (n_pair, n_expert))

@@ -39,6 +39,22 @@ FAMILIES = {
     "plain": PLAIN,
     "experts": replace(PLAIN, n_expert=8, n_expert_used=2),
     "biased": replace(PLAIN, qkv_bias=True, qk_norm=True),
+    "sinks": replace(
+        PLAIN,
+        attention_sinks=True,
+        wo_bias=True,
+        rope_dim=8,
+        unrotated_layers=(1,),
+        n_expert=6,
+        n_expert_used=6,  # all, of which rounding can choose no others
+        sigmoid_experts=True,
+        n_expert_group=3,
+        n_group_used=3,
+        shared_size=160,
+        shared_gate=False,
+        dense_layers=(0,),
+        dense_size=320,
+    ),
     "capped": replace(
         PLAIN,
         sliding_window=128,

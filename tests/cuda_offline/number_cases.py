@@ -33,6 +33,7 @@ CASES = {  # family, format, dtype, rows, tokens a row, and the dtype of the cac
     "int8 cache": ("plain", "bf16", F32, 2, 3, torch.int8),
     "biased": ("biased", "bf16", F32, 1, 3),
     "capped": ("capped", "bf16", F32, 2, 1),
+    "sinks": ("sinks", "bf16", BF16, 2, 1),
     "experts": ("experts", "bf16", F32, 1, 1),
     "experts in int4": ("experts", "int4", F32, 2, 1),
 }

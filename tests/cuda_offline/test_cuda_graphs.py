@@ -35,7 +35,7 @@ def different(cases):
 PAIR_NAMES, PAIRS = pairwise(**CHOICES, cache_dtype=(None, torch.int8))
 NAMES, TRIPLES = covering(3, **CHOICES, sm=PROCESSORS)
 STEPS = product(FAMILIES, FORMATS, ["step"], CHOICES["n_rows"], [90])
-MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "capped": 11}  # a layer, but for prompts
+MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "sinks": 18, "capped": 11}  # a layer, but for prompts
 MOST_TOKENS = 64  # more run as prompts do
 SPILLED = 48  # bytes a thread, of the compiler's own softmax of the scores of many queries
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from kernels.gpu.experts import experts, sort_pairs
+from layers.gpu_linear import KERNEL_ACTIVATIONS
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
-from model import ACTIVATIONS, ExpertLinear
+from mixers.activations import ACTIVATIONS
+from mixers.experts import ExpertLinear
 from tests.tiny import pairwise
 
 SPECS = [None, QuantSpec(8), QuantSpec(8, 32), QuantSpec(4, 32), QuantSpec(4, 128)]
@@ -13,7 +15,7 @@ FEATURES = {
     "spec": SPECS,
     "n_expert_used": [(5, 1), (2, 2)],
     "n_token": [1, 20],
-    "activation": list(ACTIVATIONS),
+    "activation": KERNEL_ACTIVATIONS,
     "dtype": [torch.float16, torch.bfloat16],
 }
 
@@ -34,7 +36,7 @@ def test_experts_equal_float64(spec, n_expert_used, n_token, activation, dtype):
         layers = [ExpertLinear(weight.to(dtype)) for weight in weights]
         w13, w2 = (ExpertLinear(layer.weight.double()) for layer in layers)
     gate, up = w13(x.double()[:, None], chosen).chunk(2, -1)
-    exact = w2(ACTIVATIONS[activation](gate) * up, chosen)
+    exact = w2(ACTIVATIONS[activation](gate, up), chosen)
     tensors = [getattr(layer, name, None) for layer in layers for name in ("weight", "scales", "zeros")]
     found = experts(x, chosen, *tensors, activation)
     assert found.shape == exact.shape and found.dtype == dtype

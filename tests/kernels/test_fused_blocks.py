@@ -36,7 +36,8 @@ def model_of(dtype, bits, **fields):
     return model
 
 
-EXTRAS = {"qkv_bias": True, "qk_norm": True, "sliding_window": 7, "attention_scale": 0.2, "embedding_scale": 3.0}
+EXTRAS = {"qkv_bias": True, "wo_bias": True, "ffn_bias": True, "qk_norm": True, "rope_dim": 32, "sliding_window": 7}
+EXTRAS |= {"attention_scale": 0.2, "embedding_scale": 3.0}
 
 
 def join_cache(keys, values):

@@ -18,7 +18,8 @@ from kernels import cpu
 from layers.fastest import fastest
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
-from model import Attend, ExpertLinear, ModelArgs, Vectors
+from mixers.experts import ExpertLinear
+from model import Attend, ModelArgs, Vectors
 from tests.tiny import dead_process
 from weights.checkpoint import build
 from weights.layout import Layout

@@ -28,8 +28,9 @@ from layers.packed import (
     rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
+from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.rope_scaling import RopeScaling
-from model import Attention, Blocks, ExpertLinear, Gate, MixtureOfExperts, ModelArgs, Transformer
+from model import Attention, Blocks, ModelArgs, Transformer
 
 TINY = ModelArgs(
     dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, intermediate_size=96, vocab_size=130, max_seq_length=64
@@ -41,9 +42,12 @@ TAKEN = {
     "norm_eps": {"norm_eps": 0.1},
     "rope_base": {"rope_base": 100.0},
     "rope_scaling": {"rope_scaling": RopeScaling("linear", 3.0)},
+    "rope_dim": {"rope_dim": 32},
     "sliding_window": {"sliding_window": 5},
     "window_rope_base": {"window_rope_base": 100.0, "sliding_window": 5},
     "qkv_bias": {"qkv_bias": True},
+    "wo_bias": {"wo_bias": True},
+    "ffn_bias": {"ffn_bias": True},
     "qk_norm": {"qk_norm": True},
     "attention_scale": {"attention_scale": 0.3},
     "embedding_scale": {"embedding_scale": 3.0},
@@ -53,19 +57,35 @@ TAKEN = {
 }
 # ... and of models that they refuse
 EXPERTS = {"n_expert": 4, "n_expert_used": 2}
+GROUPS = EXPERTS | {"sigmoid_experts": True, "n_expert_group": 2, "n_group_used": 1}
+SHARED = EXPERTS | {"shared_size": 32}
+DENSE = EXPERTS | {"dense_layers": (0,), "dense_size": 64}
 REFUSED = {
     "full_layers": {"full_layers": (1,), "sliding_window": 5},
+    "unrotated_layers": {"unrotated_layers": (1,)},
+    "late_query_scale": {"late_query_scale": 0.5, "rope_scaling": RopeScaling("yarn", 4.0, 1.0, 8.0, 8)},
+    "qk_norm_last": {"qk_norm": True, "qk_norm_last": True},
     "joint_qk_norm": {"joint_qk_norm": True},
+    "attention_sinks": {"attention_sinks": True},
     "attention_softcap": {"attention_softcap": 2.0},
     "activation": {"activation": "gelu_tanh"},
     "norm_offset": {"norm_offset": True},
+    "mean_norm": {"mean_norm": True},
+    "parallel": {"parallel": True},
     "pre_norm": {"pre_norm": False},
     "post_norm": {"post_norm": True},
     "residual_scale": {"residual_scale": 0.5},
     "n_expert": EXPERTS,
-    "n_expert_used": EXPERTS,
+    "n_expert_used": EXPERTS | {"ffn_bias": True, "activation": "clamped_swiglu"},
     "normalize_experts": {"normalize_experts": False},  # refused without experts too
-    "shared_size": {"shared_size": 32, **EXPERTS},
+    "expert_scale": {"expert_scale": 2.0, **EXPERTS},
+    "sigmoid_experts": {"sigmoid_experts": True, **EXPERTS},
+    "n_expert_group": GROUPS,
+    "n_group_used": GROUPS,
+    "shared_size": SHARED,
+    "shared_gate": {"shared_gate": False, **SHARED},
+    "dense_layers": DENSE,
+    "dense_size": DENSE,
 }
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +146,9 @@ def without_operators(monkeypatch, dtype, spec, memory=None, **changes):
     return pair
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, EXPERTS], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"ffn_bias": True, "n_expert": 2, "n_expert_used": 2}], ids=str
+)
 @pytest.mark.parametrize("case", WITHOUT_OPERATORS)
 def test_quantised_models_without_operators_equal_plain_ones(case, changes, monkeypatch):
     dtype, spec, kinds = WITHOUT_OPERATORS[case]
@@ -223,7 +245,9 @@ def test_forms_on_cuda_by_hand():
     def chosen(dtype, **changes):
         args = replace(TINY, **EXPERTS, **changes)
         model = SimpleNamespace(args=args, dtype=dtype, device=torch.device("cuda"))
-        return [fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args), Transformer(args))]
+        return [
+            fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args, None), Transformer(args))
+        ]
 
     assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts, join_head_]
     others = [None, GpuExperts, join_head_]

@@ -14,7 +14,8 @@ from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize
 from model import Blocks, RMSNorm
 from tests.layers.test_fastest import REFUSED, SIZES, TAKEN, TINY, quantised
 
-ATTENTION = ("full_layers", "joint_qk_norm", "attention_softcap")
+ATTENTION = ("full_layers", "unrotated_layers", "late_query_scale", "qk_norm_last", "joint_qk_norm", "attention_sinks")
+ATTENTION += ("attention_softcap",)
 TAKEN = TAKEN | {name: REFUSED[name] for name in (*ATTENTION, "activation", "norm_offset")}
 REFUSED = {name: fields for name, fields in REFUSED.items() if name not in TAKEN}
 KINDS = {None: FloatOnGpu, 8: Int8OnGpu, 4: Int4OnGpu}

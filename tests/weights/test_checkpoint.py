@@ -25,8 +25,8 @@ from layers.quantized import QuantSpec
 from model import ModelArgs, Transformer
 from tests.tiny import HALF_GB, hf_names, needs_proc
 from weights.checkpoint import load_model, new_table, open_model, random_model, read_tensors, save_checkpoint
-from weights.families import Config, args_from_config
-from weights.files import atomic_path, read_json
+from weights.families import args_from_config
+from weights.files import Config, atomic_path, read_json
 from weights.layout import Layout, weight_bytes
 from weights.registry import args_from_name
 
@@ -148,7 +148,7 @@ def test_a_folder_prefers_the_converted_file(folder, llama):
         ({"rope_base": "1e4"}, ["rope_base"]),
         ({"rope_scaling": [1]}, ["args"]),
         ({"rope_scaling": {"type": "llama3", "factor": "x"}}, ["factor", "'x'"]),
-        ({"rope_scaling": {"type": "longrope"}}, ["'longrope'", "linear, llama3, yarn"]),
+        ({"rope_scaling": {"type": "dynamic"}}, ["'dynamic'", "linear, llama3, yarn"]),
         ({"sliding_window": "all"}, ["sliding_window", "'all'"]),
         ({"tie_embeddings": "no"}, ["tie_embeddings", "'no'"]),
         ({"tie_embeddings": True, "dim": 31}, ["shape"]),

@@ -12,19 +12,27 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from transformers import (
+    Cohere2Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GraniteConfig,
+    GraniteMoeConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from layers.quantized import LAYERS, QuantSpec
@@ -71,8 +79,11 @@ NAMES = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.experts.down_proj": "ffn_down_exps.weight",
     "mlp.gate.": "ffn_gate_inp.",
+    "mlp.router.": "ffn_gate_inp.",
     "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm",
+    "query_layernorm": "attn_q_norm",
+    "key_layernorm": "attn_k_norm",
     "self_attn.": "",
     "mlp.gate_up_proj": "ffn_up",
     "qkv_proj": "attn_qkv",
@@ -82,10 +93,14 @@ OTHER_NAMES = {  # of some families
     "gemma2": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "olmo2": POST_NORMS,
+    "exaone4": POST_NORMS,
+    "seed_oss": POST_NORMS,
+    "glm4": {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
 }
 # model_type -> what the package calls it, where that is another name
 ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mixtral": "llama"}
-ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "hunyuan_v1_dense": "hunyuan-dense"}
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # of which the converter turns q and k
 
 
 def tiny(config):
@@ -106,6 +121,7 @@ def interleaved(weight, n_head):
 def parts_of(model):
     """Names and tensors; the gates and up projections of experts, one tensor there, are two here."""
     for name, weight in model.named_parameters():  # a tied head is not among them
+        name = name.replace("block_sparse_moe", "mlp")
         if name.endswith("experts.gate_up_proj"):
             gate, up = weight.chunk(2, dim=1)
             blk = name.removesuffix("mlp.experts.gate_up_proj")
@@ -136,7 +152,10 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "cohere2":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     for add, value in (fields or {}).items():
@@ -154,7 +173,7 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
             codes = quantize(codes, own)
             weight.data.copy_(torch.tensor(dequantize(codes, own)))
         for part, n_head in heads.items():
-            if family in ("llama", "granite") and part in name:
+            if family in PERMUTED and part in name:
                 codes = interleaved(codes, n_head)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             codes = codes + 1
@@ -212,11 +231,27 @@ OLMO_3_ROPE = {"full_attention": YARN_ROPE, "sliding_attention": {"rope_theta": 
 OLMO_3 = {"num_hidden_layers": 5, "sliding_window": 16, "rope_parameters": OLMO_3_ROPE}
 GEMMA_3_ROPE = {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_theta": 10000.0}}
 NO_PAD, WINDOW = {"pad_token_id": None}, {"add_sliding_window": 16}
+IN_TURN = {"num_hidden_layers": 5, "sliding_window": 16}
+COHERE_FILE = WINDOW | {"add_logit_scale": 0.3}
+MIXTRAL_FILE = {"add_expert_count": 4, "add_expert_used_count": 2}
+OLMOE_FILE = {"add_expert_count": 4, "add_expert_used_count": 3}
 FAMILIES = {  # config, and what the file says beside the sizes
     "qwen3": (Qwen3Config, {"head_dim": 32}, HEAD),
-    "mixtral": (MixtralConfig, MIXTRAL, {"add_expert_count": 4, "add_expert_used_count": 2}),
+    "mixtral": (MixtralConfig, MIXTRAL, MIXTRAL_FILE),
     "qwen2moe": (Qwen2MoeConfig, EXPERTS | SHARED, EXPERTS_FILE | SHARED_FILE),
     "qwen3moe": (Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "norm_topk_prob": True}, HEAD | EXPERTS_FILE),
+    "smollm3": (SmolLM3Config, NO_PAD | {"num_hidden_layers": 5}, {}),
+    "glm4": (Glm4Config, NO_PAD | {"head_dim": 32}, HEAD | {"add_rope_dimension_count": 16}),
+    "seed_oss": (SeedOssConfig, NO_PAD | {"head_dim": 32}, HEAD),
+    "hunyuan": (HunYuanDenseV1Config, NO_PAD | {"head_dim": 32}, HEAD),
+    "exaone4": (Exaone4Config, NO_PAD | {"num_hidden_layers": 5, "sliding_window": 16}, WINDOW),
+    "cohere2": (
+        Cohere2Config,
+        NO_PAD | {"num_hidden_layers": 5, "sliding_window": 16, "logit_scale": 0.3},
+        COHERE_FILE,
+    ),
+    "olmoe": (OlmoeConfig, NO_PAD | {"num_experts": 4, "num_experts_per_tok": 3}, OLMOE_FILE),
+    "granitemoe": (GraniteMoeConfig, NO_PAD | GRANITE | MIXTRAL, GRANITE_FILE | MIXTRAL_FILE),
     "phi3": (Phi3Config, NO_PAD | {"sliding_window": 16}, WINDOW),
     "granite": (GraniteConfig, GRANITE, GRANITE_FILE | {"add_logit_scale": 0.7}),
     "olmo2": (Olmo2Config, NO_PAD, {}),
@@ -246,6 +281,18 @@ def test_rope_frequency_factors_of_llama3(tmp_path):
     factors = (plain / theirs.model.rotary_emb.inv_freq).numpy()
     assert factors.max() == pytest.approx(4.0) and factors.min() == 1.0
     assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs, tensors={"rope_freqs.weight": factors}), theirs)
+
+
+def test_longrope_of_a_part_of_each_head(tmp_path):
+    short, long = np.linspace(1, 1.5, 4, dtype=np.float32), np.linspace(1, 4, 4, dtype=np.float32)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope |= {"short_factor": short.tolist(), "long_factor": long.tolist()}
+    theirs = tiny(Phi3Config(**SIZES, **NO_PAD, rope_parameters=rope, original_max_position_embeddings=32))
+    growth = theirs.model.rotary_emb.attention_scaling
+    fields = {"add_rope_dimension_count": 8, "add_rope_scaling_orig_ctx_len": 32}
+    fields |= {"add_rope_scaling_attn_factors": growth}
+    tensors = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
+    assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs, fields=fields, tensors=tensors), theirs)
 
 
 def test_head_dim_of_its_own(tmp_path):
@@ -543,7 +590,7 @@ def test_architectures_not_supported(good, tmp_path):
     "fields, words",
     [
         ({"add_expert_count": 8}, ["expert_used_count"]),
-        ({"add_rope_dimension_count": 8}, ["partial rope"]),
+        ({"add_rope_dimension_count": 8}, ["partial_rotary_factor 0.5"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LONGROPE}, ["'longrope'", "none, linear, yarn"]),
         ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, ["llama.rope.scaling.factor"]),
         ({"add_rope_freq_base": float("nan")}, ["llama.rope.freq_base"]),

@@ -27,7 +27,7 @@ def kept_layers(
     for module, layer in layout.model.named_modules():
         if not can_be_rounded(layer):
             continue
-        n_in, rows = layer.weight.shape[-1], source_modules(module, modules, layout.args.n_expert)
+        n_in, rows = layer.weight.shape[-1], source_modules(module, modules, layout.args)
         parts = [{name: read_layer(name, raw, n_in) for name in of_expert} for of_expert in rows]
         if whole := are_alike(parts):
             table[module] = next(iter(parts[0].values())).spec

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from weights.families import Config
-from weights.files import read_json
+from weights.files import Config, read_json
 from weights.layout import Kept, Readers
 from weights.shipped.float8 import float8_layer
 from weights.shipped.integers import awq_layer, gptq_layer, packed_layer, plain_int8_layer

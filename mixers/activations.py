@@ -1,0 +1,21 @@
+"""Activations of gated linear units: what becomes of gate and up projection before the down projection."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+SWIGLU_SLOPE, CLAMP = 1.702, 7.0  # of `clamped_swiglu`
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU of bounded values, whose gate is nearly a GELU, and whose up projection is around 1 (gpt-oss)."""
+    gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    return gate * (SWIGLU_SLOPE * gate).sigmoid() * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped_swiglu": clamped_swiglu,
+}

@@ -1,0 +1,126 @@
+"""Mixture of experts: feed-forwards of which a gate chooses some for each token."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixers.activations import ACTIVATIONS
+
+
+def check_experts(args) -> None:
+    """Raise ValueError if the fields of a `model.ModelArgs` that concern experts contradict each other."""
+    n, used, groups = args.n_expert, args.n_expert_used, args.n_expert_group
+    if not (used or 0) <= (n or 0) or bool(n) != bool(used):
+        raise ValueError(f"n_expert_used is {used}; it must be from 1 to n_expert, {n}")
+    for name in ("shared_size", "dense_layers", "n_expert_group"):
+        if getattr(args, name) and not n:
+            raise ValueError(f"{name} {getattr(args, name)} is for a model with n_expert, a mixture of experts")
+    if bool(args.dense_layers) != bool(args.dense_size) or len(set(args.dense_layers)) >= args.n_layer:
+        raise ValueError(f"dense_layers {args.dense_layers} need dense_size, {args.dense_size}, and other layers")
+    if bool(groups) != bool(args.n_group_used) or (groups and not args.sigmoid_experts):
+        raise ValueError(f"n_expert_group {groups} needs n_group_used and sigmoid_experts")
+    if groups and (
+        n % groups or n // groups < 2 or args.n_group_used > groups or used > n // groups * args.n_group_used
+    ):
+        raise ValueError(
+            f"{n} experts in {groups} groups, of which {args.n_group_used} are used, do not give {used} for each token"
+        )
+
+
+class Gate(nn.Linear):
+    """Scores that choose or weigh experts; never quantised, because rounded ones choose others."""
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer for each of E experts: weight [E, out, in], bias [E, out] or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def expert(self, e: int) -> Callable[[Tensor], Tensor]:
+        return partial(F.linear, weight=self.weight[e], bias=None if self.bias is None else self.bias[e])
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, K or 1, in] through the experts chosen [T, K] -> [T, K, out]."""
+        return by_expert(self, x, chosen)
+
+
+def by_expert(layer: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+    """x [T, K or 1, in] through the experts chosen [T, K] of `layer` -> [T, K, out].
+
+    Each expert gets all its tokens at once, so its weight is read once, and that of one not chosen never.
+    """
+    x = x.expand(-1, chosen.shape[1], -1)
+    y = x.new_empty(*chosen.shape, layer.weight.shape[1])
+    for e in chosen.unique().tolist():
+        own = chosen == e
+        y[own] = layer.expert(e)(x[own])
+    return y
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forwards of which a gate chooses some for each token (Shazeer et al. 2017; Jiang et al. 2024).
+
+    The gate's scores are shares of 1, or each is a number from 0 to 1 (DeepSeek-AI 2024): then a bias takes part in the
+    choice, and experts may come in groups, of which the best are chosen first, by their two best experts. One more
+    feed-forward, `shared`, may serve all tokens, weighted by a gate of its own (Qwen2-MoE) or not. args: a
+    `model.ModelArgs`.
+    """
+
+    def __init__(self, args, shared: nn.Module | None):
+        super().__init__()
+        self.activation, self.shared = ACTIVATIONS[args.activation], shared
+        self.n_used, self.normalize, self.scale = args.n_expert_used, args.normalize_experts, args.expert_scale
+        self.n_group, self.n_group_used = args.n_expert_group, args.n_group_used
+        self.gate = Gate(args.dim, args.n_expert, bias=args.ffn_bias)
+        # float32 in every model, because a rounded one chooses others; the name is that of the paper's own files
+        bias = torch.zeros(args.n_expert, dtype=torch.float32) if args.sigmoid_experts else None
+        self.e_score_correction_bias = None if bias is None else nn.Parameter(bias)
+
+        def experts(out: int, size: int) -> ExpertLinear:
+            bias = torch.empty(args.n_expert, out) if args.ffn_bias else None
+            return ExpertLinear(torch.empty(args.n_expert, out, size), bias)
+
+        self.w13 = experts(2 * args.intermediate_size, args.dim)
+        self.w2 = experts(args.dim, args.intermediate_size)
+        self.shared_gate = Gate(args.dim, 1, bias=False) if shared is not None and args.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)  # [T, dim]
+        weights, chosen = self.choose(self.gate(rows).float())
+        y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        if self.shared is None:
+            return y
+        return y + (self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x))
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers [T, K] of the experts that scores [T, E] choose."""
+        if self.e_score_correction_bias is None:
+            weights, chosen = scores.softmax(-1).topk(self.n_used)
+        else:
+            scores = scores.sigmoid()
+            chosen = self.in_best_groups(scores + self.e_score_correction_bias).topk(self.n_used).indices
+            weights = scores.gather(1, chosen)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return (weights if self.scale == 1 else weights * self.scale), chosen
+
+    def in_best_groups(self, scores: Tensor) -> Tensor:
+        """scores [T, E], -inf in all groups of experts but the best."""
+        if self.n_group is None:
+            return scores
+        groups = scores.unflatten(1, (self.n_group, -1))  # [T, G, E/G]
+        best = groups.topk(2).values.sum(-1).topk(self.n_group_used).indices
+        kept = torch.zeros_like(groups[..., 0]).scatter(1, best, 1.0).bool()
+        return groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+
+    def run(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
+        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
+        return self.w2(self.activation(gate, up), chosen)
