@@ -141,8 +141,8 @@ class QuantizedLinear(nn.Module):
     ):
         super().__init__()
         tensors = {"weight": weight, "scales": scales, "zeros": zeros, "bias": bias, "order": order}
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        for name, tensor in tensors.items():  # detached, because loading turns a buffer that is a parameter into one
+            self.register_buffer(name, None if tensor is None else tensor.detach())
 
     @classmethod
     def rounded(cls, groups: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from tests.tiny import SIZES, save_tiny
 from tp import require_split, shard
@@ -20,7 +20,8 @@ SMALL = SIZES | {"hidden_size": 128, "intermediate_size": 192}
 PLAIN = LlamaConfig(**SMALL)
 BIASES = Qwen2Config(**SMALL)
 MOE = Qwen3MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
-CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE}
+HALF_ROPE = Glm4Config(**SMALL, head_dim=32)  # neighbours turn in half of each head: its rows come in another order
+CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE, "half rope": HALF_ROPE}
 LAYER = re.compile(r"(.*(?:_proj|experts\.\d+\.\w+))\.weight")
 
 
@@ -187,7 +188,8 @@ def logits_of_transformers(folder):
     [
         *(("plain", method) for method in METHODS),
         *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "W8A16", "fp8 blocks")),
-        ("biases", "awq g32"),
+        *(("biases", name) for name in ("awq g32", "gptq desc_act")),
+        *(("half rope", name) for name in ("awq g32", "gptq desc_act", "fp8 blocks")),
     ],
 )
 def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
