@@ -21,7 +21,8 @@ def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path 
     text = f"{checkpoint}, or OWNER/NAME in checkpoints/ (default: {DEFAULT_CHECKPOINT})"
     group.add_argument("--checkpoint_path", type=checkpoint_path, default=default and str(default), help=text)
     group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
-    group.add_argument("--dequantize", action="store_true", help="turn the codes of a quantised model into floats")
+    text = "turn the codes of a quantised model into floats (default: they are kept)"
+    group.add_argument("--dequantize", action="store_true", help=text)
     return group
 
 

@@ -179,11 +179,13 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
         say(f"Reading the calibration text: {', '.join(tasks)} ...")
         text = "\n\n".join(task_texts(tasks, args.include_path))
     sizes = job.source.args
+    widths = [sizes.dim, sizes.intermediate_size, sizes.dense_size or 0, sizes.shared_size or 0]
+    widths.append(sizes.n_head * sizes.head_dim)
     return calibration_windows(
         encode(text, job),
         limit=args.calibration_limit,
         seq_length=args.calibration_seq_length,
-        needed=max(sizes.dim, sizes.intermediate_size, sizes.n_head * sizes.head_dim),  # inputs of the widest layer
+        needed=max(widths),  # inputs of the widest layer
         seed=args.seed,
     )
 

@@ -309,4 +309,8 @@ def by_torch(layer: QuantizedLinear) -> nn.Module:
 def float_copy(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
     """A layer, or one for each of E experts, with float weights."""
     weight = layer.dequantize().to(dtype)
-    return AnyExperts(ExpertLinear(weight, layer.bias)) if weight.ndim == 3 else FloatLinear(weight, layer.bias)
+    if weight.ndim == 3:
+        return AnyExperts(ExpertLinear(weight, layer.bias))
+    # parameters, which are counted among the bytes that a step reads
+    bias = None if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False)
+    return FloatLinear(nn.Parameter(weight, requires_grad=False), bias)

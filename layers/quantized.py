@@ -235,7 +235,9 @@ class Float8Linear(QuantizedLinear):
         return {"weight": codes.view(torch.uint8).flatten(1), "scales": scales[..., 0].bfloat16()}
 
     def codes(self) -> Tensor:
-        return self.weight.view(torch.float8_e4m3fn).float()
+        # by their bits, because MPS and older GPUs lack the dtype: a float32 with these bits is 2^-120 of the number
+        bits = self.weight.int()
+        return ((bits & 127) << 20 | (bits & 128) << 24).view(torch.float32) * 2.0**120
 
     def unsigned(self) -> tuple[Tensor, int]:
         return self.weight, 0

@@ -51,9 +51,8 @@ class RopeScaling:
             factors = self.long_factors if is_long else self.factors
             return freqs / torch.tensor(factors, dtype=freqs.dtype, device=freqs.device)
         keep = self.kept_by_yarn(freqs, base) if self.type == "yarn" else self.kept_by_llama3(freqs)
-        return (
-            keep * freqs + (1 - keep) * freqs / self.factor
-        )  # keep 1: a high frequency as it is; 0: a low one, divided
+        # keep 1: a high frequency as it is; 0: a low one, divided
+        return keep * freqs + (1 - keep) * freqs / self.factor
 
     def kept_by_llama3(self, freqs: Tensor) -> Tensor:
         turns = self.original_max_position_embeddings * freqs / (2 * math.pi)  # within the trained context

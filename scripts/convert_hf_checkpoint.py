@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 from text.tokenizer import tokenizer_saved
-from weights.checkpoint import open_folder, read_tensors, require_weights_fit, save_checkpoint
+from weights.checkpoint import floats_of, open_folder, read_tensors, require_weights_fit, save_checkpoint
 from weights.device import DTYPES, parse_dtype
 from weights.files import require_writable, size_text
-from weights.layout import dequantized
 
 
 def main(*, checkpoint_dir: str, dtype: str, dequantize: bool, keep_quantized: bool) -> None:
@@ -34,7 +33,7 @@ def main(*, checkpoint_dir: str, dtype: str, dequantize: bool, keep_quantized: b
     opened = open_folder(folder, converted=False)
     if keep_quantized and not opened.table:
         raise ValueError(f"{folder} has no layer whose codes can be kept; convert it without --keep_quantized")
-    opened = dequantized(opened) if dequantize else opened
+    opened = floats_of(opened) if dequantize else opened
     device = torch.device("cpu")
     require_weights_fit(opened.layout, parse_dtype(dtype), device, folder)
     tensors = read_tensors(opened, device, parse_dtype(dtype), "Converting")

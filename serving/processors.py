@@ -117,5 +117,5 @@ class Mask:
         self.n_read = len(ids)
         allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
         if self.matcher.is_error():  # its limits of memory or time are reached
-            raise RequestError(f"the JSON schema is too much: {self.matcher.get_error()}")
+            raise RequestError(f"the grammar of the answer is too much: {self.matcher.get_error()}")
         return logits.where(allowed.bool().to(logits.device), float("-inf"))

@@ -96,7 +96,7 @@ CASES = [
     Case("joint", "bfloat16", 1),
     Case("capped", "float32", 1, speculate="ngram"),
     Case("experts", "float32", 3, compile=True, speculate="ngram"),
-    Case("experts", "bfloat16", 1),
+    Case("experts", "bfloat16", 3),  # rows enough for the errors of one choice to count little
     Case("experts-int4", "float32", 3),
     Case("experts-int4", "bfloat16", 3),
     Case("int8", "float32", 3, speculate="ngram"),

@@ -59,7 +59,12 @@ def open_model(path: str | Path, model_name: str | None = None, dequantize: bool
         opened = open_torch(path, model_name)
     if model_name is not None:
         reject_contradiction(opened.args, args_from_name(model_name), path, model_name)
-    return dequantized(opened) if dequantize else opened
+    return floats_of(opened) if dequantize else opened
+
+
+def floats_of(opened: ModelFile) -> ModelFile:
+    """The model with float weights in the place of codes: of a GGUF file as the package `gguf` reads them."""
+    return dequantized(opened) if opened.gguf is None else open_gguf(opened.gguf, keep_codes=False)
 
 
 def open_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> ModelFile:

@@ -335,7 +335,7 @@ WITHOUT_EFFECT = re.compile(
     r"|rope_(theta|scaling|parameters|local_base_freq)|use_(gated_activation|rotary_pos_emb|qk_norm|embedding_sharing)"
     r"|use_parallel_(block|embedding)|position_embedding_type|order_of_interleaved_layers|layer_switch|norm_type|pool_type"
     r"|attention_head_dim|org_vocab_size|cla_share_factor|dense_list|(pad|mask_init|(im|text)_(start|end))_id"
-    r"|enable_lm_head_fp32|initial_context_length|experts_per_token|quantization_config"
+    r"|enable_lm_head_fp32|initial_context_length|experts_per_token|(quantization|compression)_config"
 )
 
 

@@ -181,7 +181,7 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
     return table, codes
 
 
-def open_gguf(path: Path) -> ModelFile:
+def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
     """A GGUF file. Layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again; others become float."""
     file = GGUFFile(path)
     name = file.metadata.get("general.architecture")
@@ -199,7 +199,7 @@ def open_gguf(path: Path) -> ModelFile:
         return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
 
     raw = {name: partial(read, name) for name in file.tensors}
-    table, codes = kept_layers(file, layout, modules)
+    table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
     raw, layout = raw | codes, layout.quantized(table)
     order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
     return ModelFile(layout, rename(layout, raw, modules, path, order), (path,), gguf=path)

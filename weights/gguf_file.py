@@ -145,10 +145,11 @@ class GGUFFile:
                 return q.view(torch.int8).flatten(-2)
             codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [..., rows, groups, 32], -8..7
             return pack_nibbles(codes.flatten(-2))
-        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).float().unbind(-1)  # [..., rows, groups] each
+        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).unbind(-1)  # [..., rows, groups] each
+        d = d.float() if m else d  # as the zeros, which float16 does not hold
         if part == "scales":
             return d
-        return m[0] + 8 * d if m else torch.zeros_like(d)
+        return m[0].float() + 8 * d if m else torch.zeros_like(d)
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -18,7 +18,8 @@ Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function
 LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
-    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_(freqs|factors_(short|long))\.weight|freqs_(cis|cos|sin)|causal_mask"
+    r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_(freqs|factors_(short|long))\.weight"
+    r"|freqs_(cis|cos|sin)|causal_mask"
 )
 
 
@@ -50,10 +51,14 @@ class Layout:
         """The module whose weight `module` has: the embedding for a tied head, else itself."""
         return self.head_source if module == "output" else module
 
-    def keeps_dtype(self, name: str) -> bool:
-        """Whether a tensor is not converted on loading: codes, scales and zeros, and a bias that chooses experts."""
+    def is_coded(self, name: str) -> bool:
+        """Whether a tensor is part of what stands for a quantised weight: codes, scales, zeros, an order of inputs."""
         module, _, leaf = name.rpartition(".")
-        return (module in self.table and leaf != "bias") or leaf == "e_score_correction_bias"
+        return module in self.table and leaf != "bias"
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor is not converted on loading: nor is a bias that chooses experts."""
+        return self.is_coded(name) or name.endswith(".e_score_correction_bias")
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors if the floats are `dtype`."""
@@ -93,7 +98,7 @@ class Kept(NamedTuple):
 def dequantized(opened: ModelFile) -> ModelFile:
     """The model in an open file with float weights in the place of codes."""
     layout = opened.layout
-    tensors = {name: read for name, read in opened.tensors.items() if not layout.keeps_dtype(name)}
+    tensors = {name: read for name, read in opened.tensors.items() if not layout.is_coded(name)}
     for module, spec in layout.table.items():
         names = {leaf: f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors}
         tensors[f"{module}.weight"] = Kept(spec, {leaf: opened.tensors[name] for leaf, name in names.items()}).weight

@@ -60,12 +60,18 @@ struct Linear {
     return !has_codes || (matrix_unit && S >= kMatrixTokens && in % kGroup == 0);
   }
 
+  // Those of M rows in `scratch`, as the weight takes them.
+  template <class Element>
+  Activations activations(void* scratch, int64_t M) const {
+    return Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>));
+  }
+
   // Quantises, if need be, some inputs of row m of x [M, in] into `scratch`, whole groups of them.
   template <class Element>
   void quantise_inputs(const Element* x, int64_t M, int64_t S, void* scratch, int64_t m, Range inputs) const {
     if (takes_floats(S)) return;
     const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
-    quantise(x, codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), m, groups);
+    quantise(x, codes, activations<Element>(scratch, M), m, groups);
   }
 
   // All inputs of all rows, by all threads.
@@ -82,7 +88,7 @@ struct Linear {
   void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
     if (has_codes) {
       const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
-      return multiply_few(codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), y, dtype_of<Element>, tiles);
+      return multiply_few(codes, activations<Element>(scratch, M), y, dtype_of<Element>, tiles);
     }
     if constexpr (std::is_same_v<Element, BFloat16>) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply(outputs);
   }
@@ -92,7 +98,7 @@ struct Linear {
   void multiply_many_rows(const Element* x, Element* y, int64_t M, int64_t S, void* scratch,
                           const Threads& threads) const {
     if (!takes_floats(S)) {
-      return multiply_many(codes, Activations(scratch, M, in, codes.multiplies_floats(dtype_of<Element>)), y, dtype_of<Element>, threads);
+      return multiply_many(codes, activations<Element>(scratch, M), y, dtype_of<Element>, threads);
     }
     if constexpr (std::is_same_v<Element, BFloat16>) {
       if (has_codes) multiply_unpacked(codes, x, y, M, *matrix_unit, threads);
@@ -110,10 +116,10 @@ struct Linear {
     quantise_rows(x, M, S, quantised, threads);
     if (M > kFewRows) return multiply_many_rows(x, y, M, S, quantised, threads);
     if (has_codes) {
-      const Activations activations(quantised, M, in, codes.multiplies_floats(dtype_of<Element>));
+      const Activations whole = activations<Element>(quantised, M);
       const int64_t grain = std::max<int64_t>(1, 65536 / codes.bytes_a_tile());
       threads.for_shares(codes.tiles, grain, [&](Range tiles) {
-        multiply_few(codes, activations, y, dtype_of<Element>, tiles);
+        multiply_few(codes, whole, y, dtype_of<Element>, tiles);
       });
     } else if constexpr (std::is_same_v<Element, BFloat16>) {
       Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply_all(threads);

@@ -87,7 +87,8 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
                           .tiles = tiles, .groups = s.size(1),
                           .is_int4 = s.size(2) == 2 && weight.size(1) == round_up(in, kGroup) * kLanes / 2,
                           .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = s.size(2) == 2};
-  TORCH_CHECK((weight.scalar_type() == at::kByte || (codes.is_float8 && !codes.has_zeros)) && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
+  const bool has_our_codes = weight.scalar_type() == at::kByte || (codes.is_float8 && !codes.has_zeros);
+  TORCH_CHECK(has_our_codes && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
   TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
   TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kGroup % codes.groups == 0 &&
               (!bias || bias->numel() == tiles * kLanes), op,
@@ -127,8 +128,8 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return linear(x, contiguous(weight), std::nullopt, contiguous(bias), "linear_bf16");
 }
 
-// A linear layer of int8 or int4 codes: x [..., in], weight uint8 [tiles, bytes], scales [tiles, groups, 1 or 2, 16],
-// bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
+// A linear layer of codes: x [..., in], weight uint8 [tiles, bytes] of int8 or int4 codes or float8_e4m3fn, scales
+// [tiles, groups, 1 or 2, 16], bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
   return linear(x, weight, scales, bias, "linear_codes");
 }
@@ -184,7 +185,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
   const Vectors keys = vectors_of(k, k_scales, q.scalar_type(), "attend");
   const Vectors values = vectors_of(v, v_scales, q.scalar_type(), "attend");
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == D && n_kv_head > 0 && H % n_kv_head == 0 &&
-              mask.size(0) == B && mask.size(1) == S && 0 < slots && slots <= k.size(2), "attend: sizes of q, k and mask do not fit");
+              mask.size(0) == B && mask.size(1) == S && 0 < slots && slots <= k.size(2),
+              "attend: sizes of q, k and mask do not fit");
   TORCH_CHECK(mask.scalar_type() == q.scalar_type(), "attend: several dtypes");
   const int64_t* rows = checked_rows(cache_rows, B, k.size(0), "attend");
   Tensor y = at::empty(q.sizes(), q.options());

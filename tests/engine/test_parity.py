@@ -59,7 +59,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def model(default_gguf):
-    return load_model(default_gguf, dtype=torch.float32)  # model.pth is rounded to bfloat16
+    return load_model(default_gguf, dtype=torch.float32, dequantize=True)  # model.pth is rounded to bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def alone(model, prompts):
 @pytest.fixture(scope="module")
 def path(default_gguf, tmp_path_factory):
     """A file with the first four of the layers."""
-    source, path = open_model(default_gguf), tmp_path_factory.mktemp("first") / "model.pth"
+    source, path = open_model(default_gguf, dequantize=True), tmp_path_factory.mktemp("first") / "model.pth"
     args = replace(source.args, n_layer=4)
     save_checkpoint(path, args, {name: source.tensors[name]() for name in Layout(args).tensors})
     return path

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from scripts.bench.peers import load
+from scripts.bench.peers.load import Answer, Load, figures
 from scripts.bench.report import Report
-from scripts.bench.serving import clients, load, servers, table
-from scripts.bench.serving.load import Answer, Load, figures
+from scripts.bench.serving import clients, servers, table
 from scripts.bench.serving.openvino import ContinuousBatching
 from tests.tiny import make_tiny_checkpoint
 

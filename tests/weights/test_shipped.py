@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Glm4Config, Glm4MoeConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from tests.tiny import SIZES, save_tiny
 from tp import require_split, shard
@@ -22,6 +22,9 @@ BIASES = Qwen2Config(**SMALL)
 MOE = Qwen3MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
 HALF_ROPE = Glm4Config(**SMALL, head_dim=32)  # neighbours turn in half of each head: its rows come in another order
 CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE, "half rope": HALF_ROPE}
+GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+CONFIGS["biased choice"] = Glm4MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, **GLM_EXPERTS)
+N_LAYERS = {"biased choice": 10}  # with the shared expert's of one layer; others have four in each of two
 LAYER = re.compile(r"(.*(?:_proj|experts\.\d+\.\w+))\.weight")
 
 
@@ -189,17 +192,34 @@ def logits_of_transformers(folder):
         *(("plain", method) for method in METHODS),
         *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "W8A16", "fp8 blocks")),
         *(("biases", name) for name in ("awq g32", "gptq desc_act")),
-        *(("half rope", name) for name in ("awq g32", "gptq desc_act", "fp8 blocks")),
+        *product(("half rope", "biased choice"), ("awq g32", "gptq desc_act", "fp8 blocks")),
     ],
 )
 def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
     save_tiny(CONFIGS[kind], tmp_path)
     quantise(tmp_path, method)
     opened = open_model(tmp_path)
-    assert {str(spec) for spec in opened.table.values()} <= set(METHODS[method][2].split()) and len(opened.table) == 8
+    assert {str(spec) for spec in opened.table.values()} <= set(METHODS[method][2].split())
+    assert len(opened.table) == N_LAYERS.get(kind, 8)
     floats, truth = (open_model(tmp_path / name, dequantize=True).tensors for name in (".", "float"))
     for module in opened.table:  # nothing is rounded again
         assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
+        kept = opened.tensors
+        if f"{module}.zeros" in kept:  # kernels read them together
+            assert kept[f"{module}.zeros"]().dtype == kept[f"{module}.scales"]().dtype
+    assert floats.keys() == truth.keys()
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_gate_that_is_quantised_becomes_float_and_an_old_key_is_read(tmp_path):
+    save_tiny(MOE, tmp_path)
+    quantise(tmp_path, "fp8 rows", re.compile(r"(.*(?:_proj|gate|experts\.\d+\.\w+))\.weight"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(open_model(tmp_path).table) == 8
     ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
     torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
 

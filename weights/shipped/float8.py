@@ -19,20 +19,24 @@ def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int
         codes = fetch(raw, f"{name}.weight")
         if codes.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name}.weight is a tensor of {codes.dtype}; codes of float8_e4m3fn are needed")
+        if codes.ndim != 2:
+            raise ValueError(
+                f"{name}.weight has shape {list(codes.shape)}; FP8 experts in one tensor are not supported"
+            )
         codes = codes.view(torch.uint8)
         if ((codes & 127) == 127).any():
             raise ValueError(f"{name}.weight holds NaN: the file is damaged")
         return codes
 
     def scales() -> Tensor:
-        n_out, values = (
-            len(fetch(raw, f"{name}.weight")),
-            checked_scales(f"{name}.{leaf}", fetch(raw, f"{name}.{leaf}")),
-        )
+        n_out, called = len(fetch(raw, f"{name}.weight")), f"{name}.{leaf}"
+        values = checked_scales(called, fetch(raw, called))
         if block is None:
-            return values.expand(n_out, 1) if values.numel() == 1 else checked_shape(name, values.view(-1, 1), n_out, 1)
+            return (
+                values.expand(n_out, 1) if values.numel() == 1 else checked_shape(called, values.view(-1, 1), n_out, 1)
+            )
         height, width = block
-        checked_shape(f"{name}.{leaf}", values, -(-n_out // height), -(-n_in // width))
+        values = checked_shape(called, values, -(-n_out // height), -(-n_in // width))
         return spread(values.repeat_interleave(height, 0)[:n_out], width, groupsize, n_in)
 
     return Kept(QuantSpec(8, groupsize, "float8"), {"weight": weight, "scales": scales})

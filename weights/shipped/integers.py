@@ -47,7 +47,7 @@ class Codes:
         order = self.order()
         has_zeros = self.bits == 4 or self.points is not None
         name = "int8.zeros" if self.bits == 8 and has_zeros else None
-        tensors = {"weight": partial(self.weight, order), "scales": partial(self.our_scales, groupsize)}
+        tensors = {"weight": partial(self.weight, order), "scales": partial(self.our_scales, groupsize, has_zeros)}
         tensors |= {"zeros": partial(self.our_zeros, groupsize)} if has_zeros else {}
         tensors |= {} if order is None else {"order": lambda: order}
         return Kept(QuantSpec(self.bits, groupsize, name, order is not None), tensors)
@@ -69,8 +69,9 @@ class Codes:
         scales, n = checked_scales(f"the scales of {self.name}", self.scales()), -(-self.n_in // self.groupsize)
         return checked_shape(f"the scales of {self.name}", scales, len(scales), n)
 
-    def our_scales(self, groupsize: int | None) -> Tensor:
-        return spread(self.file_scales(), self.groupsize, groupsize, self.n_in)
+    def our_scales(self, groupsize: int | None, has_zeros: bool) -> Tensor:
+        scales = spread(self.file_scales(), self.groupsize, groupsize, self.n_in)
+        return scales.to(self.our_zeros(groupsize).dtype) if has_zeros else scales  # kernels read both in one dtype
 
     def our_zeros(self, groupsize: int | None) -> Tensor:
         scales, middle = self.file_scales(), 1 << (self.bits - 1)

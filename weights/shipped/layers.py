@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from layers.quantized import can_be_rounded
+from mixers.experts import ExpertLinear
 from weights.layout import Kept, Layout, Readers, source_modules
 from weights.shipped.methods import ReadLayer
 
@@ -20,16 +22,17 @@ def kept_layers(
 ) -> tuple[Layout, Readers]:
     """The layout with the quantised layers of a file, and all its tensors, those layers' by the names of ours.
 
-    modules: see `source_modules`. A layer of whose parts some are quantised in another way, or not, becomes float.
+    modules: see `source_modules`. A layer of whose parts some are quantised in another way, or not, becomes float; so
+    does a gate, which has no quantised form here.
     """
     tensors = {name: read for name, read in raw.items() if not OF_ACTIVATIONS.fullmatch(name)}
     table = {}
     for module, layer in layout.model.named_modules():
-        if not can_be_rounded(layer):
+        if not isinstance(layer, (nn.Linear, ExpertLinear)):
             continue
         n_in, rows = layer.weight.shape[-1], source_modules(module, modules, layout.args)
         parts = [{name: read_layer(name, raw, n_in) for name in of_expert} for of_expert in rows]
-        if whole := are_alike(parts):
+        if whole := can_be_rounded(layer) and are_alike(parts):
             table[module] = next(iter(parts[0].values())).spec
         for of_expert in parts:
             for i, (name, kept) in enumerate(of_expert.items()):

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.bench.peers.load import Load
 from scripts.bench.peers.process import MeasuredProcess
-from scripts.bench.serving.load import Load
 
 
 @dataclass(frozen=True)

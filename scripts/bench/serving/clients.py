@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import httpx
 
-from scripts.bench.serving.load import LONGEST, Answer, Load, figures
+from scripts.bench.peers.load import LONGEST, Answer, Load, figures
 
 
 def measure(url: str, body: Callable[[list[int], int], dict], load: Load, vocab_size: int, seed: str) -> dict:

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from measure.memory import peak_main_memory
+from scripts.bench.peers.load import LONGEST, Answer, Load, figures
 from scripts.bench.peers.protocol import serve
-from scripts.bench.serving.load import LONGEST, Answer, Load, figures
 
 
 class ContinuousBatching:

@@ -15,10 +15,10 @@ from measure.memory import peak_main_memory
 from scripts.bench.peers import openvino, transformers
 from scripts.bench.peers.environment import python_of
 from scripts.bench.peers.llama import gguf_of, llama_file
+from scripts.bench.peers.load import Load
 from scripts.bench.peers.process import MeasuredProcess
 from scripts.bench.peers.protocol import SideProcess
 from scripts.bench.serving.clients import measure
-from scripts.bench.serving.load import Load
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import open_model
 

@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from cli import in_words, say
+from scripts.bench.peers.load import Load
 from scripts.bench.report import Report, markdown, shared_flags, take_turns
-from scripts.bench.serving.load import Load
 from scripts.bench.serving.servers import (
     OUR_FLAGS,
     ROWS,
