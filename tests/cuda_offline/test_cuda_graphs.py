@@ -37,7 +37,8 @@ NAMES, TRIPLES = covering(3, **CHOICES, sm=PROCESSORS)
 STEPS = product(FAMILIES, FORMATS, ["step"], CHOICES["n_rows"], [90])
 MOST_KERNELS = {"plain": 5, "experts": 12, "biased": 5, "sinks": 18, "capped": 11}  # a layer, but for prompts
 MOST_TOKENS = 64  # more run as prompts do
-SPILLED = 48  # bytes a thread, of the compiler's own softmax of the scores of many queries
+# bytes a thread, of kernels of the compiler's own: the softmax of many queries' scores, what chooses experts on an A100
+SPILLED = {"softmax": 48, "sigmoid_sum": 8}
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
 
@@ -70,7 +71,8 @@ def test_a_graph_can_be_captured(family, form, call, n_rows, cache_dtype):
 
 def check_machine_code(kernels, sm):
     for name, tuner in kernels.items():
-        assert spilled(compile_generated(tuner, sm)) <= (SPILLED if "softmax" in name else 0), name
+        known = max((most for part, most in SPILLED.items() if part in name), default=0)
+        assert spilled(compile_generated(tuner, sm)) <= known, name
 
 
 def test_a_step_compiles_without_spills():
