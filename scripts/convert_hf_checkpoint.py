@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from text.tokenizer import tokenizer_saved
-from weights.checkpoint import floats_of, open_folder, read_tensors, require_weights_fit, save_checkpoint
+from weights.checkpoint import open_folder, read_tensors, require_weights_fit, save_checkpoint
 from weights.device import DTYPES, parse_dtype
 from weights.files import require_writable, size_text
+from weights.layout import dequantized
 
 
 def main(*, checkpoint_dir: str, dtype: str, dequantize: bool, keep_quantized: bool) -> None:
@@ -30,10 +31,10 @@ def main(*, checkpoint_dir: str, dtype: str, dequantize: bool, keep_quantized: b
         raise ValueError("--dequantize and --keep_quantized are both given; give one")
     target = folder / ("model_quantized.pth" if keep_quantized else "model.pth")
     require_writable(target)
-    opened = open_folder(folder, converted=False)
+    opened = open_folder(folder, converted=False, keep_codes=not dequantize)
     if keep_quantized and not opened.table:
         raise ValueError(f"{folder} has no layer whose codes can be kept; convert it without --keep_quantized")
-    opened = floats_of(opened) if dequantize else opened
+    opened = dequantized(opened) if dequantize else opened
     device = torch.device("cpu")
     require_weights_fit(opened.layout, parse_dtype(dtype), device, folder)
     tensors = read_tensors(opened, device, parse_dtype(dtype), "Converting")

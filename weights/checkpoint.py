@@ -44,13 +44,13 @@ def open_model(path: str | Path, model_name: str | None = None, dequantize: bool
     """
     path = Path(path)
     if path.is_dir():
-        opened = open_folder(path, model_name)
+        opened = open_folder(path, model_name, keep_codes=not dequantize)
     elif not path.is_file():
         raise ValueError(missing_checkpoint(path))
     elif not os.access(path, os.R_OK):
         raise ValueError(f"cannot read {path}: permission denied")
     elif is_gguf(path):
-        opened = open_gguf(path)
+        opened = open_gguf(path, keep_codes=not dequantize)
     elif path.name.startswith("adapter_model."):
         raise ValueError(f"{path} is {adapter_in(path.parent) or 'an adapter'}, no model; {MERGE}")
     elif path.suffix == ".safetensors":
@@ -59,17 +59,14 @@ def open_model(path: str | Path, model_name: str | None = None, dequantize: bool
         opened = open_torch(path, model_name)
     if model_name is not None:
         reject_contradiction(opened.args, args_from_name(model_name), path, model_name)
-    return floats_of(opened) if dequantize else opened
+    return dequantized(opened) if dequantize else opened
 
 
-def floats_of(opened: ModelFile) -> ModelFile:
-    """The model with float weights in the place of codes: of a GGUF file as the package `gguf` reads them."""
-    return dequantized(opened) if opened.gguf is None else open_gguf(opened.gguf, keep_codes=False)
-
-
-def open_folder(folder: Path, model_name: str | None = None, converted: bool = True) -> ModelFile:
+def open_folder(
+    folder: Path, model_name: str | None = None, converted: bool = True, keep_codes: bool = True
+) -> ModelFile:
     """The model in a folder, as `model_in` finds it; of an adapter it is said that it is not used."""
-    opened = model_in(folder, model_name, converted)
+    opened = model_in(folder, model_name, converted, keep_codes)
     if adapter := adapter_in(folder):
         if opened is None:
             raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
@@ -88,8 +85,11 @@ def adapter_in(folder: Path) -> str | None:
     return f"an adapter ({config.get('peft_type', 'LORA')} of {config.get('base_model_name_or_path')})"
 
 
-def model_in(folder: Path, model_name: str | None, converted: bool) -> ModelFile | None:
-    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file."""
+def model_in(folder: Path, model_name: str | None, converted: bool, keep_codes: bool) -> ModelFile | None:
+    """model.pth first (unless not `converted`), then a Hugging Face model, then a single GGUF file.
+
+    keep_codes: see `open_gguf`.
+    """
     if converted and (folder / "model.pth").is_file():
         return open_torch(folder / "model.pth", model_name)
     opened = open_hf(folder)
@@ -98,7 +98,7 @@ def model_in(folder: Path, model_name: str | None, converted: bool) -> ModelFile
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{folder} has several models; give the path of one: {', '.join(map(str, files))}")
-    return open_gguf(files[0]) if files else None
+    return open_gguf(files[0], keep_codes) if files else None
 
 
 def missing_checkpoint(path: Path) -> str:

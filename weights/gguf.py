@@ -182,7 +182,10 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
 
 
 def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
-    """A GGUF file. Layers in Q4_0, Q4_1 or Q8_0 keep their codes and scales, not rounded again; others become float."""
+    """A GGUF file. keep_codes: of layers in Q4_0, Q4_1 or Q8_0, not rounded again; others become float.
+
+    Where floats are wanted, those of the package `gguf` are the file's own: made of our zeros they may be an ulp away.
+    """
     file = GGUFFile(path)
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:

@@ -97,6 +97,8 @@ class Kept(NamedTuple):
 
 def dequantized(opened: ModelFile) -> ModelFile:
     """The model in an open file with float weights in the place of codes."""
+    if not opened.table:
+        return opened
     layout = opened.layout
     tensors = {name: read for name, read in opened.tensors.items() if not layout.is_coded(name)}
     for module, spec in layout.table.items():

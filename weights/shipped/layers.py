@@ -11,8 +11,8 @@ from mixers.experts import ExpertLinear
 from weights.layout import Kept, Layout, Readers, source_modules
 from weights.shipped.methods import ReadLayer
 
-LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape", "weight", "weight_scale")
-LEAVES += ("weight_scale_inv", "weight_zero_point", "weight_g_idx")  # of a quantised layer of a file, but its bias
+FILE_LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape", "weight", "weight_scale")
+FILE_LEAVES += ("weight_scale_inv", "weight_zero_point", "weight_g_idx")  # of a quantised layer of a file, but its bias
 # what activations, keys and values are rounded by elsewhere; here they are not
 OF_ACTIVATIONS = re.compile(r".*\.((input|output|activation|k|v|q)_(scale|zero_point|global_scale)(_ub)?)")
 
@@ -38,7 +38,7 @@ def kept_layers(
             for i, (name, kept) in enumerate(of_expert.items()):
                 if kept is None:
                     continue
-                for leaf in LEAVES:
+                for leaf in FILE_LEAVES:
                     tensors.pop(f"{name}.{leaf}", None)
                 own = kept.tensors if whole else {"weight": kept.weight}
                 tensors |= {f"{name}.{leaf}": read for leaf, read in own.items() if i == 0 or leaf != "order"}
