@@ -59,6 +59,10 @@ def prefill(precision: str, prompt: int) -> Row:
     return Row(PREFILL, precision, Case(1, prompt, 2))
 
 
+def task_rows() -> list[Row]:
+    return [step(precision, 32, 512, TASKS) for precision in ("bf16", "int4")]
+
+
 def waterfall() -> dict[str, Row]:
     """Decoding of one row, one technique after the other."""
     short = step("bf16").case
@@ -81,7 +85,7 @@ def rows_in_order() -> list[Row]:
         rows += [step(precision), Row(STEP, precision, None), step(precision, 32)]
     rows += [row for row in waterfall().values() if row not in rows]
     rows += [Row(COMPILED_PEER, "bf16", step("bf16", 32).case)]
-    rows += [step(precision, 32, 512, TASKS) for precision in ("bf16", "int4")]
+    rows += task_rows()
     rows += [prefill(precision, prompt) for precision in PRECISIONS if precision != ALL for prompt in PROMPTS]
     for precision in PRECISIONS:
         rows += [step(precision, 1, position) for position in POSITIONS]
@@ -204,10 +208,9 @@ def peer_table(found: Found) -> str:
 
 def task_table(found: Found) -> str:
     """Prompts of 512 tokens are read between the steps, which is part of the time."""
-    cells = [found.rate(step(precision, 32, 512, TASKS)) for precision in ("bf16", "int4")]
-    return filled(
-        ["32 tasks at a time, prompts of 512, new tok/s", "bf16", "int4"], [["gpt-faster's scheduler", *cells]]
-    )
+    rows = task_rows()
+    header = ["32 tasks at a time, prompts of 512, new tok/s", *(row.precision for row in rows)]
+    return filled(header, [["gpt-faster's scheduler", *map(found.rate, rows)]])
 
 
 def kernel_tables(found: Found) -> str:

@@ -64,7 +64,7 @@ class Worker(threading.Thread):
     a thread, and once two threads have computed, the threads of OpenMP, too many then, no longer wait awake.
     """
 
-    def __init__(self, prepare: Callable[[], tuple[Scheduler, Served]], max_queue: int = 0, ranks: Ranks | None = None):
+    def __init__(self, prepare: Callable[[], tuple[Scheduler, Served]], max_queue: int, ranks: Ranks | None = None):
         super().__init__(daemon=True, name="scheduler")
         self.prepare, self.max_queue, self.ranks = prepare, max_queue, ranks
         self.ready: Future[None] = Future()  # from then on there are a scheduler and what it serves

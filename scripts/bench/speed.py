@@ -60,6 +60,8 @@ def fill(
         sides = [side for side in SIDES if side != COMPILED_PEER or not quick]
     if "gpt-faster" not in sides:
         raise ValueError("--sides lacks gpt-faster, which the others are compared with")
+    if batches and not quick:
+        raise ValueError("--batches is for --quick; without it every batch is measured")
     if sides != ["gpt-faster"]:
         gguf_of(model)
     start, result = partial(start_side, model, threads), report.result

@@ -115,6 +115,8 @@ def test_sides_take_turns_and_what_is_there_is_not_run_again(bench, tmp_path, ca
     assert set(quick["cases"]) == {key_of(p, case) for p in PRECISIONS for case in QUICK}
     FakeSide.asked.clear()
     assert bench()["cases"] == quick["cases"] and FakeSide.asked == []
+    with pytest.raises(ValueError, match="--batches is for --quick"):
+        bench(quick=False, batches=True)
     short = {key_of(p, case) for p in PRECISIONS for case in [*QUICK, *SHORT]}
     assert set(bench(batches=True)["cases"]) == short and len(short) == 3 * 4
     whole = bench(quick=False)

@@ -28,8 +28,8 @@ class ContinuousBatching:
         self.n_vocab = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         settings = openvino_genai.SchedulerConfig()
         settings.max_num_seqs = rows
-        threads = {"INFERENCE_NUM_THREADS": threads}
-        self.pipeline = openvino_genai.ContinuousBatchingPipeline(folder, settings, "CPU", threads)
+        how = {"INFERENCE_NUM_THREADS": threads}
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(folder, settings, "CPU", how)
 
     def facts(self) -> dict[str, str]:
         return {"openvino-genai": version("openvino-genai")}

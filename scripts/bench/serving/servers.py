@@ -25,7 +25,7 @@ from weights.checkpoint import open_model
 CONTEXT, ROWS = 2048, 16
 READY_SECONDS = 600
 OUR_FLAGS = {"bf16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--groupsize", "32"]}
-COMPILED = ["--compile"]
+COMPILED = ["--compile"]  # as whoever wants speed starts our server; a test leaves it out
 PAGE, CHUNK = 256, 64  # tokens of a page of transformers' cache, and of a step; unset, they would fill the memory
 
 
