@@ -184,10 +184,11 @@ class Writer:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         async for index, piece in self.answers:
+            if piece.ids or piece.error is None:
+                self.usage.count(index, piece)
+                yield index, piece
             if piece.error is not None:
                 raise piece.error
-            self.usage.count(index, piece)
-            yield index, piece
 
 
 def event(value: dict) -> str:
