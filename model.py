@@ -18,7 +18,7 @@ from torch import Tensor
 from mixers.activations import ACTIVATIONS
 from mixers.experts import MixtureOfExperts, check_experts
 from mixers.fields import check_fields, check_sizes
-from mixers.rope_scaling import RopeScaling
+from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -157,37 +157,6 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
-def rope_table(args: ModelArgs, pos: Tensor, windowed: bool = False, length: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., D/2] in float32 of the angles at pos [...] in a context of `length` tokens.
-
-    windowed: for layers with a window.
-    """
-    base, scaling, growth = args.rope_base, args.rope_scaling, 1.0
-    if windowed and args.window_rope_base is not None:
-        base, scaling = args.window_rope_base, None
-    freqs = 1.0 / base ** (torch.arange(0, args.turned, 2, device=pos.device).float() / args.turned)
-    if scaling is not None:
-        freqs, growth = scaling.apply(freqs, base, length), scaling.attention_factor
-    angles, still = pos.float()[..., None] * freqs, (0, (args.head_dim - args.turned) // 2)
-    return F.pad(angles.cos() * growth, still, value=1.0), F.pad(angles.sin() * growth, still)
-
-
-def has_finite_rope(args: ModelArgs) -> bool:
-    """Whether every angle of rope is a number, up to the last position."""
-    last = torch.tensor(args.max_seq_length - 1, device="cpu")
-    try:
-        tables = rope_table(args, last) + rope_table(args, last, True) + rope_table(args, last, False, 1 << 30)
-    except ArithmeticError:  # a logarithm of 0 or of infinity
-        return False
-    return all(table.isfinite().all() for table in tables)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]
-    """Rotary position embedding over half-split pairs (Su et al. 2021; the layout of Hugging Face)."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
 def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] as int8 codes [..., D] and float32 scales [...]: x is codes * scales but for rounding."""
     scales = (x.abs().amax(-1).float() / 127).clamp(min=1e-30)  # of zeros too: a code is never 0 / 0
@@ -224,6 +193,23 @@ class LayerCache(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
+    def view(self, cache_rows: Tensor | None) -> tuple[Vectors, Vectors, Tensor | None]:
+        """As `CacheView.layer`."""
+        return Vectors(self.k, self.k_scales), Vectors(self.v, self.v_scales), cache_rows
+
+    def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Give rows target [n] what rows source [n] hold in their first `length` slots."""
+        for each in self.buffers():
+            each[target, :, :length] = each[source, :, :length]
+
+
+def layer_caches(
+    args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """What each layer keeps of n_rows sequences of up to n_slots tokens."""
+    shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
+    return [LayerCache(shape, dtype, device) for _ in range(args.n_layer)]
+
 
 SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
 
@@ -233,8 +219,7 @@ class KVCache(nn.Module):
 
     def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
-        self.layers = nn.ModuleList(LayerCache(shape, dtype, device) for _ in range(args.n_layer))
+        self.layers = nn.ModuleList(layer_caches(args, n_rows, n_slots, dtype, device))
         slots = torch.arange(n_slots, device=device)
         uniforms = torch.zeros(n_rows, n_slots, device=device)  # decide what is drawn, see `engine/sampling.py`
         length = n_slots - SPARE_SLOTS
@@ -259,10 +244,9 @@ class CacheView(NamedTuple):
     cache_rows: Tensor | None  # [B]
     slots: Tensor  # [C'] = 0, 1, ...
 
-    def layer(self, i: int) -> tuple[Vectors, Vectors, Tensor | None]:
-        """Keys and values of layer i, and the rows."""
-        layer = self.cache.layers[i]
-        return Vectors(layer.k, layer.k_scales), Vectors(layer.v, layer.v_scales), self.cache_rows
+    def layer(self, i: int) -> tuple:
+        """What layer i takes of the cache, beside its input."""
+        return self.cache.layers[i].view(self.cache_rows)
 
     def rope(self, pos: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
         """As `rope_table`, looked up."""
@@ -352,8 +336,13 @@ class FeedForward(nn.Module):
         return self.w2(self.activation(gate, up))
 
 
+def mixer(args: ModelArgs, layer: int) -> nn.Module:
+    """What brings the tokens of a sequence together in one layer, the first being 0."""
+    return Attention(args, args.windows()[layer])
+
+
 def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
-    """The feed-forward of one layer, the first being 0."""
+    """The feed-forward of one layer."""
     if args.n_expert is None or layer in args.dense_layers:
         return FeedForward(args, args.intermediate_size if args.n_expert is None else args.dense_size)
     return MixtureOfExperts(args, FeedForward(args, args.shared_size) if args.shared_size else None)
@@ -362,7 +351,7 @@ def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
 class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.attention = Attention(args, args.windows()[layer])
+        self.attention = mixer(args, layer)
         self.feed_forward = feed_forward(args, layer)
         self.residual_scale, self.parallel = args.residual_scale, args.parallel
         self.attention_norm = _norm_if(args.pre_norm, args)

@@ -7,7 +7,7 @@ beyond a row's last token is hidden by position.
 import torch
 from torch import Tensor
 
-from model import SPARE_SLOTS, KVCache, LayerCache, ModelArgs, Transformer
+from model import SPARE_SLOTS, KVCache, ModelArgs, Transformer, layer_caches
 from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
@@ -26,10 +26,9 @@ def slots_for(args: ModelArgs, length: int) -> int:
 
 
 def row_bytes(model: Transformer, n_slots: int) -> int:
-    """Keys and values of one row, and the scales of int8 ones."""
-    args, dtype = model.args, model.cache_dtype or model.dtype
-    layer = LayerCache((1, args.n_kv_head, n_slots, args.head_dim), dtype, torch.device("meta"))
-    return args.n_layer * sum(each.nbytes for each in layer.buffers())
+    """What all layers keep of one row."""
+    layers = layer_caches(model.args, 1, n_slots, model.cache_dtype or model.dtype, torch.device("meta"))
+    return sum(each.nbytes for layer in layers for each in layer.buffers())
 
 
 def rows_that_fit(model: Transformer, length: int) -> int:
@@ -65,8 +64,7 @@ def prefix_length(cache: KVCache, filled: int) -> int:
 def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:
     """Give rows target [n] what rows source [n] hold in their first `length` slots."""
     for layer in cache.layers:
-        for each in layer.buffers():
-            each[target, :, :length] = each[source, :, :length]
+        layer.copy_prefix(source, target, length)
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

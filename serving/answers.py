@@ -4,25 +4,15 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from serving.fields import RequestError
 from serving.jobs import Asked, Served
 from serving.tools import Splitter
-from serving.worker import Answers, Piece
+from serving.worker import Answers, Piece, joined
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-
-
-def joined(pieces: list[Piece]) -> Piece:
-    """The pieces of an answer as one."""
-    return replace(
-        pieces[-1],
-        text="".join(piece.text for piece in pieces),
-        ids=tuple(token for piece in pieces for token in piece.ids),
-        logprobs=tuple(each for piece in pieces for each in piece.logprobs),
-    )
 
 
 class Choice:
@@ -194,10 +184,11 @@ class Writer:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         async for index, piece in self.answers:
+            if piece.ids or piece.error is None:
+                self.usage.count(index, piece)
+                yield index, piece
             if piece.error is not None:
                 raise piece.error
-            self.usage.count(index, piece)
-            yield index, piece
 
 
 def event(value: dict) -> str:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,8 @@ from serving.fields import RequestError
 from serving.jobs import Job, Served, task_of
 from serving.metrics import Metrics
 from serving.scheduler import Scheduler, Task
+
+INTERVAL = 1 / 60  # seconds, as of a screen: each piece that is sent wakes the event loop and a client
 
 
 def failure(error: Exception) -> RequestError:
@@ -46,6 +48,16 @@ class Piece:
     @property
     def ends(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+
+def joined(pieces: list[Piece]) -> Piece:
+    """Pieces of an answer, one after another, as one."""
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        ids=tuple(token for piece in pieces for token in piece.ids),
+        logprobs=tuple(each for piece in pieces for each in piece.logprobs),
+    )
 
 
 @dataclass
@@ -76,7 +88,9 @@ class Worker(threading.Thread):
         # of the thread
         self.tasks: dict[int, Task] = {}
         self.numbers: dict[Task, int] = {}
-        self.n_sent: dict[int, int] = {}  # tokens
+        self.n_made: dict[int, int] = {}  # tokens that pieces hold
+        self.made: dict[int, list[Piece]] = {}  # that are not sent yet
+        self.sent = 0.0  # when pieces were, the last time
 
     # ------------------------------------------------------------ in the event loop
 
@@ -160,7 +174,7 @@ class Worker(threading.Thread):
         """Do what is ordered, until that is to stop."""
         while self.obey(shared(self.ranks, self.next_orders)):
             if self.scheduler.has_work:
-                self.send(self.step())
+                self.keep(self.step())
 
     def next_orders(self) -> list[tuple]:
         """The orders that have come; one is waited for if nothing else is to be done."""
@@ -187,11 +201,11 @@ class Worker(threading.Thread):
         except Exception as error:  # which ends this answer alone
             self.send([(number, Piece(error=failure(error)))])
         else:
-            self.tasks[number], self.numbers[task], self.n_sent[number] = task, number, 0
+            self.tasks[number], self.numbers[task], self.n_made[number] = task, number, 0
 
     def forget(self, number: int) -> Task:
         task = self.tasks.pop(number)
-        del self.numbers[task], self.n_sent[number]
+        del self.numbers[task], self.n_made[number]
         return task
 
     def step(self) -> list[tuple[int, Piece]]:
@@ -209,16 +223,26 @@ class Worker(threading.Thread):
     def piece(self, task: Task, text: str) -> tuple[int, Piece]:
         """A copy of what is new, because the thread goes on with the task."""
         number, request = self.numbers[task], task.request
-        new = slice(self.n_sent[number], len(request.token_ids))
+        new = slice(self.n_made[number], len(request.token_ids))
         logprobs = () if task.n_logprobs is None else tuple(task.logprobs[new])
         ids, now = tuple(request.token_ids[new]), time.perf_counter()
         error = task.error and failure(task.error)
         prompt = len(request.prompt), task.cached_tokens
         piece = Piece(text, ids, logprobs, request.finish_reason, *prompt, error, now)
-        self.n_sent[number] = new.stop
+        self.n_made[number] = new.stop
         if piece.ends:
             self.forget(number)
         return number, piece
+
+    def keep(self, pieces: list[tuple[int, Piece]]) -> None:
+        """Send the pieces together with later ones, soon; at once if an answer begins or ends."""
+        is_urgent = False
+        for number, piece in pieces:
+            is_urgent |= piece.ends or self.n_made[number] == len(piece.ids)
+            self.made.setdefault(number, []).append(piece)
+        if is_urgent or time.perf_counter() > self.sent + INTERVAL:
+            self.send([(number, joined(each)) for number, each in self.made.items()])
+            self.made, self.sent = {}, time.perf_counter()
 
     def send(self, pieces: list[tuple[int, Piece]]) -> None:
         if pieces and speaks(self.ranks):

@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from engine.compile import compile_step
 from engine.decode import decode_one_token
 from engine.sampling import Sampling
-from mixers.rope_scaling import RopeScaling
-from model import ModelArgs, Transformer, rope_table
+from mixers.rope import RopeScaling, rope_table
+from model import ModelArgs, Transformer
 from tests.tiny import continuation
 from weights.checkpoint import build
 from weights.layout import Layout

@@ -29,7 +29,7 @@ from quantize import build_parser, main, relative_error
 from tests.tiny import HALF_GB, ROOT, hf_names, ids_of, make_tiny_checkpoint, needs_proc
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, save_checkpoint
-from weights.families import args_from_config
+from weights.families.table import args_from_config
 from weights.files import Config, dropping_page_cache
 from weights.layout import Layout
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from layers.quantized import QuantSpec, can_be_rounded
-from mixers.rope_scaling import RopeScaling
+from mixers.rope import RopeScaling
 from model import ModelArgs
-from weights.families import FAMILIES, args_from_config
+from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
 from weights.gguf_file import KEPT, GGUFFile
 from weights.huggingface import EXPERTS, hf_modules

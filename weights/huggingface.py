@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.families import args_from_config
+from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order
 from weights.shipped.layers import kept_layers

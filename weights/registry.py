@@ -1,6 +1,6 @@
 """Sizes of well-known models, for benchmarks and tests: a checkpoint brings its own."""
 
-from mixers.rope_scaling import RopeScaling
+from mixers.rope import RopeScaling
 from model import ModelArgs
 
 

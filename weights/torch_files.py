@@ -5,7 +5,7 @@ from pathlib import Path
 
 from layers.quantized import QuantSpec, linear_table, table_from_json
 from model import ModelArgs
-from weights.families import args_from_config
+from weights.families.table import args_from_config
 from weights.files import Config, read_json, read_torch
 from weights.huggingface import open_hf
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order

@@ -17,12 +17,13 @@ struct Ints : Whole {};   // 16 values, or 16 sums
 struct Bytes : Whole {};  // 16 x 4: four codes for each sum
 struct Pairs : Whole {};  // 16 x 2: two bfloat16 for each sum, the first low
 
+constexpr bool kFewRegisters = true;  // whether several rows of bfloat16 are multiplied in parts
 constexpr bool kHasBf16Matrices = false;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
 
 // How much of a product is kept in registers at a time: rows of activations, ...
-constexpr int kCodesRows = 2, kBf16Rows = 1, kScoreRows = 2;
-// ... tiles of codes, of several rows or of one, and vectors of a sum of values.
-constexpr int kCodesTiles = 1, kCodesStreams = 2, kValueVectors = 6;
+constexpr int kCodesRows = 2, kBf16Rows = 2, kScoreRows = 2;
+// ... tiles of codes, of several rows or of one, rows of a bfloat16 weight, and vectors of a sum of values.
+constexpr int kCodesTiles = 1, kCodesStreams = 2, kBf16Outputs = 3, kValueVectors = 6;
 
 // ---------------------------------------------------------------- 1. load and store
 
@@ -227,14 +228,45 @@ struct ByteSums<false> {
 
 // ---------------------------------------------------------------- 5. sums of products of bfloat16
 
+// The first or the second of each pair.
+template <bool SECOND>
+INLINE __m256 part_of(__m256i pairs) {
+  return _mm256_castsi256_ps(SECOND ? pairs & _mm256_set1_epi32(0xffff0000) : _mm256_slli_epi32(pairs, 16));
+}
+
 // To each sum, its two products are added.
 INLINE Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   const auto dot = [](__m256 sum, __m256i a, __m256i b) {
-    const auto first = [](__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); };
-    const auto second = [](__m256i pairs) { return _mm256_castsi256_ps(pairs & _mm256_set1_epi32(0xffff0000)); };
-    return _mm256_fmadd_ps(first(a), first(b), _mm256_fmadd_ps(second(a), second(b), sum));
+    const __m256 seconds = _mm256_fmadd_ps(part_of<true>(a), part_of<true>(b), sum);
+    return _mm256_fmadd_ps(part_of<false>(a), part_of<false>(b), seconds);
   };
   return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)};
+}
+
+template <bool SECOND, bool HIGH, int R, int W>
+INLINE void add_parts(Floats (&sum)[R][W], const BFloat16* x, int64_t x_stride, const BFloat16* weight,
+                      int64_t stride) {
+  constexpr int64_t kAt = HIGH ? 16 : 0;
+  __m256 rows[R];
+  UNROLL for (int i = 0; i < R; i++) rows[i] = part_of<SECOND>(load_whole(x + i * x_stride + kAt));
+  UNROLL for (int j = 0; j < W; j++) {
+    const __m256 weights = part_of<SECOND>(load_whole(weight + j * stride + kAt));
+    UNROLL for (int i = 0; i < R; i++) {
+      __m256& each = HIGH ? sum[i][j].high : sum[i][j].low;
+      asm volatile("vfmadd231ps %1, %2, %0" : "+x"(each) : "x"(rows[i]), "x"(weights));
+    }
+  }
+}
+
+// To the sums of R rows of x and W of a weight, as dot_pairs, the products of 32 columns. One half of each vector and
+// one of each pair at a time, because the sums leave only four registers.
+template <int R, int W>
+INLINE void add_in_parts(Floats (&sum)[R][W], const BFloat16* x, int64_t x_stride, const BFloat16* weight,
+                         int64_t stride) {
+  add_parts<true, false>(sum, x, x_stride, weight, stride);
+  add_parts<false, false>(sum, x, x_stride, weight, stride);
+  add_parts<true, true>(sum, x, x_stride, weight, stride);
+  add_parts<false, true>(sum, x, x_stride, weight, stride);
 }
 
 // ---------------------------------------------------------------- 6. rounding, ties to even

@@ -11,12 +11,13 @@ typedef int32_t Ints __attribute__((vector_size(64), may_alias));     // 16 valu
 typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));    // 16 x 4: four codes for each sum
 typedef uint32_t Pairs __attribute__((vector_size(64), may_alias));   // 16 x 2: two bfloat16 for each sum, the first low
 
+constexpr bool kFewRegisters = false;  // whether several rows of bfloat16 are multiplied in parts
 constexpr bool kHasBf16Matrices = true;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
 
 // How much of a product is kept in registers at a time: rows of activations, ...
 constexpr int kCodesRows = 4, kBf16Rows = 4, kScoreRows = 12;
-// ... tiles of codes, of several rows or of one, and vectors of a sum of values.
-constexpr int kCodesTiles = 2, kCodesStreams = 4, kValueVectors = 24;
+// ... tiles of codes, of several rows or of one, rows of a bfloat16 weight, and vectors of a sum of values.
+constexpr int kCodesTiles = 2, kCodesStreams = 4, kBf16Outputs = 4, kValueVectors = 24;
 
 // ---------------------------------------------------------------- 1. load and store: values from `count` on are 0
 

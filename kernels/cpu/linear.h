@@ -42,7 +42,7 @@ class Scratch {
 };
 
 // Up to so many rows of bfloat16 are multiplied as few are, where PyTorch would make a float32 copy of the weight.
-constexpr int64_t kMiddleRows = kHasBf16Matrices ? kFewRows : 64;
+constexpr int64_t kMiddleRows = kHasBf16Matrices ? kFewRows : 128;
 
 // A product of a bfloat16 weight and many rows of x, into y. It is handed in: oneDNN's is the fastest.
 using ManyRowsProduct = void (*)(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M);

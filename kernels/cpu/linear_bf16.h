@@ -32,6 +32,9 @@ struct Bf16Product {
   template <int R, int W>
   INLINE void add_products(Floats (&sum)[R][W], const BFloat16* x, const BFloat16* weight, int64_t stride,
                            int64_t count) const {
+    if constexpr (kFewRegisters && R > 1) {
+      if (count == 32) return add_in_parts(sum, x, layer.K, weight, stride * layer.K);
+    }
     Pairs rows[R];
     UNROLL for (int i = 0; i < R; i++) rows[i] = load_pairs(x + i * layer.K, count);
     UNROLL for (int j = 0; j < W; j++) {
@@ -81,8 +84,9 @@ struct Bf16Product {
     constexpr int R = kBf16Rows;
     int64_t r = 0;
     for (; r + R <= M; r += R) {
-      if (r == R) tile<R, W, W / 2>(r, n, stride);
-      else if (r == 2 * R) tile<R, W, W / 2>(r, n, stride, W / 2);
+      constexpr int kHalf = (W + 1) / 2;
+      if (r == R) tile<R, W, kHalf>(r, n, stride);
+      else if (r == 2 * R) tile<R, W, W - kHalf>(r, n, stride, kHalf);
       else tile<R, W>(r, n, stride);
     }
     rest<R - 1, W>(r, n, stride);
@@ -99,9 +103,15 @@ struct Bf16Product {
 
   // Some outputs of all rows, by one thread.
   void multiply(Range outputs) const {
-    const int64_t stride = (outputs.end - outputs.begin) / kStreams;
-    for (int64_t n = outputs.begin; n < outputs.begin + stride; n++) all_rows<kStreams>(n, stride);
-    for (int64_t n = outputs.begin + kStreams * stride; n < outputs.end; n++) all_rows<1>(n, 0);
+    if (M == 1) in_streams<kStreams>(outputs);
+    else in_streams<kBf16Outputs>(outputs);
+  }
+
+  template <int W>
+  void in_streams(Range outputs) const {
+    const int64_t stride = (outputs.end - outputs.begin) / W;
+    for (int64_t n = outputs.begin; n < outputs.begin + stride; n++) all_rows<W>(n, stride);
+    for (int64_t n = outputs.begin + W * stride; n < outputs.end; n++) all_rows<1>(n, 0);
   }
 
   void multiply_all(const Threads& threads) const {

@@ -22,6 +22,8 @@ struct Pairs {  // 16 x 2: two bfloat16 for each sum, the first low
   uint32x4_t part[4];
 };
 
+constexpr bool kFewRegisters = false;  // whether several rows of bfloat16 are multiplied in parts
+
 // Whether PyTorch's product of bfloat16 matrices is as fast as one of float32. On Apple it has none but a plain loop.
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(__APPLE__)
 constexpr bool kHasBf16Matrices = true;
@@ -31,8 +33,8 @@ constexpr bool kHasBf16Matrices = false;
 
 // How much of a product is kept in registers at a time: rows of activations, ...
 constexpr int kCodesRows = 2, kBf16Rows = 1, kScoreRows = 2;
-// ... tiles of codes, of several rows or of one, and vectors of a sum of values.
-constexpr int kCodesTiles = 1, kCodesStreams = 2, kValueVectors = 6;
+// ... tiles of codes, of several rows or of one, rows of a bfloat16 weight, and vectors of a sum of values.
+constexpr int kCodesTiles = 1, kCodesStreams = 2, kBf16Outputs = 4, kValueVectors = 6;
 
 // The vector that `work` makes, register by register.
 template <class Vector, class Work, class... Vectors>

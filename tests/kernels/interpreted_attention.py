@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.gpu.attention import attend, new_counters
-from model import Attention, ModelArgs, Vectors, additive_mask, quantize_vectors, rope_table
+from mixers.rope import rope_table
+from model import Attention, ModelArgs, Vectors, additive_mask, quantize_vectors
 from tests.tiny import pairwise
 
 KV, N_SLOTS = 2, 80

@@ -29,7 +29,7 @@ from layers.packed import (
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
-from mixers.rope_scaling import RopeScaling
+from mixers.rope import RopeScaling
 from model import Attention, Blocks, ModelArgs, Transformer
 
 TINY = ModelArgs(

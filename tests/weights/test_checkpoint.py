@@ -25,7 +25,7 @@ from layers.quantized import QuantSpec
 from model import ModelArgs, Transformer
 from tests.tiny import HALF_GB, hf_names, needs_proc
 from weights.checkpoint import load_model, new_table, open_model, random_model, read_tensors, save_checkpoint
-from weights.families import args_from_config
+from weights.families.table import args_from_config
 from weights.files import Config, atomic_path, read_json
 from weights.layout import Layout, weight_bytes
 from weights.registry import args_from_name

@@ -1,9 +1,10 @@
-"""How rope frequencies are stretched beyond the trained context."""
+"""Rotary position embedding (Su et al. 2021), and how its frequencies are stretched beyond the trained context."""
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.fields import check_fields
@@ -73,3 +74,34 @@ class RopeScaling:
 
 
 ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")  # that a config.json can name
+
+
+def rope_table(args, pos: Tensor, windowed: bool = False, length: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., D/2] in float32 of the angles at pos [...] in a context of `length` tokens.
+
+    args: a `model.ModelArgs`. windowed: for layers with a window.
+    """
+    base, scaling, growth = args.rope_base, args.rope_scaling, 1.0
+    if windowed and args.window_rope_base is not None:
+        base, scaling = args.window_rope_base, None
+    freqs = 1.0 / base ** (torch.arange(0, args.turned, 2, device=pos.device).float() / args.turned)
+    if scaling is not None:
+        freqs, growth = scaling.apply(freqs, base, length), scaling.attention_factor
+    angles, still = pos.float()[..., None] * freqs, (0, (args.head_dim - args.turned) // 2)
+    return F.pad(angles.cos() * growth, still, value=1.0), F.pad(angles.sin() * growth, still)
+
+
+def has_finite_rope(args) -> bool:
+    """Whether every angle of rope is a number, up to the last position."""
+    last = torch.tensor(args.max_seq_length - 1, device="cpu")
+    try:
+        tables = rope_table(args, last) + rope_table(args, last, True) + rope_table(args, last, False, 1 << 30)
+    except ArithmeticError:  # a logarithm of 0 or of infinity
+        return False
+    return all(table.isfinite().all() for table in tables)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; cos, sin [B, S, 1, D/2]
+    """Rotary position embedding over half-split pairs (Su et al. 2021; the layout of Hugging Face)."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,51 @@
+"""What transformers takes for a key that a config leaves out; null means none. Sizes of layers have no default."""
+
+PLAIN = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
+EPS = {"rms_norm_eps": 1e-5}
+WINDOW = {"sliding_window": 4096, "layer_types": None}
+MISTRAL_CONFIG = WINDOW | {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+MIXTRAL_CONFIG = EPS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None}
+MIXTRAL_CONFIG |= {"rope_theta": 1e6}
+QWEN_CONFIG = {"sliding_window": 4096, "use_sliding_window": False, "max_position_embeddings": 32768}
+QWEN_2_CONFIG = QWEN_CONFIG | {"max_window_layers": 28, "layer_types": None, "num_key_value_heads": 32}
+QWEN_2_MOE_CONFIG = QWEN_2_CONFIG | {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
+MOE_CONFIG = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
+QWEN_2_MOE_CONFIG |= MOE_CONFIG | {"qkv_bias": True}
+QWEN_3_MOE_CONFIG = QWEN_CONFIG | MOE_CONFIG | {"num_key_value_heads": 4}
+PHI_CONFIG = EPS | {"sliding_window": None, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0}
+PHI_CONFIG |= {"original_max_position_embeddings": 4096}
+OLMO_3_CONFIG = EPS | WINDOW | {"rope_theta": 5e5}
+GEMMA_CONFIG = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
+GEMMA_1_CONFIG = GEMMA_CONFIG | {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16}
+GEMMA_WINDOW = WINDOW | {"hidden_activation": "gelu_pytorch_tanh", "num_attention_heads": 8, "num_key_value_heads": 4}
+GEMMA_2_CONFIG = GEMMA_CONFIG | GEMMA_WINDOW | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA_3_CONFIG = GEMMA_CONFIG | GEMMA_WINDOW | {"vocab_size": 262208, "final_logit_softcapping": None}
+GEMMA_3_CONFIG |= {"max_position_embeddings": 131072, "sliding_window_pattern": None}
+GEMMA_3_CONFIG |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+SMOLLM_3_CONFIG = {"rope_theta": 2e6, "max_position_embeddings": 32768, "num_key_value_heads": 4, "layer_types": None}
+SMOLLM_3_CONFIG |= {"sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True}
+SMOLLM_3_CONFIG |= {"no_rope_layers": None, "no_rope_layer_interval": 4}
+GLM_CONFIG = {"partial_rotary_factor": 0.5, "max_position_embeddings": 131072}
+GLM_4_CONFIG = GLM_CONFIG | {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7}
+GLM_4_CONFIG |= {"attention_bias": True}
+GLM_MOE_CONFIG = GLM_CONFIG | EPS | {"num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "use_qk_norm": False}
+GLM_MOE_CONFIG |= {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+GLM_MOE_CONFIG |= {"n_shared_experts": 1}
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+GPT_OSS_CONFIG = EPS | {"rope_theta": 1.5e5, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+GPT_OSS_CONFIG |= {"head_dim": 64}
+GPT_OSS_CONFIG |= {"sliding_window": 128, "layer_types": None, "rope_parameters": GPT_OSS_ROPE, "attention_bias": True}
+MINISTRAL_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+MINISTRAL_ROPE |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+MINISTRAL_CONFIG = EPS | {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128}
+MINISTRAL_CONFIG |= {"sliding_window": None, "rope_parameters": MINISTRAL_ROPE}
+SEED_CONFIG = {"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True}
+OLMOE_CONFIG = EPS | {"max_position_embeddings": 4096, "norm_topk_prob": False, "clip_qkv": None}
+EXAONE_CONFIG = EPS | WINDOW | {"num_key_value_heads": 32, "sliding_window_pattern": 4}
+COHERE_CONFIG = WINDOW | {"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "logit_scale": 0.0625}
+COHERE_CONFIG |= {"tie_word_embeddings": True, "sliding_window_pattern": 4}
+
+# keys that a family reads only if its defaults name them, as transformers does
+READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}
+READ_BY_SOME |= {"hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob"}
+READ_BY_SOME |= {"decoder_sparse_step", "mlp_only_layers"}
