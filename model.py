@@ -18,6 +18,7 @@ from torch import Tensor
 from mixers.activations import ACTIVATIONS
 from mixers.experts import MixtureOfExperts, check_experts
 from mixers.fields import check_fields, check_sizes
+from mixers.norms import HeadsNorm, MeanNorm, RMSNorm
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
 
@@ -109,40 +110,6 @@ class ModelArgs:
             return cls(**{**with_tuples(fields), "rope_scaling": scaling})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, dim: int, args: ModelArgs):
-        super().__init__()
-        self.eps, self.offset = args.norm_eps, args.norm_offset
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(self.mean_square(h) + self.eps)
-        if self.offset:  # the sum is not rounded to the dtype of the weight, which is small
-            return (h * (1 + self.weight.float())).to(x.dtype)
-        return h.to(x.dtype) * self.weight
-
-    def mean_square(self, h: Tensor) -> Tensor:  # [..., dim] -> [..., 1]
-        return h.square().mean(-1, keepdim=True)
-
-
-class MeanNorm(RMSNorm):
-    """Layer normalisation without a bias (Ba et al. 2016)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        return super().forward(h - h.mean(-1, keepdim=True)).to(x.dtype)
-
-
-class HeadsNorm(RMSNorm):
-    """All heads normalised as one vector."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, S, H, D]
-        return super().forward(x.flatten(2)).view(x.shape)
 
 
 def head_norm(n_head: int, args: ModelArgs) -> nn.Module:
