@@ -37,3 +37,15 @@ class HeadsNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, H, D]
         return super().forward(x.flatten(2)).view(x.shape)
+
+
+def head_norm(n_head: int, head_dim: int, args) -> nn.Module:
+    """What q or k, of `n_head` heads, goes through before rope."""
+    if args.joint_qk_norm:
+        return HeadsNorm(n_head * head_dim, args)
+    return RMSNorm(head_dim, args) if args.qk_norm and n_head else nn.Identity()
+
+
+def block_norm(args) -> RMSNorm:
+    """A norm of all numbers of a token."""
+    return (MeanNorm if args.mean_norm else RMSNorm)(args.dim, args)

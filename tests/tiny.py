@@ -76,12 +76,12 @@ SIZES = {
 
 
 def save_tiny(config, folder):
-    """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
+    """A tiny random model of transformers, saved to `folder`. Biases, norms and scales are random too."""
     torch.manual_seed(0)
     # of its ways to compute attention only this one has soft caps
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict().items():
             if weight.ndim == 1:
                 weight.copy_(torch.randn_like(weight) * 0.3 + (0 if name.endswith("bias") else 1))
     model.save_pretrained(folder)
