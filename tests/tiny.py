@@ -162,6 +162,12 @@ def tiny_model(seed=0, **changes):
     return model
 
 
+# layers of two head sizes, of which the last take keys and values of earlier ones, and inputs of their own
+DIFFERING = {"n_layer": 6, "sliding_window": 9, "full_layers": (1, 3, 5), "full_head_dim": 32, "full_kv_head": 1}
+DIFFERING |= {"keys_as_values": True, "value_norm": True, "n_reusing_layer": 3, "layer_input_size": 32}
+DIFFERING |= {"layer_scales": True}
+
+
 def random_ids(*lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(128, (length,), generator=generator).tolist() for length in lengths]
