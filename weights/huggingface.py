@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
-from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
 from weights.shipped.layers import kept_layers
 from weights.shipped.methods import read_layer_of
 
@@ -154,10 +154,9 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     )
     layout, model_type = Layout(args), config["model_type"]
     modules, order = hf_modules(model_type), rope_order(args, model_type in INTERLEAVED)
-    unused = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
-    reusing = range(args.n_layer - (args.n_reusing_layer or 0), args.n_layer)  # they hold k and v all the same
-    unused += tuple(f"model.layers.{i}.self_attn.{each}_" for i in reusing for each in "kv")
-    raw = {name: read for name, read in raw.items() if not name.startswith(unused)}
+    guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
+    unused = {name for name in raw if name.startswith(guesses) or is_unused(name, args)}  # guesses: of further tokens
+    raw = {name: read for name, read in raw.items() if name not in unused}
     if read_layer is not None:
         layout, raw = kept_layers(layout, raw, modules, read_layer, where)
     return ModelFile(layout, rename(layout, raw, modules, where, order), tuple(paths))

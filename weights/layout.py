@@ -156,6 +156,15 @@ def source_modules(module: str, modules: dict, args: ModelArgs) -> list[list[str
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 
 
+KEYS_OR_VALUES = re.compile(r"(?:blk|model\.layers)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\..*")
+
+
+def is_unused(name: str, args: ModelArgs) -> bool:
+    """Whether a tensor makes keys or values of a layer that takes those of another; files hold such all the same."""
+    match = KEYS_OR_VALUES.fullmatch(name)
+    return match is not None and int(match[1]) in range(args.n_layer)[args.n_layer - (args.n_reusing_layer or 0) :]
+
+
 def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tensor | None = None) -> Readers:
     """Every tensor of the layout from those of a file: none may be missing or left over.
 

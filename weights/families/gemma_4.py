@@ -32,15 +32,16 @@ def gemma_4_fields(config: Config) -> dict:
 def full_heads(config: Config, full_layers: tuple[int, ...]) -> tuple[int, int]:
     """Key heads, and the size of all heads, of layers without a window: for all of them, or for each the same."""
     n_kv_head, head_dim = config.whole("num_key_value_heads"), config.whole("head_dim")
-    if config.get("per_layer_config") is None:
+    layers = config.get("per_layer_config")
+    if layers is None:
         own = config.get("attention_k_eq_v") and config.get("num_global_key_value_heads") is not None
         return config.whole("num_global_key_value_heads") if own else n_kv_head, config.whole("global_head_dim")
-    layers = config.part(config.get("per_layer_config")).values
-    kinds = [layers[name] for name in layers]
-    same = all(each == kinds[0] for each in kinds) and sorted(layers) == sorted(layers, key=int)
-    if not same or tuple(map(int, layers)) != full_layers or kinds[0].keys() - {"head_dim", "num_key_value_heads"}:
+    kinds = list(layers.values()) if isinstance(layers, dict) else []
+    fits = kinds and [name.lstrip("0") or "0" for name in layers] == [str(layer) for layer in full_layers]
+    fits = fits and isinstance(kinds[0], dict) and all(each == kinds[0] for each in kinds)
+    if not fits or kinds[0].keys() - {"head_dim", "num_key_value_heads"}:
         raise config.error("per_layer_config must give all layers without a window, and no others, the same heads")
-    own = config.part(kinds[0])
+    own = Config(kinds[0], config.where)
     return own.whole("num_key_value_heads", n_kv_head), own.whole("head_dim", head_dim)
 
 
