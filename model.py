@@ -54,9 +54,7 @@ class ModelArgs:
     joint_qk_norm: bool = False  # all heads of q are normalised as one vector, and all of k
     value_norm: bool = False  # each head of v is normalised, without a weight
     keys_as_values: bool = False  # values of layers without a window are their keys before norm and rope
-    n_reusing_layer: int | None = (
-        None  # so many last layers attend to what the last one of their kind before them keeps
-    )
+    n_reusing_layer: int | None = None  # so many last layers use the keys and values of an earlier one of their kind
     reusing_size: int | None = None  # width of their feed-forward; None: intermediate_size
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
@@ -83,9 +81,7 @@ class ModelArgs:
     shared_gate: bool = True  # whether a gate weighs that one
     dense_layers: tuple[int, ...] = ()  # of a mixture of experts: the layers that have one feed-forward, of dense_size
     dense_size: int | None = None
-    separate_experts: bool = (
-        False  # these and the shared one have norms of their own, and the gate one without a weight
-    )
+    separate_experts: bool = False  # experts and the shared one have norms of their own, see `SeparateExperts`
     layer_input_size: int | None = None  # numbers that each layer takes of an embedding of its own
     layer_scales: bool = False  # what a layer returns is times a number of its own
     tie_embeddings: bool = False
@@ -289,16 +285,16 @@ class Attention(nn.Module):
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
         q, k, v = self.wqkv(x).view(B, S, sum(self.heads), self.head_dim).split(self.heads, dim=2)
-        q = self.turned(q, self.q_norm, cos, sin)
+        q = self.rotated(q, self.q_norm, cos, sin)
         if self.late_scale is not None:
             q = q * (1 + self.late_scale * torch.log(1 + pos // self.late))[..., None, None].to(q.dtype)
         if self.heads[1]:  # else an earlier layer has written them
             v = v if self.heads[2] else k
             v = v if self.value_eps is None else F.rms_norm(v, v.shape[-1:], eps=self.value_eps)
-            cache = self.keep(self.turned(k, self.k_norm, cos, sin), v, pos, *cache)
+            cache = self.keep(self.rotated(k, self.k_norm, cos, sin), v, pos, *cache)
         return self.wo(self.attend(q, *cache, mask).reshape(B, S, self.n_head * self.head_dim))
 
-    def turned(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k [B, S, H, D] after norm and rope."""
         return norm(rotate(x, cos, sin)) if self.norm_last else rotate(norm(x), cos, sin)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli import say_once
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
@@ -144,9 +145,10 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     raw = {}
     for path in paths:
         raw |= safetensors_file(path) if path.suffix == ".safetensors" else readers(read_torch(path), path)
-    if isinstance(config.get("text_config"), dict):  # of a vision-language model: Gemma 3 from 4B on
+    if isinstance(config.get("text_config"), dict):  # of a vision-language model
         config = text_config(config)
         raw = {name: read for name, read in raw.items() if not VISION.match(name)}
+        say_once(f"{folder} also takes other input than text; its text part is read")
     where = folder if file is None else file
     raw = with_rows_of_outputs(with_usual_names(raw, where))
     args, raw = head_as_stored(
