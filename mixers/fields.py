@@ -5,7 +5,7 @@ from types import NoneType, UnionType
 from typing import get_args
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
-SMALLEST, LARGEST = 1e-30, 1e30  # of factors: float32 holds them and what they divide
+SMALLEST, LARGEST = 1e-30, 1.1e30  # of factors: float32 holds them, 1e30 rounded to it, and what they divide
 
 
 def _positive(value) -> bool:

@@ -165,6 +165,7 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     kinds: the type of those matrices in whose name in `model` a certain part occurs.
     """
     config = model.config
+    config.allow_global_per_layer_attribute_access = True  # where layers differ in heads, that of those with a window
     family = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)

@@ -127,8 +127,7 @@ def args_from_config(config: Config) -> ModelArgs:
     read = {key: value for key, value in given.items() if key in family.defaults or key not in READ_BY_SOME}
     config = Config(PLAIN | family.defaults | read, config.where, config.names)
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        only_of_pictures = config.get(key) == "vision"
-        if config.get(key) and not only_of_pictures and key not in family.biases:
+        if config.get(key, False) not in (False, "vision") and key not in family.biases:  # vision: of pictures alone
             raise config.error(f"{key} is set, which is not supported in models of type {name}")
     dim, n_head, n_layer = map(config.whole, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = config.whole("head_dim", dim // n_head)
