@@ -118,9 +118,7 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "exaone4": POST_NORMS,
 }
 INTERLEAVED = {"glm4", "cohere2"}  # model types in whose files rope turns neighbouring pairs
-STACKED_EXPERTS = re.compile(
-    r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias)?"
-)  # gpt-oss's in an mlp, or Gemma 4's
+STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias)?")  # gpt-oss's (mlp) or Gemma 4's
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens\w*|layers|norm|per_layer_\w+|(lm_head))\.)")

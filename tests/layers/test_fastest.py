@@ -258,7 +258,7 @@ def test_forms_on_cuda_by_hand():
         args = replace(TINY, **EXPERTS, **changes)
         model = SimpleNamespace(args=args, dtype=dtype, device=torch.device("cuda"))
         return [
-            fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args, None), Transformer(args))
+            fastest(layer, model) for layer in (Attention(args, 0), MixtureOfExperts(args, None), Transformer(args))
         ]
 
     assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts, join_head_]
