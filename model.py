@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.activations import ACTIVATIONS
-from mixers.experts import MixtureOfExperts, check_experts
+from mixers.experts import MixtureOfExperts, SeparateExperts, check_experts
 from mixers.fields import check_fields, check_sizes
+from mixers.layer_inputs import LayerInput, LayerInputs
+from mixers.layer_kinds import WithoutCache, check_layer_kinds, key_heads, projected_heads, source_layers
+from mixers.norms import block_norm, head_norm
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
 
@@ -38,6 +41,8 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     full_layers: tuple[int, ...] = ()  # of a model with a window: the layers that have none
+    full_head_dim: int | None = None  # of layers without a window; None: as the others
+    full_kv_head: int | None = None  # ... n_kv_head
     window_rope_base: float | None = None  # of the layers with a window, whose rope is not scaled; None: as the others
     rope_dim: int | None = None  # of each head's numbers, how many rope turns: the first of both halves; None: all
     unrotated_layers: tuple[int, ...] = ()  # layers without rope
@@ -47,6 +52,10 @@ class ModelArgs:
     qk_norm: bool = False  # each head of q and k is normalised
     qk_norm_last: bool = False  # ... after rope
     joint_qk_norm: bool = False  # all heads of q are normalised as one vector, and all of k
+    value_norm: bool = False  # each head of v is normalised, without a weight
+    keys_as_values: bool = False  # values of layers without a window are their keys before norm and rope
+    n_reusing_layer: int | None = None  # so many last layers use the keys and values of an earlier one of their kind
+    reusing_size: int | None = None  # width of their feed-forward; None: intermediate_size
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
@@ -72,12 +81,16 @@ class ModelArgs:
     shared_gate: bool = True  # whether a gate weighs that one
     dense_layers: tuple[int, ...] = ()  # of a mixture of experts: the layers that have one feed-forward, of dense_size
     dense_size: int | None = None
+    separate_experts: bool = False  # experts and the shared one have norms of their own, see `SeparateExperts`
+    layer_input_size: int | None = None  # numbers that each layer takes of an embedding of its own
+    layer_scales: bool = False  # what a layer returns is times a number of its own
     tie_embeddings: bool = False
 
     def __post_init__(self):
         check_fields(self)
         check_sizes(self)
         check_experts(self)
+        check_layer_kinds(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if not has_finite_rope(self):
@@ -109,47 +122,6 @@ class ModelArgs:
             return cls(**{**with_tuples(fields), "rope_scaling": scaling})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, dim: int, args: ModelArgs):
-        super().__init__()
-        self.eps, self.offset = args.norm_eps, args.norm_offset
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(self.mean_square(h) + self.eps)
-        if self.offset:  # the sum is not rounded to the dtype of the weight, which is small
-            return (h * (1 + self.weight.float())).to(x.dtype)
-        return h.to(x.dtype) * self.weight
-
-    def mean_square(self, h: Tensor) -> Tensor:  # [..., dim] -> [..., 1]
-        return h.square().mean(-1, keepdim=True)
-
-
-class MeanNorm(RMSNorm):
-    """Layer normalisation without a bias (Ba et al. 2016)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        return super().forward(h - h.mean(-1, keepdim=True)).to(x.dtype)
-
-
-class HeadsNorm(RMSNorm):
-    """All heads normalised as one vector."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, S, H, D]
-        return super().forward(x.flatten(2)).view(x.shape)
-
-
-def head_norm(n_head: int, args: ModelArgs) -> nn.Module:
-    """What q or k, of `n_head` heads, goes through before rope."""
-    if args.joint_qk_norm:
-        return HeadsNorm(n_head * args.head_dim, args)
-    return RMSNorm(args.head_dim, args) if args.qk_norm else nn.Identity()
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -206,9 +178,10 @@ class LayerCache(nn.Module):
 def layer_caches(
     args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
-    """What each layer keeps of n_rows sequences of up to n_slots tokens."""
-    shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
-    return [LayerCache(shape, dtype, device) for _ in range(args.n_layer)]
+    """What each layer keeps of n_rows sequences of up to n_slots tokens; a layer that reuses has that of another."""
+    kinds, sources = [key_heads(args, window is not None) for window in args.windows()], source_layers(args)
+    made = {i: LayerCache((n_rows, kinds[i][0], n_slots, kinds[i][1]), dtype, device) for i in sorted(set(sources))}
+    return [made[i] for i in sources]
 
 
 SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
@@ -262,9 +235,9 @@ def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 class Attend(nn.Module):
     """Grouped-query attention. scale: of q k. cap: soft cap of the scaled scores. sinks [H]: scores of nothing."""
 
-    def __init__(self, scale: float, cap: float | None, sinks: nn.Parameter | None = None):
+    def __init__(self, head_dim: int, scale: float | None, cap: float | None, sinks: nn.Parameter | None = None):
         super().__init__()
-        self.scale, self.cap, self.sinks = scale, cap, sinks
+        self.head_dim, self.scale, self.cap, self.sinks = head_dim, scale or head_dim**-0.5, cap, sinks
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         """q [B, S, H, D]; cache_rows [B]: see `KVCache.view`; mask [B, S, C'] -> [B, S, H, D]."""
@@ -290,36 +263,50 @@ class Attend(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the cache. wqkv holds the rows of q, k and v in this order. window: see `Context.mask`."""
+    """Self-attention over the cache. wqkv holds the rows of q, k and v, as far as the layer makes them, in this order.
 
-    def __init__(self, args: ModelArgs, window: int | None):
+    window: see `Context.mask`.
+    """
+
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.window = args.n_head, args.n_kv_head, args.head_dim, window
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=args.wo_bias)
-        self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
+        self.heads, self.window = projected_heads(args, layer), args.windows()[layer]
+        self.n_head, (_, self.head_dim) = args.n_head, key_heads(args, self.window is not None)
+        self.wqkv = nn.Linear(args.dim, sum(self.heads) * self.head_dim, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.n_head * self.head_dim, args.dim, bias=args.wo_bias)
+        self.q_norm, self.k_norm = (head_norm(n_head, self.head_dim, args) for n_head in self.heads[:2])
+        self.value_eps = args.norm_eps if args.value_norm else None
         self.norm_last, self.late_scale = args.qk_norm_last, args.late_query_scale
         self.late = args.rope_scaling.original_max_position_embeddings if self.late_scale else None
         sinks = nn.Parameter(torch.zeros(args.n_head)) if args.attention_sinks else None
-        self.attend = Attend(args.attention_scale or args.head_dim**-0.5, args.attention_softcap, sinks)
+        self.attend = Attend(self.head_dim, args.attention_scale, args.attention_softcap, sinks)
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
-        if self.norm_last:
-            q, k = self.q_norm(rotate(q, cos, sin)), self.k_norm(rotate(k, cos, sin))
-        else:
-            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = self.wqkv(x).view(B, S, sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        q = self.rotated(q, self.q_norm, cos, sin)
         if self.late_scale is not None:
             q = q * (1 + self.late_scale * torch.log(1 + pos // self.late))[..., None, None].to(q.dtype)
-        keys, values, cache_rows = cache or (Vectors(k.transpose(1, 2)), Vectors(v.transpose(1, 2)), None)
-        if cache:
-            rows = torch.arange(B, device=pos.device) if cache_rows is None else cache_rows
-            keys.write(rows, pos, k)
-            values.write(rows, pos, v)
-        return self.wo(self.attend(q, keys, values, cache_rows, mask).reshape(B, S, self.n_head * self.head_dim))
+        if self.heads[1]:  # else an earlier layer has written them
+            v = v if self.heads[2] else k
+            v = v if self.value_eps is None else F.rms_norm(v, v.shape[-1:], eps=self.value_eps)
+            cache = self.keep(self.rotated(k, self.k_norm, cos, sin), v, pos, *cache)
+        return self.wo(self.attend(q, *cache, mask).reshape(B, S, self.n_head * self.head_dim))
+
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        """q or k [B, S, H, D] after norm and rope."""
+        return norm(rotate(x, cos, sin)) if self.norm_last else rotate(norm(x), cos, sin)
+
+    def keep(self, k: Tensor, v: Tensor, pos: Tensor, *cache) -> tuple:
+        """The cache with k and v [B, S, Hkv, D] written to it; without one, k and v in its form."""
+        if not cache:
+            return Vectors(k.transpose(1, 2)), Vectors(v.transpose(1, 2)), None
+        keys, values, cache_rows = cache
+        rows = torch.arange(len(k), device=pos.device) if cache_rows is None else cache_rows
+        keys.write(rows, pos, k)
+        values.write(rows, pos, v)
+        return cache
 
 
 class FeedForward(nn.Module):
@@ -338,14 +325,16 @@ class FeedForward(nn.Module):
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
-    return Attention(args, args.windows()[layer])
+    return Attention(args, layer)
 
 
 def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
     """The feed-forward of one layer."""
     if args.n_expert is None or layer in args.dense_layers:
-        return FeedForward(args, args.intermediate_size if args.n_expert is None else args.dense_size)
-    return MixtureOfExperts(args, FeedForward(args, args.shared_size) if args.shared_size else None)
+        own = args.reusing_size if source_layers(args)[layer] != layer else None
+        return FeedForward(args, own or (args.intermediate_size if args.n_expert is None else args.dense_size))
+    shared = FeedForward(args, args.shared_size) if args.shared_size else None
+    return SeparateExperts(args, shared) if args.separate_experts else MixtureOfExperts(args, shared)
 
 
 class TransformerBlock(nn.Module):
@@ -355,7 +344,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = feed_forward(args, layer)
         self.residual_scale, self.parallel = args.residual_scale, args.parallel
         self.attention_norm = _norm_if(args.pre_norm, args)
-        self.ffn_norm = _norm_if(args.pre_norm and not args.parallel, args)
+        self.ffn_norm = _norm_if(args.pre_norm and not args.parallel and not args.separate_experts, args)
         self.post_attention_norm, self.post_ffn_norm = (_norm_if(args.post_norm, args) for _ in range(2))
 
     def forward(self, x: Tensor, pos: Tensor, *context_and_cache) -> Tensor:
@@ -367,13 +356,24 @@ class TransformerBlock(nn.Module):
         return x + _scaled(y, self.residual_scale)
 
 
+class ScaledBlock(TransformerBlock):
+    """A block whose result is times a number of its own, and which may take an input of its own."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__(args, layer)
+        self.layer_input = LayerInput(args) if args.layer_input_size else None
+        self.layer_scalar = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, pos: Tensor, *inputs) -> Tensor:
+        """As TransformerBlock; inputs: before the others its own [B, S, layer_input_size], if it takes one."""
+        if self.layer_input is None:
+            return super().forward(x, pos, *inputs) * self.layer_scalar
+        own, *others = inputs
+        return self.layer_input(super().forward(x, pos, *others), own) * self.layer_scalar
+
+
 def _norm_if(wanted: bool, args: ModelArgs) -> nn.Module:
     return block_norm(args) if wanted else nn.Identity()
-
-
-def block_norm(args: ModelArgs) -> RMSNorm:
-    """A norm of all numbers of a token."""
-    return (MeanNorm if args.mean_norm else RMSNorm)(args.dim, args)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -411,7 +411,9 @@ class Transformer(nn.Module):
         self.args = args
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
-        self.layers = Blocks(TransformerBlock(args, layer) for layer in range(args.n_layer))
+        self.layer_inputs = LayerInputs(args) if args.layer_input_size else None
+        block = ScaledBlock if args.layer_scales else TransformerBlock
+        self.layers = Blocks(block(args, layer) for layer in range(args.n_layer))
         self.norm = block_norm(args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
@@ -450,7 +452,12 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None) -> Tensor:
         """What the blocks make of the tokens [B, S, dim], before the last norm and the head."""
-        return self.layers(self.embed(tokens), pos, self.contexts(pos, cache), cache)
+        x, contexts = self.embed(tokens), self.contexts(pos, cache)
+        if self.layer_inputs is not None:
+            contexts = [(own, *each) for own, each in zip(self.layer_inputs(tokens, x), contexts, strict=True)]
+        if cache is None and self.args.n_reusing_layer:
+            cache = WithoutCache(self.args)
+        return self.layers(x, pos, contexts, cache)
 
     def logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The last norm and the head of what `hidden` returned; rows as in `forward`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cli
-from cli import say
+from cli import listed, say
 from compress.calibration import calibration_text, calibration_windows, task_texts
 from compress.gptq import gptq_
 from engine.engine import Engine
@@ -27,6 +27,7 @@ from ranks import init_tp
 from text.files import read_text, require_utf8
 from text.prompts import checked_ids
 from text.tokenizer import load_tokenizer, tokenizer_saved
+from tp import inputs_split
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
 from weights.files import GB, dropping_page_cache, require_space, require_writable, size_text, write_json
@@ -151,7 +152,10 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
         require_writable(args.output_json, [path, args.check, args.calibration_file])
     size = job.bytes_after + (job.bytes_before if args.mode == GPTQ else 0)
     require_memory(size, job.device, f"the weights of {path}", "use a smaller model")
-    length, context = args.calibration_seq_length, job.source.args.max_seq_length
+    sizes, apart = job.source.args, ("n_reusing_layer", "layer_input_size")
+    if args.mode == GPTQ and any(getattr(sizes, name) for name in apart):
+        raise ValueError(f"--mode {GPTQ} is not supported for models with {listed(apart)}; use --mode int4")
+    length, context = args.calibration_seq_length, sizes.max_seq_length
     if args.mode == GPTQ and length > context:
         raise ValueError(f"--calibration_seq_length {length} is more than the model's context of {context}")
 
@@ -178,9 +182,7 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
         tasks = args.calibration_tasks or ["wikitext"]
         say(f"Reading the calibration text: {', '.join(tasks)} ...")
         text = "\n\n".join(task_texts(tasks, args.include_path))
-    sizes = job.source.args
-    widths = [sizes.dim, sizes.intermediate_size, sizes.dense_size or 0, sizes.shared_size or 0]
-    widths.append(sizes.n_head * sizes.head_dim)
+    widths = [job.source.args.dim, *(width or 0 for width in inputs_split(job.source.args).values())]
     return calibration_windows(
         encode(text, job),
         limit=args.calibration_limit,

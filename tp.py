@@ -18,7 +18,9 @@ from cli import listed
 from layers.gpu_linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
 from mixers.experts import MixtureOfExperts
-from model import HeadsNorm, ModelArgs, Transformer
+from mixers.layer_kinds import key_heads, projected_heads
+from mixers.norms import HeadsNorm
+from model import ModelArgs, Transformer
 from ranks import Ranks
 
 
@@ -41,8 +43,11 @@ PLAN = {
     "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
+    "layers.#.feed_forward.experts.w13": Split(-2, ("intermediate_size", "intermediate_size")),
+    "layers.#.feed_forward.experts.w2": Split(-1, ("intermediate_size",)),
     "layers.#.feed_forward.shared.w13": Split(-2, ("shared_size", "shared_size")),
     "layers.#.feed_forward.shared.w2": Split(-1, ("shared_size",)),
+    "layer_inputs.embeddings": Split(-2, ("vocab_size",)),
     "output": Split(-2, ("vocab_size",)),
 }
 JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
@@ -66,6 +71,8 @@ def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
         args,
         n_head=args.n_head // n_rank,
         n_kv_head=max(1, args.n_kv_head // n_rank),
+        full_kv_head=args.full_kv_head and max(1, args.full_kv_head // n_rank),
+        reusing_size=args.reusing_size and args.reusing_size // n_rank,
         intermediate_size=args.intermediate_size // n_rank,
         dense_size=args.dense_size and args.dense_size // n_rank,
         shared_size=args.shared_size and args.shared_size // n_rank,
@@ -96,6 +103,8 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
         pad = n_row - len(part)
         return F.pad(part, (0, 0, 0, pad)) if pad else part
     counts = [getattr(args, size) for size in split.sizes]
+    if module.endswith("attention.wqkv"):  # layers differ in the heads that they make
+        counts = [n_head for n_head in projected_heads(args, int(module.split(".")[1])) if n_head]
     unit = Fraction(tensor.shape[dim], sum(counts))
     parts, begin = [], 0
     for count in counts:
@@ -113,21 +122,19 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
     """
     if not divides(args, n_rank):
         fits = [n for n in range(1, args.n_head + 1) if divides(args, n)]
-        sizes = " and ".join(str(each) for each in (args.intermediate_size, args.shared_size, args.dense_size) if each)
+        sizes = " and ".join(str(each) for each in widths(args) if each)
         raise ValueError(
             f"{n_rank} ranks cannot share this model's {args.n_head} heads ({args.n_kv_head} key heads) and FFN of "
             f"{sizes}; use {listed(fits)}"
         )
-    widths = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
-    widths |= {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
-    widths["shared.w2"] = args.shared_size
+    inputs = inputs_split(args)
     for module, spec in table.items():
         if spec.ordered:
             raise ValueError(
                 f"{module} takes its inputs in an order of its own (GPTQ's desc_act), which ranks cannot share; "
                 "give --dequantize, or use one process"
             )
-        width = next((width for name, width in widths.items() if module.endswith(name)), None)
+        width = next((width for name, width in inputs.items() if module.endswith(name)), None)
         if width is not None and spec.groupsize and width // n_rank % spec.groupsize:
             fits = [size for size in GROUPSIZES if width // n_rank % size == 0]
             advice = f"quantise with --groupsize {listed(fits)}" if fits else "use int8 without groups, or fewer ranks"
@@ -138,10 +145,27 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
             )
 
 
+def inputs_split(args: ModelArgs) -> dict[str, int | None]:
+    """Of the layers that are split row-wise, by the ends of their names, the first that fits: how many inputs."""
+    inputs = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
+    for layer, window in enumerate(args.windows()):
+        inputs[f"layers.{layer}.attention.wo"] = args.n_head * key_heads(args, window is not None)[1]
+    if args.reusing_size:
+        reusing = range(args.n_layer - args.n_reusing_layer, args.n_layer)
+        inputs |= {f"layers.{layer}.feed_forward.w2": args.reusing_size for layer in reusing}
+    of_all = {"feed_forward.w2": args.intermediate_size, "experts.w2": args.intermediate_size}
+    return inputs | of_all | {"shared.w2": args.shared_size}
+
+
+def widths(args: ModelArgs) -> tuple[int | None, ...]:
+    """The widths of the feed-forwards that ranks share."""
+    return args.intermediate_size, args.shared_size, args.dense_size, args.reusing_size
+
+
 def divides(args: ModelArgs, n_rank: int) -> bool:
-    key_heads = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
-    sizes = (args.n_head, args.intermediate_size, args.shared_size or 0, args.dense_size or 0)
-    return key_heads and all(size % n_rank == 0 for size in sizes)
+    counts = [args.n_kv_head, args.full_kv_head or args.n_kv_head]
+    shared = all(n_kv_head % n_rank == 0 or n_rank % n_kv_head == 0 for n_kv_head in counts)
+    return shared and all((size or 0) % n_rank == 0 for size in (args.n_head, *widths(args)))
 
 
 def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> Tensor:
@@ -188,8 +212,8 @@ class Summed(nn.Module):
         super().__init__()
         self.layer, self.ranks = layer, ranks
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in'] -> [..., out]
-        return self.ranks.sum(self.layer(x))
+    def forward(self, *inputs: Tensor) -> Tensor:  # [..., in'] -> [..., out]
+        return self.ranks.sum(self.layer(*inputs))
 
 
 class SplitNorm(HeadsNorm):
@@ -212,13 +236,14 @@ def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     assert not any(isinstance(layer, GpuBlock) for layer in model.layers), "these blocks do not sum over ranks"
     model.args = replace(rank_args(args, ranks.size), vocab_size=args.vocab_size)
     model.ranks = ranks
-    model.tok_embeddings = SplitEmbedding(model.tok_embeddings, ranks)
     mixtures = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts))
     for name, layer in list(model.named_modules()):
         split = split_of(name, args)
         is_row_wise = split is not None and split.dim == -1
         of_experts = name.startswith(mixtures)  # summed once, in their mixture
-        if isinstance(layer, HeadsNorm):
+        if isinstance(layer, nn.Embedding):
+            replace_(model, name, SplitEmbedding(layer, ranks))
+        elif isinstance(layer, HeadsNorm):
             replace_(model, name, SplitNorm(layer, ranks))
         elif isinstance(layer, MixtureOfExperts) or (is_row_wise and not of_experts):
             replace_(model, name, Summed(layer, ranks))

@@ -28,7 +28,7 @@ def slots_for(args: ModelArgs, length: int) -> int:
 def row_bytes(model: Transformer, n_slots: int) -> int:
     """What all layers keep of one row."""
     layers = layer_caches(model.args, 1, n_slots, model.cache_dtype or model.dtype, torch.device("meta"))
-    return sum(each.nbytes for layer in layers for each in layer.buffers())
+    return sum(each.nbytes for layer in set(layers) for each in layer.buffers())
 
 
 def rows_that_fit(model: Transformer, length: int) -> int:
@@ -63,7 +63,7 @@ def prefix_length(cache: KVCache, filled: int) -> int:
 
 def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> None:
     """Give rows target [n] what rows source [n] hold in their first `length` slots."""
-    for layer in cache.layers:
+    for layer in set(cache.layers):  # some are those of several layers
         layer.copy_prefix(source, target, length)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
 from mixers.experts import MixtureOfExperts
-from model import Blocks, CacheView, Context, KVCache, ModelArgs, RMSNorm, TransformerBlock
+from mixers.norms import RMSNorm
+from model import Blocks, CacheView, Context, KVCache, ModelArgs, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.

@@ -5,7 +5,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import has_triton, surely_few
-from model import Attention, ModelArgs, RMSNorm
+from mixers.norms import RMSNorm
+from model import Attention, ModelArgs
 
 
 class GpuAttention(Attention):
@@ -26,9 +27,10 @@ class GpuAttention(Attention):
         self.norm = (norm.offset, norm.eps) if isinstance(norm, RMSNorm) else (False, 0.0)
 
     @staticmethod
-    def fits(_: Attention, args: ModelArgs) -> bool:
+    def fits(attention: Attention, args: ModelArgs) -> bool:
         other = args.joint_qk_norm or args.qk_norm_last or args.attention_sinks or args.late_query_scale
-        return args.head_dim in range(32, 257, 16) and not other and has_triton()
+        other = other or args.value_norm or attention.heads[2] == 0  # values that are keys, or those of another layer
+        return attention.head_dim in range(32, 257, 16) and not other and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         few = surely_few(x.shape[0], self.most_rows) and surely_few(x.shape[1], self.most_tokens)

@@ -9,7 +9,8 @@ from layers.blocks import HONOURED, honours
 from layers.packed import has_triton, surely_few
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.activations import ACTIVATIONS
-from model import ModelArgs, RMSNorm, Transformer, TransformerBlock
+from mixers.norms import RMSNorm
+from model import ModelArgs, Transformer, TransformerBlock
 
 
 class OnGpu(nn.Module):

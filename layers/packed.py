@@ -39,7 +39,7 @@ class StepAttend(Attend):
     """
 
     def __init__(self, attend: Attend):
-        super().__init__(attend.scale, attend.cap, attend.sinks)
+        super().__init__(attend.head_dim, attend.scale, attend.cap, attend.sinks)
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         if q.shape[1] != 1 or not torch.compiler.is_compiling():
@@ -63,8 +63,8 @@ class OperatorAttend(StepAttend):
         return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 
     @staticmethod
-    def fits(attend: Attend, args: ModelArgs) -> bool:
-        return attend.cap is None and attend.sinks is None and args.head_dim in cpu.HEAD_DIMS
+    def fits(attend: Attend, _: ModelArgs) -> bool:
+        return attend.cap is None and attend.sinks is None and attend.head_dim in cpu.HEAD_DIMS
 
 
 class ManyAttend(OperatorAttend):

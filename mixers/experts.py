@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.activations import ACTIVATIONS
+from mixers.norms import RMSNorm
 
 
 def check_experts(args) -> None:
@@ -23,6 +24,8 @@ def check_experts(args) -> None:
         raise ValueError(f"dense_layers {args.dense_layers} need dense_size, {args.dense_size}, and other layers")
     if bool(groups) != bool(args.n_group_used) or (groups and not args.sigmoid_experts):
         raise ValueError(f"n_expert_group {groups} needs n_group_used and sigmoid_experts")
+    if args.separate_experts and (not args.shared_size or args.shared_gate or args.dense_layers):
+        raise ValueError("separate_experts need shared_size, and neither shared_gate nor dense_layers")
     if groups and (
         n % groups or n // groups < 2 or args.n_group_used > groups or used > n // groups * args.n_group_used
     ):
@@ -69,8 +72,8 @@ class MixtureOfExperts(nn.Module):
 
     The gate's scores are shares of 1, or each is a number from 0 to 1 (DeepSeek-AI 2024): then a bias takes part in the
     choice, and experts may come in groups, of which the best are chosen first, by their two best experts. One more
-    feed-forward, `shared`, may serve all tokens, weighted by a gate of its own (Qwen2-MoE) or not. args: a
-    `model.ModelArgs`.
+    feed-forward, `shared`, may serve all tokens, weighted by a gate of its own (Qwen2-MoE) or not. The weight of each
+    expert may be times a number of its own (Gemma 4). args: a `model.ModelArgs`.
     """
 
     def __init__(self, args, shared: nn.Module | None):
@@ -82,6 +85,7 @@ class MixtureOfExperts(nn.Module):
         # float32 in every model, because a rounded one chooses others; the name is that of the paper's own files
         bias = torch.zeros(args.n_expert, dtype=torch.float32) if args.sigmoid_experts else None
         self.e_score_correction_bias = None if bias is None else nn.Parameter(bias)
+        self.per_expert_scale = nn.Parameter(torch.ones(args.n_expert)) if args.separate_experts else None
 
         def experts(out: int, size: int) -> ExpertLinear:
             bias = torch.empty(args.n_expert, out) if args.ffn_bias else None
@@ -91,9 +95,10 @@ class MixtureOfExperts(nn.Module):
         self.w2 = experts(args.dim, args.intermediate_size)
         self.shared_gate = Gate(args.dim, 1, bias=False) if shared is not None and args.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, judged: Tensor | None = None) -> Tensor:
+        """x [B, S, dim] -> [B, S, dim]; judged [B, S, dim]: what the gate takes; None: x."""
         rows = x.flatten(0, 1)  # [T, dim]
-        weights, chosen = self.choose(self.gate(rows).float())
+        weights, chosen = self.choose(self.gate(rows if judged is None else judged.flatten(0, 1)).float())
         y = (self.run(rows, chosen).float() * weights[..., None]).sum(1).to(x.dtype).view_as(x)
         if self.shared is None:
             return y
@@ -109,6 +114,8 @@ class MixtureOfExperts(nn.Module):
             weights = scores.gather(1, chosen)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
+        if self.per_expert_scale is not None:
+            weights = weights * self.per_expert_scale[chosen]
         return (weights if self.scale == 1 else weights * self.scale), chosen
 
     def in_best_groups(self, scores: Tensor) -> Tensor:
@@ -124,3 +131,19 @@ class MixtureOfExperts(nn.Module):
         """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
         gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
         return self.w2(self.activation(gate, up), chosen)
+
+
+class SeparateExperts(nn.Module):
+    """Experts and a feed-forward for all tokens, each between norms of its own (Gemma 4). args: a `model.ModelArgs`."""
+
+    def __init__(self, args, shared: nn.Module):
+        super().__init__()
+        self.shared, self.experts, self.eps = shared, MixtureOfExperts(args, None), args.norm_eps
+        self.shared_norm, self.post_shared_norm = RMSNorm(args.dim, args), RMSNorm(args.dim, args)
+        self.experts_norm, self.post_experts_norm = RMSNorm(args.dim, args), RMSNorm(args.dim, args)
+        self.scale = nn.Parameter(torch.ones(args.dim))  # of what the gate takes
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, dim], not normalised
+        judged = F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.scale * x.shape[-1] ** -0.5
+        y = self.post_experts_norm(self.experts(self.experts_norm(x), judged))
+        return self.post_shared_norm(self.shared(self.shared_norm(x))) + y

@@ -5,7 +5,7 @@ from types import NoneType, UnionType
 from typing import get_args
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10  # far above any real model; larger ones would be built forever
-SMALLEST, LARGEST = 1e-30, 1e30  # of factors: float32 holds them and what they divide
+SMALLEST, LARGEST = 1e-30, 1.1e30  # of factors: float32 holds them, 1e30 rounded to it, and what they divide
 
 
 def _positive(value) -> bool:
@@ -36,8 +36,9 @@ def check_fields(config) -> None:
 
 def check_sizes(args) -> None:
     """Raise ValueError if sizes of a `model.ModelArgs` do not fit each other."""
-    if args.n_head * args.head_dim > MAX_SIZE:
-        raise ValueError(f"n_head {args.n_head} x head_dim {args.head_dim} is more than {MAX_SIZE}")
+    for name in ("head_dim", "full_head_dim"):
+        if args.n_head * (getattr(args, name) or 0) > MAX_SIZE:
+            raise ValueError(f"n_head {args.n_head} x {name} {getattr(args, name)} is more than {MAX_SIZE}")
     if args.n_head % args.n_kv_head:
         raise ValueError(f"n_head {args.n_head} is not a multiple of n_kv_head {args.n_kv_head}")
     if args.head_dim % 2 or args.turned % 2 or args.turned > args.head_dim:
@@ -51,9 +52,10 @@ def check_sizes(args) -> None:
     for name, needed in needs.items():
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"{name} {getattr(args, name)} needs {needed}")
+    turned = args.rope_dim or args.full_head_dim or args.head_dim
     for name in ("factors", "long_factors"):
         factors = getattr(args.rope_scaling, name, ())
-        if len(factors) not in (0, args.turned // 2):
+        if len(factors) not in (0, turned // 2):
             raise ValueError(
-                f"rope has {len(factors)} frequency factors; to turn {args.turned} numbers it needs half as many"
+                f"rope has {len(factors)} frequency factors; to turn {turned} numbers it needs half as many"
             )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.fields import check_fields
+from mixers.layer_kinds import key_heads
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class RopeScaling:
     wavelengths (Llama 3.1); `yarn` does so between two numbers of turns within the trained context, and makes cosines
     and sines larger by `attention_factor` (Peng et al. 2023); `factors` divides each by its own number, as GGUF files
     store Llama 3.1's result; `longrope` does so by other numbers, `long_factors`, in contexts longer than the trained
-    one, also for the tokens at their beginning (Ding et al. 2024).
+    one, also for the tokens at their beginning (Ding et al. 2024); `proportional` divides all, and turns only the first
+    `part` of the pairs (Gemma 4).
     """
 
     type: str
@@ -30,6 +32,7 @@ class RopeScaling:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     whole_pairs: bool = True  # yarn blends between whole numbers of rope pairs
+    part: float = 1.0  # of the pairs, that proportional turns
 
     def __post_init__(self):
         if self.type not in ("factors", *ROPE_TYPES):
@@ -38,6 +41,8 @@ class RopeScaling:
         needed = {"factors": (True, False), "longrope": (True, True)}.get(self.type, (False, False))
         if needed != (bool(self.factors), bool(self.long_factors)):
             raise ValueError(f"rope type {self.type!r} has other numbers than it needs in factors and long_factors")
+        if self.part > 1:
+            raise ValueError(f"part {self.part} of the rope pairs is more than all")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
@@ -47,6 +52,9 @@ class RopeScaling:
         """Scale `freqs` [D/2], radians per position, the powers of 1 / base, for contexts of `length` tokens."""
         if self.type == "linear":
             return freqs / self.factor
+        if self.type == "proportional":
+            pairs = torch.arange(len(freqs), device=freqs.device)
+            return (freqs / self.factor).masked_fill(pairs >= int(self.part * len(freqs)), 0)
         if self.type in ("factors", "longrope"):
             is_long = self.type == "longrope" and length > self.original_max_position_embeddings
             factors = self.long_factors if is_long else self.factors
@@ -73,7 +81,7 @@ class RopeScaling:
         return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
 
 
-ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")  # that a config.json can name
+ROPE_TYPES = ("linear", "llama3", "yarn", "longrope", "proportional")  # that a config.json can name
 
 
 def rope_table(args, pos: Tensor, windowed: bool = False, length: int = 0) -> tuple[Tensor, Tensor]:
@@ -81,13 +89,14 @@ def rope_table(args, pos: Tensor, windowed: bool = False, length: int = 0) -> tu
 
     args: a `model.ModelArgs`. windowed: for layers with a window.
     """
-    base, scaling, growth = args.rope_base, args.rope_scaling, 1.0
+    base, scaling, growth, head_dim = args.rope_base, args.rope_scaling, 1.0, key_heads(args, windowed)[1]
+    turned = args.rope_dim or head_dim
     if windowed and args.window_rope_base is not None:
         base, scaling = args.window_rope_base, None
-    freqs = 1.0 / base ** (torch.arange(0, args.turned, 2, device=pos.device).float() / args.turned)
+    freqs = 1.0 / base ** (torch.arange(0, turned, 2, device=pos.device).float() / turned)
     if scaling is not None:
         freqs, growth = scaling.apply(freqs, base, length), scaling.attention_factor
-    angles, still = pos.float()[..., None] * freqs, (0, (args.head_dim - args.turned) // 2)
+    angles, still = pos.float()[..., None] * freqs, (0, (head_dim - turned) // 2)
     return F.pad(angles.cos() * growth, still, value=1.0), F.pad(angles.sin() * growth, still)
 
 

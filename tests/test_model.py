@@ -70,6 +70,26 @@ VARIANTS = {
         dense_layers=(0,),
         dense_size=24,
     ),
+    "layers that differ": replace(
+        TINY,
+        n_layer=6,
+        sliding_window=5,
+        full_layers=(1, 3, 5),
+        full_head_dim=12,
+        full_kv_head=1,
+        rope_scaling=RopeScaling("proportional", part=0.5),
+        window_rope_base=100.0,
+        qk_norm=True,
+        value_norm=True,
+        keys_as_values=True,
+        n_reusing_layer=3,
+        reusing_size=64,
+        layer_input_size=6,
+        layer_scales=True,
+    ),
+    "separate experts": replace(
+        TINY, n_expert=5, n_expert_used=2, shared_size=16, shared_gate=False, separate_experts=True, layer_scales=True
+    ),
     "joint norms": replace(TINY, pre_norm=False, post_norm=True, joint_qk_norm=True),
     "bias, norms, tied": replace(TINY, qkv_bias=True, qk_norm=True, tie_embeddings=True, head_dim=12),
 }
@@ -108,7 +128,9 @@ def test_prefill_and_steps_equal_one_forward(variant, prefix):
         torch.testing.assert_close(step[:, 0], expected[:, i])
 
 
-@pytest.mark.parametrize("variant", ["plain", "window", "part of rope", "windows in turn", "sinks and biases"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "window", "part of rope", "windows in turn", "sinks and biases", "layers that differ"]
+)
 @torch.inference_mode()
 def test_ragged_rows_equal_each_row_alone(variant):
     model, lengths, n_new = random_tiny(VARIANTS[variant]), [3, 17, 9], 8
@@ -139,7 +161,10 @@ def test_rows_picks_the_positions_whose_logits_are_wanted():
     torch.testing.assert_close(got, torch.stack([expected[row, rows[row]] for row in range(2)]))
 
 
-@pytest.mark.parametrize("variant", ["plain", "multi-query", "windows in turn", "scales and caps", "sinks and biases"])
+@pytest.mark.parametrize(
+    "variant",
+    ["plain", "multi-query", "windows in turn", "scales and caps", "sinks and biases", "layers that differ"],
+)
 def test_gradients_of_a_forward_without_a_cache_are_its_slopes(variant):
     """Of layers as model.py has them: the packed forms are for inference."""
     model, tokens = Transformer(VARIANTS[variant]), random_tokens(2, 12)
@@ -175,7 +200,9 @@ def greedy(model, prompts, n_new, step):
 
 
 @pytest.mark.parametrize(
-    "variant", ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"]
+    "variant",
+    ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"]
+    + ["layers that differ", "separate experts"],
 )
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()

@@ -76,12 +76,12 @@ SIZES = {
 
 
 def save_tiny(config, folder):
-    """A tiny random model of transformers, saved to `folder`. Biases and norms are random too."""
+    """A tiny random model of transformers, saved to `folder`. Biases, norms and scales are random too."""
     torch.manual_seed(0)
     # of its ways to compute attention only this one has soft caps
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict().items():
             if weight.ndim == 1:
                 weight.copy_(torch.randn_like(weight) * 0.3 + (0 if name.endswith("bias") else 1))
     model.save_pretrained(folder)
@@ -160,6 +160,12 @@ def tiny_model(seed=0, **changes):
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 1)
     return model
+
+
+# layers of two head sizes, of which the last take keys and values of earlier ones, and inputs of their own
+DIFFERING = {"n_layer": 6, "sliding_window": 9, "full_layers": (1, 3, 5), "full_head_dim": 32, "full_kv_head": 1}
+DIFFERING |= {"keys_as_values": True, "value_norm": True, "n_reusing_layer": 3, "layer_input_size": 32}
+DIFFERING |= {"layer_scales": True}
 
 
 def random_ids(*lengths, seed=0):

@@ -1,5 +1,7 @@
 """Models in GGUF files: their metadata as a config in Hugging Face's words, and their tensors by our names."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
 from weights.gguf_file import KEPT, GGUFFile
 from weights.huggingface import EXPERTS, hf_modules
-from weights.layout import Layout, ModelFile, Readers, rename, rope_order, source_modules
+from weights.layout import Layout, ModelFile, Readers, is_unused, rename, rope_order, source_modules
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -55,10 +57,53 @@ class Architecture:
     config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
     required: tuple[str, ...] = ()  # keys that files must have, though Hugging Face has defaults for them
     modules: dict = field(default_factory=dict)  # of Hugging Face, where files are split otherwise than its own
+    by_layer: Callable[[GGUFFile, dict], dict] = lambda file, values: {}  # keys made of what files say of single layers
     layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
 
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def gemma_4_layers(file: GGUFFile, values: dict) -> dict:
+    """The keys of Gemma 4 from lists with an entry a layer; values: what the file says else."""
+
+    def of_file(key: str, default=None):
+        return file.metadata.get(f"gemma4.{key}", default)
+
+    windowed = of_file("attention.sliding_window_pattern")
+
+    def by_layer(key: str) -> list:
+        each = of_file(key) if isinstance(of_file(key), list) else [of_file(key)] * len(windowed)
+        if len(each) != len(windowed):
+            raise ValueError(f"{file.path}: gemma4.{key} has {len(each)} entries, not one for each layer")
+        return each
+
+    if not isinstance(windowed, list) or False not in windowed or not all(each in (True, False) for each in windowed):
+        raise ValueError(f"{file.path}: gemma4.attention.sliding_window_pattern must say which layers have a window")
+    full, first = windowed.index(False), windowed.index(True) if True in windowed else 0
+    n_kv_heads, sizes = by_layer("attention.head_count_kv"), by_layer("feed_forward_length")
+    return {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
+        "head_dim": of_file("attention.key_length_swa"),
+        "global_head_dim": values["head_dim"],
+        "rotary_dim": None,
+        "num_key_value_heads": n_kv_heads[first],
+        "num_global_key_value_heads": n_kv_heads[full],
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": values["rope_theta"]},
+            "sliding_attention": {"rope_theta": of_file("rope.freq_base_swa", 10000.0)},
+        },
+        "num_kv_shared_layers": of_file("attention.shared_kv_layers", 0),
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": sizes[-1] != sizes[0],
+        "hidden_size_per_layer_input": of_file("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": values["vocab_size"],
+        "enable_moe_block": bool(values["num_experts"]),
+        "top_k_experts": values["num_experts_per_tok"],
+        "moe_intermediate_size": of_file("expert_feed_forward_length"),
+    }
+
 
 ARCHITECTURES = {
     "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
@@ -80,6 +125,7 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma"),
     "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
     "gemma3": Architecture("gemma3_text", layers_scaled_by_dim=62),
+    "gemma4": Architecture("gemma4_text", by_layer=gemma_4_layers),
 }
 
 
@@ -121,7 +167,7 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
         "rope_theta": 10000.0 if values["rope_theta"] is None else values["rope_theta"],
         "rope_scaling": rope_scaling_from_gguf(file, values, name),
     }
-    return Config(values, file.path, names)
+    return Config(values | architecture.by_layer(file, values), file.path, names)
 
 
 def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | None:
@@ -151,6 +197,19 @@ def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -
         factors = tuple(file.read("rope_freqs.weight").tolist())
         return replace(args, rope_scaling=RopeScaling("factors", factors=factors))
     return args
+
+
+SCALES = {  # of Gemma 4 -> what Hugging Face calls them, which is no module
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
+
+
+def hf_name_of_scale(name: str) -> str:
+    """A tensor's name or, of a scale of a layer, what Hugging Face calls it."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+    return f"model.layers.{layer[1]}.{SCALES[layer[2]]}" if layer and layer[2] in SCALES else name
 
 
 def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
@@ -201,7 +260,7 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
             return tensor - 1
         return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
 
-    raw = {name: partial(read, name) for name in file.tensors}
+    raw = {hf_name_of_scale(name): partial(read, name) for name in file.tensors if not is_unused(name, layout.args)}
     table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
     raw, layout = raw | codes, layout.quantized(table)
     order = rope_order(layout.args, ARCHITECTURES[name].interleaved)

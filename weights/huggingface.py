@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli import say_once
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
-from weights.layout import Layout, ModelFile, Readers, head_as_stored, readers, rename, rope_order
+from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
 from weights.shipped.layers import kept_layers
 from weights.shipped.methods import read_layer_of
 
@@ -64,6 +65,26 @@ GRANITE_EXPERTS = {
     "layers.#.feed_forward.w13": ("model.layers.#.block_sparse_moe.input_linear",),
     "layers.#.feed_forward.w2": ("model.layers.#.block_sparse_moe.output_linear",),
 }
+GEMMA_4 = FOUR_NORMS | {
+    "layers.#": ("model.layers.#",),  # its scale
+    "layers.#.layer_input.gate": ("model.layers.#.per_layer_input_gate",),
+    "layers.#.layer_input.projection": ("model.layers.#.per_layer_projection",),
+    "layers.#.layer_input.norm": ("model.layers.#.post_per_layer_input_norm",),
+    "layer_inputs.embeddings": ("model.embed_tokens_per_layer",),
+    "layer_inputs.projection": ("model.per_layer_model_projection",),
+    "layer_inputs.norm": ("model.per_layer_projection_norm",),
+    "layers.#.feed_forward": ("model.layers.#.router",),  # the scale of what it takes
+    "layers.#.feed_forward.experts": ("model.layers.#.router",),  # the scales of experts
+    "layers.#.feed_forward.experts.gate": ("model.layers.#.router.proj",),
+    "layers.#.feed_forward.experts.w13": ("model.layers.#.experts.gate_up_proj",),
+    "layers.#.feed_forward.experts.w2": ("model.layers.#.experts.down_proj",),
+    "layers.#.feed_forward.shared.w13": HF_MODULES["layers.#.feed_forward.w13"],
+    "layers.#.feed_forward.shared.w2": HF_MODULES["layers.#.feed_forward.w2"],
+    "layers.#.feed_forward.shared_norm": ("model.layers.#.pre_feedforward_layernorm",),
+    "layers.#.feed_forward.experts_norm": ("model.layers.#.pre_feedforward_layernorm_2",),
+    "layers.#.feed_forward.post_shared_norm": ("model.layers.#.post_feedforward_layernorm_1",),
+    "layers.#.feed_forward.post_experts_norm": ("model.layers.#.post_feedforward_layernorm_2",),
+}
 GLM_NORMS = {
     "layers.#.post_attention_norm": ("model.layers.#.post_self_attn_layernorm",),
     "layers.#.post_ffn_norm": ("model.layers.#.post_mlp_layernorm",),
@@ -87,6 +108,7 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "olmo3": POST_NORMS,
     "gemma2": FOUR_NORMS,
     "gemma3_text": FOUR_NORMS,
+    "gemma4_text": GEMMA_4,
     "glm4": GLM_NORMS | FUSED_GATE,
     "glm4_moe": EXPERTS | SHARED_EXPERTS,
     "gpt_oss": GPT_OSS,
@@ -96,11 +118,11 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "exaone4": POST_NORMS,
 }
 INTERLEAVED = {"glm4", "cohere2"}  # model types in whose files rope turns neighbouring pairs
-GPT_OSS_EXPERTS = re.compile(r"(.*\.mlp\.experts\.(gate_up|down)_proj)(_bias)?")
+STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias)?")  # gpt-oss's (mlp) or Gemma 4's
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
-PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
-VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens\w*|layers|norm|per_layer_\w+|(lm_head))\.)")
+VISION = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.")
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
 
 
@@ -123,9 +145,10 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     raw = {}
     for path in paths:
         raw |= safetensors_file(path) if path.suffix == ".safetensors" else readers(read_torch(path), path)
-    if isinstance(config.get("text_config"), dict):  # of a vision-language model: Gemma 3 from 4B on
+    if isinstance(config.get("text_config"), dict):  # of a vision-language model
         config = text_config(config)
         raw = {name: read for name, read in raw.items() if not VISION.match(name)}
+        say_once(f"{folder} also takes other input than text; its text part is read")
     where = folder if file is None else file
     raw = with_rows_of_outputs(with_usual_names(raw, where))
     args, raw = head_as_stored(
@@ -134,14 +157,18 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     layout, model_type = Layout(args), config["model_type"]
     modules, order = hf_modules(model_type), rope_order(args, model_type in INTERLEAVED)
     guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
-    raw = {name: read for name, read in raw.items() if not name.startswith(guesses)}  # of further tokens, unused
+    unused = {name for name in raw if name.startswith(guesses) or is_unused(name, args)}  # guesses: of further tokens
+    raw = {name: read for name, read in raw.items() if name not in unused}
     if read_layer is not None:
         layout, raw = kept_layers(layout, raw, modules, read_layer, where)
     return ModelFile(layout, rename(layout, raw, modules, where, order), tuple(paths))
 
 
 def with_rows_of_outputs(raw: Readers) -> Readers:
-    """gpt-oss's experts as other files have them: a row for each output, those of the gate before those of the rest."""
+    """Experts as other files have them: a row for each output, those of the gate before those of the rest.
+
+    Gemma 4's lack no more than the word weight in their names.
+    """
 
     def turned(read: Callable[[], Tensor], part: str, is_bias: bool) -> Tensor:
         tensor = read() if is_bias else read().mT
@@ -149,9 +176,10 @@ def with_rows_of_outputs(raw: Readers) -> Readers:
 
     out = {}
     for name, read in raw.items():
-        if match := GPT_OSS_EXPERTS.fullmatch(name):
-            leaf, read = "bias" if match[3] else "weight", partial(turned, read, match[2], bool(match[3]))
-            name = f"{match[1]}.{leaf}"
+        if match := STACKED_EXPERTS.fullmatch(name):
+            if match[2]:
+                read = partial(turned, read, match[3], bool(match[4]))
+            name = f"{match[1]}.{'bias' if match[4] else 'weight'}"
         out[name] = read
     return out
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec, quantize_
 from mixers.experts import MixtureOfExperts
+from mixers.layer_kinds import projected_heads
 from model import ModelArgs, Transformer
 
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
@@ -149,8 +150,19 @@ def source_modules(module: str, modules: dict, args: ModelArgs) -> list[list[str
     if layer and int(number) in args.dense_layers:
         pattern = pattern.replace("feed_forward", "dense")
     parts = [part.replace("#", number) for part in modules.get(pattern, (module,))]
+    if pattern.endswith("attention.wqkv"):  # only of what the layer makes
+        parts = parts[: sum(n_head > 0 for n_head in projected_heads(args, int(number)))]
     n_list = args.n_expert if "@" in parts[0] else 1
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
+
+
+KEYS_OR_VALUES = re.compile(r"(?:blk|model\.layers)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\..*")
+
+
+def is_unused(name: str, args: ModelArgs) -> bool:
+    """Whether a tensor makes keys or values of a layer that takes those of another; files hold such all the same."""
+    match = KEYS_OR_VALUES.fullmatch(name)
+    return match is not None and int(match[1]) in range(args.n_layer)[args.n_layer - (args.n_reusing_layer or 0) :]
 
 
 def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tensor | None = None) -> Readers:
@@ -208,7 +220,7 @@ def in_our_order(rows: Tensor, args: ModelArgs, order: Tensor) -> Tensor:
 
 
 def weight_bytes(model: Transformer, tokens: float = 1) -> int:
-    """Bytes of weights that one decoding step reads: all but the rows of the input embedding not looked up.
+    """Bytes of weights that one decoding step reads: all but the rows of input embeddings not looked up.
 
     The output head counts, also when it shares the embedding's weight; caches and rope tables do not. Of E experts, K
     for each token, those of one token count, or as many as `tokens` choose if each chooses at random: E (1 - (1 -
@@ -216,7 +228,8 @@ def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     """
     args = model.args
     unread = (1 - args.n_expert_used / args.n_expert) ** tokens if args.n_expert else 0.0
-    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight"}
+    tables = ("tok_embeddings.weight", "layer_inputs.embeddings.weight")
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tables}
     mixtures = [name for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts)]
     of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2"))
     experts = sum(size for name, size in sizes.items() if name.startswith(of_experts))

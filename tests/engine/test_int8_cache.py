@@ -17,7 +17,7 @@ from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_
 from measure.perplexity import perplexity
 from model import Blocks, Vectors, quantize_vectors
-from tests.tiny import GREEDY, continuation, random_ids, tiny_model
+from tests.tiny import DIFFERING, GREEDY, continuation, random_ids, tiny_model
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -47,7 +47,7 @@ def write_what_int8_gives_back(self, rows, pos, x):
     self.data[rows[:, None], :, pos] = torch.from_numpy(np.rint(wide / scales) * scales).to(x.dtype)
 
 
-@pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}, {"attention_softcap": 4.0}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 9}, {"attention_softcap": 4.0}, DIFFERING], ids=str)
 @torch.inference_mode()
 def test_logits_equal_those_of_a_float_cache_that_holds_what_int8_gives_back(fields, monkeypatch):
     model, (tokens,) = tiny_model(**fields), random_ids(40)
@@ -87,18 +87,21 @@ def greedy(engine, prompts):
     return rows
 
 
-@pytest.mark.parametrize("fields", [{}, {"head_dim": 64}, {"head_dim": 64, "residual_scale": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"head_dim": 64}, {"head_dim": 64, "residual_scale": 0.5}, DIFFERING | {"head_dim": 64}], ids=str
+)
 def test_compiled_step_equals_plain(fields):
     """Of attention in elementary operators, of fused blocks, and of one region for all blocks."""
-    model, prompts = with_int8_cache(tiny_model(n_layer=3, **fields)), random_ids(5, 250)
+    model, prompts = with_int8_cache(tiny_model(**{"n_layer": 3, **fields})), random_ids(5, 250)
     pack_(model)
     cache, step = model.new_cache(2, 512), compile_step(decode_one_token, model.device)
     plain = continuation(model, cache, prompts, 12)  # slot 256 is crossed on the way
     assert torch.equal(continuation(model, cache, prompts, 12, step=step), plain)
 
 
-def test_a_prefix_is_copied_with_its_scales():
-    model, (prompt,) = with_int8_cache(tiny_model()), random_ids(20)
+@pytest.mark.parametrize("fields", [{}, DIFFERING], ids=str)
+def test_a_prefix_is_copied_with_its_scales(fields):
+    model, (prompt,) = with_int8_cache(tiny_model(**fields)), random_ids(20)
     cache = model.new_cache(3, 64)
     expected = continuation(model, cache, [prompt], 8)
     other = model.new_cache(3, 64)
@@ -117,6 +120,13 @@ def test_the_size_of_a_cache_is_known_and_named_before_it_is_allocated(dtype, ve
     assert row_bytes(model, 100) == sum(each.nbytes for each in model.new_cache(1, 100).layers.buffers())
     with pytest.raises(ValueError, match=f"{named} 1000000000 x 100 positions need .* free; use fewer rows"):
         allocate(model, 10**9, 100)
+
+
+def test_layers_that_reuse_keys_and_values_take_no_memory():
+    """2 layers keep 2 key heads of 16 numbers, 1 keeps 1 of 32."""
+    model = tiny_model(**DIFFERING)
+    assert row_bytes(model, 100) == 2 * 100 * 4 * (2 * 2 * 16 + 32)
+    assert row_bytes(model, 100) == sum(each.nbytes for each in model.new_cache(1, 100).layers.buffers())
 
 
 def test_perplexity_of_the_default_model_hardly_changes(default_model_dir):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from kernels.gpu import linear as gpu
 from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
 from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
-from model import ModelArgs, RMSNorm, Transformer
+from mixers.norms import RMSNorm
+from model import ModelArgs, Transformer
 
 FORMATS = {"float": None, "int8": QuantSpec(8), "int8.g64": QuantSpec(8, 64)}
 FORMATS |= {"int4.g32": QuantSpec(4, 32), "int4.g256": QuantSpec(4, 256)}

@@ -190,7 +190,7 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype
                 mask[row, query, : max(0, last - 20) if B > 1 else 0] = float("-inf")
         y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale)
         wide = [Vectors(tensor[:B, :, :used]) for tensor in (exact_k, exact_v)]
-        expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
+        expected = Attend(q.shape[-1], scale, None)(q.double(), *wide, None, mask.double())
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
@@ -221,7 +221,7 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
         y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask.bfloat16(), scale)
         wide = [Vectors(tensor[:B, :, :slots]) for tensor in (exact_k, exact_v)]
-        expected = Attend(scale, None)(q.double(), *wide, None, mask.double())
+        expected = Attend(q.shape[-1], scale, None)(q.double(), *wide, None, mask.double())
         assert y.dtype == torch.bfloat16
         # weights below 1 and the result are rounded to 8 bits; times a scale, a weight of 1 is too
         atol = (2**-9 if cache_dtype == torch.bfloat16 else 2**-8) * expected.abs().max().item()

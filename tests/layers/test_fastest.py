@@ -59,6 +59,9 @@ TAKEN = {
 EXPERTS = {"n_expert": 4, "n_expert_used": 2}
 GROUPS = EXPERTS | {"sigmoid_experts": True, "n_expert_group": 2, "n_group_used": 1}
 SHARED = EXPERTS | {"shared_size": 32}
+REUSING = {"n_reusing_layer": 1, "reusing_size": 64}
+SCALED = {"layer_scales": True, "layer_input_size": 32}
+IN_TURN = {"sliding_window": 5, "full_layers": (1,), "full_head_dim": 128, "full_kv_head": 1}
 DENSE = EXPERTS | {"dense_layers": (0,), "dense_size": 64}
 REFUSED = {
     "full_layers": {"full_layers": (1,), "sliding_window": 5},
@@ -86,6 +89,15 @@ REFUSED = {
     "shared_gate": {"shared_gate": False, **SHARED},
     "dense_layers": DENSE,
     "dense_size": DENSE,
+    "full_head_dim": IN_TURN,
+    "full_kv_head": IN_TURN,
+    "value_norm": {"value_norm": True},
+    "keys_as_values": {"keys_as_values": True},
+    "n_reusing_layer": REUSING,
+    "reusing_size": REUSING,
+    "separate_experts": SHARED | {"shared_gate": False, "separate_experts": True},
+    "layer_input_size": SCALED,
+    "layer_scales": SCALED,
 }
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -246,7 +258,7 @@ def test_forms_on_cuda_by_hand():
         args = replace(TINY, **EXPERTS, **changes)
         model = SimpleNamespace(args=args, dtype=dtype, device=torch.device("cuda"))
         return [
-            fastest(layer, model) for layer in (Attention(args, None), MixtureOfExperts(args, None), Transformer(args))
+            fastest(layer, model) for layer in (Attention(args, 0), MixtureOfExperts(args, None), Transformer(args))
         ]
 
     assert chosen(torch.bfloat16) == chosen(torch.float16) == [GpuAttention, GpuExperts, join_head_]

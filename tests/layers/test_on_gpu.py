@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from layers.gpu_attention import GpuAttention
 from layers.gpu_linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
-from model import Blocks, RMSNorm
+from mixers.norms import RMSNorm
+from model import Blocks
 from tests.layers.test_fastest import REFUSED, SIZES, TAKEN, TINY, quantised
 
 ATTENTION = ("full_layers", "unrotated_layers", "late_query_scale", "qk_norm_last", "joint_qk_norm", "attention_sinks")

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -85,6 +86,30 @@ GLM_EXPERTS = {
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
     "num_hidden_layers": 3,
+}
+GEMMA_4 = {
+    "num_hidden_layers": 6,
+    "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 16,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.6, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_theta": 100.0},
+    },
+    "final_logit_softcapping": 9.0,
+    "vocab_size_per_layer_input": SIZES["vocab_size"],
+    "hidden_size_per_layer_input": 0,
+}
+GEMMA_4_SMALL = {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True}
+GEMMA_4_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 32,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "use_bidirectional_attention": "vision",
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
@@ -175,6 +200,9 @@ FAMILIES = {
             "rope_parameters": {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_theta": 100.0}},
         },
     ),
+    "gemma4": (Gemma4TextConfig, GEMMA_4 | GEMMA_4_SMALL),
+    "gemma4 with experts": (Gemma4TextConfig, GEMMA_4 | GEMMA_4_EXPERTS),
+    "gemma4, no window": (Gemma4TextConfig, GEMMA_4 | {"layer_types": 6 * ["full_attention"]}),
 }
 
 
@@ -327,7 +355,8 @@ def test_family_in_int4(family, tmp_path):
     for found, expected in zip(*(logits_of(model, random_prompts(40, 7)) for model in (quantised, plain)), strict=True):
         torch.testing.assert_close(found, expected, atol=5e-5 * expected.abs().max().item(), rtol=1e-4)
     n_shared = 2 * (source.args.n_layer - len(source.args.dense_layers)) if source.args.shared_size else 0
-    assert len(table) == 4 * source.args.n_layer + n_shared + 1
+    n_input = 2 * source.args.n_layer + 1 if source.args.layer_input_size else 0
+    assert len(table) == 4 * source.args.n_layer + n_shared + n_input + 1
 
 
 def dequantised(weight, spec):

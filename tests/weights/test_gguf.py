@@ -16,6 +16,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     GraniteConfig,
@@ -95,10 +96,29 @@ OTHER_NAMES = {  # of some families
     "olmo2": POST_NORMS,
     "exaone4": POST_NORMS,
     "seed_oss": POST_NORMS,
+    "gemma4": {  # longer names first, which hold shorter ones
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_per_layer_input_norm": "post_norm",
+        "per_layer_input_gate": "inp_gate",
+        "model.per_layer_model_projection": "per_layer_model_proj",
+        "model.per_layer_projection_norm": "per_layer_proj_norm",
+        "per_layer_projection": "proj",
+        "token_embd_per_layer": "per_layer_token_embd",
+        "layer_scalar": "layer_output_scale.weight",
+        "router.proj": "ffn_gate_inp",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+        "experts.down_proj": "ffn_down_exps.weight",
+    }
+    | POST_NORMS,
     "glm4": {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
 }
 # model_type -> what the package calls it, where that is another name
-ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mixtral": "llama"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "olmo3": "olmo2", "mixtral": "llama"}
 ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "hunyuan_v1_dense": "hunyuan-dense"}
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # of which the converter turns q and k
 
@@ -107,7 +127,7 @@ def tiny(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict().items():
             if weight.ndim == 1:
                 weight.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
     return model
@@ -120,9 +140,10 @@ def interleaved(weight, n_head):
 
 def parts_of(model):
     """Names and tensors; the gates and up projections of experts, one tensor there, are two here."""
-    for name, weight in model.named_parameters():  # a tied head is not among them
+    scales = [(name, scale) for name, scale in model.named_buffers() if name.endswith("layer_scalar")]
+    for name, weight in [*model.named_parameters(), *scales]:  # a tied head is not among them
         name = name.replace("block_sparse_moe", "mlp")
-        if name.endswith("experts.gate_up_proj"):
+        if name.endswith("mlp.experts.gate_up_proj"):
             gate, up = weight.chunk(2, dim=1)
             blk = name.removesuffix("mlp.experts.gate_up_proj")
             yield f"{blk}ffn_gate_exps.weight", gate
@@ -144,6 +165,7 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     kinds: the type of those matrices in whose name in `model` a certain part occurs.
     """
     config = model.config
+    config.allow_global_per_layer_attribute_access = True  # where layers differ in heads, that of those with a window
     family = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -175,7 +197,7 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
         for part, n_head in heads.items():
             if family in PERMUTED and part in name:
                 codes = interleaved(codes, n_head)
-        if family.startswith("gemma") and name.endswith("norm.weight"):
+        if family in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             codes = codes + 1
         if "shexp" in name and "inp" in name:
             codes = codes[0]
@@ -267,6 +289,41 @@ def test_logits_of_other_families(family, tmp_path):
     config, extra, fields = FAMILIES[family]
     theirs, kind = tiny(config(**{**SIZES, **extra})), Type.Q4_0 if "num_experts" in extra else Type.F32
     assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs, kind, fields), theirs)
+
+
+GEMMA_4 = {"num_hidden_layers": 6, "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"]}
+GEMMA_4 |= {"head_dim": 32, "global_head_dim": 64, "sliding_window": 16, "vocab_size_per_layer_input": 96}
+GEMMA_4 |= {"final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0}
+GEMMA_4_FILE = WINDOW | {
+    "add_sliding_window_pattern": 2 * [True, True, False],
+    "add_key_length": 64,
+    "add_value_length": 64,
+    "add_key_length_swa": 32,
+    "add_value_length_swa": 32,
+    "add_rope_dimension_count": 64,
+    "add_rope_dimension_count_swa": 32,
+    "add_rope_freq_base_swa": 10000.0,
+    "add_final_logit_softcapping": 3.0,
+}
+OF_LAYERS = {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True}
+OF_LAYERS_FILE = {"add_shared_kv_layers": 3, "add_embedding_length_per_layer_input": 32}
+OF_LAYERS_FILE |= {"add_feed_forward_length": 3 * [96] + 3 * [192]}
+BESIDE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 3, "moe_intermediate_size": 32}
+BESIDE |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+BESIDE_FILE = EXPERTS_FILE | {"add_shared_kv_layers": 0, "add_head_count_kv": 2 * [2, 2, 1]}
+
+
+@pytest.mark.parametrize(
+    "extra, fields, kind",
+    [(OF_LAYERS, OF_LAYERS_FILE, Type.F32), (BESIDE, BESIDE_FILE, Type.Q4_0)],
+    ids=["inputs of layers", "experts"],
+)
+def test_gemma_4(extra, fields, kind, tmp_path):
+    """The angles of full layers stand still from the 9th pair on: a quarter of 32 pairs turns."""
+    theirs = tiny(Gemma4TextConfig(**{**SIZES, **GEMMA_4, **extra}))
+    factors = np.array(8 * [1.0] + 24 * [1e30], dtype=np.float32)
+    path, fields = tmp_path / "m.gguf", GEMMA_4_FILE | fields
+    assert_same_logits(write_gguf(path, theirs, kind, fields, {"rope_freqs.weight": factors}), theirs)
 
 
 def test_linear_rope_scaling(tmp_path):

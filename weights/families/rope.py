@@ -22,10 +22,12 @@ def rope(config: Config, family: Family, head_dim: int) -> dict:
     if differs or family.window_rope_base is not None:
         window_base = windowed.number("rope_theta", config.get(family.window_rope_base or "rope_theta"))
     base = settings.number("rope_theta", config.get("rope_theta"))
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
     part = settings.number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if rope_type == "proportional":
+        part = 1.0  # all numbers are turned, some by no angle
     if part > 1 or (part < 1 and "partial_rotary_factor" not in family.defaults):
         raise config.error(f"partial_rotary_factor {part} is not supported in models of this type")
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
     if rope_type == "dynamic" and settings.get("alpha"):  # a fixed growth of the base
         rope_type, base = "default", base * settings.number("alpha") ** (head_dim / (head_dim - 2))
     return {
@@ -42,6 +44,9 @@ def rope_scaling(rope_type: str, settings: Config, config: Config) -> RopeScalin
     if rope_type not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise settings.error(f"rope type {rope_type!r} is not supported; supported: default, {known}")
+    if rope_type == "proportional":
+        part = settings.number("partial_rotary_factor", 1.0)
+        return RopeScaling(rope_type, settings.number("factor", 1.0), part=part)
     fields, key = {}, "original_max_position_embeddings"
     if rope_type != "linear":  # the trained context stands beside the settings, in them, or is the whole one
         beside = config.get(key) is not None

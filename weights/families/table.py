@@ -10,6 +10,7 @@ from weights.families.defaults import (
     GEMMA_1_CONFIG,
     GEMMA_2_CONFIG,
     GEMMA_3_CONFIG,
+    GEMMA_4_CONFIG,
     GLM_4_CONFIG,
     GLM_MOE_CONFIG,
     GPT_OSS_CONFIG,
@@ -29,6 +30,7 @@ from weights.families.defaults import (
 )
 from weights.families.experts import clamped_experts, experts, sigmoid_experts, unclipped
 from weights.families.family import Family, activation
+from weights.families.gemma_4 import gemma_4_fields
 from weights.families.rope import rope
 from weights.families.unknown import refuse_unknown
 from weights.families.windows import rope_in_some, rope_with_window, windows
@@ -68,6 +70,7 @@ def gemma_scales(config: Config) -> dict:
 
 GEMMA_2 = {"norm_offset": True, "post_norm": True}
 GEMMA_3 = GEMMA_2 | {"qk_norm": True}
+GEMMA_4 = {"post_norm": True, "qk_norm": True, "value_norm": True, "attention_scale": 1.0, "layer_scales": True}
 MOE_SIZE, CLAMPED = "moe_intermediate_size", {"silu": "clamped_swiglu"}
 # old configs say gelu, but the models are trained with its approximation
 GELU = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -109,6 +112,7 @@ FAMILIES = {
     "gemma": Family({"norm_offset": True}, root_of_dim, GEMMA_1_CONFIG, biases=ATTENTION_BIAS, activations=GELU),
     "gemma2": Family(GEMMA_2, gemma_scales, GEMMA_2_CONFIG, full_layers_every=2, biases=ATTENTION_BIAS),
     "gemma3_text": Family(GEMMA_3, gemma_scales, GEMMA_3_CONFIG, 6, "rope_local_base_freq", biases=ATTENTION_BIAS),
+    "gemma4_text": Family(GEMMA_4, gemma_4_fields, GEMMA_4_CONFIG, 6, biases=ATTENTION_BIAS),
 }
 
 
@@ -123,7 +127,7 @@ def args_from_config(config: Config) -> ModelArgs:
     read = {key: value for key, value in given.items() if key in family.defaults or key not in READ_BY_SOME}
     config = Config(PLAIN | family.defaults | read, config.where, config.names)
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        if config.get(key) and key not in family.biases:
+        if config.get(key, False) not in (False, "vision") and key not in family.biases:  # vision: of pictures alone
             raise config.error(f"{key} is set, which is not supported in models of type {name}")
     dim, n_head, n_layer = map(config.whole, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_dim = config.whole("head_dim", dim // n_head)
