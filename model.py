@@ -18,6 +18,7 @@ from torch import Tensor
 from mixers.activations import ACTIVATIONS
 from mixers.experts import MixtureOfExperts, check_experts
 from mixers.fields import check_fields, check_sizes
+from mixers.latent import LatentAttention, cached_dim, check_latent
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
 
@@ -47,6 +48,9 @@ class ModelArgs:
     qk_norm: bool = False  # each head of q and k is normalised
     qk_norm_last: bool = False  # ... after rope
     joint_qk_norm: bool = False  # all heads of q are normalised as one vector, and all of k
+    kv_latent: int | None = None  # size of the vector that all keys and values of a token are made of
+    q_latent: int | None = None  # ... and all queries; None: of the token itself
+    value_dim: int | None = None  # size of a value where it is not head_dim; rope turns the last rope_dim of head_dim
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
@@ -78,6 +82,7 @@ class ModelArgs:
         check_fields(self)
         check_sizes(self)
         check_experts(self)
+        check_latent(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if not has_finite_rope(self):
@@ -186,16 +191,17 @@ class Vectors(NamedTuple):
 class LayerCache(nn.Module):
     """Keys and values of one layer, see `Vectors`; int8 ones have scales. The slot of a token is its position."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, names: str = "kv"):
         super().__init__()
-        for name in ("k", "v"):
+        self.names = names
+        for name in names:
             scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
-    def view(self, cache_rows: Tensor | None) -> tuple[Vectors, Vectors, Tensor | None]:
+    def view(self, cache_rows: Tensor | None) -> tuple:
         """As `CacheView.layer`."""
-        return Vectors(self.k, self.k_scales), Vectors(self.v, self.v_scales), cache_rows
+        return *(Vectors(getattr(self, name), getattr(self, f"{name}_scales")) for name in self.names), cache_rows
 
     def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
         """Give rows target [n] what rows source [n] hold in their first `length` slots."""
@@ -207,8 +213,10 @@ def layer_caches(
     args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
     """What each layer keeps of n_rows sequences of up to n_slots tokens."""
-    shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
-    return [LayerCache(shape, dtype, device) for _ in range(args.n_layer)]
+    n_head, names = (args.n_kv_head, "kv") if args.kv_latent is None else (1, "k")
+    if names == "k" and dtype == torch.int8:
+        raise ValueError("int8 caches are not supported in latent attention, whose cache is small; leave it as it is")
+    return [LayerCache((n_rows, n_head, n_slots, cached_dim(args)), dtype, device, names) for _ in range(args.n_layer)]
 
 
 SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
@@ -338,6 +346,8 @@ class FeedForward(nn.Module):
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
+    if args.kv_latent is not None:
+        return LatentAttention(args, RMSNorm)
     return Attention(args, args.windows()[layer])
 
 

@@ -180,7 +180,7 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
         text = "\n\n".join(task_texts(tasks, args.include_path))
     sizes = job.source.args
     widths = [sizes.dim, sizes.intermediate_size, sizes.dense_size or 0, sizes.shared_size or 0]
-    widths.append(sizes.n_head * sizes.head_dim)
+    widths.append(sizes.n_head * (sizes.value_dim or sizes.head_dim))
     return calibration_windows(
         encode(text, job),
         limit=args.calibration_limit,

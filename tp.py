@@ -38,6 +38,9 @@ PLAN = {
     "tok_embeddings": Split(-2, ("vocab_size",)),
     "layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head")),
     "layers.#.attention.wo": Split(-1, ("n_head",)),
+    "layers.#.attention.wq": Split(-2, ("n_head",)),
+    "layers.#.attention.wq_b": Split(-2, ("n_head",)),
+    "layers.#.attention.wkv_b": Split(-2, ("n_head",)),
     "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
@@ -119,8 +122,8 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
             f"{sizes}; use {listed(fits)}"
         )
     widths = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
-    widths |= {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
-    widths["shared.w2"] = args.shared_size
+    widths |= {"attention.wo": args.n_head * (args.value_dim or args.head_dim)}
+    widths |= {"feed_forward.w2": args.intermediate_size, "shared.w2": args.shared_size}
     for module, spec in table.items():
         if spec.ordered:
             raise ValueError(
