@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.cache import copy_prefix, row_bytes
-from engine.compile import compile_step
 from layers.fastest import pack_
 from layers.latent import AbsorbedAttention, OperatorHeadLinear
 from layers.quantized import QuantSpec, linear_table, quantize_
@@ -76,17 +75,6 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_form(spec):
     found = [run(model, TOKENS[:, a:b], a, cache.view(length=48)) for a, b in ((0, 40), (40, 44), (44, 45))]
     error, usual = ((logits - exact).norm() for logits in (torch.cat(found, 1), run(plain, TOKENS, 0, None)))
     assert error < 1.5 * usual
-
-
-@torch.inference_mode()
-def test_a_compiled_step_equals_an_eager_one():
-    model = packed()
-    cache = model.new_cache(2, 64)
-    run(model, TOKENS[:, :44], 0, cache.view(length=48))
-    step = compile_step(lambda model, tokens, pos, cache: model(tokens, pos, cache), torch.device("cpu"))
-    token, pos = TOKENS[:, 44:], torch.full((2, 1), 44)
-    found, expected = (call(model, token, pos, cache.view(length=48)) for call in (step, Transformer.__call__))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_kept_and_read():

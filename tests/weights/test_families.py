@@ -53,6 +53,7 @@ from weights.families.table import args_from_config
 from weights.files import Config
 from weights.gguf import ARCHITECTURES
 from weights.layout import Layout
+from weights.registry import args_from_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N_NEW = 32
@@ -332,6 +333,10 @@ COMMAND_R7B |= {"order_of_interleaved_layers": "local_attn_first", "rotary_pct":
 def test_published_sizes_of_models_whose_configs_hold_words_of_their_own(config, millions):
     tensors = Layout(args_from_config(Config(config))).tensors
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == millions
+
+
+def test_deepseek_v2_lite_by_its_config_and_by_its_name():
+    assert args_from_config(Config(DEEPSEEK)) == args_from_name("DeepSeek-V2-Lite")
 
 
 def test_kimi_k2_is_a_deepseek_v3():
