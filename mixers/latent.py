@@ -40,14 +40,14 @@ class LatentAttention(nn.Module):
 
     A head's key is what wkv_b makes of the latent, and then the turned key, which all heads share; its value is made
     of the latent too. A head's query has the turned numbers last, and may come from a latent of the queries. args: a
-    `model.ModelArgs`. norm: makes a norm of so many numbers of these args.
+    `model.ModelArgs`. norm: makes of a size and these args a norm.
     """
 
     def __init__(self, args, norm: Callable[..., nn.Module]):
         super().__init__()
         self.n_head, self.scale = args.n_head, args.attention_scale or args.head_dim**-0.5
         self.turned, self.latent, self.value_dim = args.rope_dim, args.kv_latent, args.value_dim
-        self.unturned = args.head_dim - args.rope_dim
+        self.unturned, self.q_latent = args.head_dim - args.rope_dim, args.q_latent
         queries = args.n_head * args.head_dim
         if args.q_latent is None:
             self.wq = nn.Linear(args.dim, queries, bias=False)
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
         return self.wo(self.attended(q, latents, mask, *cache).flatten(2))
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [B, S, H, unturned + turned]
-        q = self.wq(x) if hasattr(self, "wq") else self.wq_b(self.query_norm(self.wq_a(x)))
+        q = self.wq(x) if self.q_latent is None else self.wq_b(self.query_norm(self.wq_a(x)))
         q, turned = q.unflatten(-1, (self.n_head, -1)).split((self.unturned, self.turned), -1)
         return torch.cat((q, rotate(turned, cos, sin)), -1)
 

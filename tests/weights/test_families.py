@@ -335,6 +335,15 @@ def test_published_sizes_of_models_whose_configs_hold_words_of_their_own(config,
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == millions
 
 
+def test_layers_for_further_tokens_are_left_out(tmp_path):
+    kind, extra = FAMILIES["deepseek_v3"]
+    save_tiny(kind(**{**SIZES, **extra}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    edit_json(tmp_path / "config.json", lambda config: config | {"num_nextn_predict_layers": 1})
+    assert open_model(tmp_path).layout.tensors.keys() == open_model(tmp_path).tensors.keys()
+
+
 def test_deepseek_v2_lite_by_its_config_and_by_its_name():
     assert args_from_config(Config(DEEPSEEK)) == args_from_name("DeepSeek-V2-Lite")
 

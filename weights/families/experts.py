@@ -64,9 +64,8 @@ def normed_sigmoid_experts(config: Config) -> dict:
 
 
 def clamped_experts(config: Config) -> dict:
-    for key, wanted in (("swiglu_alpha", SWIGLU_SLOPE), ("swiglu_limit", CLAMP)):
-        if config.number(key, wanted) != wanted:
-            raise config.error(f"{key} is {config.get(key)}; only {wanted} is supported")
+    only(config, "swiglu_alpha", SWIGLU_SLOPE)
+    only(config, "swiglu_limit", CLAMP)
     return experts(config)
 
 
