@@ -18,6 +18,7 @@ from torch import Tensor
 from mixers.activations import ACTIVATIONS
 from mixers.experts import MixtureOfExperts, SeparateExperts, check_experts
 from mixers.fields import check_fields, check_sizes
+from mixers.latent import LatentAttention, cached_dim, check_latent
 from mixers.layer_inputs import LayerInput, LayerInputs
 from mixers.layer_kinds import WithoutCache, check_layer_kinds, key_heads, projected_heads, source_layers
 from mixers.norms import block_norm, head_norm
@@ -56,6 +57,9 @@ class ModelArgs:
     keys_as_values: bool = False  # values of layers without a window are their keys before norm and rope
     n_reusing_layer: int | None = None  # so many last layers use the keys and values of an earlier one of their kind
     reusing_size: int | None = None  # width of their feed-forward; None: intermediate_size
+    kv_latent: int | None = None  # size of the vector that all keys and values of a token are made of
+    q_latent: int | None = None  # ... and all queries; None: of the token itself
+    value_dim: int | None = None  # size of a value where it is not head_dim; rope turns the last rope_dim of head_dim
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
@@ -91,6 +95,7 @@ class ModelArgs:
         check_sizes(self)
         check_experts(self)
         check_layer_kinds(self)
+        check_latent(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if not has_finite_rope(self):
@@ -158,16 +163,17 @@ class Vectors(NamedTuple):
 class LayerCache(nn.Module):
     """Keys and values of one layer, see `Vectors`; int8 ones have scales. The slot of a token is its position."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, names: str = "kv"):
         super().__init__()
-        for name in ("k", "v"):
+        self.names = names
+        for name in names:
             scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
-    def view(self, cache_rows: Tensor | None) -> tuple[Vectors, Vectors, Tensor | None]:
+    def view(self, cache_rows: Tensor | None) -> tuple:
         """As `CacheView.layer`."""
-        return Vectors(self.k, self.k_scales), Vectors(self.v, self.v_scales), cache_rows
+        return *(Vectors(getattr(self, name), getattr(self, f"{name}_scales")) for name in self.names), cache_rows
 
     def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
         """Give rows target [n] what rows source [n] hold in their first `length` slots."""
@@ -179,6 +185,11 @@ def layer_caches(
     args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
     """What each layer keeps of n_rows sequences of up to n_slots tokens; a layer that reuses has that of another."""
+    if args.kv_latent is not None:
+        if dtype == torch.int8:
+            raise ValueError("int8 caches are not supported in latent attention, whose caches are small")
+        shape = (n_rows, 1, n_slots, cached_dim(args))
+        return [LayerCache(shape, dtype, device, names="k") for _ in range(args.n_layer)]
     kinds, sources = [key_heads(args, window is not None) for window in args.windows()], source_layers(args)
     made = {i: LayerCache((n_rows, kinds[i][0], n_slots, kinds[i][1]), dtype, device) for i in sorted(set(sources))}
     return [made[i] for i in sources]
@@ -325,7 +336,7 @@ class FeedForward(nn.Module):
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
-    return Attention(args, layer)
+    return Attention(args, layer) if args.kv_latent is None else LatentAttention(args)
 
 
 def feed_forward(args: ModelArgs, layer: int) -> nn.Module:

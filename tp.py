@@ -40,6 +40,9 @@ PLAN = {
     "tok_embeddings": Split(-2, ("vocab_size",)),
     "layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head")),
     "layers.#.attention.wo": Split(-1, ("n_head",)),
+    "layers.#.attention.wq": Split(-2, ("n_head",)),
+    "layers.#.attention.wq_b": Split(-2, ("n_head",)),
+    "layers.#.attention.wkv_b": Split(-2, ("n_head",)),
     "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
@@ -149,7 +152,9 @@ def inputs_split(args: ModelArgs) -> dict[str, int | None]:
     """Of the layers that are split row-wise, by the ends of their names, the first that fits: how many inputs."""
     inputs = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
     for layer, window in enumerate(args.windows()):
-        inputs[f"layers.{layer}.attention.wo"] = args.n_head * key_heads(args, window is not None)[1]
+        inputs[f"layers.{layer}.attention.wo"] = args.n_head * (
+            args.value_dim or key_heads(args, window is not None)[1]
+        )
     if args.reusing_size:
         reusing = range(args.n_layer - args.n_reusing_layer, args.n_layer)
         inputs |= {f"layers.{layer}.feed_forward.w2": args.reusing_size for layer in reusing}

@@ -21,6 +21,7 @@ from cli import cache_folder, in_words, one_line, scratch
 
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
+HEAD_UNIT = 32  # of which `attend` takes every multiple for few queries a row
 
 
 @dataclass(frozen=True)

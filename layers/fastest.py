@@ -12,6 +12,7 @@ from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu_attention import GpuAttention
 from layers.gpu_experts import GpuExperts
 from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
+from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.packed import (
     AnyExperts,
     CodesLinear,
@@ -27,6 +28,7 @@ from layers.packed import (
 )
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
+from mixers.latent import LatentAttention
 from model import Attend, Attention, Blocks, ModelArgs, Transformer, TransformerBlock
 
 
@@ -56,6 +58,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),
     Row((Int4Linear,),          "cuda", None,  False,     Int4OnGpu.fits,      Int4OnGpu),
+    Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),
     Row((ExpertLinear, *ALL),   None,   None,  False,     is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
@@ -106,7 +109,9 @@ def pack_(model: nn.Module, memory: int | None = None) -> None:
 
     memory: bytes that are free, as in `copy_as_float_`.
     """
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(model.named_modules()):  # an attention before its layers, whose weights it needs
+        if type(layer) is LatentAttention:
+            replace_(model, name, AbsorbedAttention(layer))
         if isinstance(layer, QuantizedLinear) and layer.order is not None:
             replace_(model, name, Permuted(layer))
     if model.device.type == "cpu" and not cpu.available():

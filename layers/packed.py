@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels import cpu
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
 from mixers.experts import ExpertLinear, Gate, by_expert
+from mixers.latent import LatentAttention, cached_dim
 from model import Attend, ModelArgs, Vectors, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
@@ -63,14 +64,20 @@ class OperatorAttend(StepAttend):
         return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 
     @staticmethod
-    def fits(attend: Attend, _: ModelArgs) -> bool:
-        return attend.cap is None and attend.sinks is None and attend.head_dim in cpu.HEAD_DIMS
+    def fits(attend: Attend, args: ModelArgs) -> bool:
+        is_latent = args.kv_latent is not None
+        fits = attend.head_dim in cpu.HEAD_DIMS or (is_latent and attend.head_dim % cpu.HEAD_UNIT == 0)
+        return attend.cap is None and attend.sinks is None and fits
 
 
 class ManyAttend(OperatorAttend):
     """Attention of any number of queries by the same operator."""
 
     takes_many = True
+
+    @staticmethod
+    def fits(attend: Attend, args: ModelArgs) -> bool:
+        return OperatorAttend.fits(attend, args) and cached_dim(args) in cpu.HEAD_DIMS
 
 
 class FewRowsLinear(nn.Module):
@@ -148,6 +155,8 @@ class CodesLinear(nn.Module):
 def rounds_each_row(blocks: nn.Module) -> bool:
     """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
     kinds = {type(module) for module in blocks.modules()}
+    if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
+        return False
     others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, *LAYERS.values()}
     return {CodesLinear, ManyAttend} <= kinds and not kinds & others
 

@@ -22,8 +22,8 @@ def check_experts(args) -> None:
             raise ValueError(f"{name} {getattr(args, name)} is for a model with n_expert, a mixture of experts")
     if bool(args.dense_layers) != bool(args.dense_size) or len(set(args.dense_layers)) >= args.n_layer:
         raise ValueError(f"dense_layers {args.dense_layers} need dense_size, {args.dense_size}, and other layers")
-    if bool(groups) != bool(args.n_group_used) or (groups and not args.sigmoid_experts):
-        raise ValueError(f"n_expert_group {groups} needs n_group_used and sigmoid_experts")
+    if bool(groups) != bool(args.n_group_used):
+        raise ValueError(f"n_expert_group {groups} needs n_group_used")
     if args.separate_experts and (not args.shared_size or args.shared_gate or args.dense_layers):
         raise ValueError("separate_experts need shared_size, and neither shared_gate nor dense_layers")
     if groups and (
@@ -71,9 +71,9 @@ class MixtureOfExperts(nn.Module):
     """Feed-forwards of which a gate chooses some for each token (Shazeer et al. 2017; Jiang et al. 2024).
 
     The gate's scores are shares of 1, or each is a number from 0 to 1 (DeepSeek-AI 2024): then a bias takes part in the
-    choice, and experts may come in groups, of which the best are chosen first, by their two best experts. One more
-    feed-forward, `shared`, may serve all tokens, weighted by a gate of its own (Qwen2-MoE) or not. The weight of each
-    expert may be times a number of its own (Gemma 4). args: a `model.ModelArgs`.
+    choice. Experts may come in groups, of which the best are chosen first: by their best expert or, with a bias, by
+    their two best. One more feed-forward, `shared`, may serve all tokens, weighted by a gate of its own (Qwen2-MoE) or
+    not. The weight of each expert may be times a number of its own (Gemma 4). args: a `model.ModelArgs`.
     """
 
     def __init__(self, args, shared: nn.Module | None):
@@ -107,10 +107,11 @@ class MixtureOfExperts(nn.Module):
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and numbers [T, K] of the experts that scores [T, E] choose."""
         if self.e_score_correction_bias is None:
-            weights, chosen = scores.softmax(-1).topk(self.n_used)
+            weights, chosen = self.in_best_groups(scores.softmax(-1), n_best=1).topk(self.n_used)
         else:
             scores = scores.sigmoid()
-            chosen = self.in_best_groups(scores + self.e_score_correction_bias).topk(self.n_used).indices
+            biased = scores + self.e_score_correction_bias
+            chosen = self.in_best_groups(biased, n_best=2).topk(self.n_used).indices
             weights = scores.gather(1, chosen)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -118,12 +119,12 @@ class MixtureOfExperts(nn.Module):
             weights = weights * self.per_expert_scale[chosen]
         return (weights if self.scale == 1 else weights * self.scale), chosen
 
-    def in_best_groups(self, scores: Tensor) -> Tensor:
-        """scores [T, E], -inf in all groups of experts but the best."""
+    def in_best_groups(self, scores: Tensor, n_best: int) -> Tensor:
+        """scores [T, E], -inf in all groups of experts but those whose n_best experts are the best."""
         if self.n_group is None:
             return scores
         groups = scores.unflatten(1, (self.n_group, -1))  # [T, G, E/G]
-        best = groups.topk(2).values.sum(-1).topk(self.n_group_used).indices
+        best = groups.topk(n_best).values.sum(-1).topk(self.n_group_used).indices
         kept = torch.zeros_like(groups[..., 0]).scatter(1, best, 1.0).bool()
         return groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
 

@@ -43,10 +43,9 @@ class RopeScaling:
             raise ValueError(f"rope type {self.type!r} has other numbers than it needs in factors and long_factors")
         if self.part > 1:
             raise ValueError(f"part {self.part} of the rope pairs is more than all")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low > high or (low == high and self.type != "yarn"):  # yarn blends over a pair at least
+            raise ValueError(f"low_freq_factor {low} is not below high_freq_factor {high}")
 
     def apply(self, freqs: Tensor, base: float, length: int = 0) -> Tensor:
         """Scale `freqs` [D/2], radians per position, the powers of 1 / base, for contexts of `length` tokens."""

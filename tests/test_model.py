@@ -57,6 +57,7 @@ VARIANTS = {
     ),
     "norms last": replace(TINY, qk_norm=True, qk_norm_last=True, mean_norm=True, parallel=True),
     "sinks and biases": replace(TINY, attention_sinks=True, wo_bias=True, ffn_bias=True, n_expert=3, n_expert_used=2),
+    "latent attention": replace(TINY, n_kv_head=4, kv_latent=28, q_latent=12, value_dim=6, rope_dim=4),
     "experts scored alone": replace(
         TINY,
         n_expert=6,
@@ -202,7 +203,7 @@ def greedy(model, prompts, n_new, step):
 @pytest.mark.parametrize(
     "variant",
     ["windows in turn", "scales and caps", "joint norms", "part of rope", "sinks and biases"]
-    + ["layers that differ", "separate experts"],
+    + ["layers that differ", "separate experts", "latent attention"],
 )
 def test_compiled_step_equals_plain_step_and_serves_every_length(variant):
     torch._dynamo.reset()

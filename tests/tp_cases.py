@@ -61,7 +61,8 @@ CAPPED = replace(
     residual_scale=0.7,
 )
 EXPERTS = replace(ARGS, intermediate_size=256, n_expert=4, n_expert_used=2, shared_size=128)
-MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS}
+LATENT = replace(ARGS, qk_norm=False, n_kv_head=8, kv_latent=64, q_latent=32, value_dim=16, rope_dim=16)
+MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS, "latent": LATENT}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -99,6 +100,8 @@ CASES = [
     Case("experts", "bfloat16", 3),  # rows enough for the errors of one choice to count little
     Case("experts-int4", "float32", 3),
     Case("experts-int4", "bfloat16", 3),
+    Case("latent", "float32", 3, speculate="ngram"),
+    Case("latent", "bfloat16", 3),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),

@@ -54,6 +54,16 @@ SHARED_EXPERTS = {  # that stand under another name, without a gate
     "layers.#.feed_forward.shared.w13": tuple(f"model.layers.#.mlp.shared_experts.{x}_proj" for x in ("gate", "up")),
     "layers.#.feed_forward.shared.w2": ("model.layers.#.mlp.shared_experts.down_proj",),
 }
+LATENT = {
+    "layers.#.attention.wq": ("model.layers.#.self_attn.q_proj",),
+    "layers.#.attention.wq_a": ("model.layers.#.self_attn.q_a_proj",),
+    "layers.#.attention.query_norm": ("model.layers.#.self_attn.q_a_layernorm",),
+    "layers.#.attention.wq_b": ("model.layers.#.self_attn.q_b_proj",),
+    "layers.#.attention.wkv_a": ("model.layers.#.self_attn.kv_a_proj_with_mqa",),
+    "layers.#.attention.latent_norm": ("model.layers.#.self_attn.kv_a_layernorm",),
+    "layers.#.attention.wkv_b": ("model.layers.#.self_attn.kv_b_proj",),
+}
+LATENT_EXPERTS = EXPERTS | SHARED_EXPERTS | LATENT
 GPT_OSS = {
     "layers.#.attention.attend": ("model.layers.#.self_attn",),  # its sinks
     "layers.#.feed_forward.gate": ("model.layers.#.mlp.router",),
@@ -116,8 +126,15 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "granitemoe": GRANITE_EXPERTS,
     "hunyuan_v1_dense": LAST_NORMS,
     "exaone4": POST_NORMS,
+    "deepseek_v2": LATENT_EXPERTS,
+    "deepseek_v3": LATENT_EXPERTS,
+    "kimi_k2": LATENT_EXPERTS,
+    "glm4_moe_lite": LATENT_EXPERTS,
+    "youtu": LATENT,
+    "minicpm3": LATENT,
 }
-INTERLEAVED = {"glm4", "cohere2"}  # model types in whose files rope turns neighbouring pairs
+# model types in whose files rope turns neighbouring pairs, unless the config says otherwise
+INTERLEAVED = {"glm4", "cohere2", "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"}
 STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias)?")  # gpt-oss's (mlp) or Gemma 4's
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
@@ -155,7 +172,8 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
     )
     layout, model_type = Layout(args), config["model_type"]
-    modules, order = hf_modules(model_type), rope_order(args, model_type in INTERLEAVED)
+    interleaved = model_type in INTERLEAVED and bool(config.get("rope_interleave", True))
+    modules, order = hf_modules(model_type), rope_order(args, interleaved)
     guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
     unused = {name for name in raw if name.startswith(guesses) or is_unused(name, args)}  # guesses: of further tokens
     raw = {name: read for name, read in raw.items() if name not in unused}

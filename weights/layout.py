@@ -16,6 +16,7 @@ from model import ModelArgs, Transformer
 
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
 
+TURNED = ("wqkv", "q_norm", "k_norm", ".wq", ".wq_b", ".wkv_a")  # ends of the modules whose rows rope turns
 LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
@@ -182,8 +183,8 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tens
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
         used.update(*names)
         tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
-        if order is not None and module.endswith(("wqkv", "q_norm", "k_norm")) and leaf != "order":
-            tensors[name] = lambda read=tensors[name]: in_our_order(read(), args, order)
+        if order is not None and module.endswith(TURNED) and leaf != "order":
+            tensors[name] = lambda read=tensors[name], module=module: in_our_order(read(), module, args, order)
     extra = [name for name in raw if name not in used and not IGNORED.fullmatch(name)]
     if extra:
         raise ValueError(f"{where} has {len(extra)} tensors this model has no place for, the first is {extra[0]}")
@@ -203,17 +204,24 @@ def concatenated(parts: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor
 def rope_order(args: ModelArgs, interleaved: bool) -> Tensor | None:
     """For each number of a head as we have it, its place in a file; None: the same.
 
-    Here rope turns number i with i + D/2; in a file it turns neighbours, or the halves of the `args.turned` first.
+    Here rope turns number i with i + D/2; in a file it turns neighbours, or the halves of the `args.turned` first. In
+    latent attention it turns the last ones here and there.
     """
     turned, still = torch.arange(args.turned), torch.arange(args.turned, args.head_dim).chunk(2)
     if not interleaved and args.turned == args.head_dim:
         return None
     first, second = (turned[::2], turned[1::2]) if interleaved else turned.chunk(2)
+    if args.kv_latent is not None:
+        n_still = args.head_dim - args.turned
+        return torch.cat([torch.arange(n_still), n_still + first, n_still + second])
     return torch.cat([first, still[0], second, *still[1:]])
 
 
-def in_our_order(rows: Tensor, args: ModelArgs, order: Tensor) -> Tensor:
-    """The rows of wqkv, or the numbers of a norm of q or k, with those of each turned head in the `rope_order`."""
+def in_our_order(rows: Tensor, module: str, args: ModelArgs, order: Tensor) -> Tensor:
+    """The rows of a layer, or the numbers of a norm, in `TURNED` with those of each turned head in the `rope_order`."""
+    if module.endswith(".wkv_a"):  # a latent, then the turned end of one head
+        n_still = args.head_dim - args.turned
+        return torch.cat([rows[: args.kv_latent], rows[args.kv_latent :][order[n_still:] - n_still]])
     n_row = min(len(rows), (args.n_head + args.n_kv_head) * args.head_dim)  # values are not turned
     heads = rows[:n_row].unflatten(0, (-1, args.head_dim))
     return torch.cat([heads[:, order].flatten(0, 1), rows[n_row:]])
@@ -222,14 +230,14 @@ def in_our_order(rows: Tensor, args: ModelArgs, order: Tensor) -> Tensor:
 def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     """Bytes of weights that one decoding step reads: all but the rows of input embeddings not looked up.
 
-    The output head counts, also when it shares the embedding's weight; caches and rope tables do not. Of E experts, K
-    for each token, those of one token count, or as many as `tokens` choose if each chooses at random: E (1 - (1 -
-    K/E)^tokens).
+    The output head counts, also when it shares the embedding's weight; caches and rope tables do not, nor does a layer
+    that `AbsorbedAttention` replaces. Of E experts, K for each token, those of one token count, or as many as `tokens`
+    choose if each chooses at random: E (1 - (1 - K/E)^tokens).
     """
     args = model.args
     unread = (1 - args.n_expert_used / args.n_expert) ** tokens if args.n_expert else 0.0
-    tables = ("tok_embeddings.weight", "layer_inputs.embeddings.weight")
-    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tables}
+    unused = re.compile(r"tok_embeddings\.weight|layer_inputs\.embeddings\.weight|.*\.wkv_b\..*")
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if not unused.fullmatch(name)}
     mixtures = [name for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts)]
     of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2"))
     experts = sum(size for name, size in sizes.items() if name.startswith(of_experts))

@@ -1,5 +1,7 @@
 """Sizes of well-known models, for benchmarks and tests: a checkpoint brings its own."""
 
+import math
+
 from mixers.rope import RopeScaling
 from model import ModelArgs
 
@@ -13,6 +15,11 @@ _LLAMA_3 = {"rope_base": 500000.0}
 _LLAMA_31 = _LLAMA_3 | {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)}
 _LLAMA_32 = _LLAMA_3 | {"rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), "tie_embeddings": True}
 _QWEN_3 = {"norm_eps": 1e-6, "rope_base": 1e6, "qk_norm": True, "head_dim": 128}
+_DEEPSEEK_YARN = {"rope_scaling": RopeScaling("yarn", 40.0, 1.0, 32.0, 4096), "max_seq_length": 163840}
+_DEEPSEEK_YARN |= {"attention_scale": 192**-0.5 * (0.0707 * math.log(40) + 1) ** 2}
+_DEEPSEEK = {"norm_eps": 1e-6, "head_dim": 192, "rope_dim": 64, "kv_latent": 512, "value_dim": 128}
+_DEEPSEEK |= {"n_expert": 64, "n_expert_used": 6, "normalize_experts": False, "shared_size": 2816, "shared_gate": False}
+_DEEPSEEK |= {"dense_layers": (0,), "dense_size": 10944}
 
 REGISTRY = {
     "Llama-2-7B": _llama(4096, 32, 32, 32, 11008, 32000, 4096),
@@ -33,6 +40,7 @@ REGISTRY = {
     "Qwen3-8B": _llama(4096, 36, 32, 8, 12288, 151936, 40960, **_QWEN_3),
     "Mixtral-8x7B": _llama(4096, 32, 32, 8, 14336, 32000, 32768, rope_base=1e6, n_expert=8, n_expert_used=2),
     "Qwen3-30B-A3B": _llama(2048, 48, 32, 4, 768, 151936, 40960, **_QWEN_3, n_expert=128, n_expert_used=8),
+    "DeepSeek-V2-Lite": _llama(2048, 27, 16, 16, 1408, 102400, **_DEEPSEEK_YARN, **_DEEPSEEK),
     "stories15M": _llama(288, 6, 6, 6, 768, 32000, 256, tie_embeddings=True),
     "stories110M": _llama(768, 12, 12, 12, 2048, 32000, 1024, tie_embeddings=True),
     "SmolLM2-135M": _llama(576, 30, 9, 3, 1536, 49152, 8192, rope_base=1e5, tie_embeddings=True),

@@ -174,13 +174,14 @@ Vectors vectors_of(const Tensor& data, const OptionalTensor& scales, at::ScalarT
 
 // Queries and the filled part of the cache: q [B, S, H, D], k and v [R, Hkv, C', D], of which row b uses row cache_rows[b],
 // or b if there are no cache_rows; mask [B, S, C] of zeros and -inf over the first C slots; scale of q k -> [B, S, H, D].
-// D is 64, 96, 128 or 256. More than 16 queries a row are bfloat16. k and v are int8 if they have scales [R, Hkv, C'].
+// D is 64, 96, 128 or 256, or for up to 16 queries a row any multiple of 32. More queries are bfloat16. k and v are int8 if
+// they have scales [R, Hkv, C'].
 Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, const Tensor& v,
               const OptionalTensor& v_scales, const OptionalTensor& cache_rows, const Tensor& mask, double scale) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && mask.dim() == 3, "attend: q, k, v and mask have 4, 4, 4 and 3 dimensions");
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), n_kv_head = k.size(1), slots = mask.size(2);
   const Dtype dtype = dtype_from(q.scalar_type(), "attend");
-  check_head_dim(D, "attend");
+  if (D % 32 || D == 0 || S > kFewRows) check_head_dim(D, "attend");
   check_queries(S, dtype, "attend");
   const Vectors keys = vectors_of(k, k_scales, q.scalar_type(), "attend");
   const Vectors values = vectors_of(v, v_scales, q.scalar_type(), "attend");

@@ -172,7 +172,7 @@ CACHES += [(dtype, torch.int8) for dtype, _ in CACHES]
 
 @needs_operators
 @pytest.mark.parametrize("dtype, cache_dtype", CACHES, ids=str)
-@pytest.mark.parametrize("head_dim", cpu.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [*cpu.HEAD_DIMS, 18 * cpu.HEAD_UNIT])
 @pytest.mark.parametrize("S", [1, 2, 5])
 def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype):
     scale = 1.5 * head_dim**-0.5

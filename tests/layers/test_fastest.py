@@ -62,6 +62,7 @@ SHARED = EXPERTS | {"shared_size": 32}
 REUSING = {"n_reusing_layer": 1, "reusing_size": 64}
 SCALED = {"layer_scales": True, "layer_input_size": 32}
 IN_TURN = {"sliding_window": 5, "full_layers": (1,), "full_head_dim": 128, "full_kv_head": 1}
+LATENT = {"kv_latent": 32, "q_latent": 64, "value_dim": 48, "rope_dim": 32, "n_kv_head": 4}
 DENSE = EXPERTS | {"dense_layers": (0,), "dense_size": 64}
 REFUSED = {
     "full_layers": {"full_layers": (1,), "sliding_window": 5},
@@ -69,6 +70,9 @@ REFUSED = {
     "late_query_scale": {"late_query_scale": 0.5, "rope_scaling": RopeScaling("yarn", 4.0, 1.0, 8.0, 8)},
     "qk_norm_last": {"qk_norm": True, "qk_norm_last": True},
     "joint_qk_norm": {"joint_qk_norm": True},
+    "kv_latent": LATENT | {"kv_latent": 128},  # of a size that operators take
+    "q_latent": LATENT,
+    "value_dim": LATENT | {"q_latent": None},
     "attention_sinks": {"attention_sinks": True},
     "attention_softcap": {"attention_softcap": 2.0},
     "activation": {"activation": "gelu_tanh"},

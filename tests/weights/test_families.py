@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     Cohere2Config,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
@@ -20,11 +22,13 @@ from transformers import (
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
+    MiniCPM3Config,
     Ministral3Config,
     MistralConfig,
     MixtralConfig,
@@ -38,6 +42,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    YoutuConfig,
 )
 
 import tests.tp_cases as tp_cases
@@ -49,6 +54,7 @@ from weights.families.table import args_from_config
 from weights.files import Config
 from weights.gguf import ARCHITECTURES
 from weights.layout import Layout
+from weights.registry import args_from_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N_NEW = 32
@@ -111,6 +117,11 @@ GEMMA_4_EXPERTS = {
     "num_global_key_value_heads": 1,
     "use_bidirectional_attention": "vision",
 }
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32}
+LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
+WIDE_LATENT = LATENT | {"kv_lora_rank": 128, "qk_rope_head_dim": 32}  # of a size that operators take
+LATENT_EXPERTS = GLM_EXPERTS | {"first_k_dense_replace": 1}
+LATENT_YARN = YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.9}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 FAMILIES = {
@@ -156,6 +167,25 @@ FAMILIES = {
     "glm4": (Glm4Config, {"head_dim": 16}),
     "glm4_moe": (Glm4MoeConfig, GLM_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
     "glm4_moe, all layers": (Glm4MoeConfig, GLM_EXPERTS | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+    "deepseek_v2": (DeepseekV2Config, LATENT | LATENT_EXPERTS | {"q_lora_rank": None, "attention_bias": True}),
+    "deepseek_v2, groups": (
+        DeepseekV2Config,
+        LATENT | LATENT_EXPERTS | {"topk_method": "group_limited_greedy", "rope_parameters": LATENT_YARN},
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        WIDE_LATENT | LATENT_EXPERTS | {"attention_bias": True, "rope_parameters": LATENT_YARN | {"beta_fast": 1.0}},
+    ),
+    "deepseek_v3, halves turned": (
+        DeepseekV3Config,
+        LATENT | LATENT_EXPERTS | {"rope_interleave": False, "q_lora_rank": None, "first_k_dense_replace": 0},
+    ),
+    "glm4_moe_lite": (
+        Glm4MoeLiteConfig,
+        LATENT | GLM_EXPERTS | {"mlp_layer_types": ["dense", "sparse", "sparse"], "rms_norm_eps": 1e-2},
+    ),
+    "youtu": (YoutuConfig, LATENT),
+    "minicpm3": (MiniCPM3Config, LATENT | {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 16}),
     "gpt_oss": (GptOssConfig, IN_TURN | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "granitemoe": (GraniteMoeConfig, GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -306,15 +336,49 @@ GPT_OSS_20B |= {
     "router_aux_loss_coef": 0.9,
     "swiglu_limit": 7.0,
 }
+DEEPSEEK = {"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944}
+DEEPSEEK |= {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None}
+DEEPSEEK |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "n_group": 1}
+DEEPSEEK |= {"first_k_dense_replace": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax"}
+DEEPSEEK |= {"aux_loss_alpha": 0.001, "seq_aux": True, "moe_layer_freq": 1, "ep_size": 1, "pretraining_tp": 1}
+DEEPSEEK |= {"rope_theta": 10000, "norm_topk_prob": False, "max_position_embeddings": 163840}
+DEEPSEEK_ROPE = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707}
+DEEPSEEK_ROPE |= {"mscale_all_dim": 0.707, "original_max_position_embeddings": 4096}
+DEEPSEEK["rope_scaling"] = DEEPSEEK_ROPE
+DEEPSEEK_V3 = DEEPSEEK | {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "n_group": 8}
+DEEPSEEK_V3 |= {"intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "topk_group": 4}
+DEEPSEEK_V3 |= {"num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "n_shared_experts": 1}
+DEEPSEEK_V3 |= {"n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True}
+DEEPSEEK_V3 |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 1}
 COMMAND_R7B = {"model_type": "cohere2", "vocab_size": 256000, "hidden_size": 4096, "intermediate_size": 14336}
 COMMAND_R7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "layer_switch": 4}
 COMMAND_R7B |= {"order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0, "use_parallel_block": True}
 
 
-@pytest.mark.parametrize("config, millions", [(GPT_OSS_20B, 20_915), (COMMAND_R7B, 8_028)])
+@pytest.mark.parametrize(
+    "config, millions", [(GPT_OSS_20B, 20_915), (COMMAND_R7B, 8_028), (DEEPSEEK, 15_706), (DEEPSEEK_V3, 671_026)]
+)
 def test_published_sizes_of_models_whose_configs_hold_words_of_their_own(config, millions):
     tensors = Layout(args_from_config(Config(config))).tensors
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == millions
+
+
+def test_layers_for_further_tokens_are_left_out(tmp_path):
+    kind, extra = FAMILIES["deepseek_v3"]
+    save_tiny(kind(**{**SIZES, **extra}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    edit_json(tmp_path / "config.json", lambda config: config | {"num_nextn_predict_layers": 1})
+    assert open_model(tmp_path).layout.tensors.keys() == open_model(tmp_path).tensors.keys()
+
+
+def test_deepseek_v2_lite_by_its_config_and_by_its_name():
+    assert args_from_config(Config(DEEPSEEK)) == args_from_name("DeepSeek-V2-Lite")
+
+
+def test_kimi_k2_is_a_deepseek_v3():
+    args = [args_from_config(Config(DEEPSEEK_V3 | {"model_type": name})) for name in ("kimi_k2", "deepseek_v3")]
+    assert args[0] == args[1]
 
 
 def test_the_readme_lists_every_family_and_whether_gguf_files_of_it_are_read():
@@ -356,7 +420,8 @@ def test_family_in_int4(family, tmp_path):
         torch.testing.assert_close(found, expected, atol=5e-5 * expected.abs().max().item(), rtol=1e-4)
     n_shared = 2 * (source.args.n_layer - len(source.args.dense_layers)) if source.args.shared_size else 0
     n_input = 2 * source.args.n_layer + 1 if source.args.layer_input_size else 0
-    assert len(table) == 4 * source.args.n_layer + n_shared + n_input + 1
+    n_attention = 2 if source.args.kv_latent is None else 5 if source.args.q_latent else 4
+    assert len(table) == (n_attention + 2) * source.args.n_layer + n_shared + n_input + 1
 
 
 def dequantised(weight, spec):
@@ -454,6 +519,15 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
             ["swiglu_limit is 5.0", "7.0"],
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        (DEEPSEEK | {"scoring_func": "sigmoid"}, ["scoring_func is 'sigmoid'", "only 'softmax'"]),
+        (DEEPSEEK | {"norm_topk_prob": True}, ["norm_topk_prob is True"]),
+        (DEEPSEEK | {"moe_layer_freq": 2}, ["moe_layer_freq is 2"]),
+        (DEEPSEEK | {"num_key_value_heads": 4}, ["num_key_value_heads is 4", "num_attention_heads, 16"]),
+        (DEEPSEEK_V3 | {"topk_method": "greedy"}, ["topk_method is 'greedy'", "'noaux_tc'"]),
+        (
+            DEEPSEEK_V3 | {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"]},
+            ["mlp_layer_types is ['dense']", "each layer"],
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         (WINDOW | {"layer_types": [*MIXED, *MIXED]}, ["layer_types", "2 of full_attention"]),
         (WINDOW | {"layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention"]),

@@ -7,7 +7,15 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4Config, Glm4MoeConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4Config,
+    Glm4MoeConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from tests.tiny import SIZES, save_tiny
 from tp import require_split, shard
@@ -24,8 +32,12 @@ HALF_ROPE = Glm4Config(**SMALL, head_dim=32)  # neighbours turn in half of each 
 CONFIGS = {"plain": PLAIN, "biases": BIASES, "experts": MOE, "half rope": HALF_ROPE}
 GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 CONFIGS["biased choice"] = Glm4MoeConfig(**SMALL, head_dim=32, moe_intermediate_size=64, **GLM_EXPERTS)
-N_LAYERS = {"biased choice": 10}  # with the shared expert's of one layer; others have four in each of two
-LAYER = re.compile(r"(.*(?:_proj|experts\.\d+\.\w+))\.weight")
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": 96, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32}
+LATENT |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 64}
+CONFIGS["latent"] = DeepseekV3Config(**SMALL | LATENT | GLM_EXPERTS | {"num_key_value_heads": 4})
+# with the shared expert's of one layer, and the five of latent attention; others have four in each of two
+N_LAYERS = {"biased choice": 10, "latent": 16}
+LAYER = re.compile(r"(.*(?:_proj|_proj_with_mqa|experts\.\d+\.\w+))\.weight")
 
 
 # ---------------------------------------------------------------- files as other programs write them, written by hand
@@ -192,7 +204,7 @@ def logits_of_transformers(folder):
         *(("plain", method) for method in METHODS),
         *(("experts", name) for name in ("awq g32", "gptq desc_act", "gptq int8 asym", "W8A16", "fp8 blocks")),
         *(("biases", name) for name in ("awq g32", "gptq desc_act")),
-        *product(("half rope", "biased choice"), ("awq g32", "gptq desc_act", "fp8 blocks")),
+        *product(("half rope", "biased choice", "latent"), ("awq g32", "gptq desc_act", "fp8 blocks")),
     ],
 )
 def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
@@ -338,7 +350,13 @@ def test_a_folder_that_contradicts_itself_is_refused_in_words(name, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, method",
-    [("plain", "awq g32"), ("plain", "fp8 blocks of rows"), ("biases", "fp8 rows"), ("experts", "W8A16")],
+    [
+        ("plain", "awq g32"),
+        ("plain", "fp8 blocks of rows"),
+        ("biases", "fp8 rows"),
+        ("experts", "W8A16"),
+        ("latent", "W8A16"),
+    ],
 )
 def test_a_rank_has_its_part_of_codes_scales_and_zeros(kind, method, tmp_path):
     save_tiny(CONFIGS[kind], tmp_path)

@@ -52,6 +52,24 @@ OLMOE_CONFIG = EPS | {"max_position_embeddings": 4096, "norm_topk_prob": False, 
 EXAONE_CONFIG = EPS | WINDOW | {"num_key_value_heads": 32, "sliding_window_pattern": 4}
 COHERE_CONFIG = WINDOW | {"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "logit_scale": 0.0625}
 COHERE_CONFIG |= {"tie_word_embeddings": True, "sliding_window_pattern": 4}
+DEEPSEEK_CONFIG = {"n_group": 1, "routed_scaling_factor": 1.0, "q_lora_rank": 1536, "kv_lora_rank": 512}
+DEEPSEEK_CONFIG |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+DEEPSEEK_2_CONFIG = DEEPSEEK_CONFIG | {"n_shared_experts": 2, "n_routed_experts": 64, "first_k_dense_replace": 0}
+DEEPSEEK_2_CONFIG |= {"moe_intermediate_size": 1407, "norm_topk_prob": False}
+DEEPSEEK_3_CONFIG = DEEPSEEK_CONFIG | {"n_shared_experts": 1, "n_routed_experts": 256, "first_k_dense_replace": 3}
+DEEPSEEK_3_CONFIG |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5}
+DEEPSEEK_3_CONFIG |= {"moe_intermediate_size": 2048, "norm_topk_prob": True, "max_position_embeddings": 4096}
+DEEPSEEK_3_CONFIG |= {"num_key_value_heads": 128, "rope_interleave": True}
+GLM_LITE_CONFIG = DEEPSEEK_3_CONFIG | EPS | {"n_routed_experts": 64, "first_k_dense_replace": 1, "n_group": 1}
+GLM_LITE_CONFIG |= {"topk_group": 1, "num_experts_per_tok": 4, "routed_scaling_factor": 1.8, "q_lora_rank": 768}
+GLM_LITE_CONFIG |= {"moe_intermediate_size": 1536, "max_position_embeddings": 202752, "num_key_value_heads": 20}
+GLM_LITE_CONFIG |= {"qk_nope_head_dim": 192, "v_head_dim": 256, "mlp_layer_types": None}
+YOUTU_CONFIG = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+YOUTU_CONFIG |= {"v_head_dim": 128, "max_position_embeddings": 131072, "num_key_value_heads": 16}
+YOUTU_CONFIG |= {"rope_interleave": True, "tie_word_embeddings": True}
+MINICPM_3_CONFIG = EPS | {"q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+MINICPM_3_CONFIG |= {"max_position_embeddings": 32768, "num_key_value_heads": 40, "tie_word_embeddings": True}
+MINICPM_3_CONFIG |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
 
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}

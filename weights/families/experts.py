@@ -22,26 +22,50 @@ def dense_layers(config: Config, layers: tuple[int, ...]) -> dict:
     return {"dense_layers": layers, "dense_size": config.whole("intermediate_size") if layers else None}
 
 
-def sigmoid_experts(config: Config) -> dict:
-    groups, n_dense = config.whole("n_group"), config.count("first_k_dense_replace")
-    return dense_layers(config, tuple(range(n_dense))) | {
+def only(config: Config, key: str, *supported) -> None:
+    """Refuse a setting that is none of those supported, the first of which is meant where it is left out."""
+    if config.get(key, supported[0]) not in supported:
+        known = " or ".join(map(repr, supported))
+        raise config.error(f"{key} is {config.get(key)!r}; only {known} is supported")
+
+
+def routed_experts(config: Config) -> dict:
+    """The first layers are dense; others have experts, maybe in groups, and shared ones, which are one wide one."""
+    groups, n_shared = config.whole("n_group", 1), config.count("n_shared_experts", 0)
+    return dense_layers(config, first_dense(config)) | {
         "n_expert": config.whole("n_routed_experts"),
         "n_expert_used": config.whole("num_experts_per_tok"),
         "normalize_experts": bool(config.get("norm_topk_prob")),
         "expert_scale": config.number("routed_scaling_factor"),
-        "sigmoid_experts": True,
         "n_expert_group": groups if groups > 1 else None,
         "n_group_used": config.whole("topk_group") if groups > 1 else None,
-        "shared_size": config.whole("n_shared_experts") * config.whole("moe_intermediate_size"),
+        "shared_size": n_shared * config.whole("moe_intermediate_size") or None,
         "shared_gate": False,
-        "qk_norm": bool(config.get("use_qk_norm")),
     }
 
 
+def first_dense(config: Config) -> tuple[int, ...]:
+    if config.get("mlp_layer_types") is None:
+        return tuple(range(config.count("first_k_dense_replace")))
+    kinds = config.list_of(str, "mlp_layer_types")
+    if len(kinds) != config.whole("num_hidden_layers") or not set(kinds) <= {"dense", "sparse"}:
+        raise config.error(f"mlp_layer_types is {kinds}; dense or sparse is needed for each layer")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "dense")
+
+
+def sigmoid_experts(config: Config) -> dict:
+    only(config, "scoring_func", "sigmoid")
+    only(config, "topk_method", "noaux_tc")
+    return routed_experts(config) | {"sigmoid_experts": True}
+
+
+def normed_sigmoid_experts(config: Config) -> dict:
+    return sigmoid_experts(config) | {"qk_norm": bool(config.get("use_qk_norm"))}
+
+
 def clamped_experts(config: Config) -> dict:
-    for key, wanted in (("swiglu_alpha", SWIGLU_SLOPE), ("swiglu_limit", CLAMP)):
-        if config.number(key, wanted) != wanted:
-            raise config.error(f"{key} is {config.get(key)}; only {wanted} is supported")
+    only(config, "swiglu_alpha", SWIGLU_SLOPE)
+    only(config, "swiglu_limit", CLAMP)
     return experts(config)
 
 

@@ -12,7 +12,7 @@ def rope(config: Config, family: Family, head_dim: int) -> dict:
 
     Settings occur as rope_theta and rope_scaling, or together as rope_parameters, which may differ by layer type.
     """
-    settings, windowed = config.part(config.get("rope_scaling") or config.get("rope_parameters")), config.part(None)
+    settings, windowed = settings_of(config), config.part(None)
     differs = "full_attention" in settings.values
     if differs:
         windowed, settings = (config.part(settings.get(f"{name}_attention")) for name in ("sliding", "full"))
@@ -22,7 +22,7 @@ def rope(config: Config, family: Family, head_dim: int) -> dict:
     if differs or family.window_rope_base is not None:
         window_base = windowed.number("rope_theta", config.get(family.window_rope_base or "rope_theta"))
     base = settings.number("rope_theta", config.get("rope_theta"))
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    rope_type = kind_of(settings)
     part = settings.number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if rope_type == "proportional":
         part = 1.0  # all numbers are turned, some by no angle
@@ -78,10 +78,26 @@ def longrope(settings: Config, config: Config, trained: int) -> dict:
 
 def yarn_growth(factor: float, settings: Config) -> float:
     """YaRN's factor of cosines and sines, where the config does not give it."""
-
-    def growth(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
-
     if settings.get("mscale") and settings.get("mscale_all_dim"):
-        return growth(settings.number("mscale")) / growth(settings.number("mscale_all_dim"))
-    return growth(1.0)
+        return growth(factor, settings.number("mscale")) / growth(factor, settings.number("mscale_all_dim"))
+    return growth(factor, 1.0)
+
+
+def growth(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def latent_scale(config: Config, head_dim: int) -> float:
+    """The scale of q k in latent attention: with YaRN it is larger, also for the numbers that rope does not turn."""
+    settings = settings_of(config)
+    if kind_of(settings) == "default" or not settings.get("mscale_all_dim"):
+        return head_dim**-0.5
+    return head_dim**-0.5 * growth(settings.number("factor"), settings.number("mscale_all_dim")) ** 2
+
+
+def settings_of(config: Config) -> Config:
+    return config.part(config.get("rope_scaling") or config.get("rope_parameters"))
+
+
+def kind_of(settings: Config) -> str:
+    return settings.get("rope_type", settings.get("type", "default"))

@@ -5,6 +5,8 @@ import math
 from model import ModelArgs
 from weights.families.defaults import (
     COHERE_CONFIG,
+    DEEPSEEK_2_CONFIG,
+    DEEPSEEK_3_CONFIG,
     EPS,
     EXAONE_CONFIG,
     GEMMA_1_CONFIG,
@@ -12,8 +14,10 @@ from weights.families.defaults import (
     GEMMA_3_CONFIG,
     GEMMA_4_CONFIG,
     GLM_4_CONFIG,
+    GLM_LITE_CONFIG,
     GLM_MOE_CONFIG,
     GPT_OSS_CONFIG,
+    MINICPM_3_CONFIG,
     MINISTRAL_CONFIG,
     MISTRAL_CONFIG,
     MIXTRAL_CONFIG,
@@ -27,10 +31,17 @@ from weights.families.defaults import (
     READ_BY_SOME,
     SEED_CONFIG,
     SMOLLM_3_CONFIG,
+    YOUTU_CONFIG,
 )
-from weights.families.experts import clamped_experts, experts, sigmoid_experts, unclipped
+from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, unclipped
 from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
+from weights.families.latent import (
+    latent,
+    latent_with_gated_experts,
+    latent_with_scales,
+    latent_with_sigmoid_experts,
+)
 from weights.families.rope import rope
 from weights.families.unknown import refuse_unknown
 from weights.families.windows import rope_in_some, rope_with_window, windows
@@ -83,6 +94,7 @@ ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "wo_bias")}
 QKV_BIAS = {"attention_bias": ("qkv_bias",)}
 BIASES = ATTENTION_BIAS | {"mlp_bias": ("ffn_bias",)}
 SEED_BIASES = QKV_BIAS | {"attention_out_bias": ("wo_bias",), "mlp_bias": ("ffn_bias",)}
+LATENT_EXPERTS = {"expert_size": MOE_SIZE, "biases": ATTENTION_BIAS}
 
 FAMILIES = {
     "llama": Family(biases=BIASES),
@@ -96,7 +108,13 @@ FAMILIES = {
     "qwen3_moe": Family({"qk_norm": True}, experts, QWEN_3_MOE_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS),
     "phi3": Family(defaults=PHI_CONFIG),
     "glm4": Family({"post_norm": True}, defaults=GLM_4_CONFIG, biases=QKV_BIAS),
-    "glm4_moe": Family({}, sigmoid_experts, GLM_MOE_CONFIG, expert_size=MOE_SIZE, biases=QKV_BIAS),
+    "glm4_moe": Family({}, normed_sigmoid_experts, GLM_MOE_CONFIG, expert_size=MOE_SIZE, biases=QKV_BIAS),
+    "deepseek_v2": Family({}, latent_with_gated_experts, DEEPSEEK_2_CONFIG, **LATENT_EXPERTS),
+    "deepseek_v3": Family({}, latent_with_sigmoid_experts, DEEPSEEK_3_CONFIG, **LATENT_EXPERTS),
+    "kimi_k2": Family({}, latent_with_sigmoid_experts, DEEPSEEK_3_CONFIG, **LATENT_EXPERTS),
+    "glm4_moe_lite": Family({}, latent_with_sigmoid_experts, GLM_LITE_CONFIG, **LATENT_EXPERTS),
+    "youtu": Family({}, latent, YOUTU_CONFIG, biases=ATTENTION_BIAS),
+    "minicpm3": Family({}, latent_with_scales, MINICPM_3_CONFIG, biases=ATTENTION_BIAS),
     "gpt_oss": Family(GPT_OSS, clamped_experts, GPT_OSS_CONFIG, 2, biases=ATTENTION_BIAS, activations=CLAMPED),
     "seed_oss": Family(defaults=SEED_CONFIG, biases=SEED_BIASES),
     "granite": Family({}, granite_scales, biases=BIASES),

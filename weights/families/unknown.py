@@ -17,6 +17,7 @@ WITHOUT_EFFECT = re.compile(
     r"|temperature|top_[kp]|(encoder_)?no_repeat_ngram_size|remove_invalid_values|finetuning_task|problem_type"
     r"|task_specific_params|pruned_heads|chunk_size_feed_forward|torchscript|use_bfloat16|neftune_noise_alpha|hidden_act"
     r"|rope_(theta|scaling|parameters|local_base_freq)|use_(gated_activation|rotary_pos_emb|qk_norm|embedding_sharing)"
+    r"|qk_head_dim|aux_loss_alpha|seq_aux|embedding_initializer_range"
     r"|use_parallel_(block|embedding)|position_embedding_type|order_of_interleaved_layers|layer_switch|norm_type|pool_type"
     r"|attention_head_dim|org_vocab_size|cla_share_factor|dense_list|(pad|mask_init|(im|text)_(start|end))_id"
     r"|enable_lm_head_fp32|initial_context_length|experts_per_token|(quantization|compression)_config"
