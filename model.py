@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.activations import ACTIVATIONS
+from mixers.delta_net import DeltaCache, DeltaNet, DeltaSizes, is_delta
 from mixers.experts import MixtureOfExperts, check_experts
 from mixers.fields import check_fields, check_sizes
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
@@ -50,6 +51,8 @@ class ModelArgs:
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
+    attention_gate: bool = False  # the output's numbers are weighed, by gates whose rows in wqkv are the last
+    delta: DeltaSizes | None = None  # of the layers that have gated DeltaNet in the place of attention
     activation: str = "silu"
     ffn_bias: bool = False  # of all layers of feed-forwards, and of the gate that chooses among them
     norm_offset: bool = False  # norms multiply by 1 + weight
@@ -103,10 +106,10 @@ class ModelArgs:
         def with_tuples(values: dict) -> dict:
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-        scaling = fields.get("rope_scaling")
+        parts = {"rope_scaling": RopeScaling, "delta": DeltaSizes}
         try:
-            scaling = None if scaling is None else RopeScaling(**with_tuples(scaling))
-            return cls(**{**with_tuples(fields), "rope_scaling": scaling})
+            parts = {key: part(**with_tuples(fields[key])) for key, part in parts.items() if fields.get(key) is not None}
+            return cls(**with_tuples(fields) | parts)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
 
@@ -204,37 +207,38 @@ class LayerCache(nn.Module):
 
 
 def layer_caches(
-    args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
-) -> list[LayerCache]:
-    """What each layer keeps of n_rows sequences of up to n_slots tokens."""
-    shape = (n_rows, args.n_kv_head, n_slots, args.head_dim)
-    return [LayerCache(shape, dtype, device) for _ in range(args.n_layer)]
+    args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device, rewind: int = 0
+) -> list[nn.Module]:
+    """What each layer keeps of n_rows sequences of up to n_slots tokens, whose last `rewind` can be taken back."""
+    shape, states = (n_rows, args.n_kv_head, n_slots, args.head_dim), (args.delta, n_rows, rewind, device)
+    kinds = [is_delta(args, layer) for layer in range(args.n_layer)]
+    return [DeltaCache(*states) if each else LayerCache(shape, dtype, device) for each in kinds]
 
 
 SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
 
 
 class KVCache(nn.Module):
-    """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and tables for their positions."""
+    """What every layer keeps, see `layer_caches`, and tables for the positions of its tokens."""
 
-    def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device, rewind=0):
         super().__init__()
-        self.layers = nn.ModuleList(layer_caches(args, n_rows, n_slots, dtype, device))
+        self.layers = nn.ModuleList(layer_caches(args, n_rows, n_slots, dtype, device, rewind))
         slots = torch.arange(n_slots, device=device)
         uniforms = torch.zeros(n_rows, n_slots, device=device)  # decide what is drawn, see `engine/sampling.py`
         length = n_slots - SPARE_SLOTS
         tables = (slots, uniforms, *rope_table(args, slots, False, length), *rope_table(args, slots, True, length))
         for name, table in zip(("slots", "uniforms", "cos", "sin", "window_cos", "window_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.n_rows, self.n_slots = n_rows, n_slots
+        self.n_rows, self.n_slots, self.rewind = n_rows, n_slots, rewind
         self.handle: Tensor | None = None  # this cache as an operator for all blocks takes it, set by `Blocks.bind`
 
-    def view(self, cache_rows: Tensor | None = None, length: int | None = None) -> "CacheView":
+    def view(self, cache_rows: Tensor | None = None, length: int | None = None, counts=None) -> "CacheView":
         """What one call uses: row cache_rows[b] for row b of the batch (None: row b), and the first `length` slots.
 
-        The prefix must reach every position that the call attends to.
+        The prefix must reach every position that the call attends to. counts: see `CacheView`.
         """
-        return CacheView(self, cache_rows, self.slots if length is None else self.slots[:length])
+        return CacheView(self, cache_rows, self.slots if length is None else self.slots[:length], counts)
 
 
 class CacheView(NamedTuple):
@@ -243,6 +247,7 @@ class CacheView(NamedTuple):
     cache: KVCache
     cache_rows: Tensor | None  # [B]
     slots: Tensor  # [C'] = 0, 1, ...
+    counts: Tensor | None  # [B], the tokens of each row, which padding follows; None: there is none
 
     def layer(self, i: int) -> tuple:
         """What layer i takes of the cache, beside its input."""
@@ -295,7 +300,9 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, window: int | None):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim, self.window = args.n_head, args.n_kv_head, args.head_dim, window
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
+        self.n_gate = args.n_head if args.attention_gate else 0
+        n_row = (args.n_head + 2 * args.n_kv_head + self.n_gate) * args.head_dim
+        self.wqkv = nn.Linear(args.dim, n_row, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=args.wo_bias)
         self.q_norm, self.k_norm = head_norm(args.n_head, args), head_norm(args.n_kv_head, args)
         self.norm_last, self.late_scale = args.qk_norm_last, args.late_query_scale
@@ -306,8 +313,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        q, k, v = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head, self.n_gate)
+        q, k, v, gate = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
         if self.norm_last:
             q, k = self.q_norm(rotate(q, cos, sin)), self.k_norm(rotate(k, cos, sin))
         else:
@@ -319,7 +326,8 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=pos.device) if cache_rows is None else cache_rows
             keys.write(rows, pos, k)
             values.write(rows, pos, v)
-        return self.wo(self.attend(q, keys, values, cache_rows, mask).reshape(B, S, self.n_head * self.head_dim))
+        y = self.attend(q, keys, values, cache_rows, mask)
+        return self.wo((y * gate.sigmoid() if self.n_gate else y).reshape(B, S, self.n_head * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -338,7 +346,7 @@ class FeedForward(nn.Module):
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
-    return Attention(args, args.windows()[layer])
+    return DeltaNet(args) if is_delta(args, layer) else Attention(args, args.windows()[layer])
 
 
 def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
@@ -431,9 +439,9 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
-    def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
-        """A cache for n_rows sequences of up to n_slots tokens, beside the weights."""
-        cache = KVCache(self.args, n_rows, n_slots, self.cache_dtype or self.dtype, self.device)
+    def new_cache(self, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:
+        """A cache beside the weights, see `layer_caches`."""
+        cache = KVCache(self.args, n_rows, n_slots, self.cache_dtype or self.dtype, self.device, rewind)
         self.layers.bind(cache)
         return cache
 
@@ -461,8 +469,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
         return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
 
-    def contexts(self, pos: Tensor, cache: CacheView | None) -> list[Context]:
-        """Rope and mask of each layer, for queries at pos [B, S]."""
+    def contexts(self, pos: Tensor, cache: CacheView | None) -> list[tuple]:
+        """The `Context` of each layer, for queries at pos [B, S]; of gated DeltaNet the count of own tokens [B]."""
         key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
         seen = key_pos <= pos[..., None]  # [B, S, C']
 
@@ -477,7 +485,9 @@ class Transformer(nn.Module):
         windows, unrotated = self.args.windows(), self.args.unrotated_layers
         kinds = [(window is not None, i not in unrotated) for i, window in enumerate(windows)]
         made = {kind: context(*kind) for kind in sorted(set(kinds))}
-        return [made[kind] for kind in kinds]
+        counts = None if cache is None else cache.counts
+        counts = torch.full_like(pos[:, 0], pos.shape[1]) if counts is None else counts
+        return [(counts,) if is_delta(self.args, i) else made[kind] for i, kind in enumerate(kinds)]
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

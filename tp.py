@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from operator import attrgetter
 
 import torch
 import torch.nn as nn
@@ -39,6 +40,11 @@ PLAN = {
     "layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head")),
     "layers.#.attention.wo": Split(-1, ("n_head",)),
     "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
+    "layers.#.attention": Split(-2, ("delta.n_value_head",)),  # its decay
+    "layers.#.attention.wqkvz": Split(-2, 2 * ("delta.key_width",) + 2 * ("delta.value_width",)),
+    "layers.#.attention.gates": Split(-2, 2 * ("delta.n_value_head",)),
+    "layers.#.attention.conv": Split(-3, 2 * ("delta.key_width",) + ("delta.value_width",)),
+    "layers.#.attention.out": Split(-1, ("delta.value_width",)),
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
     "layers.#.feed_forward.shared.w13": Split(-2, ("shared_size", "shared_size")),
@@ -51,9 +57,12 @@ JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
 }
 
 
+GATED = {"layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head", "n_head"))}
+
+
 def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    plan = PLAN | JOINT_NORMS if args.joint_qk_norm else PLAN
+    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | (GATED if args.attention_gate else {})
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
@@ -66,6 +75,7 @@ def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
         args,
         n_head=args.n_head // n_rank,
         n_kv_head=max(1, args.n_kv_head // n_rank),
+        delta=args.delta and args.delta.of_rank(n_rank),
         intermediate_size=args.intermediate_size // n_rank,
         dense_size=args.dense_size and args.dense_size // n_rank,
         shared_size=args.shared_size and args.shared_size // n_rank,
@@ -84,7 +94,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
     if split is None:
         return tensor
     dim = split.dim
-    if leaf in ("bias", "sinks"):  # [out], of experts [E, out]
+    if leaf in ("bias", "sinks", "A_log", "dt_bias"):  # [out], of experts [E, out]
         if dim == -1:
             return tensor if rank == 0 else torch.zeros_like(tensor)
         dim = -1
@@ -95,7 +105,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
         part = tensor[rank * n_row : (rank + 1) * n_row]
         pad = n_row - len(part)
         return F.pad(part, (0, 0, 0, pad)) if pad else part
-    counts = [getattr(args, size) for size in split.sizes]
+    counts = [attrgetter(size)(args) for size in split.sizes]
     unit = Fraction(tensor.shape[dim], sum(counts))
     parts, begin = [], 0
     for count in counts:
@@ -120,7 +130,7 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
         )
     widths = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
     widths |= {"attention.wo": args.n_head * args.head_dim, "feed_forward.w2": args.intermediate_size}
-    widths["shared.w2"] = args.shared_size
+    widths |= {"shared.w2": args.shared_size, "attention.out": args.delta and args.delta.value_width}
     for module, spec in table.items():
         if spec.ordered:
             raise ValueError(
@@ -141,6 +151,7 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
 def divides(args: ModelArgs, n_rank: int) -> bool:
     key_heads = args.n_kv_head % n_rank == 0 or n_rank % args.n_kv_head == 0
     sizes = (args.n_head, args.intermediate_size, args.shared_size or 0, args.dense_size or 0)
+    sizes += (args.delta.n_key_head,) if args.delta else ()
     return key_heads and all(size % n_rank == 0 for size in sizes)
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import has_triton, surely_few
+from layers.packed import has_triton
+from mixers.compiled import surely_few
 from model import Attention, ModelArgs, RMSNorm
 
 
@@ -28,6 +29,7 @@ class GpuAttention(Attention):
     @staticmethod
     def fits(_: Attention, args: ModelArgs) -> bool:
         other = args.joint_qk_norm or args.qk_norm_last or args.attention_sinks or args.late_query_scale
+        other = other or args.attention_gate
         return args.head_dim in range(32, 257, 16) and not other and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:

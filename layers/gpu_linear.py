@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.blocks import HONOURED, honours
-from layers.packed import has_triton, surely_few
+from layers.packed import has_triton
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.activations import ACTIVATIONS
 from model import ModelArgs, RMSNorm, Transformer, TransformerBlock

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
+from mixers.compiled import surely_few
 from mixers.experts import ExpertLinear, Gate, by_expert
 from model import Attend, ModelArgs, Vectors, softcap
 
@@ -18,13 +19,6 @@ HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
-
-
-def surely_few(size: int, most: int = FEW) -> bool:
-    """Whether a size is at most `most`, in every call that a compiled form with this size serves."""
-    if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= most)
-    return size <= most
 
 
 def has_triton() -> bool:
@@ -58,7 +52,7 @@ class OperatorAttend(StepAttend):
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         of_cache = k.data.is_contiguous() and v.data.is_contiguous()  # those of a call without a cache need not be
-        if not (self.takes_many or surely_few(q.shape[1])) or not of_cache:
+        if not (self.takes_many or surely_few(q.shape[1], FEW)) or not of_cache:
             return super().forward(q, k, v, cache_rows, mask)
         return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 

@@ -44,6 +44,15 @@ OLMOE_CONFIG = EPS | {"max_position_embeddings": 4096, "norm_topk_prob": False, 
 EXAONE_CONFIG = EPS | WINDOW | {"num_key_value_heads": 32, "sliding_window_pattern": 4}
 COHERE_CONFIG = WINDOW | {"layer_norm_eps": 1e-5, "max_position_embeddings": 8192, "logit_scale": 0.0625}
 COHERE_CONFIG |= {"tie_word_embeddings": True, "sliding_window_pattern": 4}
+DELTA_CONFIG = {"max_position_embeddings": 32768, "head_dim": 256, "partial_rotary_factor": 0.25, "layer_types": None}
+DELTA_CONFIG |= {"full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128}
+DELTA_CONFIG |= {"linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32}
+QWEN_3_5_CONFIG = DELTA_CONFIG | {"num_attention_heads": 16, "num_key_value_heads": 4}
+DELTA_MOE_CONFIG = DELTA_CONFIG | {"num_attention_heads": 16, "num_key_value_heads": 2, "moe_intermediate_size": 512}
+DELTA_MOE_CONFIG |= {"shared_expert_intermediate_size": 512}
+QWEN_3_5_MOE_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 256, "num_experts_per_tok": 8}
+QWEN_3_NEXT_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True}
+QWEN_3_NEXT_CONFIG |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "intermediate_size": 5632}
 
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}
