@@ -106,9 +106,10 @@ class ModelArgs:
         def with_tuples(values: dict) -> dict:
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-        parts = {"rope_scaling": RopeScaling, "delta": DeltaSizes}
+        kinds = {"rope_scaling": RopeScaling, "delta": DeltaSizes}
+        given = [key for key in kinds if fields.get(key) is not None]
         try:
-            parts = {key: part(**with_tuples(fields[key])) for key, part in parts.items() if fields.get(key) is not None}
+            parts = {key: kinds[key](**with_tuples(fields[key])) for key in given}
             return cls(**with_tuples(fields) | parts)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None

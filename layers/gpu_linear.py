@@ -9,6 +9,7 @@ from layers.blocks import HONOURED, honours
 from layers.packed import has_triton
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.activations import ACTIVATIONS
+from mixers.compiled import surely_few
 from model import ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 
