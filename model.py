@@ -16,11 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.activations import ACTIVATIONS
+from mixers.delta_net import DeltaNet, DeltaSizes, is_delta
 from mixers.experts import MixtureOfExperts, SeparateExperts, check_experts
 from mixers.fields import check_fields, check_sizes
-from mixers.latent import LatentAttention, cached_dim, check_latent
+from mixers.latent import LatentAttention, check_latent
 from mixers.layer_inputs import LayerInput, LayerInputs
-from mixers.layer_kinds import WithoutCache, check_layer_kinds, key_heads, projected_heads, source_layers
+from mixers.layer_kinds import (
+    Vectors,
+    WithoutCache,
+    check_layer_kinds,
+    key_heads,
+    layer_caches,
+    projected_heads,
+    source_layers,
+)
 from mixers.norms import block_norm, head_norm
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
@@ -63,6 +72,8 @@ class ModelArgs:
     attention_scale: float | None = None  # of q k before the softmax; None: head_dim ** -0.5
     attention_softcap: float | None = None
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
+    attention_gate: bool = False  # the output's numbers are weighed, by gates whose rows in wqkv are the last
+    delta: DeltaSizes | None = None  # of the layers that have gated DeltaNet in the place of attention
     activation: str = "silu"
     ffn_bias: bool = False  # of all layers of feed-forwards, and of the gate that chooses among them
     norm_offset: bool = False  # norms multiply by 1 + weight
@@ -121,10 +132,11 @@ class ModelArgs:
         def with_tuples(values: dict) -> dict:
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-        scaling = fields.get("rope_scaling")
+        kinds = {"rope_scaling": RopeScaling, "delta": DeltaSizes}
+        given = [key for key in kinds if fields.get(key) is not None]
         try:
-            scaling = None if scaling is None else RopeScaling(**with_tuples(scaling))
-            return cls(**{**with_tuples(fields), "rope_scaling": scaling})
+            parts = {key: kinds[key](**with_tuples(fields[key])) for key in given}
+            return cls(**with_tuples(fields) | parts)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the model's args do not fit this version: {error}") from None
 
@@ -134,91 +146,30 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
-def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] as int8 codes [..., D] and float32 scales [...]: x is codes * scales but for rounding."""
-    scales = (x.abs().amax(-1).float() / 127).clamp(min=1e-30)  # of zeros too: a code is never 0 / 0
-    return (x / scales[..., None]).round().to(torch.int8), scales
-
-
-class Vectors(NamedTuple):
-    """Keys or values of one layer, [N, Hkv, C, D]: numbers or, with a scale for each vector, int8 codes."""
-
-    data: Tensor
-    scales: Tensor | None = None  # [N, Hkv, C], float32: it multiplies sums in float32, and costs 2 bytes more in 66
-
-    def write(self, rows: Tensor, pos: Tensor, x: Tensor) -> None:
-        """Put x [B, S, Hkv, D] at pos [B, S] of rows [B]."""
-        at = (rows[:, None], slice(None), pos)
-        if self.scales is not None:
-            x, self.scales[at] = quantize_vectors(x)
-        self.data[at] = x  # index_put stays in place; scatter_ would copy the whole cache
-
-    def read(self, rows: Tensor | None, mask: Tensor) -> Tensor:
-        """What mask [B, S, C'] is for: the first slots of rows [B] (None: row b), [B, Hkv, C', D] in its dtype."""
-        rows = slice(len(mask)) if rows is None else rows
-        data, *scales = (each[:, :, : mask.shape[-1]][rows] for each in self if each is not None)
-        return (data * scales[0][..., None]).to(mask.dtype) if scales else data
-
-
-class LayerCache(nn.Module):
-    """Keys and values of one layer, see `Vectors`; int8 ones have scales. The slot of a token is its position."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, names: str = "kv"):
-        super().__init__()
-        self.names = names
-        for name in names:
-            scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-            self.register_buffer(f"{name}_scales", scales, persistent=False)
-
-    def view(self, cache_rows: Tensor | None) -> tuple:
-        """As `CacheView.layer`."""
-        return *(Vectors(getattr(self, name), getattr(self, f"{name}_scales")) for name in self.names), cache_rows
-
-    def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Give rows target [n] what rows source [n] hold in their first `length` slots."""
-        for each in self.buffers():
-            each[target, :, :length] = each[source, :, :length]
-
-
-def layer_caches(
-    args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device
-) -> list[LayerCache]:
-    """What each layer keeps of n_rows sequences of up to n_slots tokens; a layer that reuses has that of another."""
-    if args.kv_latent is not None:
-        if dtype == torch.int8:
-            raise ValueError("int8 caches are not supported in latent attention, whose caches are small")
-        shape = (n_rows, 1, n_slots, cached_dim(args))
-        return [LayerCache(shape, dtype, device, names="k") for _ in range(args.n_layer)]
-    kinds, sources = [key_heads(args, window is not None) for window in args.windows()], source_layers(args)
-    made = {i: LayerCache((n_rows, kinds[i][0], n_slots, kinds[i][1]), dtype, device) for i in sorted(set(sources))}
-    return [made[i] for i in sources]
-
-
 SPARE_SLOTS = 8  # of a cache: they stay empty, see `engine/cache.py`
 
 
 class KVCache(nn.Module):
-    """Keys and values of every layer for n_rows sequences of up to n_slots tokens, and tables for their positions."""
+    """What every layer keeps, see `layer_caches`, and tables for the positions of its tokens."""
 
-    def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, args: ModelArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device, rewind=0):
         super().__init__()
-        self.layers = nn.ModuleList(layer_caches(args, n_rows, n_slots, dtype, device))
+        self.layers = nn.ModuleList(layer_caches(args, n_rows, n_slots, dtype, device, rewind))
         slots = torch.arange(n_slots, device=device)
         uniforms = torch.zeros(n_rows, n_slots, device=device)  # decide what is drawn, see `engine/sampling.py`
         length = n_slots - SPARE_SLOTS
         tables = (slots, uniforms, *rope_table(args, slots, False, length), *rope_table(args, slots, True, length))
         for name, table in zip(("slots", "uniforms", "cos", "sin", "window_cos", "window_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.n_rows, self.n_slots = n_rows, n_slots
+        self.n_rows, self.n_slots, self.rewind = n_rows, n_slots, rewind
         self.handle: Tensor | None = None  # this cache as an operator for all blocks takes it, set by `Blocks.bind`
 
-    def view(self, cache_rows: Tensor | None = None, length: int | None = None) -> "CacheView":
+    def view(self, cache_rows: Tensor | None = None, length: int | None = None, counts=None) -> "CacheView":
         """What one call uses: row cache_rows[b] for row b of the batch (None: row b), and the first `length` slots.
 
-        The prefix must reach every position that the call attends to.
+        The prefix must reach every position that the call attends to. counts: see `CacheView`.
         """
-        return CacheView(self, cache_rows, self.slots if length is None else self.slots[:length])
+        return CacheView(self, cache_rows, self.slots if length is None else self.slots[:length], counts)
 
 
 class CacheView(NamedTuple):
@@ -227,6 +178,7 @@ class CacheView(NamedTuple):
     cache: KVCache
     cache_rows: Tensor | None  # [B]
     slots: Tensor  # [C'] = 0, 1, ...
+    counts: Tensor | None  # [B], the tokens of each row, which padding follows; None: there is none
 
     def layer(self, i: int) -> tuple:
         """What layer i takes of the cache, beside its input."""
@@ -283,7 +235,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.window = projected_heads(args, layer), args.windows()[layer]
         self.n_head, (_, self.head_dim) = args.n_head, key_heads(args, self.window is not None)
-        self.wqkv = nn.Linear(args.dim, sum(self.heads) * self.head_dim, bias=args.qkv_bias)
+        self.n_gate = args.n_head if args.attention_gate else 0
+        n_row = (sum(self.heads) + self.n_gate) * self.head_dim
+        self.wqkv = nn.Linear(args.dim, n_row, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * self.head_dim, args.dim, bias=args.wo_bias)
         self.q_norm, self.k_norm = (head_norm(n_head, self.head_dim, args) for n_head in self.heads[:2])
         self.value_eps = args.norm_eps if args.value_norm else None
@@ -295,7 +249,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
-        q, k, v = self.wqkv(x).view(B, S, sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        heads = (*self.heads, self.n_gate)
+        q, k, v, gate = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
         q = self.rotated(q, self.q_norm, cos, sin)
         if self.late_scale is not None:
             q = q * (1 + self.late_scale * torch.log(1 + pos // self.late))[..., None, None].to(q.dtype)
@@ -303,7 +258,8 @@ class Attention(nn.Module):
             v = v if self.heads[2] else k
             v = v if self.value_eps is None else F.rms_norm(v, v.shape[-1:], eps=self.value_eps)
             cache = self.keep(self.rotated(k, self.k_norm, cos, sin), v, pos, *cache)
-        return self.wo(self.attend(q, *cache, mask).reshape(B, S, self.n_head * self.head_dim))
+        y = self.attend(q, *cache, mask)
+        return self.wo((y * gate.sigmoid() if self.n_gate else y).reshape(B, S, self.n_head * self.head_dim))
 
     def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k [B, S, H, D] after norm and rope."""
@@ -336,6 +292,8 @@ class FeedForward(nn.Module):
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
+    if is_delta(args, layer):
+        return DeltaNet(args)
     return Attention(args, layer) if args.kv_latent is None else LatentAttention(args)
 
 
@@ -444,9 +402,9 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
-    def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
-        """A cache for n_rows sequences of up to n_slots tokens, beside the weights."""
-        cache = KVCache(self.args, n_rows, n_slots, self.cache_dtype or self.dtype, self.device)
+    def new_cache(self, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:
+        """A cache beside the weights, see `layer_caches`."""
+        cache = KVCache(self.args, n_rows, n_slots, self.cache_dtype or self.dtype, self.device, rewind)
         self.layers.bind(cache)
         return cache
 
@@ -479,8 +437,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
         return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
 
-    def contexts(self, pos: Tensor, cache: CacheView | None) -> list[Context]:
-        """Rope and mask of each layer, for queries at pos [B, S]."""
+    def contexts(self, pos: Tensor, cache: CacheView | None) -> list[tuple]:
+        """The `Context` of each layer, for queries at pos [B, S]; of gated DeltaNet the count of own tokens [B]."""
         key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
         seen = key_pos <= pos[..., None]  # [B, S, C']
 
@@ -495,7 +453,9 @@ class Transformer(nn.Module):
         windows, unrotated = self.args.windows(), self.args.unrotated_layers
         kinds = [(window is not None, i not in unrotated) for i, window in enumerate(windows)]
         made = {kind: context(*kind) for kind in sorted(set(kinds))}
-        return [made[kind] for kind in kinds]
+        counts = None if cache is None else cache.counts
+        counts = torch.full_like(pos[:, 0], pos.shape[1]) if counts is None else counts
+        return [(counts,) if is_delta(self.args, i) else made[kind] for i, kind in enumerate(kinds)]
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from operator import attrgetter
 
 import torch
 import torch.nn as nn
@@ -44,6 +45,11 @@ PLAN = {
     "layers.#.attention.wq_b": Split(-2, ("n_head",)),
     "layers.#.attention.wkv_b": Split(-2, ("n_head",)),
     "layers.#.attention.attend": Split(-2, ("n_head",)),  # its sinks
+    "layers.#.attention": Split(-2, ("delta.n_value_head",)),  # its decay
+    "layers.#.attention.wqkvz": Split(-2, 2 * ("delta.key_width",) + 2 * ("delta.value_width",)),
+    "layers.#.attention.gates": Split(-2, 2 * ("delta.n_value_head",)),
+    "layers.#.attention.conv": Split(-3, 2 * ("delta.key_width",) + ("delta.value_width",)),
+    "layers.#.attention.out": Split(-1, ("delta.value_width",)),
     "layers.#.feed_forward.w13": Split(-2, ("intermediate_size", "intermediate_size")),
     "layers.#.feed_forward.w2": Split(-1, ("intermediate_size",)),
     "layers.#.feed_forward.experts.w13": Split(-2, ("intermediate_size", "intermediate_size")),
@@ -59,9 +65,12 @@ JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
 }
 
 
+GATED = {"layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head", "n_head"))}
+
+
 def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    plan = PLAN | JOINT_NORMS if args.joint_qk_norm else PLAN
+    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | (GATED if args.attention_gate else {})
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
@@ -76,6 +85,7 @@ def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
         n_kv_head=max(1, args.n_kv_head // n_rank),
         full_kv_head=args.full_kv_head and max(1, args.full_kv_head // n_rank),
         reusing_size=args.reusing_size and args.reusing_size // n_rank,
+        delta=args.delta and args.delta.of_rank(n_rank),
         intermediate_size=args.intermediate_size // n_rank,
         dense_size=args.dense_size and args.dense_size // n_rank,
         shared_size=args.shared_size and args.shared_size // n_rank,
@@ -94,7 +104,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
     if split is None:
         return tensor
     dim = split.dim
-    if leaf in ("bias", "sinks"):  # [out], of experts [E, out]
+    if leaf in ("bias", "sinks", "A_log", "dt_bias"):  # [out], of experts [E, out]
         if dim == -1:
             return tensor if rank == 0 else torch.zeros_like(tensor)
         dim = -1
@@ -105,7 +115,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
         part = tensor[rank * n_row : (rank + 1) * n_row]
         pad = n_row - len(part)
         return F.pad(part, (0, 0, 0, pad)) if pad else part
-    counts = [getattr(args, size) for size in split.sizes]
+    counts = [attrgetter(size)(args) for size in split.sizes]
     if module.endswith("attention.wqkv"):  # layers differ in the heads that they make
         counts = [n_head for n_head in projected_heads(args, int(module.split(".")[1])) if n_head]
     unit = Fraction(tensor.shape[dim], sum(counts))
@@ -152,14 +162,14 @@ def inputs_split(args: ModelArgs) -> dict[str, int | None]:
     """Of the layers that are split row-wise, by the ends of their names, the first that fits: how many inputs."""
     inputs = {f"layers.{layer}.feed_forward.w2": args.dense_size for layer in args.dense_layers}
     for layer, window in enumerate(args.windows()):
-        inputs[f"layers.{layer}.attention.wo"] = args.n_head * (
-            args.value_dim or key_heads(args, window is not None)[1]
-        )
+        value_dim = args.value_dim or key_heads(args, window is not None)[1]
+        inputs[f"layers.{layer}.attention.wo"] = args.n_head * value_dim
     if args.reusing_size:
         reusing = range(args.n_layer - args.n_reusing_layer, args.n_layer)
         inputs |= {f"layers.{layer}.feed_forward.w2": args.reusing_size for layer in reusing}
     of_all = {"feed_forward.w2": args.intermediate_size, "experts.w2": args.intermediate_size}
-    return inputs | of_all | {"shared.w2": args.shared_size}
+    delta = {"attention.out": args.delta.value_width} if args.delta else {}
+    return inputs | of_all | {"shared.w2": args.shared_size} | delta
 
 
 def widths(args: ModelArgs) -> tuple[int | None, ...]:
@@ -168,9 +178,10 @@ def widths(args: ModelArgs) -> tuple[int | None, ...]:
 
 
 def divides(args: ModelArgs, n_rank: int) -> bool:
-    counts = [args.n_kv_head, args.full_kv_head or args.n_kv_head]
+    counts, delta = [args.n_kv_head, args.full_kv_head or args.n_kv_head], args.delta
     shared = all(n_kv_head % n_rank == 0 or n_rank % n_kv_head == 0 for n_kv_head in counts)
-    return shared and all((size or 0) % n_rank == 0 for size in (args.n_head, *widths(args)))
+    sizes = (args.n_head, *widths(args), delta and delta.n_key_head)
+    return shared and all((size or 0) % n_rank == 0 for size in sizes)
 
 
 def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> Tensor:

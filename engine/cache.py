@@ -1,13 +1,15 @@
 """The rows of a KV cache: how large a cache is, how much of it a call attends to, and how a prefix gets to another row.
 
 A row is one sequence; its first slots hold the tokens that the model has read. Nothing is ever cleared: what lies
-beyond a row's last token is hidden by position.
+beyond a row's last token is hidden by position. A layer with states has one for each of the last tokens instead.
 """
 
 import torch
 from torch import Tensor
 
-from model import SPARE_SLOTS, KVCache, ModelArgs, Transformer, layer_caches
+from mixers.delta_net import DeltaCache
+from mixers.layer_kinds import layer_caches
+from model import SPARE_SLOTS, KVCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
 
 SMALLEST = 512  # slots of a cache
@@ -25,9 +27,9 @@ def slots_for(args: ModelArgs, length: int) -> int:
     return min(max(SMALLEST, 1 << (length - 1).bit_length()), max(args.max_seq_length, length)) + SPARE_SLOTS
 
 
-def row_bytes(model: Transformer, n_slots: int) -> int:
-    """What all layers keep of one row."""
-    layers = layer_caches(model.args, 1, n_slots, model.cache_dtype or model.dtype, torch.device("meta"))
+def row_bytes(model: Transformer, n_slots: int, rewind: int = 0) -> int:
+    """What all layers keep of one row, see `layer_caches`."""
+    layers = layer_caches(model.args, 1, n_slots, model.cache_dtype or model.dtype, torch.device("meta"), rewind)
     return sum(each.nbytes for layer in set(layers) for each in layer.buffers())
 
 
@@ -38,14 +40,14 @@ def rows_that_fit(model: Transformer, length: int) -> int:
     return max(1, min(fit, MOST_ROWS))
 
 
-def allocate(model: Transformer, n_rows: int, n_slots: int) -> KVCache:
+def allocate(model: Transformer, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:
     """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
-    size = n_rows * row_bytes(model, n_slots)
+    size = n_rows * row_bytes(model, n_slots, rewind)
     what, advice = "int8 caches", "use fewer rows at a time, fewer new tokens or a shorter context"
     if model.cache_dtype is None:
         what, advice = "caches", f"{advice}; int8 caches take about half"
     require_memory(size, model.device, f"the {what} of {n_rows} x {n_slots} positions", advice)
-    return model.new_cache(n_rows, n_slots)
+    return model.new_cache(n_rows, n_slots, rewind)
 
 
 def prefix_length(cache: KVCache, filled: int) -> int:
@@ -65,6 +67,11 @@ def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> 
     """Give rows target [n] what rows source [n] hold in their first `length` slots."""
     for layer in set(cache.layers):  # some are those of several layers
         layer.copy_prefix(source, target, length)
+
+
+def holds(cache: KVCache, row: int, length: int) -> bool:
+    """Whether a row can go on after its first `length` tokens: states are kept only of the last ones."""
+    return all(layer.holds(row, length) for layer in cache.layers if isinstance(layer, DeltaCache))
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

@@ -40,10 +40,10 @@ def compile_step(function: Callable, device: torch.device, any_length: bool = Fa
     def step(model, tokens, pos, cache, *others):
         forms = ready.setdefault(model, set())
         sizes = (len(cache.slots), cache.cache.n_rows, cache.cache.n_slots)
-        form = (*sizes, *_form_of((tokens, cache.cache_rows, *others), any_length))
+        form = (*sizes, *_form_of((tokens, cache.cache_rows, cache.counts, *others), any_length))
         if form not in forms:
             if not graphs:
-                mark_shapes((tokens, pos, cache.cache_rows, *others), cache, any_length)
+                mark_shapes((tokens, pos, cache.cache_rows, cache.counts, *others), cache, any_length)
             result = call(model, tokens, pos, cache, *others)
             forms.add(form)  # only now: an interrupted compilation is no form
             return result

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.cache import shared_prefix
+from engine.cache import holds, shared_prefix
 from engine.engine import Engine
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
@@ -113,6 +113,7 @@ class Conversation:
         ids, self.dropped = shared(self.engine.model.ranks, lambda: self.fit(text))  # a template has a deadline
         self.turns = self.turns[self.dropped :]
         start = min(shared_prefix(ids, self.cached), len(ids) - 1)
+        start = start if start and holds(self.engine.cache, 0, start) else 0
         budget = min(limits.max_new_tokens, limits.context - len(ids))
         self.request, self.timing = Request(ids, self.tokenizer, budget, limits.stop, limits.ignore_eos), Timing()
         self.cached = self.cached[:start]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cache import prefix_length
+from engine.cache import holds, prefix_length
 from engine.sampling import Sampling, next_token
 from kernels import cpu
 from layers.packed import FEW
@@ -78,6 +78,8 @@ def read_prompts(
     right: each row takes the logits of its own last token, and pad slots are overwritten before any row reaches them.
     The cache must hold one token more than the longest prompt.
     """
+    rows = range(len(prompts)) if cache_rows is None else cache_rows.tolist()
+    assert start == 0 or all(holds(cache, row, start) for row in rows), start
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(2, *map(len, prompts))  # a chunk of one column would be compiled apart
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -87,7 +89,8 @@ def read_prompts(
         # not a slice of one tensor: the compiled form depends on strides
         chunk = torch.tensor([ids[begin:end] for ids in padded], device=model.device)
         pos = (start + begin + torch.arange(chunk.shape[1], device=model.device)).repeat(len(prompts), 1)
-        view = cache.view(cache_rows, prefix_length(cache, start + end))
+        counts = (lengths - begin).clamp(0, chunk.shape[1])
+        view = cache.view(cache_rows, prefix_length(cache, start + end), counts)
         hidden = forward(model, chunk, pos, view)
         if any(begin < len(prompt) <= end for prompt in prompts):
             last = lengths - 1 - begin  # of each row, counted from this chunk's first

@@ -176,6 +176,8 @@ class DraftModel(Drafter):
     """Proposes what a smaller model with the same tokenizer says."""
 
     def __init__(self, model: Transformer, step: Callable = draft_one_token, forward: Callable = forward_chunk):
+        if model.args.delta is not None:
+            raise ValueError("a draft model with gated DeltaNet layers is not supported; use --speculate ngram")
         self.model, self.step, self.forward = model, step, forward
         self.ranks = None  # those that share the model that verifies
         self.cache: KVCache | None = None

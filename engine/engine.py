@@ -35,13 +35,14 @@ class Engine:
 
     def reserve(self, n_rows: int, length: int) -> None:
         """Hold a cache for n_rows sequences of `length` tokens; one that is large enough stays as it is."""
-        n_slots, drafter = slots_for(self.model.args, length), None
+        ahead, drafter = 0, None
         if self.speculation is not None:
-            n_slots, drafter = n_slots + self.speculation.look_ahead, self.speculation.drafter
+            ahead, drafter = self.speculation.look_ahead, self.speculation.drafter
             drafter.require_context(length)
-        if self.cache is None or self.cache.n_rows < n_rows or self.cache.n_slots < n_slots:
-            self.cache = None  # the old one is freed before the new one is allocated
-            self.cache = allocate(self.model, n_rows, n_slots)
+        n_slots, old = slots_for(self.model.args, length) + ahead, self.cache
+        if old is None or old.n_rows < n_rows or old.n_slots < n_slots or old.rewind < ahead:
+            self.cache = old = None  # the old one is freed before the new one is allocated
+            self.cache = allocate(self.model, n_rows, n_slots, rewind=ahead)
         if drafter is not None:
             drafter.reserve(n_rows, n_slots)
 

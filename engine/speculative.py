@@ -88,6 +88,7 @@ class Speculation:
     verify: Callable = verify
     costs: dict[int, Costs] = field(default_factory=dict)  # of each batch size, once measured
     device: torch.device = torch.device("cpu")  # of the model that verifies
+    has_states: bool = False  # whether it has layers that keep a state for each token of a round
 
     def __post_init__(self):
         check_length(self.k, self.device)
@@ -106,7 +107,12 @@ class Speculation:
     @property
     def look_ahead(self) -> int:
         """Cache slots that a round may use beyond the text's last."""
-        return (longest(self.device) if self.adapts else self.k) + 1
+        return (self.longest if self.adapts else self.k) + 1
+
+    @property
+    def longest(self) -> int:
+        """The largest k where as many are proposed as pay: states take memory, of which ten are enough."""
+        return max(LENGTHS) if self.has_states else longest(self.device)
 
     def chooser(
         self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
@@ -147,7 +153,7 @@ class Speculation:
         # ranks must choose alike, so theirs stay as they are
         costs = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
         if self.adapts and costs.drift:  # rounds will tell what longer ones cost
-            costs = costs.with_longer(longest(self.device))
+            costs = costs.with_longer(self.longest)
         if self.device.type == "cuda":  # Triton builds its kernels for them here, so that no text waits for that
             for k in costs.rounds.keys() - seconds.keys():
                 self.round(model, cache, text, k, sampling)
@@ -159,7 +165,7 @@ def build_speculation(
 ) -> Speculation:
     """Guesses for a model, k at a time (None: as many as pay), and what verifies them, compiled as asked."""
     check = compile_step(verify, model.device) if compile else verify
-    return Speculation(drafter, k or "auto", check, device=model.device)
+    return Speculation(drafter, k or "auto", check, device=model.device, has_states=model.args.delta is not None)
 
 
 class Text(NamedTuple):

@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import CodesLinear, FewRowsLinear, OperatorAttend, surely_few
+from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
+from mixers.compiled import surely_few
 from mixers.experts import MixtureOfExperts
 from mixers.norms import RMSNorm
 from model import Blocks, CacheView, Context, KVCache, ModelArgs, TransformerBlock
@@ -81,7 +82,7 @@ class FusedBlocks(RegionBlocks):
         cache.handle = torch.ops.gpt_faster.join_cache(tensors)
 
     def forward(self, x: Tensor, pos: Tensor, contexts: list[Context], cache: CacheView | None) -> Tensor:
-        if cache is None or not (self.takes_many or surely_few(x.shape[0] * x.shape[1])):
+        if cache is None or not (self.takes_many or surely_few(x.shape[0] * x.shape[1], FEW)):
             return super().forward(x, pos, contexts, cache)
         cos, sin, mask = contexts[0]  # layers differ in none of them
         handle = cache.cache.handle

@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import has_triton, surely_few
+from layers.packed import has_triton
+from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
 from model import Attention, ModelArgs
 
@@ -30,6 +31,7 @@ class GpuAttention(Attention):
     def fits(attention: Attention, args: ModelArgs) -> bool:
         other = args.joint_qk_norm or args.qk_norm_last or args.attention_sinks or args.late_query_scale
         other = other or args.value_norm or attention.heads[2] == 0  # values that are keys, or those of another layer
+        other = other or args.attention_gate
         return attention.head_dim in range(32, 257, 16) and not other and has_triton()
 
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.blocks import HONOURED, honours
-from layers.packed import has_triton, surely_few
+from layers.packed import has_triton
 from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.activations import ACTIVATIONS
+from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
 from model import ModelArgs, Transformer, TransformerBlock
 

@@ -10,22 +10,17 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
+from mixers.compiled import surely_few
 from mixers.experts import ExpertLinear, Gate, by_expert
-from mixers.latent import LatentAttention, cached_dim
-from model import Attend, ModelArgs, Vectors, softcap
+from mixers.latent import LatentAttention
+from mixers.layer_kinds import Vectors
+from model import Attend, ModelArgs, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
-
-
-def surely_few(size: int, most: int = FEW) -> bool:
-    """Whether a size is at most `most`, in every call that a compiled form with this size serves."""
-    if torch.compiler.is_compiling():  # a comparison would compile another form for short prompts
-        return torch.fx.experimental.symbolic_shapes.statically_known_true(size <= most)
-    return size <= most
 
 
 def has_triton() -> bool:
@@ -59,7 +54,7 @@ class OperatorAttend(StepAttend):
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         of_cache = k.data.is_contiguous() and v.data.is_contiguous()  # those of a call without a cache need not be
-        if not (self.takes_many or surely_few(q.shape[1])) or not of_cache:
+        if not (self.takes_many or surely_few(q.shape[1], FEW)) or not of_cache:
             return super().forward(q, k, v, cache_rows, mask)
         return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
 
@@ -77,7 +72,7 @@ class ManyAttend(OperatorAttend):
 
     @staticmethod
     def fits(attend: Attend, args: ModelArgs) -> bool:
-        return OperatorAttend.fits(attend, args) and cached_dim(args) in cpu.HEAD_DIMS
+        return OperatorAttend.fits(attend, args) and attend.head_dim in cpu.HEAD_DIMS
 
 
 class FewRowsLinear(nn.Module):

@@ -29,11 +29,6 @@ def check_latent(args) -> None:
             raise ValueError(f"{name} {getattr(args, name)} is not supported in latent attention")
 
 
-def cached_dim(args) -> int:
-    """The size of a vector in the cache of a `model.ModelArgs`."""
-    return args.head_dim if args.kv_latent is None else args.kv_latent + args.rope_dim
-
-
 class LatentAttention(nn.Module):
     """Attention of which the cache holds, for each token, one latent and one key that rope has turned.
 

@@ -1,8 +1,13 @@
-"""How layers of one model differ in heads, and in whose keys and values they attend to. args: a `model.ModelArgs`."""
+"""How layers of one model differ, and what each keeps of a row of the cache. args: a `model.ModelArgs`."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
+import torch.nn as nn
 from torch import Tensor
+
+from mixers.delta_net import DeltaCache, is_delta
 
 
 def key_heads(args, windowed: bool) -> tuple[int, int]:
@@ -47,8 +52,78 @@ def check_layer_kinds(args) -> None:
             raise ValueError(f"reusing_size {args.reusing_size} is for a model without experts")
 
 
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] as int8 codes [..., D] and float32 scales [...]: x is codes * scales but for rounding."""
+    scales = (x.abs().amax(-1).float() / 127).clamp(min=1e-30)  # of zeros too: a code is never 0 / 0
+    return (x / scales[..., None]).round().to(torch.int8), scales
+
+
+class Vectors(NamedTuple):
+    """Keys or values of one layer, [N, Hkv, C, D]: numbers or, with a scale for each vector, int8 codes."""
+
+    data: Tensor
+    scales: Tensor | None = None  # [N, Hkv, C], float32: it multiplies sums in float32, and costs 2 bytes more in 66
+
+    def write(self, rows: Tensor, pos: Tensor, x: Tensor) -> None:
+        """Put x [B, S, Hkv, D] at pos [B, S] of rows [B]."""
+        at = (rows[:, None], slice(None), pos)
+        if self.scales is not None:
+            x, self.scales[at] = quantize_vectors(x)
+        self.data[at] = x  # index_put stays in place; scatter_ would copy the whole cache
+
+    def read(self, rows: Tensor | None, mask: Tensor) -> Tensor:
+        """What mask [B, S, C'] is for: the first slots of rows [B] (None: row b), [B, Hkv, C', D] in its dtype."""
+        rows = slice(len(mask)) if rows is None else rows
+        data, *scales = (each[:, :, : mask.shape[-1]][rows] for each in self if each is not None)
+        return (data * scales[0][..., None]).to(mask.dtype) if scales else data
+
+
+class LayerCache(nn.Module):
+    """Keys and values of one layer, see `Vectors`; int8 ones have scales. The slot of a token is its position."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, names: str = "kv"):
+        super().__init__()
+        self.names = names
+        for name in names:
+            scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+            self.register_buffer(f"{name}_scales", scales, persistent=False)
+
+    def view(self, cache_rows: Tensor | None) -> tuple:
+        """As `CacheView.layer`."""
+        return *(Vectors(getattr(self, name), getattr(self, f"{name}_scales")) for name in self.names), cache_rows
+
+    def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Give rows target [n] what rows source [n] hold in their first `length` slots."""
+        for each in self.buffers():
+            each[target, :, :length] = each[source, :, :length]
+
+
+def layer_caches(
+    args, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device, rewind: int = 0
+) -> list[nn.Module]:
+    """What each layer keeps of n_rows sequences of up to n_slots tokens, whose last `rewind` can be taken back.
+
+    A layer that reuses keys and values has the cache of another.
+    """
+    kinds, sources = [key_heads(args, window is not None) for window in args.windows()], source_layers(args)
+
+    def made(layer: int) -> nn.Module:
+        if is_delta(args, layer):
+            return DeltaCache(args.delta, n_rows, rewind, device)
+        if args.kv_latent is not None:
+            return LayerCache((n_rows, 1, n_slots, args.kv_latent + args.rope_dim), dtype, device, names="k")
+        n_head, head_dim = kinds[layer]
+        return LayerCache((n_rows, n_head, n_slots, head_dim), dtype, device)
+
+    if args.kv_latent is not None and dtype == torch.int8:
+        raise ValueError("int8 caches are not supported in latent attention, whose caches are small")
+    caches = {layer: made(layer) for layer in sorted(set(sources))}
+    return [caches[layer] for layer in sources]
+
+
 class Handed:
-    """Keys or values of a call without a cache, as `model.Vectors`, for later layers that attend to them too."""
+    """Keys or values of a call without a cache, as `Vectors`, for later layers that attend to them too."""
 
     def write(self, rows: Tensor, pos: Tensor, x: Tensor) -> None:  # x [B, S, Hkv, D]
         self.data = x.transpose(1, 2)

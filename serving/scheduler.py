@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cache import copy_prefix, prefix_length, shared_prefix
+from engine.cache import copy_prefix, holds, prefix_length, shared_prefix
 from engine.compile import compile_step
 from engine.decode import PREFILL_CHUNK, chunk_end, least_chunk
 from engine.drafters import PromptLookup
@@ -157,7 +157,7 @@ class Scheduler:
         """Give the first task that waits a row, with as much of its prompt as any row holds."""
         task = self.waiting.popleft()
         prompt, cache = task.request.prompt, self.engine.cache
-        shared = [self.reusable(ids, prompt) for ids in self.held]
+        shared = [self.reusable(row, prompt) for row in range(len(self.held))]
         most = max(shared)
         source = next((row for row in self.free if shared[row] == most), None)  # taking it over needs no copy
         row = self.free[0] if source is None else source
@@ -173,11 +173,11 @@ class Scheduler:
             task.speculation.drafter.begin(self.engine.model, [prompt])
         self.reading = task
 
-    def reusable(self, held: list[int], prompt: list[int]) -> int:
+    def reusable(self, row: int, prompt: list[int]) -> int:
         """Tokens of a prompt that need not be read, of those that a row holds: whole chunks, and never the last few."""
         left = least_chunk(self.engine.model.device)
-        n_chunks = min(shared_prefix(held, prompt), max(len(prompt) - left, 0)) // self.chunk
-        return n_chunks * self.chunk
+        n_chunks = min(shared_prefix(self.held[row], prompt), max(len(prompt) - left, 0)) // self.chunk
+        return n_chunks * self.chunk if holds(self.engine.cache, row, n_chunks * self.chunk) else 0
 
     def finish(self, task: Task) -> None:
         """The task has ended: its row is free."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cli import say_once
+from weights.families.delta import rows_in_file
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
@@ -70,6 +71,18 @@ GPT_OSS = {
     "layers.#.feed_forward.w13": ("model.layers.#.mlp.experts.gate_up_proj",),
     "layers.#.feed_forward.w2": ("model.layers.#.mlp.experts.down_proj",),
 }
+DELTA_NET = {
+    "layers.#.attention": ("model.layers.#.linear_attn",),  # its decay
+    "layers.#.attention.wqkvz": tuple(f"model.layers.#.linear_attn.in_proj_{x}" for x in ("qkv", "z")),
+    "layers.#.attention.gates": tuple(f"model.layers.#.linear_attn.in_proj_{x}" for x in "ba"),
+    "layers.#.attention.conv": ("model.layers.#.linear_attn.conv1d",),
+    "layers.#.attention.norm": ("model.layers.#.linear_attn.norm",),
+    "layers.#.attention.out": ("model.layers.#.linear_attn.out_proj",),
+}
+JOINED_DELTA_NET = DELTA_NET | {
+    "layers.#.attention.wqkvz": ("model.layers.#.linear_attn.in_proj_qkvz",),
+    "layers.#.attention.gates": ("model.layers.#.linear_attn.in_proj_ba",),
+}
 GRANITE_EXPERTS = {
     "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.router.layer",),
     "layers.#.feed_forward.w13": ("model.layers.#.block_sparse_moe.input_linear",),
@@ -113,6 +126,9 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "mixtral": MIXTRAL,
     "qwen2_moe": EXPERTS,
     "qwen3_moe": EXPERTS,
+    "qwen3_next": EXPERTS | JOINED_DELTA_NET,
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": EXPERTS | DELTA_NET,
     "phi3": FUSED,
     "olmo2": POST_NORMS,
     "olmo3": POST_NORMS,
@@ -139,7 +155,7 @@ STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens\w*|layers|norm|per_layer_\w+|(lm_head))\.)")
-VISION = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.")
+VISION = re.compile(r"(model\.)?(vision_tower|visual|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.")
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
 
 
@@ -175,11 +191,13 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     interleaved = model_type in INTERLEAVED and bool(config.get("rope_interleave", True))
     modules, order = hf_modules(model_type), rope_order(args, interleaved)
     guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
+    guesses += ("mtp.",)
     unused = {name for name in raw if name.startswith(guesses) or is_unused(name, args)}  # guesses: of further tokens
     raw = {name: read for name, read in raw.items() if name not in unused}
     if read_layer is not None:
         layout, raw = kept_layers(layout, raw, modules, read_layer, where)
-    return ModelFile(layout, rename(layout, raw, modules, where, order), tuple(paths))
+    tensors = rename(layout, raw, modules, where, order, rows_in_file(args, model_type))
+    return ModelFile(layout, tensors, tuple(paths))
 
 
 def with_rows_of_outputs(raw: Readers) -> Readers:

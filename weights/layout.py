@@ -18,6 +18,7 @@ Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function
 
 TURNED = ("wqkv", "q_norm", "k_norm", ".wq", ".wq_b", ".wkv_a")  # ends of the modules whose rows rope turns
 LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
+EXACT = (".e_score_correction_bias", ".A_log", ".dt_bias")  # rounded, a bias would choose others, a decay add up
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
     r".*(rotary_emb\.inv_freq|rotary\.inv_freq|rope\.freqs)|rope_(freqs|factors_(short|long))\.weight"
@@ -59,8 +60,8 @@ class Layout:
         return module in self.table and leaf != "bias"
 
     def keeps_dtype(self, name: str) -> bool:
-        """Whether a tensor is not converted on loading: nor is a bias that chooses experts."""
-        return self.is_coded(name) or name.endswith(".e_score_correction_bias")
+        """Whether a tensor is not converted on loading."""
+        return self.is_coded(name) or name.endswith(EXACT)
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors if the floats are `dtype`."""
@@ -166,10 +167,18 @@ def is_unused(name: str, args: ModelArgs) -> bool:
     return match is not None and int(match[1]) in range(args.n_layer)[args.n_layer - (args.n_reusing_layer or 0) :]
 
 
-def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tensor | None = None) -> Readers:
+def rename(
+    layout: Layout,
+    raw: Readers,
+    modules: dict,
+    where: Path,
+    order: Tensor | None = None,
+    rows: dict[str, Tensor] | None = None,
+) -> Readers:
     """Every tensor of the layout from those of a file: none may be missing or left over.
 
-    modules: see `source_modules`. order: of the file's heads, see `rope_order`.
+    modules: see `source_modules`. order: of the file's heads, see `rope_order`. rows: of modules of a layer whose rows
+    the file has in another order: the place there of each.
     """
     tensors, used, args = {}, set(), layout.args
     for name in layout.tensors:
@@ -183,6 +192,9 @@ def rename(layout: Layout, raw: Readers, modules: dict, where: Path, order: Tens
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
         used.update(*names)
         tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
+        own = (rows or {}).get(module.split(".", 2)[-1])
+        if own is not None and leaf != "order":
+            tensors[name] = lambda read=tensors[name], own=own: read()[own]
         if order is not None and module.endswith(TURNED) and leaf != "order":
             tensors[name] = lambda read=tensors[name], module=module: in_our_order(read(), module, args, order)
     extra = [name for name in raw if name not in used and not IGNORED.fullmatch(name)]

@@ -16,7 +16,8 @@ from engine.speculative import Speculation
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_
 from measure.perplexity import perplexity
-from model import Blocks, Vectors, quantize_vectors
+from mixers.layer_kinds import Vectors, quantize_vectors
+from model import Blocks
 from tests.tiny import DIFFERING, GREEDY, continuation, random_ids, tiny_model
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kernels.gpu.attention import attend, new_counters
+from mixers.layer_kinds import Vectors, quantize_vectors
 from mixers.rope import rope_table
-from model import Attention, ModelArgs, Vectors, additive_mask, quantize_vectors
+from model import Attention, ModelArgs, additive_mask
 from tests.tiny import pairwise
 
 KV, N_SLOTS = 2, 80

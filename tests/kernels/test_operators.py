@@ -19,7 +19,8 @@ from layers.fastest import fastest
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from mixers.experts import ExpertLinear
-from model import Attend, ModelArgs, Vectors
+from mixers.layer_kinds import Vectors
+from model import Attend, ModelArgs
 from tests.tiny import dead_process
 from weights.checkpoint import build
 from weights.layout import Layout

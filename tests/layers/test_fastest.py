@@ -28,6 +28,7 @@ from layers.packed import (
     rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
+from mixers.delta_net import DeltaSizes
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.rope import RopeScaling
 from model import Attention, Blocks, ModelArgs, Transformer
@@ -75,6 +76,8 @@ REFUSED = {
     "value_dim": LATENT | {"q_latent": None},
     "attention_sinks": {"attention_sinks": True},
     "attention_softcap": {"attention_softcap": 2.0},
+    "attention_gate": {"attention_gate": True},
+    "delta": {"delta": DeltaSizes((1,), 2, 4, 16, 32, 4)},
     "activation": {"activation": "gelu_tanh"},
     "norm_offset": {"norm_offset": True},
     "mean_norm": {"mean_norm": True},

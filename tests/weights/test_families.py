@@ -38,8 +38,11 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     YoutuConfig,
@@ -123,6 +126,10 @@ WIDE_LATENT = LATENT | {"kv_lora_rank": 128, "qk_rope_head_dim": 32}  # of a siz
 LATENT_EXPERTS = GLM_EXPERTS | {"first_k_dense_replace": 1}
 LATENT_YARN = YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.9}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+DELTA = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+DELTA |= {"linear_value_head_dim": 16, "num_hidden_layers": 4}
+DELTA_EXPERTS = DELTA | EXPERTS | {"num_experts_per_tok": 3, "shared_expert_intermediate_size": 64}
+IN_TWO = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -159,6 +166,10 @@ FAMILIES = {
         Qwen3MoeConfig,
         {**EXPERTS, "num_experts_per_tok": 2, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
     ),
+    "qwen3_next": (Qwen3NextConfig, DELTA_EXPERTS | {"attention_bias": True, "mlp_only_layers": [1]}),
+    "qwen3_5": (Qwen3_5TextConfig, DELTA | {"tie_word_embeddings": True}),
+    "qwen3_5, in two layers": (Qwen3_5TextConfig, DELTA | IN_TWO | {"linear_num_key_heads": 4}),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, DELTA_EXPERTS | IN_TWO),
     "phi3": (Phi3Config, {"sliding_window": 16}),
     "phi3, longrope": (
         Phi3Config,

@@ -70,6 +70,15 @@ YOUTU_CONFIG |= {"rope_interleave": True, "tie_word_embeddings": True}
 MINICPM_3_CONFIG = EPS | {"q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
 MINICPM_3_CONFIG |= {"max_position_embeddings": 32768, "num_key_value_heads": 40, "tie_word_embeddings": True}
 MINICPM_3_CONFIG |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
+DELTA_CONFIG = {"max_position_embeddings": 32768, "head_dim": 256, "partial_rotary_factor": 0.25, "layer_types": None}
+DELTA_CONFIG |= {"full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128}
+DELTA_CONFIG |= {"linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32}
+QWEN_3_5_CONFIG = DELTA_CONFIG | {"num_attention_heads": 16, "num_key_value_heads": 4}
+DELTA_MOE_CONFIG = DELTA_CONFIG | {"num_attention_heads": 16, "num_key_value_heads": 2, "moe_intermediate_size": 512}
+DELTA_MOE_CONFIG |= {"shared_expert_intermediate_size": 512}
+QWEN_3_5_MOE_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 256, "num_experts_per_tok": 8}
+QWEN_3_NEXT_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True}
+QWEN_3_NEXT_CONFIG |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "intermediate_size": 5632}
 
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}

@@ -27,12 +27,16 @@ from weights.families.defaults import (
     PLAIN,
     QWEN_2_CONFIG,
     QWEN_2_MOE_CONFIG,
+    QWEN_3_5_CONFIG,
+    QWEN_3_5_MOE_CONFIG,
     QWEN_3_MOE_CONFIG,
+    QWEN_3_NEXT_CONFIG,
     READ_BY_SOME,
     SEED_CONFIG,
     SMOLLM_3_CONFIG,
     YOUTU_CONFIG,
 )
+from weights.families.delta import delta_experts, delta_net
 from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, unclipped
 from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
@@ -89,6 +93,8 @@ POST_NORM = {"pre_norm": False, "post_norm": True}
 OLMO = POST_NORM | {"joint_qk_norm": True}
 COHERE = {"mean_norm": True, "parallel": True}
 GPT_OSS = {"attention_sinks": True, "ffn_bias": True}
+DELTA = {"norm_offset": True, "qk_norm": True}
+SILU = {"silu": "silu"}  # which is also that of the convolution
 
 ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "wo_bias")}
 QKV_BIAS = {"attention_bias": ("qkv_bias",)}
@@ -106,6 +112,13 @@ FAMILIES = {
     "mixtral": Family({}, experts, MIXTRAL_CONFIG),
     "qwen2_moe": Family({}, experts, QWEN_2_MOE_CONFIG, expert_size=MOE_SIZE, biases={"qkv_bias": ("qkv_bias",)}),
     "qwen3_moe": Family({"qk_norm": True}, experts, QWEN_3_MOE_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS),
+    "qwen3_next": Family(
+        DELTA, delta_experts, QWEN_3_NEXT_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS, activations=SILU
+    ),
+    "qwen3_5_text": Family(DELTA, delta_net, QWEN_3_5_CONFIG, biases=ATTENTION_BIAS, activations=SILU),
+    "qwen3_5_moe_text": Family(
+        DELTA, delta_experts, QWEN_3_5_MOE_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS, activations=SILU
+    ),
     "phi3": Family(defaults=PHI_CONFIG),
     "glm4": Family({"post_norm": True}, defaults=GLM_4_CONFIG, biases=QKV_BIAS),
     "glm4_moe": Family({}, normed_sigmoid_experts, GLM_MOE_CONFIG, expert_size=MOE_SIZE, biases=QKV_BIAS),

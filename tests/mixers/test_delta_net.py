@@ -1,0 +1,167 @@
+"""Gated DeltaNet: its two forms against each other, and what keeps, takes back and copies the states of rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen3_5TextConfig
+
+import engine.decode
+from engine.cache import allocate, holds, row_bytes
+from engine.conversation import Conversation, Limits
+from engine.drafters import DraftModel, PromptLookup
+from engine.engine import Engine, build_engine, generate
+from engine.request import Request
+from engine.speculative import Speculation, build_speculation
+from measure.scoring import questions_of, score
+from mixers.delta_net import CHUNK, DeltaSizes, chunks, steps
+from serving.scheduler import Scheduler, Task
+from tests.tiny import GREEDY, SIZES, continuation, ids_of, make_tiny_checkpoint, save_tiny, tiny_model
+from text.tokenizer import load_tokenizer
+from weights.checkpoint import load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DELTA = DeltaSizes((0, 2), n_key_head=2, n_value_head=4, key_dim=16, value_dim=24, n_tap=4)
+FIELDS = {"n_layer": 3, "delta": DELTA, "attention_gate": True}
+SIZE = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
+N_NEW = 12
+
+
+@pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 7])
+def test_chunks_of_a_prompt_equal_single_steps(length):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, n, dtype=torch.float64) for n in (8, 8, 5))
+    k = k / k.norm(dim=-1, keepdim=True)
+    beta, decay = torch.rand(2, 3, length, dtype=torch.float64), -torch.rand(2, 3, length, dtype=torch.float64)
+    beta[1, :, -3:], decay[1, :, -3:] = 0, 0  # padding
+    state = torch.randn(2, 3, 8, 5, dtype=torch.float64)
+    (found, last), (wanted, states) = (form(state, q, k, v, beta, decay) for form in (chunks, steps))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(last, states[:, -1:])
+    assert torch.equal(states[1, max(length - 4, 0)], states[1, -1]) or length < 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of ours with a tokenizer."""
+    path = make_tiny_checkpoint(tmp_path_factory.mktemp("delta"), template=None, **FIELDS)
+    return SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(SIZES["vocab_size"], (n,), generator=generator).tolist() for n in (150, 1, 61, 97)]
+    return [*texts, 9 * [5, 9, 7]]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny, prompts):
+    """Each prompt alone, with nothing kept from token to token."""
+    rows = [list(ids) for ids in prompts]
+    with torch.inference_mode():
+        for row in rows:
+            for _ in range(N_NEW):
+                row.append(int(tiny.model(torch.tensor([row]), torch.arange(len(row))[None])[0, -1].argmax()))
+    return [row[-N_NEW:] for row in rows]
+
+
+def new_ids(engine, prompts):
+    rows = [[] for _ in prompts]
+    for chunk in generate(engine, prompts, N_NEW, GREEDY):
+        for row, ids in zip(rows, chunk, strict=True):
+            row += ids
+    return rows
+
+
+@torch.inference_mode()
+def test_prompts_in_chunks_of_a_ragged_batch_equal_transformers(tmp_path, prompts, monkeypatch):
+    """Rows that end in an earlier chunk, in rows of a cache that held other texts before."""
+    monkeypatch.setattr(engine.decode, "PREFILL_CHUNK", 48)
+    config = Qwen3_5TextConfig(**{**SIZES, **SIZE, "head_dim": 16, "num_hidden_layers": 4})
+    theirs, ours = save_tiny(config, tmp_path), load_model(tmp_path, dtype=torch.float32)
+    cache = ours.new_cache(len(prompts), 256)
+    for order in (prompts, prompts[::-1]):
+        for ids, new in zip(order, continuation(ours, cache, order, N_NEW).tolist(), strict=True):
+            assert theirs(torch.tensor([ids + new])).logits[0, -N_NEW - 1 : -1].argmax(-1).tolist() == new
+
+
+@pytest.mark.parametrize("k", [1, 5, "auto"])
+def test_rounds_of_guesses_that_are_taken_back_equal_plain_decoding(tiny, prompts, answers, k):
+    tiny_engine = Engine(tiny.model, speculation=build_speculation(tiny.model, PromptLookup(), k))
+    assert new_ids(tiny_engine, prompts) == answers
+    assert tiny_engine.cache.rewind == (k if k != "auto" else 8) + 1
+
+
+def test_compiled_steps_prompts_and_rounds_equal_plain_ones(tiny, prompts, answers):
+    speculation = build_speculation(tiny.model, PromptLookup(), 3, compile=True)
+    for n_rows, compiled in ((1, build_engine(tiny.model, True, True)), (5, build_engine(tiny.model, True, True))):
+        assert new_ids(compiled, prompts[-n_rows:]) == answers[-n_rows:]
+    assert new_ids(build_engine(tiny.model, True, True, speculation), prompts) == answers
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(PromptLookup(), 3)], ids=["plain", "ngram"])
+def test_tasks_that_come_and_go_find_what_each_finds_alone(tiny, prompts, answers, speculation):
+    scheduler = Scheduler(Engine(tiny.model, speculation=speculation), 2, 300)
+    tasks = [Task(Request(ids, tiny.tokenizer, N_NEW, [], True), GREEDY) for ids in prompts * 2]
+    for task in tasks:
+        scheduler.submit(task)
+    while scheduler.has_work:
+        scheduler.step()
+    assert [task.request.token_ids for task in tasks] == answers * 2
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(PromptLookup(), 3)], ids=["plain", "ngram"])
+def test_a_conversation_goes_on_where_its_state_stands_or_begins_again(tiny, speculation):
+    """The second turn adds to what was read; from the third one the first is left out."""
+    conversation = Conversation(
+        Engine(tiny.model, speculation=speculation), tiny.tokenizer, Limits(512, 20), GREEDY, None
+    )
+    read = []
+    for text in ("the cat sat", "on the mat", "and the dog"):
+        if text == "and the dog":
+            del conversation.turns[0]
+        ids = conversation.prompt_ids(text)
+        list(conversation.turn(text))
+        assert conversation.request.token_ids == ids_of(tiny.model, [ids], 20)[0][: len(conversation.request.token_ids)]
+        read.append(len(ids) - conversation.timing.prompt_tokens)
+    assert read[0] == read[2] == 0 < read[1]
+
+
+def test_continuations_of_one_prompt_are_scored_after_copies_of_its_state(tiny):
+    requests = [([5, 9, 7, 5], [9, 7, 5, 9]), ([5, 9, 7, 5], [3, 1]), ([8], [2, 4, 6])]
+    scoring = Engine(tiny.model)
+    scoring.reserve(6, 64)
+    found = {number: logprob for number, logprob, _ in score(scoring, questions_of(requests, 64), 3)}
+    for number, (prompt, own) in enumerate(requests):
+        ids = torch.tensor([prompt + own])
+        logprobs = tiny.model(ids, torch.arange(ids.shape[1])[None])[0].log_softmax(-1)
+        wanted = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(own)[:, None]).sum()
+        assert found[number] == pytest.approx(wanted.item(), abs=1e-4)
+
+
+@torch.inference_mode()
+def test_which_prefixes_a_row_can_go_on_from():
+    model = tiny_model(**FIELDS)
+    cache = model.new_cache(2, 64, rewind=2)
+    ids, pos = torch.arange(9)[None], torch.arange(9)[None]
+    model(ids, pos, cache.view())
+    assert [n for n in range(12) if holds(cache, 0, n)] == [0, 9]  # of a prompt the last state
+    model(ids[:, :3], pos[:, -1:] + torch.arange(1, 4), cache.view())
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 10, 11, 12]  # and of few tokens each
+    model(ids[:, :1], torch.tensor([[10]]), cache.view())
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 10, 11]  # one was taken back
+    model(ids[:, :1], torch.tensor([[0]]), cache.view())
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 1]
+    with pytest.raises(AssertionError):
+        engine.decode.read_prompts(model, cache, [[1, 2]], start=5)
+
+
+def test_bytes_of_a_row_and_a_draft_that_is_refused(tiny):
+    state = 4 * 16 * 24 + 3 * (2 * 2 * 16 + 4 * 24)  # of one layer, and the inputs of three tokens
+    keys = 2 * 2 * 16 * 100
+    assert row_bytes(tiny.model, 100) == 4 * (2 * state + keys) + 2 * 8
+    cache = allocate(tiny.model, 3, 100, rewind=4)
+    assert 3 * row_bytes(tiny.model, 100, 4) == sum(each.nbytes for each in cache.layers.buffers())
+    with pytest.raises(ValueError, match="DeltaNet.*ngram"):
+        DraftModel(tiny.model)
