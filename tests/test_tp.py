@@ -22,7 +22,7 @@ from layers.quantized import QuantSpec, linear_table, quantize_, quantize_weight
 from model import ModelArgs, Transformer
 from scripts.bench.tensor_parallel import predicted
 from tests.tiny import ENV, outcome, ran, torchrun
-from tests.tp_cases import ARGS, EXPERTS, MODELS, TIED, cases, commands_on, printed, run, score
+from tests.tp_cases import ARGS, MODELS, TIED, cases, commands_on, printed, run, score
 from weights.checkpoint import load_model, save_checkpoint
 from weights.layout import Layout
 from weights.registry import args_from_name
@@ -67,8 +67,10 @@ def folder(tmp_path_factory):
     for name, spec in (("int8", QuantSpec(8)), ("int4.g32", QuantSpec(4, 32)), ("int4.g64", QuantSpec(4, 64))):
         save_checkpoint(folder / f"{name}.pth", ARGS, *rounded(ARGS, tensors, spec))
     save_checkpoint(folder / "tied-int8.pth", TIED, *rounded(TIED, tied, QuantSpec(8)))
-    experts = rounded(EXPERTS, floats["experts"], QuantSpec(4, 32))
-    save_checkpoint(folder / "experts-int4.pth", EXPERTS, *experts)
+    for name in ("experts", "delta"):
+        save_checkpoint(
+            folder / f"{name}-int4.pth", MODELS[name], *rounded(MODELS[name], floats[name], QuantSpec(4, 32))
+        )
     state, table = rounded(ARGS, tensors, QuantSpec(4, 32))
     model = load_model(folder / "float.pth", dtype=torch.float32)
     text = torch.randint(ARGS.vocab_size, (16, 64), generator=generator)

@@ -26,6 +26,7 @@ from engine.guess_length import Costs
 from engine.sampling import Sampling
 from engine.speculative import Speculation, verify
 from measure.perplexity import perplexity
+from mixers.delta_net import DeltaSizes
 from model import ModelArgs
 from ranks import init_tp
 from scripts.bench.tensor_parallel import CountingRanks, bytes_of_a_step
@@ -62,7 +63,9 @@ CAPPED = replace(
 )
 EXPERTS = replace(ARGS, intermediate_size=256, n_expert=4, n_expert_used=2, shared_size=128)
 LATENT = replace(ARGS, qk_norm=False, n_kv_head=8, kv_latent=64, q_latent=32, value_dim=16, rope_dim=16)
-MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS, "latent": LATENT}
+DELTA = replace(ARGS, attention_gate=True, delta=DeltaSizes((0,), 4, 8, key_dim=16, value_dim=16, n_tap=4))
+MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS}
+MODELS |= {"latent": LATENT, "delta": DELTA}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -102,6 +105,9 @@ CASES = [
     Case("experts-int4", "bfloat16", 3),
     Case("latent", "float32", 3, speculate="ngram"),
     Case("latent", "bfloat16", 3),
+    Case("delta", "float32", 3, speculate="ngram"),
+    Case("delta", "bfloat16", 3),
+    Case("delta-int4", "float32", 3),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
