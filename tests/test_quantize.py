@@ -26,7 +26,7 @@ from engine.engine import Engine
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from measure.perplexity import perplexity
 from quantize import build_parser, main, relative_error
-from tests.tiny import HALF_GB, ROOT, hf_names, ids_of, make_tiny_checkpoint, needs_proc
+from tests.tiny import DIFFERING, HALF_GB, ROOT, hf_names, ids_of, make_tiny_checkpoint, needs_proc
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, save_checkpoint
 from weights.families.table import args_from_config
@@ -458,6 +458,9 @@ def test_sources_that_cannot_be_quantised(folder, text):
         {"tok_embeddings.weight": torch.zeros(4, 4), "output.scales_and_zeros": torch.zeros(1)}, folder / "t.pth"
     )
     refused(folder / "t.pth", "int4 tiles", "quantise again from the float file")
+
+    differing = make_tiny_checkpoint(folder / "differing", **DIFFERING)
+    refused(differing, "int4-gptq is not supported for models with n_reusing_layer or layer_input_size", flags=GPTQ)
 
     source = open_model(path)
     tensors = {name: read().clone() for name, read in source.tensors.items()}

@@ -181,6 +181,11 @@ def test_shards_by_hand():
     assert kept[:, 0].tolist() == [4, 5, 10, 11, 14, 15]
     kept = tp.shard("layers.0.attention.wqkv.bias", wqkv[:, 0], args, 1, 2)
     assert kept.tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+    in_turn = replace(args, n_layer=2, sliding_window=4, full_layers=(0,), full_kv_head=1, keys_as_values=True)
+    kept = tp.shard("layers.0.attention.wqkv.weight", wqkv[:10], in_turn, 1, 2)  # q 0-7 and one key head, on both ranks
+    assert kept[:, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    reusing = replace(args, n_layer=2, n_reusing_layer=1)
+    assert tp.shard("layers.1.attention.wqkv.weight", wqkv[:8], reusing, 1, 2)[:, 0].tolist() == [4, 5, 6, 7]
     w13 = torch.arange(12)[:, None] * torch.ones(1, 8)
     assert tp.shard("layers.0.feed_forward.w13.weight", w13, args, 1, 2)[:, 0].tolist() == [3, 4, 5, 9, 10, 11]
     w2 = torch.arange(6) * torch.ones(8, 1)

@@ -19,7 +19,7 @@ from engine.guess_length import LENGTHS, Costs
 from engine.sampling import Sampling, logits_to_probs
 from engine.speculative import Speculation, accept, speculate, verify
 from model import Transformer
-from tests.tiny import CPU, GREEDY, continuation, pairwise, random_ids, tiny_model
+from tests.tiny import CPU, DIFFERING, GREEDY, continuation, pairwise, random_ids, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,10 +83,15 @@ def assert_all_accepted(rounds, budget):
 
 
 @pytest.mark.parametrize(
-    *pairwise(k=[1, 2, 4, 7, 16, 32, "auto"], source=SOURCES, lengths=[(12,), (1, 17, 6)], sliding_window=[None, 8])
+    *pairwise(
+        k=[1, 2, 4, 7, 16, 32, "auto"],
+        source=SOURCES,
+        lengths=[(12,), (1, 17, 6)],
+        fields=[{}, {"sliding_window": 8}, DIFFERING],
+    )
 )
-def test_greedy_speculation_equals_plain_greedy(k, source, lengths, sliding_window):
-    model, prompts = tiny_model(sliding_window=sliding_window), random_ids(*lengths)
+def test_greedy_speculation_equals_plain_greedy(k, source, lengths, fields):
+    model, prompts = tiny_model(**fields), random_ids(*lengths)
     plain = plainly(model, prompts, 24)
     assert len({tuple(row) for row in plain}) == len(prompts)
     speculation = Speculation(SOURCES[source](model), k, costs={len(prompts): CHEAP})

@@ -18,8 +18,9 @@ def case(head_dim, group, tokens, window, softcap, norm, n_row, dtype, cache_dty
     args = ModelArgs(
         dim=8, n_layer=1, n_head=group * KV, n_kv_head=KV, head_dim=head_dim, intermediate_size=8, vocab_size=8,
         max_seq_length=N_SLOTS, qk_norm=norm is not None, norm_offset=norm == "offset", attention_softcap=softcap,
+        sliding_window=window,
     )  # fmt: skip
-    exact = Attention(args, window).double()
+    exact = Attention(args, 0).double()
     exact.wqkv, exact.wo = torch.nn.Identity(), torch.nn.Identity()
     weights = (None, None)
     if norm:

@@ -303,6 +303,39 @@ def test_the_language_part_of_a_vision_language_model(tied, tmp_path):
         torch.testing.assert_close(logits_of(ours, prompt)[0], expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.inference_mode()
+def test_gemma_4_as_shipped(tmp_path):
+    """Beside towers for other input, and with projections to keys and values that nothing uses."""
+    kind, extra = FAMILIES["gemma4"]
+    theirs, prompt = save_tiny(kind(**{**SIZES, **extra}), tmp_path), random_prompts(40)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in tensors.items()}
+    names = [f"model.language_model.layers.5.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+    names += [f"model.{name}.x" for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")]
+    save_file(tensors | {name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    edit_json(tmp_path / "config.json", lambda config: {"model_type": "gemma4", "text_config": config})
+    (found,) = logits_of(load_model(tmp_path, dtype=torch.float32), prompt)
+    torch.testing.assert_close(found, theirs(torch.tensor(prompt)).logits[0], atol=1e-4, rtol=1e-4)
+
+
+GEMMA_4_SIZES = {"model_type": "gemma4_text", "vocab_size": 262144, "head_dim": 256, "global_head_dim": 512}
+GEMMA_4_E2B = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8}
+GEMMA_4_E2B |= {"num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+GEMMA_4_E2B |= {"layer_types": 7 * (4 * ["sliding_attention"] + ["full_attention"])}
+GEMMA_4_26B = {"hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "num_attention_heads": 16}
+GEMMA_4_26B |= {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+GEMMA_4_26B |= {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "enable_moe_block": True}
+GEMMA_4_26B |= {"hidden_size_per_layer_input": 0}
+
+
+@pytest.mark.parametrize("config, billions", [(GEMMA_4_E2B, 2.3), (GEMMA_4_26B, 25.2)], ids=["E2B", "26B-A4B"])
+def test_published_sizes_of_gemma_4(config, billions):
+    """Those of its model card, which does not count the embeddings of layers."""
+    tensors = Layout(args_from_config(Config(GEMMA_4_SIZES | config))).tensors
+    tensors.pop("layer_inputs.embeddings.weight", None)
+    assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e9, 1) == billions
+
+
 def without_tied_text(config):
     """Whether the head is tied stands beside the text's config, as in Gemma 3's files."""
     del config["text_config"]["tie_word_embeddings"]
