@@ -85,5 +85,7 @@ class LatentAttention(nn.Module):
         kv = self.wkv_b(latent[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # [B, H, C', ...]
         k, v = kv.split((self.unturned, self.value_dim), -1)
         k = torch.cat((k, key.expand(-1, self.n_head, -1, -1)), -1)
+        # PyTorch's fused kernels take values as long as keys only
+        v = F.pad(v, (0, max(0, k.shape[-1] - self.value_dim)))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None], scale=self.scale)
-        return y.transpose(1, 2)
+        return y[..., : self.value_dim].transpose(1, 2)

@@ -273,7 +273,7 @@ def test_mistakes_with_attention_are_errors():
         (q, k, k, None, mask[:1]),
         (q, k, k, None, torch.zeros(2, 1, 10)),
         (q[:, :, :3], k, k, None, mask),
-        (q[..., :32], k[..., :32].contiguous(), k[..., :32].contiguous(), None, mask),
+        (q[..., :48], k[..., :48].contiguous(), k[..., :48].contiguous(), None, mask),
         (q.expand(2, 17, 4, 64), k, k, None, mask.expand(2, 17, 9)),
     ):
         with pytest.raises(RuntimeError, match="attend"):

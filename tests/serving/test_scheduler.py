@@ -13,7 +13,7 @@ from engine.sampling import Sampling
 from engine.speculative import Speculation
 from layers.quantized import quant_spec
 from serving.scheduler import Scheduler, Task
-from tests.tiny import GREEDY, make_tiny_checkpoint, random_ids
+from tests.tiny import GREEDY, ids_of, make_tiny_checkpoint, random_ids
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -102,6 +102,15 @@ def test_tokens_are_those_of_the_library(path, tokenizer, form, sampling):
     for task in tasks:
         chunks = generate(engine, [task.request.prompt], 30, sampling, seeds=[task.seed])
         assert task.request.token_ids == [token for [ids] in chunks for token in ids]
+
+
+def test_rows_of_latents_come_go_and_share_beginnings(tmp_path, tokenizer):
+    latent = {"n_kv_head": 4, "kv_latent": 64, "q_latent": 32, "value_dim": 24, "rope_dim": 8}
+    model = load_model(make_tiny_checkpoint(tmp_path, **latent), dtype=torch.float32)
+    tasks = [task_of(tokenizer, prompt, 20) for prompt in prompts_with_shared_beginnings(6)]
+    finished(Scheduler(Engine(model), 3, CONTEXT), *tasks)
+    for task in tasks:
+        assert [task.request.token_ids] == ids_of(model, [task.request.prompt], 20)
 
 
 @pytest.mark.parametrize("k", [3, "auto"])
