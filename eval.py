@@ -44,7 +44,8 @@ def main(**flags) -> None:
         say_device(device, ranks)
         began = time.perf_counter()
         path, dtype = args.checkpoint_path, parse_dtype(args.dtype)
-        model = load_model(path, device, dtype, args.model_name, ranks=ranks, dequantize=args.dequantize)
+        how = {"dequantize": args.dequantize, "adapter": args.adapter}
+        model = load_model(path, device, dtype, args.model_name, ranks=ranks, **how)
         model.cache_dtype = parse_cache_dtype(args.cache_dtype)
         engine = build_engine(model, args.compile, args.compile)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)
@@ -125,7 +126,7 @@ def measure_tasks(
     if report is None:
         return None
     seconds = time.perf_counter() - began
-    opened = open_model(args.checkpoint_path, args.model_name, args.dequantize)
+    opened = open_model(args.checkpoint_path, args.model_name, args.dequantize, args.adapter)
     specs = {str(spec) for spec in opened.table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(specs), "lm_eval": version("lm_eval")}
     print(make_table(report))

@@ -24,6 +24,8 @@ def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path 
     group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
     text = "turn the codes of a quantised model into floats (default: they are kept)"
     group.add_argument("--dequantize", action="store_true", help=text)
+    text = "a folder with a LoRA adapter of peft, which float weights take in, and which goes beside codes"
+    group.add_argument("--adapter", metavar="PATH", help=text)
     return group
 
 

@@ -121,8 +121,8 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
-    if args.random_weights and args.dequantize:
-        raise ValueError("--random_weights are floats; leave out --dequantize")
+    if args.random_weights and (args.dequantize or args.adapter is not None):
+        raise ValueError("--random_weights are floats of no trained model; leave out --dequantize and --adapter")
     for name in ("system", "chat_template", "template_vars", "hide_thinking"):
         if getattr(args, name) not in (None, False) and not (args.chat or args.interactive):
             raise ValueError(f"--{name} needs --chat or --interactive")
@@ -219,7 +219,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
         path = model_path(args)
-        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize)
+        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)
         if tokenizer.templates and not args.chat and not args.interactive:
             say("This model has a chat template: with --chat it answers, without it continues the text")

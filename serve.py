@@ -115,7 +115,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
     dtype, spec = parse_dtype(args.dtype), quant_spec(args.quantize, args.groupsize)
-    model = load_model(args.checkpoint_path, device, dtype, args.model_name, spec, ranks, args.dequantize)
+    model = load_model(args.checkpoint_path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     speculation = None
     if args.speculate is not None:
