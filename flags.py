@@ -25,7 +25,7 @@ def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path 
     text = "turn the codes of a quantised model into floats (default: they are kept)"
     group.add_argument("--dequantize", action="store_true", help=text)
     text = "a folder with a LoRA adapter of peft, which float weights take in, and which goes beside codes"
-    group.add_argument("--adapter", metavar="PATH", help=text)
+    group.add_argument("--adapter", type=checkpoint_path, metavar="PATH", help=text)
     return group
 
 

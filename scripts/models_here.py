@@ -8,6 +8,7 @@ from weights.checkpoint import CHECKPOINTS, adapter_in, open_model
 from weights.files import read_json, size_text
 from weights.gguf_file import is_gguf, read_gguf_metadata
 from weights.huggingface import weight_files
+from weights.layout import ModelFile
 
 
 def list_models(checkpoints: Path = CHECKPOINTS) -> None:
@@ -45,7 +46,7 @@ def line_of(path: Path) -> tuple[str, str, str, str]:
         return name_of(path), "", "", f"cannot be read: {in_words(error)}"
 
 
-def open_weights(path: Path):
+def open_weights(path: Path) -> ModelFile:
     """The model that a path names; of a folder its Hugging Face files, not the model.pth made of them."""
     if path.is_dir():
         return open_model(weight_files(path)[0])

@@ -128,6 +128,8 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path, bad):
 
 def test_what_is_no_adapter(tmp_path):
     save_tiny(FAMILIES["llama"][0], tmp_path)
+    with pytest.raises(ValueError, match="there is no adapter at .*nowhere"):
+        load_model(tmp_path, adapter=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no adapter_config.json; give the folder of an adapter"):
         load_model(tmp_path, adapter=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))

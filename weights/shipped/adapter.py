@@ -1,6 +1,7 @@
 """LoRA adapters as peft writes them: y = W x + s B A x, where A [r, in] and B [out, r] are small."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from weights.files import read_json, read_torch
 from weights.huggingface import INTERLEAVED, hf_modules, safetensors_file, with_usual_names
 from weights.layout import ModelFile, Pair, Readers, in_our_order, readers, rope_order, source_modules
 
+Scale = Callable[[int], float]  # of the product of two matrices, by their rank
 PREFIX = "base_model.model."
 # what changes nothing of a trained adapter, or is told by its tensors; any other field that is set is refused
 KNOWN = {"peft_type", "bias", "r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "target_modules"}
@@ -30,6 +32,8 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
 
     adapter: a folder, or its adapter_model file. base: the path of the model, beside which config.json may lie.
     """
+    if not adapter.exists():
+        raise ValueError(f"there is no adapter at {adapter}; give its folder, or OWNER/NAME of one in checkpoints/")
     folder = adapter if adapter.is_dir() else adapter.parent
     scale_of, raw = read_adapter(folder)
     tensors, beside, args = dict(opened.tensors), {}, opened.args
@@ -60,7 +64,7 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
     return replace(opened, tensors=tensors, beside=beside)
 
 
-def read_adapter(folder: Path):
+def read_adapter(folder: Path) -> tuple[Scale, Readers]:
     """The scale of an adapter by its rank, and its tensors by the names of the base model's modules."""
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} has no adapter_config.json; give the folder of an adapter, as peft writes it")
@@ -107,7 +111,7 @@ def rows_of(parts: list[str], n_out: int, args: ModelArgs) -> list[int]:
     return [n_out // len(parts)] * len(parts)
 
 
-def read_pair(parts: list[str], sizes: list[int], n_in: int, raw: Readers, scale_of, folder: Path) -> Pair:
+def read_pair(parts: list[str], sizes: list[int], n_in: int, raw: Readers, scale_of: Scale, folder: Path) -> Pair:
     """A of all parts [r, in], one below the other, and s B [out, r], each in the rows and columns of its part."""
     all_a, all_b = [], []
     for part, size in zip(parts, sizes, strict=True):
@@ -130,13 +134,13 @@ def read_pair(parts: list[str], sizes: list[int], n_in: int, raw: Readers, scale
     return torch.cat(all_a), torch.block_diag(*all_b)
 
 
-def turned(pair, args: ModelArgs, order: Tensor) -> Pair:
+def turned(pair: Callable[[], Pair], args: ModelArgs, order: Tensor) -> Pair:
     """The pair of wqkv with its rows in our order, see `rope_order`."""
     a, b = pair()
     return a, in_our_order(b, args, order)
 
 
-def merged(read, pair) -> Tensor:
+def merged(read: Callable[[], Tensor], pair: Callable[[], Pair]) -> Tensor:
     """The weight with an adapter in it, in float32."""
     a, b = pair()
     return read().float() + b @ a
