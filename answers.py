@@ -19,6 +19,7 @@ from ranks import speaks
 from serving.processors import Grammars, Logits, processors_of
 from serving.scheduler import Processor, Scheduler, Task, run_tasks
 from text.results import Results
+from text.thinking import Thoughts, thinking_marks
 from text.tokenizer import Tokenizer
 from weights.files import read_json, write_json
 
@@ -39,6 +40,14 @@ class Row:
 def batches_of(rows: list[Row], n_rows: int) -> list[list[Row]]:
     """Batches of at most n_rows, of rows of like length; those that need the most memory come first."""
     return list(evenly(sorted(rows, key=lambda row: -len(row.ids)), n_rows))
+
+
+def limits_of(args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> Limits:
+    """What ends an answer; one in JSON, or without a chat template, has no thoughts."""
+    is_free = (args.chat or args.interactive) and args.json_schema is None
+    marks = thinking_marks(tokenizer.chat_template or "") if is_free else None
+    thoughts = Thoughts(marks, args.hide_thinking) if marks else None
+    return Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos, thoughts)
 
 
 class Answers:
@@ -83,7 +92,7 @@ class Answers:
         self.unprinted, self.texts = list(self.numbers), {}
         with progress(total=len(self.numbers), desc="Answering", unit="prompt", disable=self.streams) as bar:
             limits, timing = self.limits, self.timings[-1]
-            how = (self.tokenizer, limits.max_new_tokens, limits.stop, limits.ignore_eos)
+            how = (self.tokenizer, limits.max_new_tokens, limits.stop, limits.ignore_eos, limits.thoughts)
             for batch in self.batches:
                 rows = {Request(row.ids, *how): row for row in batch}
                 seeds = [self.seed_of(row) for row in batch]

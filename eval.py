@@ -17,7 +17,7 @@ from cli import say
 from engine.cache import context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
-from flags import cache_flag, check_counts, check_threads, model_flags, place_flags, say_device, template_flag
+from flags import cache_flag, check_counts, check_threads, model_flags, place_flags, say_device, template_flags
 from measure.machine import run_facts
 from measure.perplexity import WINDOW, perplexity
 from measure.tasks import Tasks, load_tasks, require_harness, run_tasks
@@ -29,7 +29,8 @@ from weights.checkpoint import load_model, open_model
 from weights.device import parse_cache_dtype, parse_dtype, pick_device
 from weights.files import require_writable, write_json
 
-TEXT_FLAGS, TASK_FLAGS = ("stride",), ("limit", "num_fewshot", "include_path", "apply_chat_template", "chat_template")
+TEXT_FLAGS, TEMPLATE_FLAGS = ("stride",), ("chat_template", "template_vars")
+TASK_FLAGS = ("limit", "num_fewshot", "include_path", "apply_chat_template", *TEMPLATE_FLAGS)
 
 
 def main(**flags) -> None:
@@ -43,10 +44,11 @@ def main(**flags) -> None:
         say_device(device, ranks)
         began = time.perf_counter()
         path, dtype = args.checkpoint_path, parse_dtype(args.dtype)
-        model = load_model(path, device, dtype, args.model_name, ranks=ranks, dequantize=args.dequantize)
+        how = {"dequantize": args.dequantize, "adapter": args.adapter}
+        model = load_model(path, device, dtype, args.model_name, ranks=ranks, **how)
         model.cache_dtype = parse_cache_dtype(args.cache_dtype)
         engine = build_engine(model, args.compile, args.compile)
-        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
+        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)
         facts = run_facts(flags, device, ranks) | {"load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
         if args.compile:
@@ -65,8 +67,9 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> torch.device:
     for name in flags:
         if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name} goes with --{other}; leave it out")
-    if args.chat_template is not None and not args.apply_chat_template:
-        raise ValueError("--chat_template needs --apply_chat_template")
+    for name in TEMPLATE_FLAGS:
+        if getattr(args, name) is not None and not args.apply_chat_template:
+            raise ValueError(f"--{name} needs --apply_chat_template")
     if args.limit is not None and not (0 < args.limit < 1 or args.limit >= 1 and args.limit % 1 == 0):
         raise ValueError(f"--limit is {args.limit:g}; it must be a number of questions, or a part of them below 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
@@ -123,7 +126,7 @@ def measure_tasks(
     if report is None:
         return None
     seconds = time.perf_counter() - began
-    opened = open_model(args.checkpoint_path, args.model_name, args.dequantize)
+    opened = open_model(args.checkpoint_path, args.model_name, args.dequantize, args.adapter)
     specs = {str(spec) for spec in opened.table.values()}
     facts |= {"model": asdict(engine.model.args), "quantised": sorted(specs), "lm_eval": version("lm_eval")}
     print(make_table(report))
@@ -152,7 +155,7 @@ def evaluation_flags(group) -> None:
     add("--include_path", metavar="DIR", help="a folder with task files of your own")
     text = "write each question as a chat message (default: plain text)"
     add("--apply_chat_template", action="store_true", help=text)
-    template_flag(group)
+    template_flags(group)
     add("--seed", type=int, default=1234, help="of examples and samples (default: %(default)s)")
     add("--perplexity", metavar="FILE", help="score this text (UTF-8)")
     text = f"tokens in a window (default: {WINDOW} for a text, the model's context for tasks)"

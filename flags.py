@@ -1,6 +1,7 @@
 """Flags that commands share, and their checks."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path 
     group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
     text = "turn the codes of a quantised model into floats (default: they are kept)"
     group.add_argument("--dequantize", action="store_true", help=text)
+    text = "a folder with a LoRA adapter of peft, which float weights take in, and which goes beside codes"
+    group.add_argument("--adapter", type=checkpoint_path, metavar="PATH", help=text)
     return group
 
 
@@ -42,9 +45,11 @@ def cache_flag(group) -> None:
     group.add_argument("--cache_dtype", choices=["int8"], help=text)
 
 
-def template_flag(group) -> None:
+def template_flags(group) -> None:
     text = "one of the model's chat templates, by name, or a file with one (default: the model's default)"
     group.add_argument("--chat_template", metavar="NAME|FILE", help=text)
+    text = 'variables of the chat template, such as {"enable_thinking": false}'
+    group.add_argument("--template_vars", type=json_object, metavar="JSON", help=text)
 
 
 def generation_flags(group) -> None:
@@ -81,6 +86,18 @@ def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that cannot be started."""
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"--threads is {threads}; it must be from 1 to 1024 (processors here: {os.cpu_count()})")
+
+
+def json_object(argument: str) -> dict:
+    try:
+        value = json.loads(argument)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'{argument!r} is no JSON object; it must be like {{"enable_thinking": false}}'
+        )
+    return value
 
 
 def number_or_text(argument: str) -> int | str:

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 import cli
-from answers import Answers, Row, batches_of, check_logits, logits_flags, needs_tasks, read_processors
+from answers import Answers, Row, batches_of, check_logits, limits_of, logits_flags, needs_tasks, read_processors
 from cli import say, write
 from engine.cache import check_fit, context_length, rows_that_fit
 from engine.compile import compile_step, require_compiler
-from engine.conversation import Conversation, Limits
+from engine.conversation import Conversation
 from engine.decode import forward_chunk
 from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine
@@ -39,7 +39,7 @@ from flags import (
     number_or_text,
     place_flags,
     say_device,
-    template_flag,
+    template_flags,
 )
 from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
@@ -121,10 +121,10 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
-    if args.random_weights and args.dequantize:
-        raise ValueError("--random_weights are floats; leave out --dequantize")
-    for name in ("system", "chat_template"):
-        if getattr(args, name) is not None and not (args.chat or args.interactive):
+    if args.random_weights and (args.dequantize or args.adapter is not None):
+        raise ValueError("--random_weights are floats of no trained model; leave out --dequantize and --adapter")
+    for name in ("system", "chat_template", "template_vars", "hide_thinking"):
+        if getattr(args, name) not in (None, False) and not (args.chat or args.interactive):
             raise ValueError(f"--{name} needs --chat or --interactive")
     require_utf8(args.system or "", "--system")
     require_utf8("".join(args.stop), "--stop")
@@ -219,8 +219,8 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
         path = model_path(args)
-        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize)
-        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template)
+        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
+        tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)
         if tokenizer.templates and not args.chat and not args.interactive:
             say("This model has a chat template: with --chat it answers, without it continues the text")
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
@@ -278,7 +278,7 @@ def answer(
     """Answer every prompt, as often as asked, and report; `facts` are what the report says of the run."""
     ranks, context = engine.model.ranks, context_length(engine.model.args, args.max_seq_length)
     batches, scheduler = plan(engine, tokenizer, prompts, args, context)
-    limits, seed = Limits(context, args.max_new_tokens, tuple(args.stop), args.ignore_eos), facts["seed"]
+    limits, seed = limits_of(args, tokenizer, context), facts["seed"]
     how = (scheduler, read_processors(args, tokenizer, engine.model), args.logprobs)
     answers = Answers(engine, tokenizer, limits, sampling, batches, seed, *how, results if speaks(ranks) else None)
     facts["compile_s"] = prepare(answers.warm_up, engine, args)
@@ -345,7 +345,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, args: arg
     engine.reserve(1, context)
     length = min(-(-context // 2), 64)
     prepare(partial(engine.warm_up, [[length]], context - length, sampling), engine, args)
-    limits = Limits(context, args.max_new_tokens or context, tuple(args.stop), args.ignore_eos)
+    limits = limits_of(args, tokenizer, context)
     talk(Conversation(engine, tokenizer, limits, sampling, args.system), [model_path(args)])
 
 
@@ -380,7 +380,8 @@ def prompt_flags(group) -> None:
     one.add_argument("--interactive", action="store_true", help="keep a conversation at the terminal")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", help="system message, with --chat or --interactive")
-    template_flag(group)
+    template_flags(group)
+    group.add_argument("--hide_thinking", action="store_true", help="print answers without the thoughts before them")
 
 
 def speed_flags(group) -> None:

@@ -57,7 +57,7 @@ def main(**flags) -> None:
     tensors = rounded_tensors(job, windows, args)
     write(job, tensors)
     layers = layer_facts(job, tensors)
-    read = {"model_name": job.model_name, "dequantize": args.dequantize}
+    read = {"model_name": job.model_name, "dequantize": args.dequantize, "adapter": args.adapter}
     seconds, peak = time.perf_counter() - began, peak_memory(job.device)
     torch.set_num_threads(n_thread)
     facts = {
@@ -116,6 +116,8 @@ def check_request(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     check_threads(args.threads)
+    if args.adapter is not None and args.label is None:
+        raise ValueError("--adapter needs --label, which tells the file from the base model's")
     require_utf8(args.label or "", "--label")
     if args.label and Path(args.label).name != args.label:
         raise ValueError(f"--label is {args.label!r}; it becomes part of a file's name, so it cannot be a path")
@@ -124,7 +126,7 @@ def check_request(args: argparse.Namespace) -> None:
 def open_job(args: argparse.Namespace) -> Job:
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     spec = quant_spec(args.mode, args.groupsize)
-    source = open_model(path, args.model_name, args.dequantize)
+    source = open_model(path, args.model_name, args.dequantize, args.adapter)
     source = replace(source, tensors=dropping_page_cache(source.tensors, path))
     layout = source.layout.quantized(new_table(source, spec, path, args.head))
     target = target_path(path, args.mode, spec.groupsize, args.label)
@@ -199,7 +201,8 @@ def rounded_tensors(job: Job, windows: Tensor | None, args: argparse.Namespace) 
     """Every tensor of the quantised file: the layers in the table rounded to nearest or, with windows, by GPTQ."""
     if windows is None:
         return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
-    model = load_model(job.path, job.device, job.dtype, job.model_name, dequantize=args.dequantize)
+    read = {"dequantize": args.dequantize, "adapter": args.adapter}
+    model = load_model(job.path, job.device, job.dtype, job.model_name, **read)
     how = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order")}
     state = model.state_dict() | gptq_(model, windows, job.layout.table, **how)
     return {name: state[name] for name in job.layout.tensors}

@@ -31,7 +31,7 @@ from flags import (
     number_or_text,
     place_flags,
     say_device,
-    template_flag,
+    template_flags,
 )
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from ranks import Ranks, init_tp, shared, speaks
@@ -115,13 +115,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
     dtype, spec = parse_dtype(args.dtype), quant_spec(args.quantize, args.groupsize)
-    model = load_model(args.checkpoint_path, device, dtype, args.model_name, spec, ranks, args.dequantize)
+    model = load_model(args.checkpoint_path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     speculation = None
     if args.speculate is not None:
         speculation = build_speculation(model, PromptLookup(), args.speculate_k, args.compile)
     engine = build_engine(model, args.compile, speculation=speculation)
-    return engine, load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template)
+    return engine, load_tokenizer(args.checkpoint_path, model.args.vocab_size, args.chat_template, args.template_vars)
 
 
 def serve(args: argparse.Namespace, device: torch.device, ranks: Ranks | None, bound: socket.socket | None) -> None:
@@ -173,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     place_flags(where)
     cache_flag(where)
-    template_flag(where)
+    template_flags(where)
     server_flags(parser.add_argument_group("server"))
     speed_flags(parser.add_argument_group("speed"))
     return parser

@@ -10,6 +10,7 @@ from engine.sampling import Sampling
 from ranks import shared
 from text.files import require_utf8
 from text.prompts import checked_ids
+from text.thinking import Thoughts
 from text.tokenizer import Tokenizer
 
 
@@ -21,6 +22,7 @@ class Limits:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    thoughts: Thoughts | None = None  # how answers have them
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Turn:
     """A message and its answer."""
 
     text: str
-    answer: str
+    answer: str  # without thoughts, which no later turn sees
     ids: list[int]  # of the answer, as they were drawn
 
 
@@ -115,7 +117,8 @@ class Conversation:
         start = min(shared_prefix(ids, self.cached), len(ids) - 1)
         start = start if start and holds(self.engine.cache, 0, start) else 0
         budget = min(limits.max_new_tokens, limits.context - len(ids))
-        self.request, self.timing = Request(ids, self.tokenizer, budget, limits.stop, limits.ignore_eos), Timing()
+        how = (limits.stop, limits.ignore_eos, limits.thoughts)
+        self.request, self.timing = Request(ids, self.tokenizer, budget, *how), Timing()
         self.cached = self.cached[:start]
         try:
             for _, piece in run_batch(self.engine, [self.request], self.sampling, self.timing, start):
@@ -128,7 +131,7 @@ class Conversation:
         request = self.request
         if request.token_ids:
             self.cached = request.prompt + request.token_ids[:-1]  # the last one drawn has not been through the model
-            self.turns.append(Turn(text, request.stream.text, request.token_ids))
+            self.turns.append(Turn(text, request.stream.content, request.token_ids))
 
     @property
     def is_full(self) -> bool:

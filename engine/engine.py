@@ -100,12 +100,14 @@ def load(
     quantize: str | None = None,
     groupsize: int | None = None,
     dequantize: bool = False,
+    adapter: str | Path | None = None,
     cache_dtype: str | None = None,
     compile: bool = False,
 ) -> tuple[Engine, Tokenizer]:
     """The engine and the tokenizer of a checkpoint; the arguments are those of generate.py's flags."""
     path, spec = find_checkpoint(checkpoint_path), quant_spec(quantize, groupsize)
-    model = load_model(path, pick_device(device), parse_dtype(dtype), quantize=spec, dequantize=dequantize)
+    how = {"dequantize": dequantize, "adapter": adapter}
+    model = load_model(path, pick_device(device), parse_dtype(dtype), quantize=spec, **how)
     model.cache_dtype = parse_cache_dtype(cache_dtype)
     return build_engine(model, compile), load_tokenizer(path, model.args.vocab_size)
 

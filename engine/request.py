@@ -1,22 +1,35 @@
 """Requests: what is asked for, the text so far, why it ended; and a batch of them, run and timed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.engine import Engine, chunks
 from engine.sampling import Sampling
 from text.stream import TextStream
+from text.thinking import ThinkingStream, Thoughts
 from text.tokenizer import Tokenizer
 
 
 class Request:
-    """One sequence in the making: its new ids, its text so far, and why it ended."""
+    """One sequence in the making: its new ids, its text so far, and why it ended.
 
-    def __init__(self, prompt: list[int], tokenizer: Tokenizer, max_new_tokens: int, stop: list[str], ignore_eos: bool):
+    thoughts: how its text has them; None: the text is as the model writes it.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        ignore_eos: bool,
+        thoughts: Thoughts | None = None,
+    ):
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.eos_ids = frozenset() if ignore_eos else tokenizer.eos_ids
-        self.stream = TextStream(tokenizer, stop)
+        plain = thoughts is None
+        self.stream = TextStream(tokenizer, stop) if plain else ThinkingStream(tokenizer, stop, thoughts, prompt)
         self.token_ids: list[int] = []
         self.rounds: list[tuple[int, int]] = []  # of speculation: tokens proposed and accepted in each
         self.finish_reason: str | None = None

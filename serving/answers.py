@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from serving.fields import RequestError
 from serving.jobs import Asked, Served
-from serving.tools import Splitter
+from serving.tools import CallSplitter
 from serving.worker import Answers, Piece, joined
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -42,7 +42,7 @@ class ChatChoice(Choice):
 
     def __init__(self, index: int, asked: Asked, served: Served):
         super().__init__(index, asked, served)
-        self.splitter = Splitter(asked.form, asked.tools, asked.thinks, asked.is_thinking)
+        self.splitter = CallSplitter(asked.form, asked.tools, asked.marks, asked.is_thinking)
         self.n_calls = 0
 
     def first(self) -> dict:

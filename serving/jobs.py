@@ -18,8 +18,9 @@ from serving.fields import (
 )
 from serving.processors import Grammars, Logits, processors_of
 from serving.scheduler import Task
-from serving.tools import CLOSE_THINKING, OPEN_THINKING, Form, Showing, calls_grammar, tool_form
+from serving.tools import Form, calls_grammar, tool_form
 from text.prompts import checked_ids
+from text.thinking import Marks, Showing, shown_tokens, thinking_marks
 from text.tokenizer import Tokenizer
 
 
@@ -65,7 +66,7 @@ class Asked:
     echo: list[str] = field(default_factory=list)  # what each answer begins with
     form: Form | None = None  # of tool calls
     tools: frozenset[str] = frozenset()  # their names
-    thinks: bool = False  # whether the model may
+    marks: Marks | None = None  # of thoughts, if the model may think
     is_thinking: bool = False  # from the first token on
 
 
@@ -96,17 +97,16 @@ def read_chat(body: dict, served: Served) -> Asked:
     ids = checked_ids(served.tokenizer.encode(prompt, add_special_tokens=False), served.tokenizer)
     # an answer that follows a grammar has no place for thoughts
     is_free = fields.get("response_format") is None and not called_tools(fields)
-    thinks = is_free and CLOSE_THINKING in served.tokenizer.require_template()
-    marks = {*(form.marks if form else ()), *((OPEN_THINKING, CLOSE_THINKING) if thinks else ())}
-    shown = {token: text for token, text in served.tokenizer.special_tokens.items() if text in marks}
+    marks = thinking_marks(served.tokenizer.require_template()) if is_free else None
+    shown = shown_tokens(served.tokenizer, [*(form.marks if form else ()), *(marks.all if marks else ())])
     n_logprobs = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
     return Asked(
         jobs_of(fields, served, [ids], "messages", n_logprobs, shown),
         **writing(fields),
         form=form,
         tools=frozenset(tool["function"]["name"] for tool in tools or ()),
-        thinks=thinks,
-        is_thinking=thinks and prompt.rstrip().endswith(OPEN_THINKING),
+        marks=marks,
+        is_thinking=marks is not None and marks.are_open(prompt),
     )
 
 

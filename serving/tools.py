@@ -1,15 +1,13 @@
-"""Tool calls: how models write them, grammars that force one; calls and thinking told apart as an answer streams."""
+"""Tool calls: how models write them, grammars that force one, calls told apart as an answer streams."""
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from serving.fields import RequestError
 from serving.processors import json_rule
-from text.tokenizer import Tokenizer
-
-OPEN_THINKING, CLOSE_THINKING = "<think>", "</think>"
+from text.thinking import CONTENT, Marks, Splitter
 
 
 @dataclass(frozen=True)
@@ -123,91 +121,28 @@ def calls_grammar(form: Form, tools: list[dict], is_one: bool, special: dict[int
     return "\n".join(rules)
 
 
-class Showing:
-    """A tokenizer whose text has some special tokens too: those that mark calls."""
+class CallSplitter(Splitter):
+    """A splitter that gives out tool_calls too, as (name, arguments).
 
-    def __init__(self, tokenizer: Tokenizer, shown: dict[int, str]):
-        self.tokenizer, self.shown = tokenizer, shown
-
-    def __getattr__(self, name: str):
-        return getattr(self.tokenizer, name)
-
-    def skips(self, token: int) -> bool:
-        return token not in self.shown and self.tokenizer.skips(token)
-
-    def decode(self, ids: list[int]) -> str:
-        parts, begin = [], 0
-        for at, token in enumerate(ids):
-            if token in self.shown:
-                parts += [self.tokenizer.decode(ids[begin:at]), self.shown[token]]
-                begin = at + 1
-        return "".join([*parts, self.tokenizer.decode(ids[begin:])])
-
-
-class Splitter:
-    """Takes the text of an answer in pieces, and gives it out as content, reasoning_content and tool_calls.
-
-    What may begin a mark is held back, and so is a call until it is whole; what is no call after all is content.
-    White space beside marks is dropped.
+    A call is held back until it is whole; what is no call after all is content.
     """
 
-    def __init__(self, form: Form | None, tools: frozenset[str], thinks: bool, is_thinking: bool):
-        self.form, self.tools, self.thinks = form, tools, thinks
-        self.part = "reasoning_content" if is_thinking else "content"
-        self.is_empty = True  # nothing but white space of this part has come
-        self.mark = ""  # with which this part began
-        self.held = ""
-
-    def push(self, text: str, ends: bool = False) -> dict:
-        """What is settled, by its field, calls as (name, arguments); ends: this is the last piece."""
-        self.held += text
-        settled: dict = {}
-        while self.pass_mark(settled, ends):
-            pass
-        return settled
+    def __init__(self, form: Form | None, tools: frozenset[str], marks: Marks | None, is_thinking: bool):
+        super().__init__(marks, is_thinking)
+        self.form, self.tools = form, tools
+        self.strips = self.strips or form is not None
 
     def pass_mark(self, settled: dict, ends: bool) -> bool:
-        """Settle the part that has come so far, up to a mark; whether there is one, after which another part begins."""
         if self.part == "tool_calls":
             return self.settle_calls(settled, ends)
-        if self.part == "content" and self.is_empty and self.form and self.form.bare and self.held.lstrip()[:1] == "{":
+        if self.part == CONTENT and self.is_empty and self.form and self.form.bare and self.held.lstrip()[:1] == "{":
             self.begin("tool_calls", "", self.held.lstrip())
             return True
-        parts = self.parts_after()
-        found = {self.held.find(mark): mark for mark in parts if mark in self.held}
-        if not found:
-            self.settle(settled, len(self.held) if ends else self.certain(parts))
-            return False
-        at, mark = min(found.items())
-        rest, self.held = self.held[at + len(mark) :], self.held[:at].rstrip()
-        self.settle(settled, at)
-        self.begin(parts[mark], mark, rest)
-        return True
+        return super().pass_mark(settled, ends)
 
     def parts_after(self) -> dict[str, str]:
-        """What begins after each mark that can come here."""
-        if self.part == "reasoning_content":
-            return {CLOSE_THINKING: "content"}
-        parts = {self.form.begin: "tool_calls"} if self.form else {}
-        may_think = self.thinks and self.is_empty and OPEN_THINKING.startswith(self.held.lstrip()[: len(OPEN_THINKING)])
-        return parts | ({OPEN_THINKING: "reasoning_content"} if may_think else {})
-
-    def certain(self, marks: Iterable[str]) -> int:
-        """How much of the held text no mark, and no white space before one, can begin in."""
-        lengths = [n for mark in marks for n in range(1, len(mark)) if self.held.endswith(mark[:n])]
-        rest = self.held[: len(self.held) - max(lengths, default=0)]
-        return len(rest.rstrip() if marks else rest)
-
-    def settle(self, settled: dict, length: int) -> None:
-        text, self.held = self.held[:length], self.held[length:]
-        if self.is_empty and (self.form or self.thinks):
-            text = text.lstrip()
-        if text:
-            settled[self.part] = settled.get(self.part, "") + text
-            self.is_empty = False
-
-    def begin(self, part: str, mark: str, rest: str) -> None:
-        self.part, self.mark, self.held, self.is_empty = part, mark, rest, True
+        calls = {self.form.begin: "tool_calls"} if self.form and self.part == CONTENT else {}
+        return calls | super().parts_after()
 
     def settle_calls(self, settled: dict, ends: bool) -> bool:
         """Settle what stands between the marks of calls, once the second has come."""
@@ -222,6 +157,6 @@ class Splitter:
         if is_call:
             settled.setdefault("tool_calls", []).extend(calls)
         else:
-            settled["content"] = settled.get("content", "") + self.mark + inside + end
-        self.begin("content", "", rest)
+            settled[CONTENT] = settled.get(CONTENT, "") + self.mark + inside + end
+        self.begin(CONTENT, "", rest)
         return bool(rest)

@@ -402,6 +402,7 @@ GPTQ = ["--mode", "int4-gptq"]
         (["--mode", "int3"], "invalid choice"),
         (["--head", "int4"], "--head int4 needs --mode int4"),
         (["--label", "a/b"], "--label is 'a/b'"),
+        (["--adapter", "lora"], "--adapter needs --label"),
         (["--label", "\ud800"], "--label is not valid UTF-8"),
         (["--threads", "0"], "--threads is 0"),
         (["--model_name", "Llama-2-7B"], "is not Llama-2-7B"),

@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import datetime
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -26,7 +26,7 @@ class Generation(Extension):
 
     def parse(self, parser):
         next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
 
 
 @functools.lru_cache(maxsize=8)

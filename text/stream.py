@@ -40,6 +40,11 @@ class TextStream:
         """Everything returned so far."""
         return "".join(self._pieces)
 
+    @property
+    def content(self) -> str:
+        """The text without thoughts, with which a conversation goes on."""
+        return self.text
+
     def push(self, ids: list[int]) -> str:
         """The text that is settled now. Sets `stopped` at the id that completes a stop string and ignores the rest."""
         return "".join([self._push(token) for token in ids])

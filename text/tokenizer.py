@@ -9,15 +9,17 @@ from pathlib import Path
 from cli import listed, say
 from text.chat import render
 from text.files import read_utf8, require_utf8
-from text.gguf_vocabulary import gguf_settings, gguf_vocabulary, has_ordinary_tokens, read_gguf_fields
 from text.settings import id_list, named_templates, read_settings, token_text
-from text.vocabulary import library_errors, read_sentencepiece, read_tokenizer_json
+from text.vocabularies.gguf import gguf_settings, gguf_vocabulary, has_ordinary_tokens, read_gguf_fields
+from text.vocabularies.libraries import library_errors, read_sentencepiece, read_tokenizer_json
+from text.vocabularies.tiktoken import is_tiktoken, read_tiktoken
 from weights.files import atomic_path
 from weights.gguf_file import is_gguf
 
 # tokens that end a text, whether or not the model's files say so
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
 END_MARKERS += ("<|end_of_text|>", "<|endoftext|>")
+END_OF_MESSAGES = "<|return|>"  # where a vocabulary has it, <|end|> ends only a message of several
 END_OR_HTML = "</s>"  # ends a text where it is special; Gemma's vocabulary has it as the end of struck-out text
 
 
@@ -38,12 +40,15 @@ class Tokenizer:
         known = {key: [i for i in id_list(value) if i < backend.vocab_size] for key, value in ids.items()}
         self.bos_id: int | None = next(iter(known["bos_token_id"]), None) if begin is None else begin
         self.eos_id: int | None = next(iter(known["eos_token_id"]), None) if end is None else end
-        markers = [backend.marker_id(marker) for marker in END_MARKERS]
+        has_messages = backend.marker_id(END_OF_MESSAGES) is not None
+        endings = [each for each in END_MARKERS if each != "<|end|>"] if has_messages else END_MARKERS
+        markers = [backend.marker_id(marker) for marker in endings]
         markers += [token for token, text in backend.special.items() if text == END_OR_HTML]
         self.declared_eos_ids: frozenset[int] = frozenset({*ids["eos_token_id"], end} - {None})
         self.eos_ids: frozenset[int] = self.declared_eos_ids | frozenset(markers) - {None}
         self.templates: dict[str, str] = named_templates(config.get("chat_template"))
         self.chat_template: str | None = self.templates.get("default")
+        self.template_vars: dict = {}  # for every chat, such as enable_thinking
         with library_errors("the tokenizer cannot encode text"):
             bare, whole = (backend.encode("a", special) for special in (False, True))
         self._adds_bos = whole[:1] == [self.bos_id] and bare[:1] != [self.bos_id]  # the backend, not yet the model
@@ -112,14 +117,17 @@ class Tokenizer:
         tools: list[dict] | None = None,
         settings: dict | None = None,
     ) -> str:
-        """The conversation as the model's template writes it; settings: variables that only some templates have."""
-        template = self.require_template()
+        """The conversation as the model's template writes it; settings: variables that only some templates have.
+
+        They win over `template_vars`.
+        """
+        template, settings = self.require_template(), self.template_vars | (settings or {})
         fixed = {**self._names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        if taken := sorted((settings or {}).keys() & {*fixed, "messages"}):
+        if taken := sorted(settings.keys() & {*fixed, "messages"}):
             raise ValueError(f"{listed(taken)} cannot be set for the chat template; leave it out")
         if wants_parts(template, frozenset(fixed.items())):
             messages = [{**message, "content": as_parts(message["content"])} for message in messages]
-        return render(template, {**(settings or {}), **fixed, "tools": tools, "messages": messages})
+        return render(template, {**settings, **fixed, "tools": tools, "messages": messages})
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of the rendered conversation; templates write BOS themselves."""
@@ -164,9 +172,12 @@ def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
             )
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None, template: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, vocab_size: int | None = None, template: str | None = None, template_vars: dict | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint file or folder; vocab_size: that of its model; template: as `choose_template`."""
     tokenizer = find_tokenizer(Path(path))
+    tokenizer.template_vars = template_vars or {}
     if template is not None:
         tokenizer.choose_template(template)
     if vocab_size is not None:  # some tokenizers have more tokens than the model has rows
@@ -180,7 +191,7 @@ def find_tokenizer(path: Path) -> Tokenizer:
     if path.is_file() and is_gguf(path):
         return read_gguf_tokenizer(path)
     folder = path if path.is_dir() else path.parent
-    for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_sentencepiece)):
+    for name, read in (("tokenizer.json", read_tokenizer_json), ("tokenizer.model", read_tokenizer_model)):
         if (folder / name).exists():
             config, ids = read_settings(folder)
             return Tokenizer(read(folder / name, config), config, ids)
@@ -188,9 +199,14 @@ def find_tokenizer(path: Path) -> Tokenizer:
     if len(ggufs) == 1:
         return read_gguf_tokenizer(ggufs[0])
     raise ValueError(
-        f"{folder} has no tokenizer: it takes tokenizer.json, tokenizer.model (sentencepiece) or exactly one .gguf "
+        f"{folder} has no tokenizer: it takes tokenizer.json, tokenizer.model or exactly one .gguf "
         f"file ({len(ggufs)} found); copy tokenizer.json there from where the model came from"
     )
+
+
+def read_tokenizer_model(path: Path, config: dict):
+    """The vocabulary in tokenizer.model, of sentencepiece or of tiktoken."""
+    return read_tiktoken(path) if is_tiktoken(path) else read_sentencepiece(path, config)
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:

@@ -12,21 +12,23 @@ from torch import Tensor
 
 from cli import ROOT, progress, say_once
 from layers.fastest import pack_
-from layers.quantized import QuantSpec, linear_table, quantize_weight, table_to_json
+from layers.low_rank import WithAdapter
+from layers.quantized import QuantSpec, linear_table, quantize_weight, replace_, table_to_json
 from model import ModelArgs, Transformer
 from ranks import Ranks
-from tp import apply_tp, rank_args, require_split, shard
+from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
 from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import is_gguf
 from weights.huggingface import open_hf
-from weights.layout import Layout, ModelFile, dequantized
+from weights.layout import Layout, ModelFile, Pair, dequantized
 from weights.registry import args_from_name
+from weights.shipped.adapter import adapted
 from weights.torch_files import open_torch
 
 CHECKPOINTS = ROOT / "checkpoints"
-MERGE = "merge it into its base model with merge_and_unload of peft"
+ADAPTER = "give the base model as --checkpoint_path and this as --adapter"
 DEFAULT_CHECKPOINT = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model.pth")
 
 
@@ -37,10 +39,16 @@ def find_checkpoint(path: str | Path) -> Path:
     return own if own.exists() and not path.exists() else path
 
 
-def open_model(path: str | Path, model_name: str | None = None, dequantize: bool = False) -> ModelFile:
+def open_model(
+    path: str | Path,
+    model_name: str | None = None,
+    dequantize: bool = False,
+    adapter: str | Path | None = None,
+) -> ModelFile:
     """Find out what `path` is by its content, and read its sizes.
 
     model_name: a registry name, needed only for a file that does not say what it is. dequantize: codes become floats.
+    adapter: the folder of a LoRA adapter.
     """
     path = Path(path)
     if path.is_dir():
@@ -52,25 +60,26 @@ def open_model(path: str | Path, model_name: str | None = None, dequantize: bool
     elif is_gguf(path):
         opened = open_gguf(path, keep_codes=not dequantize)
     elif path.name.startswith("adapter_model."):
-        raise ValueError(f"{path} is {adapter_in(path.parent) or 'an adapter'}, no model; {MERGE}")
+        raise ValueError(f"{path} is {adapter_in(path.parent) or 'an adapter'}, no model; {ADAPTER}")
     elif path.suffix == ".safetensors":
         opened = open_hf(path.parent, path)
     else:
         opened = open_torch(path, model_name)
     if model_name is not None:
         reject_contradiction(opened.args, args_from_name(model_name), path, model_name)
-    return dequantized(opened) if dequantize else opened
+    opened = dequantized(opened) if dequantize else opened
+    return opened if adapter is None else adapted(opened, Path(adapter), path)
 
 
 def open_folder(
     folder: Path, model_name: str | None = None, converted: bool = True, keep_codes: bool = True
 ) -> ModelFile:
-    """The model in a folder, as `model_in` finds it; of an adapter it is said that it is not used."""
+    """The model in a folder, as `model_in` finds it; of an adapter it is said that it is not used by itself."""
     opened = model_in(folder, model_name, converted, keep_codes)
     if adapter := adapter_in(folder):
         if opened is None:
-            raise ValueError(f"{folder} holds {adapter}, no model; {MERGE}")
-        say_once(f"{folder} also holds {adapter}, which is not used; {MERGE}")
+            raise ValueError(f"{folder} holds {adapter}, no model; {ADAPTER}")
+        say_once(f"{folder} also holds {adapter}, which is used only where --adapter names it")
     if opened is None:
         wanted = "no model.pth, no *.safetensors with config.json, and no *.gguf"
         raise ValueError(f"{folder} holds no model: it has {wanted}")
@@ -201,8 +210,17 @@ def build(
     return fill(Layout(args if ranks is None else rank_args(args, ranks.size), table), state, args, ranks)
 
 
-def fill(layout: Layout, state: dict[str, Tensor], args: ModelArgs, ranks: Ranks | None) -> Transformer:
-    """The meta model of the layout with these tensors. args: of the whole model, of which a rank has its part."""
+def fill(
+    layout: Layout,
+    state: dict[str, Tensor],
+    args: ModelArgs,
+    ranks: Ranks | None,
+    beside: dict[str, Pair] | None = None,
+) -> Transformer:
+    """The meta model of the layout with these tensors. args: of the whole model, of which a rank has its part.
+
+    beside: adapters, by the layers that they are added to.
+    """
     model, is_tied = layout.model, layout.head_source != "output"
     if is_tied:
         state = state | {"output.weight": state["tok_embeddings.weight"]}
@@ -210,6 +228,8 @@ def fill(layout: Layout, state: dict[str, Tensor], args: ModelArgs, ranks: Ranks
     del state  # frees each tensor once `pack_` has made another form of it
     if is_tied:
         model.tie()
+    for name, pair in (beside or {}).items():
+        replace_(model, name, WithAdapter(model.get_submodule(name), *pair))
     if ranks is not None:
         apply_tp(model, args, ranks)
     pack_(model, free_memory(torch.device("cpu")))  # copies are made on CPUs only
@@ -224,13 +244,14 @@ def load_model(
     quantize: QuantSpec | None = None,
     ranks: Ranks | None = None,
     dequantize: bool = False,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
-    model_name, dequantize: see `open_model`. quantize: round the linear layers of a float file to nearest. ranks: those
-    that share the model, each with its part of the weights.
+    model_name, dequantize, adapter: see `open_model`. quantize: round the linear layers of a float file to nearest.
+    ranks: those that share the model, each with its part of the weights.
     """
-    opened = open_model(path, model_name, dequantize)
+    opened = open_model(path, model_name, dequantize, adapter)
     return fetch(opened, path, torch.device(device), dtype, new_table(opened, quantize, path), "Loading", ranks)
 
 
@@ -249,7 +270,20 @@ def fetch(
         require_split(opened.args, layout.table, ranks.size)
         layout = Layout(rank_args(opened.args, ranks.size), layout.table)
     require_weights_fit(layout, dtype, device, name)
-    return fill(layout, read_tensors(opened, device, dtype, what, table, ranks), opened.args, ranks)
+    state = read_tensors(opened, device, dtype, what, table, ranks)
+    beside = {name: part_of(name, read(), opened.args, ranks) for name, read in opened.beside.items()}
+    beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
+    return fill(layout, state, opened.args, ranks, beside)
+
+
+def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair:
+    """This rank's part of the adapter of a layer: the rows of B for its outputs, or the columns of A for its inputs."""
+    split = None if ranks is None else split_of(name, args)
+    if split is None:
+        return pair
+    a, b = pair
+    own = shard(f"{name}.weight", a if split.dim == -1 else b, args, ranks.rank, ranks.size).contiguous()
+    return (own, b) if split.dim == -1 else (a, own)
 
 
 def require_weights_fit(layout: Layout, dtype: torch.dtype, device: torch.device, name: str | Path) -> None:

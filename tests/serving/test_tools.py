@@ -7,8 +7,9 @@ import jsonschema
 import pytest
 
 from serving.fields import RequestError
-from serving.tools import FORMS, Showing, Splitter, tool_form
+from serving.tools import FORMS, CallSplitter, tool_form
 from tests.serving.test_api import CHAT, post, refusal
+from text.thinking import THINK, Showing, Splitter
 
 TOOLS = frozenset({"weather", "time"})
 WEATHER = ("weather", {"city": "Bern"})
@@ -48,7 +49,7 @@ def joined(splitter, pieces):
 @pytest.mark.parametrize("size", [1, 3, 1000])
 @pytest.mark.parametrize("form, text, expected", CASES)
 def test_calls(form, text, expected, size):
-    splitter = Splitter(FORMS.get(form), TOOLS, thinks=False, is_thinking=False)
+    splitter = CallSplitter(FORMS.get(form), TOOLS, None, is_thinking=False)
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     assert joined(splitter, pieces) == (expected or {"content": text})
 
@@ -65,7 +66,7 @@ def test_calls(form, text, expected, size):
     ],
 )
 def test_thinking(is_thinking, text, reasoning, content, size):
-    splitter = Splitter(FORMS["hermes"], TOOLS, thinks=True, is_thinking=is_thinking)
+    splitter = CallSplitter(FORMS["hermes"], TOOLS, THINK, is_thinking)
     found = joined(splitter, [text[i : i + size] for i in range(0, len(text), size)])
     assert (found.get("reasoning_content"), found.get("content")) == (reasoning, content)
     assert found.get("tool_calls", []) == [WEATHER] * (CALL in text)

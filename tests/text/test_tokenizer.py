@@ -8,19 +8,21 @@ import signal
 import threading
 import time
 import tracemalloc
+from itertools import chain, islice, pairwise, product
 
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from tests.tiny import CHATML
 from text.chat import Renderer, render, renderer
-from text.gguf_vocabulary import PRE_TOKENIZERS
 from text.stream import TextStream
 from text.tokenizer import load_tokenizer, require_same_vocabulary, tokenizer_saved
+from text.vocabularies.gguf import PRE_TOKENIZERS
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
@@ -473,6 +475,9 @@ def chat(tmp_path, template, **config):
         "{{ bos_token }}{%- for m in messages %}\n  {%- if m.role == 'assistant' %}{% continue %}{% endif %}\n"
         "{{ m | tojson }}\n{%- endfor %}{{ eos_token }}{{ pad_token }}",
         "{% for m in messages %}{% generation %}{{ m.content | upper }}{% endgeneration %}\n  {% endfor %}\nend",
+        "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}",
+        "{{ {'b': ['é', '<&>'], 'a': none} | tojson(indent=2, sort_keys=true) }}{{ strftime_now('%Y') }}",
+        "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
         "{{ messages | tojson(indent=2) }}{{ tools is none }}{{ tools is defined }}{{ strftime_now('%Y') }}",
     ],
 )
@@ -486,6 +491,20 @@ def test_template_equals_transformers(tmp_path, template):
     for prompt in (True, False):
         expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
         assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"enable_thinking": True, "effort": "é"}])
+def test_variables_of_a_template(tmp_path, variables):
+    template = "{{ enable_thinking is defined }} {{ enable_thinking | default(true) }} {{ effort }}"
+    chat(tmp_path, template)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=template
+    )
+    ours = load_tokenizer(tmp_path, template_vars=variables)
+    assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False, **variables)
+    assert ours.render_chat(CHAT, settings={"effort": "low"}).endswith("low")
+    with pytest.raises(ValueError, match="tools cannot be set for the chat template"):
+        load_tokenizer(tmp_path, template_vars={"tools": []}).render_chat(CHAT)
 
 
 def test_where_templates_are_written(tmp_path):
@@ -597,11 +616,40 @@ def test_no_template(tmp_path):
         load_tokenizer(write_folder(tmp_path)).render_chat(CHAT)
 
 
+# ---------------------------------------------------------------- rank files of tiktoken
+
+
+def joined_by_rank(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding as its paper has it: the pair of lowest rank is joined until none is a token."""
+    parts = [bytes([byte]) for byte in word]
+    while pairs := {ranks[a + b]: at for at, (a, b) in reversed([*enumerate(pairwise(parts))]) if a + b in ranks}:
+        at = pairs[min(pairs)]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [ranks[part] for part in parts]
+
+
+def test_the_original_tokenizer_of_llama_3(tmp_path):
+    parts = ["Paris", " stops", " the", " quick", " wörld", ",", " ", "123", "4", "\n\n", "I", "'m"]  # of its pattern
+    rng, words = random.Random(0), [part.encode() for part in parts]
+    found = {word[i:j] for word in words for i in range(len(word)) for j in range(i + 2, len(word))}
+    found = rng.sample(sorted(found), len(found))  # no word is whole
+    others = (bytes(each) for each in product(range(256), repeat=3))
+    singles = [bytes([byte]) for byte in rng.sample(range(256), 256)]
+    tokens = list(islice(dict.fromkeys(chain(singles, found, others)), 128_000))
+    (tmp_path / "tokenizer.model").write_bytes(tiktoken_file(tokens))
+    tokenizer, ranks = load_tokenizer(tmp_path), {token: rank for rank, token in enumerate(tokens)}
+    ids = [i for word in words for i in joined_by_rank(word, ranks)]
+    assert tokenizer.encode("".join(parts)) == [128_000, *ids] and tokenizer.decode(ids) == "".join(parts)
+    assert tokenizer.encode("<|start_header_id|><|eot_id|>", add_special_tokens=False) == [128_006, 128_009]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (128_000, 128_001, 128_256)
+    assert tokenizer.eos_ids == {128_001, 128_009}
+
+
 # ---------------------------------------------------------------- broken files
 
 
-def tiktoken_file() -> bytes:
-    return b"".join(base64.b64encode(bytes([i, i])) + b" %d\n" % i for i in range(9))
+def tiktoken_file(tokens) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
 @pytest.mark.parametrize(
@@ -617,7 +665,10 @@ def tiktoken_file() -> bytes:
         ({"tokenizer.json": b"{}"}, "not a tokenizer of the tokenizers library"),
         ({"tokenizer.model": b"garbage" * 9}, "not a sentencepiece model"),
         ({"tokenizer.model": b""}, "not a sentencepiece model"),
-        ({"tokenizer.model": tiktoken_file()}, "tiktoken rank file.*tokenizer.json"),
+        (
+            {"tokenizer.model": tiktoken_file([b"a", b"b"])},
+            "rank file of 2 tokens, and only that of Llama 3.*tokenizer.json",
+        ),
         ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "exactly one .gguf file \\(2 found\\)"),
     ],
 )

@@ -161,7 +161,7 @@ REFUSED = {
     "MLX": (config(quantization={"group_size": 64, "bits": 4}), ["config.json, quantization", "quantised", "None"]),
     "AWQ of old": (file("quant_config.json", {"w_bit": 3}), ["quant_config.json", "bits is 3", "4"]),
     "GPTQ without codes": (config(quantization_config=GPTQ), ["no quantised layer", "config says"]),
-    "LoRA": (without_weights(*LORA), ["adapter", "LORA of some/base", "merge"]),
+    "LoRA": (without_weights(*LORA), ["adapter", "LORA of some/base", "--adapter"]),
     "LFS weights": (file("model.safetensors", POINTER), ["model.safetensors", "Git LFS pointer", "git lfs pull"]),
     "LFS .bin": (without_weights(file("pytorch_model.bin", POINTER)), ["pytorch_model.bin", "Git LFS pointer"]),
     "LFS .pth": (file("model.pth", POINTER), ["model.pth", "Git LFS pointer"]),
@@ -192,7 +192,7 @@ def test_an_adapter_beside_a_model_is_said(tmp_path, capfd):
     for _ in range(2):
         load_model(tmp_path)
     said = [line for line in capfd.readouterr().err.splitlines() if "adapter" in line]
-    assert len(said) == 1 and "LORA of some/base" in said[0] and "not used" in said[0]
+    assert len(said) == 1 and "LORA of some/base" in said[0] and "only where --adapter" in said[0]
     with pytest.raises(ValueError, match="adapter_model.safetensors is an adapter .*some/base"):
         load_model(tmp_path / "adapter_model.safetensors")
 

@@ -160,8 +160,6 @@ def read_sentencepiece(path: Path, config: dict) -> SentencePieceVocabulary:
 
     refuse_pointer(path)
     data = path.read_bytes()
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-        raise ValueError(f"{path} is a tiktoken rank file, not sentencepiece; put the model's tokenizer.json beside it")
     try:
         if not data:
             raise RuntimeError("it is empty")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from text.settings import id_list
-from text.vocabulary import HuggingFaceVocabulary, library_errors
+from text.vocabularies.libraries import HuggingFaceVocabulary, library_errors
 from weights.gguf_file import read_gguf_metadata
 
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -105,13 +105,16 @@ def pre_tokenizer(fields: dict) -> PreTokenizer:
 
 def byte_level_bpe(fields: dict):
     """GPT-2's kind: bytes spelt as letters, merges in the file."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pre = pre_tokenizer(fields)
-    steps = [pre_tokenizers.Split(Regex(pre.split), "isolated")] if pre.split else []
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2_split))
     vocab = {token: i for i, token in enumerate(fields["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    return pre_tokenized_bpe(vocab, merges, pre_tokenizer(fields))
+
+
+def pre_tokenized_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(pre.split), "isolated")] if pre.split else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2_split))
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole_words))
     if pre.compose:
         tokenizer.normalizer = normalizers.NFC()
