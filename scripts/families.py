@@ -30,8 +30,8 @@ NAMES = {  # what the families of these model types are called, and what their m
     "gpt_oss": "gpt-oss in bf16, not MXFP4 (sinks, biases, clamped activation)",
     "gemma gemma2 gemma3_text": "Gemma 1, 2, 3: of a vision-language model, the text part (soft caps, windows in turn, "
     "four norms)",
-    "gemma4_text": "Gemma 4: the text part of E2B, E4B, 12B, 31B and 26B-A4B (heads of two sizes, keys of earlier layers, "
-    "inputs of each layer)",
+    "gemma4_text": "Gemma 4: the text part of E2B, E4B, 12B, 31B and 26B-A4B (heads of two sizes, keys of earlier "
+    "layers, inputs of each layer)",
     "phi3": "Phi-3, Phi-4, Phi-4-mini (fused weights, partial rope, longrope)",
     "glm4": "GLM-4 (partial rope, four norms)",
     "glm4_moe": "GLM-4.5, 4.6 (first layers dense, experts scored one by one)",
