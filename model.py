@@ -215,7 +215,7 @@ def layer_caches(
     """What each layer keeps of n_rows sequences of up to n_slots tokens."""
     n_head, names = (args.n_kv_head, "kv") if args.kv_latent is None else (1, "k")
     if names == "k" and dtype == torch.int8:
-        raise ValueError("int8 caches are not supported in latent attention, whose cache is small; leave it as it is")
+        raise ValueError("int8 caches are not supported in latent attention, whose caches are small; use none")
     return [LayerCache((n_rows, n_head, n_slots, cached_dim(args)), dtype, device, names) for _ in range(args.n_layer)]
 
 
