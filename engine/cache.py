@@ -43,9 +43,11 @@ def rows_that_fit(model: Transformer, length: int) -> int:
 def allocate(model: Transformer, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:
     """A cache of that size; a ValueError, before anything is allocated, if the device has no room for it."""
     size = n_rows * row_bytes(model, n_slots, rewind)
-    what, advice = "int8 caches", "use fewer rows at a time, fewer new tokens or a shorter context"
-    if model.cache_dtype is None:
-        what, advice = "caches", f"{advice}; int8 caches take about half"
+    what, advice = "caches", "use fewer rows at a time, fewer new tokens or a shorter context"
+    if model.cache_dtype is not None:
+        what = "int8 caches"
+    elif model.args.kv_latent is None:
+        advice += "; int8 caches take about half"
     require_memory(size, model.device, f"the {what} of {n_rows} x {n_slots} positions", advice)
     return model.new_cache(n_rows, n_slots, rewind)
 

@@ -49,7 +49,7 @@ class AbsorbedAttention(LatentAttention):
         keys, values = weight.unflatten(0, (self.n_head, -1)).split((self.unturned, self.value_dim), 1)
         self.absorb, self.unfold = HeadLinear(keys.mT.contiguous()), HeadLinear(values.contiguous())
         self.attend = Attend(self.latent + self.turned, self.scale, None)
-        # the plain form makes keys and values of all latents, and then multiplies shorter vectors for each query
+        # the plain form makes keys and values of all latents once, and then multiplies shorter vectors for each query
         longer = 2 * self.latent - self.unturned - self.value_dim
         self.few = self.latent * (self.unturned + self.value_dim) // longer if longer > 0 else 1 << 30
 

@@ -117,7 +117,7 @@ def layer_caches(
         return LayerCache((n_rows, n_head, n_slots, head_dim), dtype, device)
 
     if args.kv_latent is not None and dtype == torch.int8:
-        raise ValueError("int8 caches are not supported in latent attention, whose caches are small")
+        raise ValueError("int8 caches are not supported in latent attention, whose caches are small; use none")
     caches = {layer: made(layer) for layer in sorted(set(sources))}
     return [caches[layer] for layer in sources]
 

@@ -24,7 +24,7 @@ def latent(config: Config) -> dict:
     }
 
 
-def latent_with_gated_experts(config: Config) -> dict:
+def latent_with_softmax_experts(config: Config) -> dict:
     only(config, "scoring_func", "softmax")
     only(config, "topk_method", "greedy", "group_limited_greedy")
     only(config, "norm_topk_prob", False)  # of the scaled weights or of others: implementations differ

@@ -42,9 +42,9 @@ from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
 from weights.families.latent import (
     latent,
-    latent_with_gated_experts,
     latent_with_scales,
     latent_with_sigmoid_experts,
+    latent_with_softmax_experts,
 )
 from weights.families.rope import rope
 from weights.families.unknown import refuse_unknown
@@ -122,7 +122,7 @@ FAMILIES = {
     "phi3": Family(defaults=PHI_CONFIG),
     "glm4": Family({"post_norm": True}, defaults=GLM_4_CONFIG, biases=QKV_BIAS),
     "glm4_moe": Family({}, normed_sigmoid_experts, GLM_MOE_CONFIG, expert_size=MOE_SIZE, biases=QKV_BIAS),
-    "deepseek_v2": Family({}, latent_with_gated_experts, DEEPSEEK_2_CONFIG, **LATENT_EXPERTS),
+    "deepseek_v2": Family({}, latent_with_softmax_experts, DEEPSEEK_2_CONFIG, **LATENT_EXPERTS),
     "deepseek_v3": Family({}, latent_with_sigmoid_experts, DEEPSEEK_3_CONFIG, **LATENT_EXPERTS),
     "kimi_k2": Family({}, latent_with_sigmoid_experts, DEEPSEEK_3_CONFIG, **LATENT_EXPERTS),
     "glm4_moe_lite": Family({}, latent_with_sigmoid_experts, GLM_LITE_CONFIG, **LATENT_EXPERTS),
