@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mixers.experts import ExpertLinear, Gate, by_expert
 
-GROUPSIZES = (32, 64, 128, 256)
+GROUPSIZES = (16, 32, 64, 128, 256)
 MODES = ("int8", "int4")
-GROUPSIZE_HELP = "inputs that share a scale: 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
+GROUPSIZE_HELP = "inputs that share a scale: 16, 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
 PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
 
 
@@ -48,6 +48,11 @@ class QuantSpec:
     def layer(self) -> type["QuantizedLinear"]:
         """The class of such a layer."""
         return LAYERS[self.format or self.bits]
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of the tensors that stand for a weight, but for an order of inputs."""
+        return ("weight", "scales", "zeros") if self.layer.has_zeros else ("weight", "scales")
 
     def groups(self, in_features: int, name: str) -> int:
         """Groups in a row of layer `name`; a ValueError names the groupsizes that divide it, if this one does not."""
@@ -130,6 +135,7 @@ class QuantizedLinear(nn.Module):
     """
 
     bits: int
+    has_zeros = False
 
     def __init__(
         self,
@@ -203,7 +209,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """weight uint8 [out, in/2] (`pack_nibbles`), scales and zeros [out, in/g]."""
 
-    bits = 4
+    bits, has_zeros = 4, True
 
     def codes(self) -> Tensor:
         return unpack_nibbles(self.weight)
@@ -211,6 +217,8 @@ class Int4Linear(QuantizedLinear):
 
 class Int8ZerosLinear(Int8Linear):
     """weight int8 [out, in], scales and zeros [out, 1] or [out, in/g]."""
+
+    has_zeros = True
 
     @classmethod
     def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
@@ -243,7 +251,32 @@ class Float8Linear(QuantizedLinear):
         return self.weight, 0
 
 
-NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear}
+class Float4Linear(QuantizedLinear):
+    """weight uint8 [out, in/2] of e2m1 numbers, the even input in the low nibble; scales [out, in/g], no zeros.
+
+    Doubled, the numbers are integers, which are the codes: a scale is half of that for the numbers themselves.
+    """
+
+    bits = 4
+    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # of the codes whose nibbles are 0 .. 7; 8 more is the sign
+
+    @classmethod
+    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
+        scales = (groups.abs().amax(-1, keepdim=True) / cls.MAGNITUDES[-1]).bfloat16().float()
+        numbers = groups / scales.where(scales > 0, 1)
+        between = torch.tensor([sum(pair) / 2 for pair in zip(cls.MAGNITUDES, cls.MAGNITUDES[1:], strict=False)])
+        nibbles = torch.bucketize(numbers.abs(), between) + 8 * (numbers < 0)
+        return {"weight": pack_nibbles(nibbles.flatten(1) - 8), "scales": scales[..., 0].bfloat16()}
+
+    def codes(self) -> Tensor:
+        table = [*self.MAGNITUDES, *(-each for each in self.MAGNITUDES)]
+        return torch.tensor(table, dtype=torch.int8, device=self.weight.device)[self.unsigned()[0].int()]
+
+    def unsigned(self) -> tuple[Tensor, int]:
+        return (unpack_nibbles(self.weight) + 8).view(torch.uint8), 0
+
+
+NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
 LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
 
 

@@ -143,6 +143,12 @@ INLINE Bytes high_nibbles(Bytes both) {
   return low_nibbles({_mm256_srli_epi16(both.low, 4), _mm256_srli_epi16(both.high, 4)});
 }
 
+// The entries of a table that nibbles stand for.
+INLINE Bytes looked_up(Bytes nibbles, const uint8_t (&table)[16]) {
+  const __m256i both = _mm256_broadcastsi128_si256(load_half(table));
+  return {_mm256_shuffle_epi8(both, nibbles.low), _mm256_shuffle_epi8(both, nibbles.high)};
+}
+
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) {
   const __m256i byte = _mm256_set1_epi32(255);
@@ -167,8 +173,8 @@ INLINE __m256i fours(__m256i twos) { return _mm256_madd_epi16(twos, _mm256_set1_
 // What int8 codes, which are stored with 128 added, still have more than they should in a product.
 constexpr int kAddedToInt8 = 128;
 
-// 16 sums over a group of 32 inputs, from `start` on. Codes of int4 are below 16.
-template <bool INT4>
+// 16 sums over a group of 32 inputs, from `start` on, of codes up to MOST.
+template <int MOST>
 struct ByteSums {
   Ints sum;
 
@@ -186,12 +192,28 @@ struct ByteSums {
 
 constexpr int kAddedToInt8 = 0;
 
-template <bool INT4>
-struct ByteSums;
+// Two products of 255 x 127 would not fit 16 bits. Those of 128 x 127 do: the sign of a code is taken into x.
+template <int MOST>
+struct ByteSums {
+  Ints sum;
+
+  INLINE void begin(int32_t start) { sum = every(start); }
+
+  INLINE void add(Bytes codes, Ints x) {
+    const auto products = [](__m256i codes, __m256i x) {
+      if constexpr (MOST < 128) return fours(_mm256_maddubs_epi16(codes, x));
+      const __m256i code = codes ^ _mm256_set1_epi8(-128);
+      return fours(_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code)));
+    };
+    sum = sum + Ints{products(codes.low, x.low), products(codes.high, x.high)};
+  }
+
+  INLINE Floats total() const { return to_floats(sum); }
+};
 
 // Sixteen products of 15 x 127 fit 16 bits, so they are added to fours only once a group.
 template <>
-struct ByteSums<true> {
+struct ByteSums<15> {
   __m256i low, high;  // sums of twos
   int32_t start;
 
@@ -203,24 +225,6 @@ struct ByteSums<true> {
   }
 
   INLINE Floats total() const { return to_floats(Ints{fours(low), fours(high)} + every(start)); }
-};
-
-// Two products of 255 x 127 would not fit 16 bits. Those of 128 x 127 do: the sign of a code is taken into x.
-template <>
-struct ByteSums<false> {
-  Ints sum;
-
-  INLINE void begin(int32_t start) { sum = every(start); }
-
-  INLINE void add(Bytes codes, Ints x) {
-    const auto products = [](__m256i codes, __m256i x) {
-      const __m256i code = codes ^ _mm256_set1_epi8(-128);
-      return fours(_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code)));
-    };
-    sum = sum + Ints{products(codes.low, x.low), products(codes.high, x.high)};
-  }
-
-  INLINE Floats total() const { return to_floats(sum); }
 };
 
 #endif
