@@ -13,7 +13,7 @@ from text.gguf_vocabulary import gguf_settings, gguf_vocabulary, has_ordinary_to
 from text.settings import id_list, named_templates, read_settings, token_text
 from text.vocabulary import library_errors, read_sentencepiece, read_tokenizer_json
 from weights.files import atomic_path
-from weights.gguf_file import is_gguf
+from weights.gguf_file import gguf_models, is_gguf
 
 # tokens that end a text, whether or not the model's files say so
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
@@ -184,7 +184,7 @@ def find_tokenizer(path: Path) -> Tokenizer:
         if (folder / name).exists():
             config, ids = read_settings(folder)
             return Tokenizer(read(folder / name, config), config, ids)
-    ggufs = [file for file in sorted(folder.glob("*.gguf")) if is_gguf(file)]
+    ggufs = [file for file in gguf_models(folder) if is_gguf(file)]
     if len(ggufs) == 1:
         return read_gguf_tokenizer(ggufs[0])
     raise ValueError(

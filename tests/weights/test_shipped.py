@@ -282,7 +282,7 @@ def first(value):
 REFUSED = {
     "a width": ("awq g32", settings(bits=3), "bits is 3.*supported: 4"),
     "a packing": ("awq g32", settings(version="gemv"), "version is 'gemv'.*supported: 'gemm'"),
-    "small groups": ("awq g32", settings(group_size=16), "q_proj has groups of 16 of its 128 inputs; a multiple of 32"),
+    "small groups": ("awq g32", settings(group_size=8), "q_proj has groups of 8 of its 128 inputs; a multiple of 16"),
     "other groups": ("awq g32", settings(group_size=64), r"(the scales of|qzeros) .*has shape"),
     "short codes": ("awq g32", tensor("qweight", lambda t: t[:-1]), r"v_proj.qweight has shape \[127, 8\].*128, 8"),
     "narrow codes": ("awq g32", tensor("qweight", lambda t: t[:, :-1]), r"wqkv.weight has shape .*sizes need"),
