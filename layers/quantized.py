@@ -7,6 +7,7 @@ here: a file that another program has quantised keeps them. Files hold the logic
 `LAYERS` and, where it has a fast form, a row of `layers.fastest.TABLE`."""
 
 import functools
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -165,6 +166,11 @@ class QuantizedLinear(nn.Module):
         """Numbers that float32 holds exactly, int8 but of float8: [out, in]"""
         raise NotImplementedError
 
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:
+        """The weight whose codes, int8, these are."""
+        return codes
+
     def unsigned(self) -> tuple[Tensor, int]:
         """The codes as uint8 [out, in], and the one that stands for 0."""
         middle = 1 << (self.bits - 1)
@@ -214,6 +220,10 @@ class Int4Linear(QuantizedLinear):
     def codes(self) -> Tensor:
         return unpack_nibbles(self.weight)
 
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:
+        return pack_nibbles(codes)
+
 
 class Int8ZerosLinear(Int8Linear):
     """weight int8 [out, in], scales and zeros [out, 1] or [out, in/g]."""
@@ -258,19 +268,22 @@ class Float4Linear(QuantizedLinear):
     """
 
     bits = 4
-    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # of the codes whose nibbles are 0 .. 7; 8 more is the sign
+    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
+    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))  # that the 16 nibbles stand for
 
     @classmethod
     def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
         scales = (groups.abs().amax(-1, keepdim=True) / cls.MAGNITUDES[-1]).bfloat16().float()
         numbers = groups / scales.where(scales > 0, 1)
-        between = torch.tensor([sum(pair) / 2 for pair in zip(cls.MAGNITUDES, cls.MAGNITUDES[1:], strict=False)])
-        nibbles = torch.bucketize(numbers.abs(), between) + 8 * (numbers < 0)
-        return {"weight": pack_nibbles(nibbles.flatten(1) - 8), "scales": scales[..., 0].bfloat16()}
+        return {"weight": cls.packed(numbers.flatten(1)), "scales": scales[..., 0].bfloat16()}
+
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:  # the nearest code of each number, if they are none
+        between = torch.tensor([sum(pair) / 2 for pair in itertools.pairwise(cls.MAGNITUDES)], device=codes.device)
+        return pack_nibbles(torch.bucketize(codes.abs().float(), between) + 8 * (codes < 0) - 8)
 
     def codes(self) -> Tensor:
-        table = [*self.MAGNITUDES, *(-each for each in self.MAGNITUDES)]
-        return torch.tensor(table, dtype=torch.int8, device=self.weight.device)[self.unsigned()[0].int()]
+        return torch.tensor(self.CODES, dtype=torch.int8, device=self.weight.device)[self.unsigned()[0].int()]
 
     def unsigned(self) -> tuple[Tensor, int]:
         return (unpack_nibbles(self.weight) + 8).view(torch.uint8), 0

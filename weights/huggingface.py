@@ -96,7 +96,7 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "exaone4": POST_NORMS,
 }
 INTERLEAVED = {"glm4", "cohere2"}  # model types in whose files rope turns neighbouring pairs
-GPT_OSS_EXPERTS = re.compile(r"(.*\.mlp\.experts\.(gate_up|down)_proj)(_bias)?")
+GPT_OSS_EXPERTS = re.compile(r"(.*\.mlp\.experts\.(gate_up|down)_proj)(_(bias|blocks|scales))?")
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens|layers|norm|(lm_head))\.)")
@@ -143,15 +143,15 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
 def with_rows_of_outputs(raw: Readers) -> Readers:
     """gpt-oss's experts as other files have them: a row for each output, those of the gate before those of the rest."""
 
-    def turned(read: Callable[[], Tensor], part: str, is_bias: bool) -> Tensor:
-        tensor = read() if is_bias else read().mT
+    def turned(read: Callable[[], Tensor], part: str, leaf: str) -> Tensor:
+        tensor = read().mT if leaf == "weight" else read()
         return torch.cat([tensor[:, ::2], tensor[:, 1::2]], dim=1) if part == "gate_up" else tensor
 
     out = {}
     for name, read in raw.items():
         if match := GPT_OSS_EXPERTS.fullmatch(name):
-            leaf, read = "bias" if match[3] else "weight", partial(turned, read, match[2], bool(match[3]))
-            name = f"{match[1]}.{leaf}"
+            leaf = match[4] or "weight"
+            name, read = f"{match[1]}.{leaf}", partial(turned, read, match[2], leaf)
         out[name] = read
     return out
 

@@ -152,6 +152,8 @@ def random_blocks(shape, kind, seed=0):
     for place in HALVES[kind.name]:
         numbers = generator.uniform(2**-13, 2**-12, blocks.shape[:-1]).astype(np.float16)
         blocks[..., place : place + 2] = numbers[..., None].view(np.uint8)
+    if kind == Type.MXFP4:
+        blocks[..., 0] = generator.integers(115, 125, blocks.shape[:-1])  # a power of two
     return blocks.reshape(*shape[:-1], -1)
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layers.quantized import QuantSpec, pack_nibbles
+from layers.quantized import Float4Linear, QuantSpec
 from weights.gguf_file import GGUFTensor
+from weights.shipped.float4 import half_power
 
 PART = 1 << 19  # weights read at a time: bounds the temporaries
 
@@ -103,6 +104,11 @@ def q6_k(data: Tensor) -> Codes:
     return Codes(codes.view(torch.int8) - 32, scales * halves(data[:, 208:]).float())
 
 
+def mxfp4(data: Tensor) -> Codes:
+    table = torch.tensor(Float4Linear.CODES, dtype=torch.int8)
+    return Codes(table[nibbles(data[:, 1:], 16).int()], half_power(data[:, :1]))
+
+
 KEPT = {
     "Q4_0": Type(QuantSpec(4, 32), False, q4_0),
     "Q4_1": Type(QuantSpec(4, 32), True, q4_1),
@@ -112,6 +118,7 @@ KEPT = {
     "Q4_K": Type(QuantSpec(4, 32), True, q4_k),
     "Q5_K": Type(QuantSpec(8, 32, "int8.zeros"), True, q5_k),
     "Q6_K": Type(QuantSpec(8, 16), False, q6_k),
+    "MXFP4": Type(QuantSpec(4, 32, "float4"), False, mxfp4),
 }
 
 
@@ -147,7 +154,7 @@ def of_layer(blocks: Codes, spec: QuantSpec, leaf: str) -> Tensor:
     codes, scales, zeros = blocks
     middle = 8 if spec.bits == 4 and zeros is not None else 0  # codes from 0 on become signed
     if leaf == "weight":
-        return pack_nibbles(codes - middle) if spec.bits == 4 else codes
+        return spec.layer.packed(codes - middle)
     if middle:  # float32, which holds the new zeros to an ulp
         scales, zeros = scales.float(), zeros.float() + middle * scales.float()
     values = scales if leaf == "scales" else torch.zeros_like(scales) if zeros is None else zeros
