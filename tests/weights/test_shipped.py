@@ -116,6 +116,13 @@ def float8(block, leaf):
     return {"quant_method": "fp8", "weight_block_size": block and list(block)}, pack
 
 
+def bitsandbytes(out, n_in, seed):
+    codes, _, scales = parts(out, n_in, n_in, 8, seed, symmetric=True)
+    codes, scales = (codes - 128).to(torch.int8), scales.bfloat16().float()
+    file = {"weight": codes, "SCB": 127 * scales[:, 0], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return file, codes.double() * scales.double()
+
+
 def compressed(form, **weights):
     """By the library compressed-tensors itself."""
 
@@ -178,6 +185,7 @@ METHODS = {
 
 
 METHODS |= {
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes, "int8"),
     "NVFP4": (*compressed("nvfp4-pack-quantized", **FP4, strategy="tensor_group", group_size=16), "float4.g16"),
     "MXFP4": (*compressed("mxfp4-pack-quantized", **FP4, strategy="group", group_size=32), "float4.g32"),
 }
@@ -394,6 +402,8 @@ REFUSED = {
         "group_size is 32, which is not supported; supported: 16",
     ),
     "a global scale of zero": ("NVFP4", tensor("weight_global_scale", first(0)), "weight_global_scale .*zero, NaN"),
+    "nf4": ("bitsandbytes", settings(load_in_8bit=False, load_in_4bit=True), "nf4, fp4. are not supported; 8-bit"),
+    "tiles": ("bitsandbytes", tensor("weight_format", lambda t: t + 1), "v_proj has codes in tiles; rows"),
     "no target": (
         "W8A8",
         settings(config_groups={"a": {"targets": ["re:.*mlp"], "weights": INT8 | {"strategy": "channel"}}}),
