@@ -201,7 +201,6 @@ struct ByteSums {
 
   INLINE void add(Bytes codes, Ints x) {
     const auto products = [](__m256i codes, __m256i x) {
-      if constexpr (MOST < 128) return fours(_mm256_maddubs_epi16(codes, x));
       const __m256i code = codes ^ _mm256_set1_epi8(-128);
       return fours(_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code)));
     };
@@ -211,20 +210,26 @@ struct ByteSums {
   INLINE Floats total() const { return to_floats(sum); }
 };
 
-// Sixteen products of 15 x 127 fit 16 bits, so they are added to fours only once a group.
-template <>
-struct ByteSums<15> {
+// Some sums of products of small codes and 127 fit 16 bits, those of int4 a whole group of them. Only then they are added to
+// fours.
+template <int MOST>
+  requires(MOST < 128)
+struct ByteSums<MOST> {
+  static constexpr int kFit = 32767 / (2 * MOST * 127);
   __m256i low, high;  // sums of twos
-  int32_t start;
+  Ints sum;
+  int added;
 
-  INLINE void begin(int32_t start) { low = high = _mm256_setzero_si256(), this->start = start; }
+  INLINE void begin(int32_t start) { low = high = _mm256_setzero_si256(), sum = every(start), added = 0; }
 
   INLINE void add(Bytes codes, Ints x) {
+    if (added++ == kFit) sum = fours_and_sum(), low = high = _mm256_setzero_si256(), added = 1;
     low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes.low, x.low));
     high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes.high, x.high));
   }
 
-  INLINE Floats total() const { return to_floats(Ints{fours(low), fours(high)} + every(start)); }
+  INLINE Ints fours_and_sum() const { return sum + Ints{fours(low), fours(high)}; }
+  INLINE Floats total() const { return to_floats(fours_and_sum()); }
 };
 
 #endif
