@@ -127,7 +127,7 @@ def open_job(args: argparse.Namespace) -> Job:
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     spec = quant_spec(args.mode, args.groupsize)
     source = open_model(path, args.model_name, args.dequantize, args.adapter)
-    source = replace(source, tensors=dropping_page_cache(source.tensors, path))
+    source = replace(source, tensors=dropping_page_cache(source.tensors, source.paths))
     layout = source.layout.quantized(new_table(source, spec, path, args.head))
     target = target_path(path, args.mode, spec.groupsize, args.label)
     sizes = source.layout.bytes(dtype), layout.bytes(dtype)
@@ -226,8 +226,7 @@ def layer_facts(job: Job, tensors: dict[str, Tensor]) -> list[dict]:
     """
     facts = []
     for name, spec in job.layout.table.items():
-        leaves = ("weight", "scales") if spec.bits == 8 else ("weight", "scales", "zeros")
-        rounded = [tensors.pop(f"{name}.{leaf}") for leaf in leaves]
+        rounded = [tensors.pop(f"{name}.{leaf}") for leaf in spec.leaves]
         read = job.source.tensors[f"{job.source.layout.weight_source(name)}.weight"]
         error = relative_error(read().to(rounded[0].device), rounded, spec.bits)
         facts.append({"name": name, **asdict(spec), "relative_error": error})

@@ -44,8 +44,8 @@ class RegionBlocks(Blocks):
 
 
 def is_joinable(layer: nn.Module) -> bool:
-    """Whether `join_blocks` takes a layer: no rank's part, and no int8 codes with zeros, which it takes for int4."""
-    return type(layer) is FewRowsLinear or (type(layer) is CodesLinear and not layer.is_int8_with_zeros)
+    """Whether `join_blocks` takes a layer, which is no rank's part."""
+    return type(layer) in (FewRowsLinear, CodesLinear)
 
 
 class FusedBlocks(RegionBlocks):
@@ -53,10 +53,11 @@ class FusedBlocks(RegionBlocks):
 
     def __init__(self, blocks: Blocks):
         super().__init__(blocks)
-        attend, eps = blocks[0].attention.attend, blocks[0].ffn_norm.eps
+        attention, eps = blocks[0].attention, blocks[0].ffn_norm.eps
+        attended, attend = attention.n_head * attention.head_dim, attention.attend
         self.takes_many = attend.takes_many
         tensors = [tensor for block in blocks for tensor in self.tensors(block)]
-        self.fused = torch.ops.gpt_faster.join_blocks(tensors, eps, attend.scale)
+        self.fused = torch.ops.gpt_faster.join_blocks(tensors, attended, eps, attend.scale)
 
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:

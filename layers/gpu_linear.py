@@ -68,7 +68,10 @@ class Int8OnGpu(OnGpu, Int8Linear):
 
 
 class Int4OnGpu(OnGpu, Int4Linear):
-    pass
+    @staticmethod
+    def fits(layer: Int4Linear, args: ModelArgs | None) -> bool:
+        """Whether 32 codes, the 16 bytes that are read at once, share a scale, too."""
+        return OnGpu.fits(layer, args) and layer.in_features >= 32 * layer.scales.shape[-1]
 
 
 KERNEL_ACTIVATIONS = ("silu", "gelu_tanh")

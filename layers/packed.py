@@ -117,7 +117,6 @@ class CodesLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.out_features = layer.scales.shape[-2]
-        self.is_int8_with_zeros = layer.bits == 8 and layer.zeros is not None
         weight, scales = by_layer(self.packed, layer)
         self.register_buffer("weight", weight.view(torch.float8_e4m3fn) if type(layer) is Float8Linear else weight)
         self.register_buffer("scales", scales)
@@ -128,12 +127,14 @@ class CodesLinear(nn.Module):
     def packed(cls, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
         """weight and scales of one layer."""
         codes, nothing = layer.unsigned()
-        pad = (0, -codes.shape[1] % cls.GROUP, 0, -codes.shape[0] % cls.LANES)
+        n_in, n_group = codes.shape[1], layer.scales.shape[-1]
+        pad = (0, -n_in % cls.GROUP, 0, -codes.shape[0] % cls.LANES)
         tiles = F.pad(codes, pad, value=nothing).unflatten(0, (-1, cls.LANES))  # [tiles, 16, in]
         fours = tiles.unflatten(2, (-1, 4)).transpose(1, 2)  # [tiles, in / 4, 16, 4]
         weight = fours[:, 0::2] | fours[:, 1::2] << 4 if layer.bits == 4 else fours
         parts = [layer.scales] if layer.zeros is None else [layer.scales, layer.zeros]
-        rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, 0, 0, pad[-1]))  # [out, groups, parts]
+        no_groups = pad[1] * n_group // n_in if n_group > 1 else 0  # for the inputs that are padding
+        rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, no_groups, 0, pad[-1]))  # [out, groups, parts]
         scales = rows.unflatten(0, (-1, cls.LANES)).permute(0, 2, 3, 1)
         return weight.flatten(1).contiguous(), scales.contiguous()
 
@@ -298,7 +299,7 @@ def fits_torch(layer: QuantizedLinear, _: ModelArgs | None) -> bool:
         return False
     if layer.bits == 8:
         return layer.scales.shape[-1] == 1 and layer.in_features % 16 == 0  # what its loads are aligned to
-    return layer.weight.shape[-2] % 16 == 0
+    return layer.weight.shape[-2] % 16 == 0 and layer.in_features >= 32 * layer.scales.shape[-1]
 
 
 def by_torch(layer: QuantizedLinear) -> nn.Module:

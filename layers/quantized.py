@@ -7,6 +7,7 @@ here: a file that another program has quantised keeps them. Files hold the logic
 `LAYERS` and, where it has a fast form, a row of `layers.fastest.TABLE`."""
 
 import functools
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from mixers.experts import ExpertLinear, Gate, by_expert
 
-GROUPSIZES = (32, 64, 128, 256)
+GROUPSIZES = (16, 32, 64, 128, 256)
 MODES = ("int8", "int4")
-GROUPSIZE_HELP = "inputs that share a scale: 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
+GROUPSIZE_HELP = "inputs that share a scale: 16, 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
 PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
 
 
@@ -48,6 +49,11 @@ class QuantSpec:
     def layer(self) -> type["QuantizedLinear"]:
         """The class of such a layer."""
         return LAYERS[self.format or self.bits]
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of the tensors that stand for a weight, but for an order of inputs."""
+        return ("weight", "scales", "zeros") if self.layer.has_zeros else ("weight", "scales")
 
     def groups(self, in_features: int, name: str) -> int:
         """Groups in a row of layer `name`; a ValueError names the groupsizes that divide it, if this one does not."""
@@ -130,6 +136,7 @@ class QuantizedLinear(nn.Module):
     """
 
     bits: int
+    has_zeros = False
 
     def __init__(
         self,
@@ -158,6 +165,11 @@ class QuantizedLinear(nn.Module):
     def codes(self) -> Tensor:
         """Numbers that float32 holds exactly, int8 but of float8: [out, in]"""
         raise NotImplementedError
+
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:
+        """The weight whose codes, int8, these are."""
+        return codes
 
     def unsigned(self) -> tuple[Tensor, int]:
         """The codes as uint8 [out, in], and the one that stands for 0."""
@@ -203,14 +215,20 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """weight uint8 [out, in/2] (`pack_nibbles`), scales and zeros [out, in/g]."""
 
-    bits = 4
+    bits, has_zeros = 4, True
 
     def codes(self) -> Tensor:
         return unpack_nibbles(self.weight)
 
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:
+        return pack_nibbles(codes)
+
 
 class Int8ZerosLinear(Int8Linear):
     """weight int8 [out, in], scales and zeros [out, 1] or [out, in/g]."""
+
+    has_zeros = True
 
     @classmethod
     def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
@@ -243,7 +261,35 @@ class Float8Linear(QuantizedLinear):
         return self.weight, 0
 
 
-NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear}
+class Float4Linear(QuantizedLinear):
+    """weight uint8 [out, in/2] of e2m1 numbers, the even input in the low nibble; scales [out, in/g], no zeros.
+
+    Doubled, the numbers are integers, which are the codes: a scale is half of that for the numbers themselves.
+    """
+
+    bits = 4
+    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
+    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))  # that the 16 nibbles stand for
+
+    @classmethod
+    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
+        scales = (groups.abs().amax(-1, keepdim=True) / cls.MAGNITUDES[-1]).bfloat16().float()
+        numbers = groups / scales.where(scales > 0, 1)
+        return {"weight": cls.packed(numbers.flatten(1)), "scales": scales[..., 0].bfloat16()}
+
+    @classmethod
+    def packed(cls, codes: Tensor) -> Tensor:  # the nearest code of each number, if they are none
+        between = torch.tensor([sum(pair) / 2 for pair in itertools.pairwise(cls.MAGNITUDES)], device=codes.device)
+        return pack_nibbles(torch.bucketize(codes.abs().float(), between) + 8 * (codes < 0) - 8)
+
+    def codes(self) -> Tensor:
+        return torch.tensor(self.CODES, dtype=torch.int8, device=self.weight.device)[self.unsigned()[0].int()]
+
+    def unsigned(self) -> tuple[Tensor, int]:
+        return (unpack_nibbles(self.weight) + 8).view(torch.uint8), 0
+
+
+NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
 LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
 
 

@@ -14,7 +14,7 @@ from text.vocabularies.gguf import gguf_settings, gguf_vocabulary, has_ordinary_
 from text.vocabularies.libraries import library_errors, read_sentencepiece, read_tokenizer_json
 from text.vocabularies.tiktoken import is_tiktoken, read_tiktoken
 from weights.files import atomic_path
-from weights.gguf_file import is_gguf
+from weights.gguf_file import gguf_models, is_gguf
 
 # tokens that end a text, whether or not the model's files say so
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
@@ -195,7 +195,7 @@ def find_tokenizer(path: Path) -> Tokenizer:
         if (folder / name).exists():
             config, ids = read_settings(folder)
             return Tokenizer(read(folder / name, config), config, ids)
-    ggufs = [file for file in sorted(folder.glob("*.gguf")) if is_gguf(file)]
+    ggufs = [file for file in gguf_models(folder) if is_gguf(file)]
     if len(ggufs) == 1:
         return read_gguf_tokenizer(ggufs[0])
     raise ValueError(

@@ -20,7 +20,7 @@ from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
 from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
 from weights.gguf import open_gguf
-from weights.gguf_file import is_gguf
+from weights.gguf_file import gguf_models, is_gguf
 from weights.huggingface import open_hf
 from weights.layout import Layout, ModelFile, Pair, dequantized
 from weights.registry import args_from_name
@@ -104,7 +104,7 @@ def model_in(folder: Path, model_name: str | None, converted: bool, keep_codes: 
     opened = open_hf(folder)
     if opened is not None:
         return opened
-    files = sorted(folder.glob("*.gguf"))
+    files = gguf_models(folder)
     if len(files) > 1:
         raise ValueError(f"{folder} has several models; give the path of one: {', '.join(map(str, files))}")
     return open_gguf(files[0], keep_codes) if files else None

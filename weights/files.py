@@ -211,9 +211,8 @@ def drop_page_cache(paths: set[str]) -> None:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-def dropping_page_cache(readers: dict[str, Callable], path: Path) -> dict[str, Callable]:
-    """The functions that read the tensors of a model's file or folder; each drops the pages read before it."""
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in WEIGHTS]
+def dropping_page_cache(readers: dict[str, Callable], files: Iterable[Path]) -> dict[str, Callable]:
+    """The functions that read the tensors of a model from its files; each drops the pages read before it."""
     paths = {os.path.realpath(file) for file in files}
 
     def read_after_drop(read: Callable):

@@ -14,9 +14,10 @@ from mixers.rope import RopeScaling
 from model import ModelArgs
 from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
-from weights.gguf_file import KEPT, GGUFFile
+from weights.gguf_file import GGUFFile, open_parts
 from weights.huggingface import EXPERTS, hf_modules
 from weights.layout import Layout, ModelFile, Readers, is_unused, rename, rope_order, source_modules
+from weights.shipped.gguf_blocks import common_spec, read_codes
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -161,7 +162,7 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
         model_type = architecture.with_window or model_type
     values |= {
         "model_type": model_type,
-        "vocab_size": file.tensors["token_embd.weight"][1][0],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "sliding_window": values["sliding_window"] or None,
         "rope_theta": 10000.0 if values["rope_theta"] is None else values["rope_theta"],
@@ -173,7 +174,8 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
 def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | None:
     rope_type, trained = file.metadata.get(f"{name}.rope.scaling.type", "none"), "original_max_position_embeddings"
     if "rope_factors_long.weight" in file.tensors:
-        factors = {f"{each}_factor": file.read(f"rope_factors_{each}.weight").tolist() for each in ("short", "long")}
+        lists = {each: file.tensors[f"rope_factors_{each}.weight"].read().tolist() for each in ("short", "long")}
+        factors = {f"{each}_factor": values for each, values in lists.items()}
         growth = {"attention_factor": file.metadata.get(f"{name}.rope.scaling.attn_factor")}
         return {"rope_type": "longrope", trained: values[trained]} | factors | growth
     if rope_type not in ("none", "linear", "yarn"):
@@ -194,7 +196,7 @@ def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -
     config.values["partial_rotary_factor"] = config.whole("rotary_dim", head_dim) / head_dim
     args = args_from_config(config)
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, already worked out
-        factors = tuple(file.read("rope_freqs.weight").tolist())
+        factors = tuple(file.tensors["rope_freqs.weight"].read().tolist())
         return replace(args, rope_scaling=RopeScaling("factors", factors=factors))
     return args
 
@@ -213,14 +215,12 @@ def hf_name_of_scale(name: str) -> str:
 
 
 def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
-    """How a weight of this shape is quantised, if all its parts, the tensors `names`, are of types in KEPT."""
-    types, shapes, _ = zip(*(file.tensors[name] for name in names), strict=True)
-    specs = {KEPT.get(each.name) for each in types}
-    *experts, rows, columns = shape
+    """How a weight of this shape, whose parts are the tensors `names`, is quantised, if its types are kept."""
+    parts, (*experts, rows, columns) = [file.tensors[name] for name in names], shape
     # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
-    fits = sum(each[-2] for each in shapes) == rows
-    fits = fits and all(each == (*experts, each[-2], columns) for each in shapes)
-    return specs.pop() if fits and len(specs) == 1 else None
+    fits = sum(part.shape[-2] for part in parts) == rows
+    fits = fits and all(part.shape == (*experts, part.shape[-2], columns) for part in parts)
+    return common_spec({part.kind.name for part in parts}) if fits else None
 
 
 def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
@@ -235,17 +235,16 @@ def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str
             continue
         table[module] = spec
         for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
-            keys = ("weight", "scales", "zeros") if spec.bits == 4 else ("weight", "scales")
-            codes |= {f"{part}.{key}": partial(file.read_codes, name, key) for key in keys}
+            codes |= {f"{part}.{leaf}": partial(read_codes, file.tensors[name], spec, leaf) for leaf in spec.leaves}
     return table, codes
 
 
 def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
-    """A GGUF file. keep_codes: of layers in Q4_0, Q4_1 or Q8_0, not rounded again; others become float.
+    """A GGUF file, or any part of one. keep_codes: of layers in types that are kept, not rounded; others become float.
 
     Where floats are wanted, those of the package `gguf` are the file's own: made of our zeros they may be an ulp away.
     """
-    file = GGUFFile(path)
+    file = open_parts(path)
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -255,7 +254,7 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
     modules = gguf_modules(name, config.get("model_type"))
 
     def read(name: str) -> Tensor:
-        tensor = file.read(name)
+        tensor = file.tensors[name].read()
         if layout.args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
             return tensor - 1
         return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
@@ -264,4 +263,4 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
     table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
     raw, layout = raw | codes, layout.quantized(table)
     order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
-    return ModelFile(layout, rename(layout, raw, modules, path, order), (path,), gguf=path)
+    return ModelFile(layout, rename(layout, raw, modules, path, order), file.paths, gguf=file.path)

@@ -1,30 +1,53 @@
 """The GGUF container: metadata and tensors of a file that may be cut short, damaged or hostile."""
 
 import math
+import re
 import struct
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layers.quantized import QuantSpec, pack_nibbles
 from weights.files import damaged
 
 GGUF_SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")))
 GGUF_STRING, GGUF_ARRAY = 8, 9
-KEPT = {"Q4_0": QuantSpec(4, 32), "Q4_1": QuantSpec(4, 32), "Q8_0": QuantSpec(8, 32)}  # types `read_codes` reads
+OF_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # the name of a file that is a part of a model
+
+
+class GGUFTensor(NamedTuple):
+    """A tensor of a file, whose bytes are read when they are used."""
+
+    where: str  # file and name, for messages
+    kind: Any  # a GGMLQuantizationType
+    shape: tuple[int, ...]
+    rows: Any  # a numpy view of the file: uint8 [rows, bytes of a row]
+
+    def read(self) -> Tensor:
+        """The tensor as float32, dequantised a part at a time. Shape [rows, columns] or [n]."""
+        from gguf.quants import dequantize
+
+        step = max(1, (1 << 19) // self.shape[-1])  # 2 MiB of float32 at a time
+        out = torch.empty(len(self.rows), self.shape[-1], dtype=torch.float32)
+        try:
+            for row in range(0, len(self.rows), step):
+                out[row : row + step] = torch.tensor(dequantize(self.rows[row : row + step], self.kind))
+        except NotImplementedError:
+            raise ValueError(f"{self.where} is of type {self.kind.name}, which cannot be dequantised") from None
+        return out.view(self.shape)
 
 
 class GGUFFile:
     """Header and tensors of a GGUF file, every count and length checked against the file's size before it is used.
 
-    metadata: plain values. tensors: name -> (type, shape, offset in bytes). Format: ggml's gguf.md, versions 2 and 3.
+    metadata: plain values. tensors: by name. Format: ggml's gguf.md, versions 2 and 3.
     """
 
     def __init__(self, path: Path):
         import numpy as np
 
-        self.path, self.position = path, 0
+        self.path, self.paths, self.position = path, (path,), 0
         try:
             self.data = np.memmap(path, mode="r")
             if bytes(self.data[:4]) != b"GGUF":
@@ -72,7 +95,7 @@ class GGUFFile:
         return list(struct.unpack(f"<{count}{form[1]}", self._take(count * struct.calcsize(form))))
 
     def _read_header(self) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf import GGMLQuantizationType
 
         version = self._scalar("<I")
         if version not in (2, 3):
@@ -82,7 +105,7 @@ class GGUFFile:
         for _ in range(n_field):
             key = self._string()
             self.metadata[key] = self._value(self._scalar("<I"))
-        self.tensors = {}
+        places = {}
         for _ in range(n_tensor):
             name, n_dim = self._string(), self._scalar("<I")
             if not 1 <= n_dim <= 4:
@@ -90,66 +113,68 @@ class GGUFFile:
             shape = tuple(self._scalar("<Q") for _ in range(n_dim))[::-1]
             if 0 in shape:
                 raise ValueError(f"{name} has a dimension of 0")
-            tensor_type, offset = self._scalar("<I"), self._scalar("<Q")
-            if tensor_type not in GGMLQuantizationType._value2member_map_:
-                raise ValueError(f"{name} is of the unknown type {tensor_type}")
-            self.tensors[name] = (GGMLQuantizationType(tensor_type), shape, offset)
+            kind, offset = self._scalar("<I"), self._scalar("<Q")
+            if kind not in GGMLQuantizationType._value2member_map_:
+                raise ValueError(f"{name} is of the unknown type {kind}")
+            places[name] = GGMLQuantizationType(kind), shape, offset
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
             raise ValueError(f"an alignment of {alignment!r}")
         self.start = -(-self.position // alignment) * alignment
-        for name, (tensor_type, shape, offset) in self.tensors.items():
-            block, size = GGML_QUANT_SIZES[tensor_type]
-            if shape[-1] % block or self.start + offset + math.prod(shape) // block * size > len(self.data):
-                raise ValueError(f"{name} {list(shape)} does not fit into the file")
+        self.tensors = {name: self._tensor(name, *place) for name, place in places.items()}
 
-    def _rows(self, name: str):
-        """The bytes of a tensor as they are in the file: a numpy view [rows, bytes of a row]."""
+    def _tensor(self, name: str, kind, shape: tuple[int, ...], offset: int) -> GGUFTensor:
         from gguf import GGML_QUANT_SIZES
 
-        tensor_type, shape, offset = self.tensors[name]
-        block, size = GGML_QUANT_SIZES[tensor_type]
+        block, size = GGML_QUANT_SIZES[kind]
         row_bytes, rows = shape[-1] // block * size, math.prod(shape[:-1])
         begin = self.start + offset
-        return self.data[begin : begin + rows * row_bytes].reshape(rows, row_bytes)
+        if shape[-1] % block or begin + rows * row_bytes > len(self.data):
+            raise ValueError(f"{name} {list(shape)} does not fit into the file")
+        data = self.data[begin : begin + rows * row_bytes]
+        return GGUFTensor(f"{self.path}: {name}", kind, shape, data.reshape(rows, row_bytes))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32, dequantised a part at a time. Shape [rows, columns] or [n]."""
-        from gguf.quants import dequantize
 
-        tensor_type, shape, _ = self.tensors[name]
-        rows = self._rows(name)
-        step = max(1, (1 << 19) // shape[-1])  # 2 MiB of float32 at a time
-        out = torch.empty(len(rows), shape[-1], dtype=torch.float32)
-        try:
-            for row in range(0, len(rows), step):
-                out[row : row + step] = torch.tensor(dequantize(rows[row : row + step], tensor_type))
-        except NotImplementedError:
-            raise ValueError(
-                f"{self.path}: {name} is of type {tensor_type.name}, which cannot be dequantised"
-            ) from None
-        return out.view(shape)
+def open_parts(path: Path) -> GGUFFile:
+    """A GGUF file; of a model in several, of which `path` is any, the first, with the tensors of all."""
+    file = GGUFFile(path)
+    count = file.metadata.get("split.count")
+    if count in (None, 0, 1):
+        return file
+    paths = part_paths(path)
+    if count != len(paths):
+        raise ValueError(f"{path} is a part of {count!r}, which its name must tell, as NAME-00001-of-00003.gguf does")
+    for i, each in enumerate(paths):
+        if not each.is_file():
+            raise ValueError(f"{path.parent} lacks {each.name}, part {i + 1} of {count} of the model; download it too")
+    parts = [GGUFFile(each) for each in paths]
+    first = parts[0]
+    for i, part in enumerate(parts):
+        said = [part.metadata.get(f"split.{key}") for key in ("no", "count")]
+        if said != [i, count]:
+            raise ValueError(f"{part.path}: split.no and split.count are {said}; {[i, count]} are needed in this file")
+        if i and (twice := first.tensors.keys() & part.tensors.keys()):
+            raise ValueError(f"{part.path} holds {min(twice)}, as another part does")
+        first.tensors |= part.tensors
+    first.paths = tuple(paths)
+    return first
 
-    def read_codes(self, name: str, part: str) -> Tensor:
-        """The weight (codes), scales or zeros of a matrix, or a stack, of a type in KEPT, as our layers have them.
 
-        Nothing is rounded anew. Format: a block of ggml-common.h is float16 d (and m in Q4_1), then 32 codes q, int8 or
-        16 bytes whose low nibbles come first. A weight is q d in Q8_0, (q - 8) d in Q4_0, q d + m in Q4_1.
-        """
-        tensor_type, shape, _ = self.tensors[name]
-        blocks = self._rows(name).reshape(*shape[:-1], shape[-1] // 32, -1)  # [..., rows, groups, bytes]
-        n_byte = 4 if tensor_type.name == "Q4_1" else 2
-        if part == "weight":
-            q = torch.tensor(blocks[..., n_byte:])
-            if tensor_type.name == "Q8_0":
-                return q.view(torch.int8).flatten(-2)
-            codes = torch.cat((q & 15, q >> 4), dim=-1).to(torch.int8) - 8  # [..., rows, groups, 32], -8..7
-            return pack_nibbles(codes.flatten(-2))
-        d, *m = torch.tensor(blocks[..., :n_byte]).view(torch.float16).unbind(-1)  # [..., rows, groups] each
-        d = d.float() if m else d  # as the zeros, which float16 does not hold
-        if part == "scales":
-            return d
-        return m[0].float() + 8 * d if m else torch.zeros_like(d)
+def part_paths(path: Path) -> list[Path]:
+    """All files of the model of which `path`, by its name, is a part; itself, where it is none."""
+    match = OF_PARTS.fullmatch(path.name)
+    if match is None:
+        return [path]
+    name, _, count = match.groups()
+    return [path.with_name(f"{name}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The GGUF files of a folder; of those that are parts of one model, the first that is there."""
+    models = {}
+    for path in sorted(folder.glob("*.gguf")):
+        models.setdefault(OF_PARTS.sub(r"\1 \3", path.name), path)
+    return list(models.values())
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -159,5 +184,5 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def read_gguf_metadata(path: str | Path) -> dict:
-    """The file's metadata as plain values."""
-    return GGUFFile(Path(path)).metadata
+    """The metadata of a file, or of the model of which it is a part, as plain values."""
+    return open_parts(Path(path)).metadata

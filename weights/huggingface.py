@@ -151,7 +151,8 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
 }
 # model types in whose files rope turns neighbouring pairs, unless the config says otherwise
 INTERLEAVED = {"glm4", "cohere2", "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"}
-STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_bias)?")  # gpt-oss's (mlp) or Gemma 4's
+# gpt-oss's (mlp) or Gemma 4's
+STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_(bias|blocks|scales))?")
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
 PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens\w*|layers|norm|per_layer_\w+|(lm_head))\.)")
@@ -206,16 +207,15 @@ def with_rows_of_outputs(raw: Readers) -> Readers:
     Gemma 4's lack no more than the word weight in their names.
     """
 
-    def turned(read: Callable[[], Tensor], part: str, is_bias: bool) -> Tensor:
-        tensor = read() if is_bias else read().mT
+    def turned(read: Callable[[], Tensor], part: str, leaf: str) -> Tensor:
+        tensor = read().mT if leaf == "weight" else read()
         return torch.cat([tensor[:, ::2], tensor[:, 1::2]], dim=1) if part == "gate_up" else tensor
 
     out = {}
     for name, read in raw.items():
         if match := STACKED_EXPERTS.fullmatch(name):
-            if match[2]:
-                read = partial(turned, read, match[3], bool(match[4]))
-            name = f"{match[1]}.{'bias' if match[4] else 'weight'}"
+            leaf = match[5] or "weight"
+            name, read = f"{match[1]}.{leaf}", partial(turned, read, match[3], leaf) if match[2] else read
         out[name] = read
     return out
 

@@ -144,6 +144,12 @@ INLINE Bytes high_nibbles(Bytes both) {
   return low_nibbles({_mm256_srli_epi16(both.low, 4), _mm256_srli_epi16(both.high, 4)});
 }
 
+// The entries of a table that nibbles stand for.
+INLINE Bytes looked_up(Bytes nibbles, const uint8_t (&table)[16]) {
+  const __m256i both = _mm256_broadcastsi128_si256(load_half(table));
+  return {_mm256_shuffle_epi8(both, nibbles.low), _mm256_shuffle_epi8(both, nibbles.high)};
+}
+
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) {
   const __m256i byte = _mm256_set1_epi32(255);
@@ -168,8 +174,8 @@ INLINE __m256i fours(__m256i twos) { return _mm256_madd_epi16(twos, _mm256_set1_
 // What int8 codes, which are stored with 128 added, still have more than they should in a product.
 constexpr int kAddedToInt8 = 128;
 
-// 16 sums over a group of 32 inputs, from `start` on. Codes of int4 are below 16.
-template <bool INT4>
+// 16 sums over a group of 32 inputs, from `start` on, of codes up to MOST.
+template <int MOST>
 struct ByteSums {
   Ints sum;
 
@@ -187,28 +193,9 @@ struct ByteSums {
 
 constexpr int kAddedToInt8 = 0;
 
-template <bool INT4>
-struct ByteSums;
-
-// Sixteen products of 15 x 127 fit 16 bits, so they are added to fours only once a group.
-template <>
-struct ByteSums<true> {
-  __m256i low, high;  // sums of twos
-  int32_t start;
-
-  INLINE void begin(int32_t start) { low = high = _mm256_setzero_si256(), this->start = start; }
-
-  INLINE void add(Bytes codes, Ints x) {
-    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes.low, x.low));
-    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes.high, x.high));
-  }
-
-  INLINE Floats total() const { return to_floats(Ints{fours(low), fours(high)} + every(start)); }
-};
-
 // Two products of 255 x 127 would not fit 16 bits. Those of 128 x 127 do: the sign of a code is taken into x.
-template <>
-struct ByteSums<false> {
+template <int MOST>
+struct ByteSums {
   Ints sum;
 
   INLINE void begin(int32_t start) { sum = every(start); }
@@ -222,6 +209,28 @@ struct ByteSums<false> {
   }
 
   INLINE Floats total() const { return to_floats(sum); }
+};
+
+// Some sums of products of small codes and 127 fit 16 bits, those of int4 a whole group of them. Only then they are added to
+// fours.
+template <int MOST>
+  requires(MOST < 128)
+struct ByteSums<MOST> {
+  static constexpr int kFit = 32767 / (2 * MOST * 127);
+  __m256i low, high;  // sums of twos
+  Ints sum;
+  int added;
+
+  INLINE void begin(int32_t start) { low = high = _mm256_setzero_si256(), sum = every(start), added = 0; }
+
+  INLINE void add(Bytes codes, Ints x) {
+    if (added++ == kFit) sum = fours_and_sum(), low = high = _mm256_setzero_si256(), added = 1;
+    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes.low, x.low));
+    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes.high, x.high));
+  }
+
+  INLINE Ints fours_and_sum() const { return sum + Ints{fours(low), fours(high)}; }
+  INLINE Floats total() const { return to_floats(fours_and_sum()); }
 };
 
 #endif

@@ -105,6 +105,12 @@ INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 INLINE Bytes low_nibbles(Bytes both) { return both & 15; }
 INLINE Bytes high_nibbles(Bytes both) { return both >> 4; }
 
+// The entries of a table that nibbles stand for.
+INLINE Bytes looked_up(Bytes nibbles, const uint8_t (&table)[16]) {
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return (Bytes)_mm512_shuffle_epi8(all, (__m512i)nibbles);
+}
+
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) { return ((Ints)codes >> 8 * c) & 255; }
 
@@ -117,8 +123,8 @@ INLINE Floats e4m3_of(Bytes codes, int c) {
 // What int8 codes, which are stored with 128 added, still have more than they should in a product.
 constexpr int kAddedToInt8 = 128;
 
-// 16 sums over a group of 32 inputs, from `start` on. Codes of int4 are below 16.
-template <bool INT4>
+// 16 sums over a group of 32 inputs, from `start` on, of codes up to MOST.
+template <int MOST>
 struct ByteSums {
   Ints sum;
 

@@ -1,10 +1,12 @@
-// Linear layers of int8 and int4 codes, for any number of rows.
+// Linear layers of int8 and 4-bit codes, for any number of rows.
 //
 // The weight lies in tiles of 16 output rows. A tile has, for each four inputs, the 16 x 4 codes that ByteSums multiplies
 // at once: 64 products of an unsigned and a signed byte, summed by fours into 16 int32. Codes are stored unsigned: int8
 // ones plus 128; int4 ones plus 8, two a byte, the inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
+// So are e2m1 numbers, which a table makes codes.
 //
-// Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products are then exact integers.
+// Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products, over 32 inputs or, where
+// a weight has a scale for each 16, over so many, are then exact integers.
 // float32 ones are multiplied as they are, three times slower where the arithmetic counts: whoever asks for float32 wants
 // every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do. The order of sums is the
 // same for any number of rows: no row's result depends on the rows beside it.
@@ -17,27 +19,32 @@
 namespace gpt_faster {
 
 constexpr int64_t kLanes = 16, kGroup = 32;  // outputs of a tile; inputs that are quantised together
+constexpr int64_t kHalfGroup = 16;           // inputs that share a scale, at least
 constexpr int64_t kAhead = 1536;             // bytes, which a stream that is read alone is fetched ahead
 
 struct CodesWeight {
-  const uint8_t* codes;  // [tiles, K * 16], or half as many bytes of int4; K is `in` rounded up to whole groups of 32
+  const uint8_t* codes;  // [tiles, K * 16], or half as many bytes of 4-bit codes; K is `in` rounded up to whole groups of 32
   const void* scales;    // [tiles, groups, 16], or scales and zeros, which int4 always has: [tiles, groups, 2, 16]
   Dtype scale_dtype;
   const float* bias;  // [tiles * 16] or null
   int64_t in, tiles, groups;
-  bool is_int4, is_float8, has_zeros;
+  bool is_int4, is_float4, is_float8, has_zeros;
 
   // Whether activations are multiplied as they are.
   bool multiplies_floats(Dtype x) const { return is_float8 || x == Dtype::float32; }
   int64_t K() const { return round_up(in, kGroup); }
-  int64_t bytes_a_tile() const { return K() * kLanes / (is_int4 ? 2 : 1); }
+  bool has_halves() const { return groups * kGroup > K(); }  // whether half a group has a scale of its own
+  bool has_nibbles() const { return is_int4 || is_float4; }
+  int64_t bytes_a_tile() const { return K() * kLanes / (has_nibbles() ? 2 : 1); }
+  int offset() const;  // what codes have more in a product than they stand for
 };
 
 // ---------------------------------------------------------------- formats
 
 struct Int8 {  // a scale for each output row
-  static constexpr int kOffset = 128;
-  static constexpr bool kIsInt4 = false, kIsFloat8 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
+  static constexpr int64_t kInputs = kGroup;  // whose products are summed before they are scaled
+  static constexpr int kOffset = 128, kMost = 255;
+  static constexpr bool kIsFloat8 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
 
   // Number c of each four, without what is added to it.
   static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
@@ -52,28 +59,53 @@ struct Int8Zeros : Int8Groups {  // a zero too
 };
 
 struct Int4 {  // two codes a byte; a scale and a zero for each group
-  static constexpr int kOffset = 8;
-  static constexpr bool kIsInt4 = true, kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = true;
+  static constexpr int64_t kInputs = kGroup;
+  static constexpr int kOffset = 8, kMost = 15;
+  static constexpr bool kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = true;
 
+  static INLINE Bytes codes(Bytes nibbles) { return nibbles; }
+  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
+};
+
+struct Float4 {  // e2m1 numbers, two a byte, whose codes are their doubles; a scale for each group
+  static constexpr int64_t kInputs = kGroup;
+  static constexpr int kOffset = 12, kMost = 24;
+  static constexpr bool kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = false;
+  static constexpr uint8_t kCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+  static INLINE Bytes codes(Bytes nibbles) { return looked_up(nibbles, kCodes); }
   static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
 };
 
 struct Float8 {  // e4m3 numbers; a scale for each group
-  static constexpr bool kIsInt4 = false, kIsFloat8 = true, kPacked = false, kHasGroups = true, kHasZeros = false;
+  static constexpr int64_t kInputs = kGroup;
+  static constexpr int kMost = 255;
+  static constexpr bool kIsFloat8 = true, kPacked = false, kHasGroups = true, kHasZeros = false;
 
   static INLINE Floats numbers(Bytes four, int c) { return e4m3_of(four, c); }
 };
 
-struct UnpackedInt4 : Int4 {  // a code a byte
+template <class Format>
+struct Unpacked : Format {  // 4-bit codes, a code a byte
   static constexpr bool kPacked = false;
 };
 
-inline void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) {
+template <class Format>
+struct Halved : Format {  // a scale for each half of a group
+  static constexpr int64_t kInputs = kHalfGroup;
+};
+
+template <class Format>
+void unpack(const uint8_t* from, uint8_t* to, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     const Bytes both = load_bytes(from + i);
-    store(to + 2 * i, low_nibbles(both));
-    store(to + 2 * i + 64, high_nibbles(both));
+    store(to + 2 * i, Format::codes(low_nibbles(both)));
+    store(to + 2 * i + 64, Format::codes(high_nibbles(both)));
   }
+}
+
+inline int CodesWeight::offset() const {
+  return is_int4 ? Int4::kOffset : is_float4 ? Float4::kOffset : kAddedToInt8;
 }
 
 // ---------------------------------------------------------------- activations
@@ -83,12 +115,12 @@ struct Activations {
   int64_t M, K;
   void* values;      // int8 or float32 [M, K]
   float* scales;     // [M, K / 32]
-  float* sums;       // [M, K / 32] of the activations themselves, which the zeros of weights multiply
-  int32_t* offsets;  // [M, K / 32], where sums of products start: they undo the numbers added to the codes
+  float* sums;       // [M, K / 32 or 16] of the activations themselves, which the zeros of weights multiply
+  int32_t* offsets;  // [M, K / 32 or 16], where sums of products start: they undo the numbers added to the codes
 
   static int64_t bytes(int64_t M, int64_t in, bool floats) {
     const int64_t K = round_up(in, kGroup);
-    return M * K * (floats ? 4 : 1) + 12 * M * K / kGroup;
+    return M * K * (floats ? 4 : 1) + 4 * M * K / kGroup + 8 * M * K / kHalfGroup;
   }
 
   // Lays the arrays out in `scratch`, which has as many bytes as that.
@@ -96,7 +128,7 @@ struct Activations {
     const int64_t groups = M * K / kGroup;
     scales = reinterpret_cast<float*>(static_cast<char*>(scratch) + M * K * (floats ? 4 : 1));
     sums = scales + groups;
-    offsets = reinterpret_cast<int32_t*>(sums + groups);
+    offsets = reinterpret_cast<int32_t*>(sums + 2 * groups);
   }
 };
 
@@ -105,9 +137,16 @@ template <class Element>
 void quantise(const Element* x, const CodesWeight& weight, const Activations& to, int64_t m, Range groups) {
   for (int64_t g = groups.begin; g < groups.end; g++) {
     const int64_t left = weight.in - g * kGroup, at = m * to.K + g * kGroup, group = m * to.K / kGroup + g;
+    const auto put_sums = [&](auto* sums, auto low, auto high, auto factor) {
+      if (weight.has_halves()) {
+        sums[2 * group] = factor * reduce_add(low), sums[2 * group + 1] = factor * reduce_add(high);
+      } else {
+        sums[group] = factor * reduce_add(low + high);
+      }
+    };
     const Element* from = x + m * weight.in + g * kGroup;
     const Floats low = load(from, std::min<int64_t>(left, 16)), high = load(from + 16, std::max<int64_t>(left - 16, 0));
-    if (weight.has_zeros) to.sums[group] = reduce_add(low + high);
+    if (weight.has_zeros) put_sums(to.sums, low, high, 1.0f);
     if (weight.multiplies_floats(dtype_of<Element>)) {
       store(static_cast<float*>(to.values) + at, low);
       store(static_cast<float*>(to.values) + at + 16, high);
@@ -118,7 +157,7 @@ void quantise(const Element* x, const CodesWeight& weight, const Activations& to
       store(static_cast<int8_t*>(to.values) + at, low_codes);
       store(static_cast<int8_t*>(to.values) + at + 16, high_codes);
       to.scales[group] = largest / 127.0f;  // NaN if any of them is
-      to.offsets[group] = -(weight.is_int4 ? Int4::kOffset : kAddedToInt8) * reduce_add(low_codes + high_codes);
+      put_sums(to.offsets, low_codes, high_codes, -weight.offset());
     }
   }
 }
@@ -139,21 +178,21 @@ struct Codes {
   // The codes of the first four inputs of a load, or of the second four if f is 1.
   static INLINE Bytes four(Bytes loaded, int f) {
     if constexpr (!Format::kPacked) return loaded;
-    return f ? high_nibbles(loaded) : low_nibbles(loaded);
+    else return Format::codes(f ? high_nibbles(loaded) : low_nibbles(loaded));
   }
 };
 
-// Sums of the products of the 32 inputs of group g, of rows r .. r + R - 1 and T tiles: quantised activations, ...
+// Sums of the products of the kInputs of block b, of rows r .. r + R - 1 and T tiles: quantised activations, ...
 template <class Format, int R, int T>
-INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t g,
+INLINE void multiply_block(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t b,
                            const Codes<Format, T>& codes) {
-  const int8_t* values = static_cast<const int8_t*>(x.values) + r * x.K + g * kGroup;
+  const int8_t* values = static_cast<const int8_t*>(x.values) + r * x.K + b * Format::kInputs;
   constexpr int kFours = Codes<Format, T>::kFours;
-  ByteSums<Format::kIsInt4> sum[R][T];
+  ByteSums<Format::kMost> sum[R][T];
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
-    sum[i][j].begin(x.offsets[(r + i) * (x.K / kGroup) + g]);
+    sum[i][j].begin(x.offsets[(r + i) * (x.K / Format::kInputs) + b]);
   }
-  UNROLL for (int k = 0; k < kGroup; k += 4 * kFours) {
+  UNROLL for (int k = 0; k < Format::kInputs; k += 4 * kFours) {
     Bytes loaded[T], four[T];
     codes.load_all(loaded, k);
     UNROLL for (int f = 0; f < kFours; f++) {
@@ -169,12 +208,12 @@ INLINE void multiply_group(Floats (&product)[R][T], const Activations& x, int64_
 
 // ... and those that are multiplied as they are.
 template <class Format, int R, int T>
-INLINE void multiply_group_exactly(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t g,
+INLINE void multiply_block_exactly(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t b,
                                    const Codes<Format, T>& codes) {
-  const float* values = static_cast<const float*>(x.values) + r * x.K + g * kGroup;
+  const float* values = static_cast<const float*>(x.values) + r * x.K + b * Format::kInputs;
   constexpr int kFours = Codes<Format, T>::kFours;
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = every(0.0f);
-  for (int k = 0; k < kGroup; k += 4 * kFours) {
+  for (int k = 0; k < Format::kInputs; k += 4 * kFours) {
     Bytes loaded[T];
     codes.load_all(loaded, k);
     UNROLL for (int f = 0; f < kFours; f++) UNROLL for (int c = 0; c < 4; c++) {  // code c of each four
@@ -211,8 +250,8 @@ struct CodesProduct {
   // Rows r .. r + R - 1 of x and T tiles, n, n + stride, ...
   template <int R, int T>
   void tile(int64_t r, int64_t n, int64_t stride, Codes<Format, T> codes) const {
-    const int64_t blocks = x.K / kGroup, blocks_a_group = blocks / weight.groups;
-    constexpr int64_t kBytes = kGroup * kLanes / Codes<Format, T>::kFours;
+    const int64_t blocks = x.K / Format::kInputs, blocks_a_group = blocks / weight.groups;
+    constexpr int64_t kBytes = Format::kInputs * kLanes / Codes<Format, T>::kFours;
     Floats sum[R][T], scale[T], zero[T];
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) sum[i][j] = every(0.0f);
     for (int64_t g = 0, b = 0; g < weight.groups; g++) {
@@ -222,11 +261,11 @@ struct CodesProduct {
           UNROLL for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(codes.from + kAhead + i);
         }
         Floats product[R][T];
-        if constexpr (EXACT) multiply_group_exactly<Format, R, T>(product, x, r, b, codes);
-        else multiply_group<Format, R, T>(product, x, r, b, codes);
+        if constexpr (EXACT) multiply_block_exactly<Format, R, T>(product, x, r, b, codes);
+        else multiply_block<Format, R, T>(product, x, r, b, codes);
         UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
           const int64_t at = (r + i) * blocks + b;
-          Floats factor = EXACT ? every(1.0f) : every(x.scales[at]);
+          Floats factor = EXACT ? every(1.0f) : every(x.scales[at * Format::kInputs / kGroup]);
           if constexpr (Format::kHasGroups) factor = EXACT ? scale[j] : scale[j] * factor;
           sum[i][j] = multiply_add(product[i][j], factor, sum[i][j]);
           if constexpr (Format::kHasZeros) sum[i][j] = multiply_add(zero[j], every(x.sums[at]), sum[i][j]);
@@ -287,12 +326,12 @@ struct CodesProduct {
 
   // Many rows: a few tiles at a time stay in the cache, a code a byte, while all rows pass.
   void many_rows(Range sets) const {
-    std::vector<uint8_t> unpacked(weight.is_int4 ? kCodesTiles * x.K * kLanes : 0);
+    std::vector<uint8_t> unpacked(weight.has_nibbles() ? kCodesTiles * x.K * kLanes : 0);
     for (int64_t n = kCodesTiles * sets.begin; n < std::min(kCodesTiles * sets.end, weight.tiles); n += kCodesTiles) {
       const int64_t tiles = std::min<int64_t>(kCodesTiles, weight.tiles - n), bytes = weight.bytes_a_tile();
       const uint8_t* codes = weight.codes + n * bytes;
-      if (weight.is_int4) {
-        unpack(codes, unpacked.data(), tiles * bytes);
+      if constexpr (Format::kMost < 128) {
+        unpack<Format>(codes, unpacked.data(), tiles * bytes);
         codes = unpacked.data();
       }
       if (tiles == kCodesTiles) all_rows<kCodesTiles>(n, 1, {codes, x.K * kLanes});
@@ -302,7 +341,7 @@ struct CodesProduct {
 };
 
 // Calls work with the product whose types are those of the weight and of the activations, chosen once for all tiles.
-template <class Int4Format, class Work>
+template <template <class> class Nibbles, class Work>
 void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Work& work) {
   const auto with_format = [&](auto format) {
     with_type_of(weight.scale_dtype, [&](auto scale) {
@@ -313,20 +352,25 @@ void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtyp
       else work(CodesProduct<Format, false, Scale>{weight, x, y, dtype});
     });
   };
-  if (weight.is_float8) with_format(Float8{});
-  else if (weight.is_int4) with_format(Int4Format{});
-  else if (weight.has_zeros) with_format(Int8Zeros{});
-  else if (weight.groups > 1) with_format(Int8Groups{});
+  const auto with_groups = [&](auto format) {
+    if (weight.has_halves()) with_format(Halved<decltype(format)>{});
+    else with_format(format);
+  };
+  if (weight.is_float8) with_groups(Float8{});
+  else if (weight.is_int4) with_groups(Nibbles<Int4>{});
+  else if (weight.is_float4) with_groups(Nibbles<Float4>{});
+  else if (weight.has_zeros) with_groups(Int8Zeros{});
+  else if (weight.groups > 1) with_groups(Int8Groups{});
   else with_format(Int8{});
 }
 
 // Some tiles of outputs of few rows, by one thread.
 inline void multiply_few(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, Range tiles) {
-  with_product<Int4>(weight, x, y, dtype, [&](const auto& product) { product.few_rows(tiles); });
+  with_product<std::type_identity_t>(weight, x, y, dtype, [&](const auto& product) { product.few_rows(tiles); });
 }
 
 inline void multiply_many(const CodesWeight& weight, const Activations& x, void* y, Dtype dtype, const Threads& threads) {
-  with_product<UnpackedInt4>(weight, x, y, dtype, [&](const auto& product) {
+  with_product<Unpacked>(weight, x, y, dtype, [&](const auto& product) {
     threads.for_shares(divide_up(weight.tiles, kCodesTiles), 1, [&](Range sets) { product.many_rows(sets); });
   });
 }

@@ -82,6 +82,7 @@ inline void multiply_unpacked(const CodesWeight& weight, const BFloat16* x, BFlo
   };
   if (weight.is_float8) with_format(Float8{});
   else if (weight.is_int4) with_format(Int4{});
+  else if (weight.is_float4) with_format(Float4{});
   else if (weight.has_zeros) with_format(Int8Zeros{});
   else with_format(Int8{});
 }

@@ -199,6 +199,11 @@ INLINE Bytes high_nibbles(Bytes both) {
   return each<Bytes>([](auto both) { return vshrq_n_u8(both, 4); }, both);
 }
 
+// The entries of a table that nibbles stand for.
+INLINE Bytes looked_up(Bytes nibbles, const uint8_t (&table)[16]) {
+  return each<Bytes>([&](auto nibbles) { return vqtbl1q_u8(vld1q_u8(table), nibbles); }, nibbles);
+}
+
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) {
   const int32x4_t right = vdupq_n_s32(-8 * c);
@@ -223,7 +228,7 @@ INLINE Floats e4m3_of(Bytes codes, int c) {
 constexpr int kAddedToInt8 = 128;
 
 // To each sum, its four products of an unsigned code and a signed byte of x are added.
-template <bool INT4>
+template <int MOST>
 INLINE int32x4_t add_products(int32x4_t sum, uint8x16_t codes, int32x4_t x) {
   return vusdotq_s32(sum, codes, (int8x16_t)x);
 }
@@ -232,24 +237,24 @@ INLINE int32x4_t add_products(int32x4_t sum, uint8x16_t codes, int32x4_t x) {
 
 constexpr int kAddedToInt8 = 0;
 
-// The only instruction is for signed bytes. Codes of int4 are the same either way.
-template <bool INT4>
+// The only instruction is for signed bytes. Codes of 4 bits are the same either way.
+template <int MOST>
 INLINE int32x4_t add_products(int32x4_t sum, uint8x16_t codes, int32x4_t x) {
-  const uint8x16_t code = INT4 ? codes : veorq_u8(codes, vdupq_n_u8(128));
+  const uint8x16_t code = MOST < 128 ? codes : veorq_u8(codes, vdupq_n_u8(128));
   return vdotq_s32(sum, (int8x16_t)code, (int8x16_t)x);
 }
 
 #endif
 
-// 16 sums over a group of 32 inputs, from `start` on. Codes of int4 are below 16.
-template <bool INT4>
+// 16 sums over a group of 32 inputs, from `start` on, of codes up to MOST.
+template <int MOST>
 struct ByteSums {
   Ints sum;
 
   INLINE void begin(int32_t start) { sum = every(start); }
 
   INLINE void add(Bytes codes, Ints x) {
-    sum = each<Ints>([](auto sum, auto codes, auto x) { return add_products<INT4>(sum, codes, x); }, sum, codes, x);
+    sum = each<Ints>([](auto sum, auto codes, auto x) { return add_products<MOST>(sum, codes, x); }, sum, codes, x);
   }
 
   INLINE Floats total() const { return to_floats(sum); }

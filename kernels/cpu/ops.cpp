@@ -82,15 +82,16 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
   const int64_t tiles = weight.size(0);
   TORCH_CHECK(s.dim() == 4 && s.size(0) == tiles && s.size(3) == kLanes && s.is_contiguous(), op,
               ": scales are not contiguous [tiles, groups, 1 or 2, 16]");
+  const bool has_zeros = s.size(2) == 2, has_nibbles = weight.size(1) == round_up(in, kGroup) * kLanes / 2;
   const CodesWeight codes{.codes = data<uint8_t>(weight), .scales = s.const_data_ptr(),
                           .scale_dtype = dtype_from(s.scalar_type(), op), .bias = data<float>(bias), .in = in,
                           .tiles = tiles, .groups = s.size(1),
-                          .is_int4 = s.size(2) == 2 && weight.size(1) == round_up(in, kGroup) * kLanes / 2,
-                          .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = s.size(2) == 2};
+                          .is_int4 = has_nibbles && has_zeros, .is_float4 = has_nibbles && !has_zeros,
+                          .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = has_zeros};
   const bool has_our_codes = weight.scalar_type() == at::kByte || (codes.is_float8 && !codes.has_zeros);
   TORCH_CHECK(has_our_codes && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
   TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
-  TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kGroup % codes.groups == 0 &&
+  TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kHalfGroup % codes.groups == 0 &&
               (!bias || bias->numel() == tiles * kLanes), op,
               ": scales or bias do not fit the weight");
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
@@ -128,7 +129,7 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return linear(x, contiguous(weight), std::nullopt, contiguous(bias), "linear_bf16");
 }
 
-// A linear layer of codes: x [..., in], weight uint8 [tiles, bytes] of int8 or int4 codes or float8_e4m3fn, scales
+// A linear layer of codes: x [..., in], weight uint8 [tiles, bytes] of int8, int4 or e2m1 codes or float8_e4m3fn, scales
 // [tiles, groups, 1 or 2, 16], bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
   return linear(x, weight, scales, bias, "linear_codes");
@@ -245,14 +246,11 @@ struct JoinedCache {
 
 constexpr int64_t kTensors = 16;  // of a block
 
-// A layer from three tensors: weight, scales and bias. in: inputs, or 0: as many as the weight has, which then has no
-// padding.
+// A layer from three tensors: weight, scales and bias.
 Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype) {
   TORCH_CHECK(tensors[0] && tensors[0]->dim() == 2, "join_blocks: a weight is missing");
   for (int i = 0; i < 3; i++) tensors[i] = contiguous(tensors[i]);
-  const OptionalTensor& scales = tensors[1];
-  const int64_t size = tensors[0]->size(1), in_weight = !scales ? size : size * (scales->size(2) == 2 ? 2 : 1) / kLanes;
-  return layer_of(*tensors[0], scales, tensors[2], in ? in : in_weight, dtype, "join_blocks");
+  return layer_of(*tensors[0], tensors[1], tensors[2], in, dtype, "join_blocks");
 }
 
 const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
@@ -263,8 +261,8 @@ const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
   return norm->const_data_ptr();
 }
 
-Block joined_block(OptionalTensor* t, int64_t dim, int64_t head_norm, Dtype dtype) {
-  Block block{.wqkv = joined_layer(t + 1, dim, dtype), .wo = joined_layer(t + 6, 0, dtype),
+Block joined_block(OptionalTensor* t, int64_t dim, int64_t attended, int64_t head_norm, Dtype dtype) {
+  Block block{.wqkv = joined_layer(t + 1, dim, dtype), .wo = joined_layer(t + 6, attended, dtype),
               .w13 = joined_layer(t + 10, dim, dtype), .w2 = {}};
   block.w2 = joined_layer(t + 13, block.w13.out / 2, dtype);
   TORCH_CHECK(t[0] && t[9], "join_blocks: a norm is missing");
@@ -277,8 +275,9 @@ Block joined_block(OptionalTensor* t, int64_t dim, int64_t head_norm, Dtype dtyp
 
 // The blocks of a model as one handle for run_blocks, which keeps the tensors it is made of. Of each block, in this order:
 // attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2. A linear layer is its weight, scales and bias,
-// as linear_codes takes them, or linear_bf16 if there are no scales. eps: of the norms; scale: of q k.
-Tensor join_blocks(const c10::List<OptionalTensor>& tensors, double eps, double scale) {
+// as linear_codes takes them, or linear_bf16 if there are no scales. attended: inputs of wo; eps: of the norms; scale: of
+// q k.
+Tensor join_blocks(const c10::List<OptionalTensor>& tensors, int64_t attended, double eps, double scale) {
   TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0, "join_blocks: ", tensors.size(), " tensors");
   JoinedBlocks joined{.tensors = tensors.vec(), .eps = eps, .scale = scale};
   OptionalTensor* all = joined.tensors.data();
@@ -287,7 +286,7 @@ Tensor join_blocks(const c10::List<OptionalTensor>& tensors, double eps, double 
   const int64_t dim = all[0]->numel();
   for (int i : {4, 5}) if (all[i]) joined.head_norm = all[i]->numel();
   for (size_t t = 0; t < tensors.size(); t += kTensors) {
-    joined.blocks.push_back(joined_block(all + t, dim, joined.head_norm, joined.dtype));
+    joined.blocks.push_back(joined_block(all + t, dim, attended, joined.head_norm, joined.dtype));
     const Block &first = joined.blocks[0], &block = joined.blocks.back();
     TORCH_CHECK(first.wqkv.out == block.wqkv.out && first.wo.in == block.wo.in && first.w13.out == block.w13.out,
                 "join_blocks: unlike blocks");
@@ -366,7 +365,7 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor? k_scales, Tensor v, Tensor? v_scales, Tensor? cache_rows, Tensor mask, "
         "float scale) -> Tensor");
-  m.def("join_blocks(Tensor?[] tensors, float eps, float scale) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, int attended, float eps, float scale) -> Tensor");
   m.def("join_cache(Tensor?[] tensors) -> Tensor");
   // It writes to the caches that its argument `cache` stands for. The schema does not say so, because the compiler would
   // then copy the handle: nothing else reads the caches in the same graph, and every use of the result comes after.

@@ -230,10 +230,10 @@ def test_fused_blocks_of_other_sizes_equal_plain_ones(head_dim, n_kv_head):
 
 
 @needs_operators
-@pytest.mark.parametrize("name, kind", [("float8", FusedBlocks), ("int8.zeros", RegionBlocks)])
-@pytest.mark.parametrize("groupsize", [None, 32])
-def test_blocks_of_formats_with_a_name_equal_plain_ones(name, kind, groupsize):
-    assert_equals_plain({}, kind, QuantSpec(8, groupsize, name))
+@pytest.mark.parametrize("name, bits", [("float8", 8), ("int8.zeros", 8), ("float4", 4)])
+@pytest.mark.parametrize("groupsize", [16, 32])
+def test_blocks_of_formats_with_a_name_equal_plain_ones(name, bits, groupsize):
+    assert_equals_plain({}, FusedBlocks, QuantSpec(bits, groupsize, name))
 
 
 @pytest.mark.parametrize("name", REFUSED)

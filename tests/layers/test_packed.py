@@ -7,10 +7,11 @@ import torch
 
 from kernels import cpu
 from layers.packed import CodesLinear
-from layers.quantized import GROUPSIZES, NAMED, QuantSpec, quantize_weight
+from layers.quantized import GROUPSIZES, QuantSpec, quantize_weight
 
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
-SPECS += [QuantSpec(8, size, name) for name in NAMED for size in (None, 64)]
+SPECS += [QuantSpec(8, size, name) for name in ("int8.zeros", "float8") for size in (None, 16, 64)]
+SPECS += [QuantSpec(4, size, "float4") for size in (16, 32)]
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,6 +73,17 @@ def test_operator_with_inputs_that_are_no_multiple(features, dtype):
     for M in (1, 5, 40):
         x = whole_codes(M, features, dtype)
         assert_right(CodesLinear(layer)(x), exactly(layer, x))
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(8, 16), QuantSpec(4, 16)], ids=str)
+def test_inputs_that_are_whole_halves_of_groups(spec, dtype):
+    for features in (16, 48, 144):
+        layer = rounded(random(20, features), spec)
+        for M in (1, 5, 40):
+            x = whole_codes(M, features, dtype)
+            assert_right(CodesLinear(layer)(x), exactly(layer, x))
 
 
 @needs_operators

@@ -40,6 +40,7 @@ TINY = ModelArgs(
 )
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
 OTHERS = [QuantSpec(8, None, "float8"), QuantSpec(8, 64, "float8"), QuantSpec(8, 64, "int8.zeros")]
+OTHERS += [QuantSpec(4, 32, "float4")]
 FORMATS = [QuantSpec(8), QuantSpec(8, 64), QuantSpec(4, 32), *OTHERS]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +80,14 @@ def test_float8_by_hand():
     assert layer.dequantize().tolist() == [[2, -2, 2**-8, 896], [0, 0, 2**-7, 1]]
     tensors = quantize_weight(torch.tensor([[448.0, -3.0, 0.0]]), QuantSpec(8, None, "float8"))
     assert tensors["weight"].tolist() == [[0x7E, 0xC4, 0]] and tensors["scales"].item() == 1
+
+
+def test_float4_by_hand():
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6, 0]).repeat(2)
+    tensors = quantize_weight(torch.stack([numbers, 8 * numbers, 0 * numbers]), QuantSpec(4, 32, "float4"))
+    assert tensors["weight"][0, :8].tolist() == [0x10, 0x32, 0x54, 0x76, 0xA9, 0xCB, 0xED, 0x0F]
+    assert tensors["scales"].tolist() == [[0.5], [4], [0]]
+    assert QuantSpec(4, 32, "float4").layer(**tensors).dequantize()[1].tolist() == (8 * numbers).tolist()
 
 
 def test_int8_with_zeros_by_hand():
@@ -170,7 +179,7 @@ def test_experts_are_as_many_layers(spec):
 
 @pytest.mark.parametrize(
     "fields",
-    [(4, None), (4, 16), (8, 0), (4, 48), (5, 32), (True, 32), (8, "32"), (4, 32.0), (4, 32, "float8"), (8, 32, 8)],
+    [(4, None), (4, 8), (8, 0), (4, 48), (5, 32), (True, 32), (8, "32"), (4, 32.0), (4, 32, "float8"), (8, 32, 8)],
 )
 def test_specs_that_do_not_exist(fields):
     with pytest.raises(ValueError, match="bits is|groupsize|format"):
@@ -189,10 +198,10 @@ def test_flags_to_specs():
 def test_a_groupsize_that_does_not_divide_names_those_that_do():
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(256, 8), "b": nn.Linear(192, 8)})
-    with pytest.raises(ValueError, match="groupsize 128 does not divide the 192 inputs of b; use 32, 64$"):
+    with pytest.raises(ValueError, match="groupsize 128 does not divide the 192 inputs of b; use 16, 32, 64$"):
         linear_table(model, QuantSpec(4, 128), None)
-    with pytest.raises(ValueError, match="the 48 inputs of c; use int8, which needs none$"):
-        quantize_weight(random(8, 48), QuantSpec(4, 32), "c")
+    with pytest.raises(ValueError, match="the 40 inputs of c; use int8, which needs none$"):
+        quantize_weight(random(8, 40), QuantSpec(4, 32), "c")
 
 
 def test_tables_survive_json_and_damaged_ones_are_refused():

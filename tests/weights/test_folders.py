@@ -157,7 +157,7 @@ def without_weights(*changes):
 LORA = [file("adapter_config.json", ADAPTER), file("adapter_model.safetensors", "")]
 BASE_1 = YARN | {"rope_theta": 1.0}
 REFUSED = {
-    "a method": (config(quantization_config={"quant_method": "mxfp4"}), ["quantised", "'mxfp4'", "awq", "float model"]),
+    "a method": (config(quantization_config={"quant_method": "hqq"}), ["quantised", "'hqq'", "awq", "float model"]),
     "MLX": (config(quantization={"group_size": 64, "bits": 4}), ["config.json, quantization", "quantised", "None"]),
     "AWQ of old": (file("quant_config.json", {"w_bit": 3}), ["quant_config.json", "bits is 3", "4"]),
     "GPTQ without codes": (config(quantization_config=GPTQ), ["no quantised layer", "config says"]),

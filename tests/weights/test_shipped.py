@@ -12,10 +12,12 @@ from transformers import (
     DeepseekV3Config,
     Glm4Config,
     Glm4MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3MoeConfig,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.tiny import SIZES, save_tiny
 from tp import require_split, shard
@@ -119,6 +121,13 @@ def float8(block, leaf):
     return {"quant_method": "fp8", "weight_block_size": block and list(block)}, pack
 
 
+def bitsandbytes(out, n_in, seed):
+    codes, _, scales = parts(out, n_in, n_in, 8, seed, symmetric=True)
+    codes, scales = (codes - 128).to(torch.int8), scales.bfloat16().float()
+    file = {"weight": codes, "SCB": 127 * scales[:, 0], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return file, codes.double() * scales.double()
+
+
 def compressed(form, **weights):
     """By the library compressed-tensors itself."""
 
@@ -130,16 +139,20 @@ def compressed(form, **weights):
         scheme = library.QuantizationScheme(targets=["Linear"], weights=args)
         rows, columns = weights.get("block_structure", (1, weights.get("group_size", n_in)))
         n_row, n_column = (1, 1) if weights["strategy"] == "tensor" else (-(-out // rows), -(-n_in // columns))
-        scale = (0.5 + random(n_row, n_column, seed=seed)) * (0.01 if args.type == "float" else 2.0**-args.num_bits)
+        is_float8 = args.type == "float" and args.num_bits == 8
+        scale = (0.5 + random(n_row, n_column, seed=seed)) * (0.01 if is_float8 else 2.0**-args.num_bits)
         state = {"weight": (random(out, n_in, seed=seed + 1) - 0.5) * 4, "weight_scale": scale.bfloat16().float()}
         if not args.symmetric:
             state["weight_zero_point"] = (random(n_row, n_column, seed=seed + 2) * 9 - 4).to(torch.int8)
         if n_row == n_column == 1:
             state["weight_scale"] = state["weight_scale"].view(1)
+        if weights["strategy"] == "tensor_group":
+            state |= {"weight_global_scale": torch.tensor([64.0]), "weight_scale": 64 * scale}
         compressor = BaseCompressor.get_value_from_registry(form)
         file = compressor.compress(state, scheme)
         weight = compressor.decompress(file, scheme)["weight"]
-        return file | {"weight_scale": file["weight_scale"].bfloat16()}, weight
+        is_narrow = file["weight_scale"].itemsize == 1
+        return file | ({} if is_narrow else {"weight_scale": file["weight_scale"].bfloat16()}), weight
 
     group = {"targets": ["Linear"], "weights": weights}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}, pack
@@ -147,6 +160,7 @@ def compressed(form, **weights):
 
 INT4, INT8 = {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 METHODS = {
     "awq g32": (*awq(32), "int4.g32"),
     "awq g64": (*awq(64), "int4.g64"),
@@ -172,6 +186,13 @@ METHODS = {
     "FP8 of rows": (*compressed("float-quantized", **FP8, strategy="channel"), "float8"),
     "FP8 of tensors": (*compressed("float-quantized", **FP8, strategy="tensor"), "float8"),
     "FP8 of blocks": (*compressed("float-quantized", **FP8, strategy="block", block_structure=[64, 32]), "float8.g32"),
+}
+
+
+METHODS |= {
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes, "int8"),
+    "NVFP4": (*compressed("nvfp4-pack-quantized", **FP4, strategy="tensor_group", group_size=16), "float4.g16"),
+    "MXFP4": (*compressed("mxfp4-pack-quantized", **FP4, strategy="group", group_size=32), "float4.g32"),
 }
 
 
@@ -254,6 +275,57 @@ def test_fp8_equals_what_transformers_makes_of_the_folder(tmp_path):
     torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
 
 
+GPT_OSS = GptOssConfig(**SMALL | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2})
+EXPERTS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)")
+
+
+def quantise_experts(folder):
+    """As gpt-oss is shipped, and in `float` what transformers makes of it."""
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    file, floats = {}, {}
+    for i, (name, weight) in enumerate(state.items()):
+        if EXPERTS.fullmatch(name):
+            E, n_in, out = weight.shape
+            file[f"{name}_blocks"] = (256 * random(E, out, n_in // 32, 16, seed=i)).to(torch.uint8)
+            file[f"{name}_scales"] = (118 + 6 * random(E, out, n_in // 32, seed=i)).to(torch.uint8)
+            parts = (file[f"{name}_{part}"].clone() for part in ("blocks", "scales"))
+            floats[name] = convert_moe_packed_tensors(*parts, dtype=torch.float32).contiguous()
+        else:
+            file[name] = floats[name] = weight
+    (folder / "float").mkdir()
+    save_file(floats, folder / "float/model.safetensors")
+    (folder / "float/config.json").write_text(json.dumps(config))
+    save_file(file, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+
+
+@torch.inference_mode()
+def test_gpt_oss_as_it_is_shipped(tmp_path):
+    save_tiny(GPT_OSS, tmp_path)
+    quantise_experts(tmp_path)
+    opened = open_model(tmp_path)
+    experts = [f"layers.{i}.feed_forward.{part}" for i in (0, 1) for part in ("w13", "w2")]
+    assert {name: str(spec) for name, spec in opened.table.items()} == dict.fromkeys(experts, "float4.g32")
+    floats, truth = (open_model(tmp_path / name, dequantize=True).tensors for name in (".", "float"))
+    for module in experts:
+        assert torch.equal(floats[f"{module}.weight"](), truth[f"{module}.weight"]()), module
+        assert opened.tensors[f"{module}.weight"]().numel() * 2 == truth[f"{module}.weight"]().numel()
+    ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
+    torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+    require_split(opened.args, opened.table, 2)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    for leaf, change, words in (
+        ("scales", lambda t: t.fill_(255), "down_proj.scales holds scales that are NaN"),
+        ("blocks", lambda t: t[:, :, 1:], r"down_proj.blocks has shape \[4, 128, 5, 16\]; \[4, 128, 6, 16\] is needed"),
+        ("blocks", lambda t: t.float(), "down_proj.blocks is a tensor of torch.float32; bytes"),
+    ):
+        changed = change(state[f"{name}_{leaf}"].clone()).contiguous()
+        save_file(state | {f"{name}_{leaf}": changed}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=words):
+            load_model(tmp_path)
+
+
 def settings(**changes):
     """Changes quantization_config; ... removes a key."""
 
@@ -294,7 +366,7 @@ def first(value):
 REFUSED = {
     "a width": ("awq g32", settings(bits=3), "bits is 3.*supported: 4"),
     "a packing": ("awq g32", settings(version="gemv"), "version is 'gemv'.*supported: 'gemm'"),
-    "small groups": ("awq g32", settings(group_size=16), "q_proj has groups of 16 of its 128 inputs; a multiple of 32"),
+    "small groups": ("awq g32", settings(group_size=8), "q_proj has groups of 8 of its 128 inputs; a multiple of 16"),
     "other groups": ("awq g32", settings(group_size=64), r"(the scales of|qzeros) .*has shape"),
     "short codes": ("awq g32", tensor("qweight", lambda t: t[:-1]), r"v_proj.qweight has shape \[127, 8\].*128, 8"),
     "narrow codes": ("awq g32", tensor("qweight", lambda t: t[:, :-1]), r"wqkv.weight has shape .*sizes need"),
@@ -329,6 +401,14 @@ REFUSED = {
     "FP8 of e5m2": ("fp8 rows", tensor("weight", lambda t: t.float().to(torch.float8_e5m2)), "float8_e5m2; codes of"),
     "compressed": ("W8A8", settings(format="marlin-24"), "format 'marlin-24' of 8-bit int weights is not supported"),
     "sparse": ("W8A8", settings(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
+    "FP4 in other groups": (
+        "NVFP4",
+        settings(config_groups={"a": {"targets": ["Linear"], "weights": FP4 | {"group_size": 32}}}),
+        "group_size is 32, which is not supported; supported: 16",
+    ),
+    "a global scale of zero": ("NVFP4", tensor("weight_global_scale", first(0)), "weight_global_scale .*zero, NaN"),
+    "nf4": ("bitsandbytes", settings(load_in_8bit=False, load_in_4bit=True), "nf4, fp4. are not supported; 8-bit"),
+    "tiles": ("bitsandbytes", tensor("weight_format", lambda t: t + 1), "v_proj has codes in tiles; rows"),
     "no target": (
         "W8A8",
         settings(config_groups={"a": {"targets": ["re:.*mlp"], "weights": INT8 | {"strategy": "channel"}}}),
@@ -356,6 +436,7 @@ def test_a_folder_that_contradicts_itself_is_refused_in_words(name, tmp_path):
         ("biases", "fp8 rows"),
         ("experts", "W8A16"),
         ("latent", "W8A16"),
+        ("plain", "NVFP4"),
     ],
 )
 def test_a_rank_has_its_part_of_codes_scales_and_zeros(kind, method, tmp_path):

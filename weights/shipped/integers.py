@@ -155,6 +155,19 @@ def packed_layer(name: str, raw: Readers, n_in: int, bits: int, groupsize: int, 
     return Codes(name, bits, n_in, groupsize, codes, scales, None if symmetric else points, group_of).kept()
 
 
+def bitsandbytes_layer(name: str, raw: Readers, n_in: int) -> Kept | None:
+    """weight int8 [out, in]; SCB [out], the largest weights of its rows, of which a code is so many 127ths."""
+    if f"{name}.SCB" not in raw:
+        return None
+    if f"{name}.weight_format" in raw and raw[f"{name}.weight_format"]().item() != 0:
+        raise ValueError(f"{name} has codes in tiles; rows (weight_format 0) are needed")
+
+    def scales() -> Tensor:
+        return checked_scales(f"{name}.SCB", fetch(raw, f"{name}.SCB")).float().view(-1, 1) / 127
+
+    return Kept(QuantSpec(8), {"weight": partial(fetch, raw, f"{name}.weight"), "scales": scales})
+
+
 def plain_int8_layer(name: str, raw: Readers, n_in: int, groupsize: int, symmetric: bool) -> Kept:
     """weight int8 [out, in], weight_scale [out, n], weight_zero_point int8 [out, n]."""
 

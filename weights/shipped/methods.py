@@ -7,8 +7,9 @@ from pathlib import Path
 
 from weights.files import Config, read_json
 from weights.layout import Kept, Readers
+from weights.shipped.float4 import mxfp4_layer, nvfp4_layer, packed_mxfp4_layer
 from weights.shipped.float8 import float8_layer
-from weights.shipped.integers import awq_layer, gptq_layer, packed_layer, plain_int8_layer
+from weights.shipped.integers import awq_layer, bitsandbytes_layer, gptq_layer, packed_layer, plain_int8_layer
 
 # Reads the layer of a name in the file, among all its tensors, that has so many inputs; None: the layer is float.
 ReadLayer = Callable[[str, Readers, int], Kept | None]
@@ -138,6 +139,11 @@ def of_group(group: dict, settings: Config) -> ReadLayer:
         one_of(weights, "strategy", "tensor", "channel", "block")
         block = block_of(weights, "block_structure") if weights.get("strategy") == "block" else None
         return partial(float8_layer, leaf="weight_scale", block=block)
+    if (kind, bits) == ("float", 4) and form in FLOAT4:
+        groupsize, read_layer = FLOAT4[form]
+        one_of(weights, "group_size", groupsize)
+        one_of(weights, "symmetric", True, default=True)
+        return read_layer
     symmetric = one_of(weights, "symmetric", True, False, default=True)
     strategy = one_of(weights, "strategy", "channel", "group", default="group")
     groupsize = weights.whole("group_size") if strategy == "group" else -1
@@ -148,10 +154,19 @@ def of_group(group: dict, settings: Config) -> ReadLayer:
     raise settings.error(f"format {form!r} of {bits}-bit {kind} weights is not supported")
 
 
+def bitsandbytes(settings: Config) -> ReadLayer:
+    if settings.get("load_in_8bit") is not True:
+        raise settings.error("4-bit weights of bitsandbytes (nf4, fp4) are not supported; 8-bit ones are")
+    return bitsandbytes_layer
+
+
+FLOAT4 = {"nvfp4-pack-quantized": (16, nvfp4_layer), "mxfp4-pack-quantized": (32, packed_mxfp4_layer)}
 METHODS = {
     "awq": awq,
     "gptq": gptq,
     "compressed-tensors": compressed,
     "fp8": float8,
     "fbgemm_fp8": float8,
+    "mxfp4": lambda _: mxfp4_layer,
+    "bitsandbytes": bitsandbytes,
 }
