@@ -27,7 +27,7 @@ class DeltaSizes:
     n_value_head: int  # neighbouring ones share a key head
     key_dim: int
     value_dim: int
-    n_tap: int  # of the convolution: the token and so many before it, less one
+    n_tap: int  # of the convolution: the token itself and the n_tap - 1 before it
 
     def __post_init__(self):
         check_fields(self)
