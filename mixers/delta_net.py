@@ -27,7 +27,7 @@ class DeltaSizes:
     n_value_head: int  # neighbouring ones share a key head
     key_dim: int
     value_dim: int
-    n_tap: int  # of the convolution: the token and so many before it, less one
+    n_tap: int  # of the convolution: the token itself and the n_tap - 1 before it
 
     def __post_init__(self):
         check_fields(self)
@@ -67,11 +67,14 @@ class States(NamedTuple):
     stands: Tensor  # [N, R] int64, the position of each state; -1: none
 
     def read(self, rows: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The state [B, H, K, V] and the inputs [B, W, C] before positions first [B]; zeros where a sequence begins."""
+        """The state [B, H, K, V] and the inputs [B, W, C] before positions first [B]; zeros before a sequence begins.
+
+        Where it begins, at position 0, the state is that of another, which must be forgotten.
+        """
         state = self.states[rows, (first - 1) % self.states.shape[1]]
         places = first[:, None] + torch.arange(-self.inputs.shape[1], 0, device=first.device)
         inputs = self.inputs[rows[:, None], places % self.inputs.shape[1]]
-        return state.where((first > 0)[:, None, None, None], 0), inputs.where((places >= 0)[..., None], 0)
+        return state, inputs.where((places >= 0)[..., None], 0)
 
     def write(self, rows: Tensor, first: Tensor, counts: Tensor, states: Tensor, inputs: Tensor) -> None:
         """Keep states [B, n, H, K, V], those after the last n of S tokens, and of the inputs [B, W + S, C] the last.
@@ -127,10 +130,11 @@ def steps(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: T
         key, query, kept, rate = k[:, :, i], q[:, :, i], decay[:, :, i, None], beta[:, :, i, None]
         found, seen = (torch.stack((key, query), 2) @ state).unbind(2)  # [B, H, V], by one pass over the state
         delta = (v[:, :, i] - kept * found) * rate
-        state = state * kept[..., None] + key[..., None] * delta[..., None, :]
+        state = torch.addcmul(state * kept[..., None], key[..., None], delta[..., None, :])
         outputs.append(kept * seen + (query * key).sum(-1, keepdim=True) * delta)
         states.append(state)
-    return torch.stack(outputs, 2), torch.stack(states, 1)
+    # of one token without a copy
+    return torch.stack(outputs, 2), torch.stack(states, 1) if len(states) > 1 else state[:, None]
 
 
 def chunks(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,11 +218,15 @@ class DeltaNet(nn.Module):
             state = x.new_zeros(B, sizes.n_value_head, sizes.key_dim, sizes.value_dim, dtype=torch.float32)
             before = x.new_zeros(B, sizes.n_tap - 1, sizes.width, dtype=torch.float32)
         inputs = torch.cat((before, inputs.float()), 1)  # [B, W + S, C]
-        heads = (*self.heads(inputs, S), *self.rates(x, counts))
+        heads, beta, decay = self.heads(inputs, S), *self.rates(x, counts)
         if cache and surely_few(S, kept.states.shape[1]):  # of so few each state is kept
-            y, states = steps(state, *heads)
+            # a decay to nothing forgets without another pass over the state
+            decay = decay.masked_fill(pos[:, None] == 0, float("-inf"))
+            y, states = steps(state, *heads, beta, decay)
         else:
-            y, states = (chunks_operator if torch.compiler.is_compiling() else chunks)(state, *heads)
+            state = state.where((first > 0)[:, None, None, None], 0)
+            run = chunks_operator if torch.compiler.is_compiling() else chunks
+            y, states = run(state, *heads, beta, decay)
         if cache:
             kept.write(rows, first, counts, states, inputs)
         return self.out(self.norm(y.transpose(1, 2), z.unflatten(-1, (-1, sizes.value_dim))).flatten(2))
@@ -227,7 +235,9 @@ class DeltaNet(nn.Module):
         """q, k and v [B, H, S, D] of the last n_token of inputs [B, W + S, C]."""
         sizes, n_tap, end = self.sizes, self.sizes.n_tap, inputs.shape[1]
         taps = self.conv.weight.float()[:, 0]  # [C, n_tap], the last is that of the token itself
-        mixed = sum(inputs[:, end - n_token - i : end - i] * taps[:, n_tap - 1 - i] for i in range(n_tap))
+        mixed = inputs[:, end - n_token :] * taps[:, -1]
+        for i in range(1, n_tap):
+            mixed = torch.addcmul(mixed, inputs[:, end - n_token - i : end - i], taps[:, n_tap - 1 - i])
         q, k, v = F.silu(mixed).split((sizes.key_width, sizes.key_width, sizes.value_width), -1)
         q, k = (x.unflatten(-1, (-1, sizes.key_dim)) for x in (q, k))
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
