@@ -19,7 +19,7 @@ import torch
 import cli
 from answers import Answers, Row, batches_of, check_logits, limits_of, logits_flags, needs_tasks, read_processors
 from cli import say, write
-from engine.cache import check_fit, context_length, rows_that_fit
+from engine.cache import check_fit, context_length
 from engine.compile import compile_step, require_compiler
 from engine.conversation import Conversation
 from engine.decode import forward_chunk
@@ -312,7 +312,7 @@ def plan(
         if scheduler is None:
             engine.reserve(n_rows, length)
         return [[replace(rows[0], number=number) for number in range(1, n_rows + 1)]], scheduler
-    n_rows = min(args.batch_size or shared(ranks, lambda: rows_that_fit(engine.model, length)), len(rows))
+    n_rows = min(args.batch_size or shared(ranks, lambda: engine.rows_that_fit(length)), len(rows))
     if engine.speculation is None or isinstance(engine.speculation.drafter, PromptLookup):
         return [rows], Scheduler(engine, n_rows, length)
     engine.reserve(n_rows, length)

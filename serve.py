@@ -17,7 +17,7 @@ import torch
 
 import cli
 from cli import say
-from engine.cache import MOST_ROWS, context_length, rows_that_fit
+from engine.cache import MOST_ROWS, context_length
 from engine.compile import require_compiler
 from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine
@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace, device: torch.device, ranks: Ranks | None)
     engine, tokenizer = load(args, device, ranks)
     model = engine.model
     context = context_length(model.args, args.max_seq_length)
-    n_rows = args.max_batch or shared(ranks, lambda: rows_that_fit(model, context))
+    n_rows = args.max_batch or shared(ranks, lambda: engine.rows_that_fit(context))
     name = args.served_model_name or model_id(Path(args.checkpoint_path))
     defaults = read_fields(read_sampling(args.checkpoint_path), GENERATION)
     say(f"Serving {name} with {n_rows} rows of {context} tokens")

@@ -117,7 +117,8 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
         return F.pad(part, (0, 0, 0, pad)) if pad else part
     counts = [attrgetter(size)(args) for size in split.sizes]
     if module.endswith("attention.wqkv"):  # layers differ in the heads that they make
-        counts = [n_head for n_head in projected_heads(args, int(module.split(".")[1])) if n_head]
+        heads = (*projected_heads(args, int(module.split(".")[1])), args.n_head if args.attention_gate else 0)
+        counts = [n_head for n_head in heads if n_head]
     unit = Fraction(tensor.shape[dim], sum(counts))
     parts, begin = [], 0
     for count in counts:

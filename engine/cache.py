@@ -33,10 +33,10 @@ def row_bytes(model: Transformer, n_slots: int, rewind: int = 0) -> int:
     return sum(each.nbytes for layer in set(layers) for each in layer.buffers())
 
 
-def rows_that_fit(model: Transformer, length: int) -> int:
+def rows_that_fit(model: Transformer, length: int, rewind: int = 0) -> int:
     """Rows of `length` tokens that share a batch well: as many as make a step faster, in half of the free memory."""
     free = free_memory(model.device)
-    fit = MOST_ROWS if free is None else free // 2 // row_bytes(model, slots_for(model.args, length))
+    fit = MOST_ROWS if free is None else free // 2 // row_bytes(model, slots_for(model.args, length) + rewind, rewind)
     return max(1, min(fit, MOST_ROWS))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cache import allocate, prefix_length, slots_for
+from engine.cache import allocate, prefix_length, rows_that_fit, slots_for
 from engine.compile import compile_step, require_compiler
 from engine.decode import Chunk, decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, new_seeds, require_finite, seed_row
@@ -33,11 +33,20 @@ class Engine:
     def is_compiled(self) -> bool:
         return self.step is not decode_one_token
 
+    @property
+    def look_ahead(self) -> int:
+        """Tokens of guesses that a row of the cache may hold beyond its text, and that are taken back."""
+        return 0 if self.speculation is None else self.speculation.look_ahead
+
+    def rows_that_fit(self, length: int) -> int:
+        """See `engine.cache.rows_that_fit`."""
+        return rows_that_fit(self.model, length, self.look_ahead)
+
     def reserve(self, n_rows: int, length: int) -> None:
         """Hold a cache for n_rows sequences of `length` tokens; one that is large enough stays as it is."""
-        ahead, drafter = 0, None
+        ahead, drafter = self.look_ahead, None
         if self.speculation is not None:
-            ahead, drafter = self.speculation.look_ahead, self.speculation.drafter
+            drafter = self.speculation.drafter
             drafter.require_context(length)
         n_slots, old = slots_for(self.model.args, length) + ahead, self.cache
         if old is None or old.n_rows < n_rows or old.n_slots < n_slots or old.rewind < ahead:

@@ -1,5 +1,7 @@
 """Attention on CUDA; `layers/fastest.py` says where it is used."""
 
+from itertools import chain
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -22,7 +24,8 @@ class GpuAttention(Attention):
         from kernels.gpu.attention import MOST_ROWS, MOST_TOKENS, new_counters  # it needs Triton
 
         self.most_rows, self.most_tokens = MOST_ROWS, MOST_TOKENS
-        counters = new_counters(attention.n_head, attention.wqkv.weight.device)
+        device = next(chain(attention.parameters(), attention.buffers())).device
+        counters = new_counters(attention.n_head, device)
         self.register_buffer("counters", counters, persistent=False)
         norm = attention.q_norm
         self.norm = (norm.offset, norm.eps) if isinstance(norm, RMSNorm) else (False, 0.0)

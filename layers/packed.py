@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from layers.low_rank import WithAdapter
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
 from mixers.compiled import surely_few
+from mixers.delta_net import DeltaNet
 from mixers.experts import ExpertLinear, Gate, by_expert
 from mixers.latent import LatentAttention
 from mixers.layer_kinds import Vectors
@@ -153,7 +155,8 @@ def rounds_each_row(blocks: nn.Module) -> bool:
     kinds = {type(module) for module in blocks.modules()}
     if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
         return False
-    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, *LAYERS.values()}
+    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
+    others |= {*LAYERS.values()}
     return {CodesLinear, ManyAttend} <= kinds and not kinds & others
 
 

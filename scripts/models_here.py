@@ -24,10 +24,14 @@ def list_models(checkpoints: Path = CHECKPOINTS) -> None:
 def lines_of(folder: Path) -> list[tuple[str, str, str, str]]:
     """Path, family, size and format of each model in a folder."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix == ".pth" or is_first_gguf(path)]
-    folders = [folder] if (folder / "config.json").exists() and weight_files(folder) else []
-    lines = [line_of(path) for path in [*files, *folders]]
-    if adapter := adapter_in(folder):
-        lines.append((name_of(folder), "", "", adapter))
+    lines = [line_of(path) for path in files]
+    try:
+        if (folder / "config.json").exists() and weight_files(folder):
+            lines.append(line_of(folder))
+        if adapter := adapter_in(folder):
+            lines.append((name_of(folder), "", "", adapter))
+    except (ValueError, OSError) as error:
+        lines.append((name_of(folder), "", "", f"cannot be read: {in_words(error)}"))
     return lines
 
 

@@ -48,10 +48,15 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
         if not unused.intersection(names):
             continue
         unused.difference_update(names)
+        if ".attention." in module and orders_rows(args):
+            raise ValueError(
+                f"{folder} adapts attention ({parts[0]}), which is not supported in models with gated DeltaNet, latent "
+                "attention or layers of two sizes; merge it with merge_and_unload of peft"
+            )
         n_out, turns = layer.weight.shape[-2], order if module.endswith("wqkv") else None
         pair = partial(read_pair, parts, rows_of(parts, n_out, args), layer.in_features, raw, scale_of, folder)
         if turns is not None:
-            pair = partial(turned, pair, args, turns)
+            pair = partial(turned, pair, module, args, turns)
         if module in opened.table:
             beside[module] = pair
         else:
@@ -134,10 +139,16 @@ def read_pair(parts: list[str], sizes: list[int], n_in: int, raw: Readers, scale
     return torch.cat(all_a), torch.block_diag(*all_b)
 
 
-def turned(pair: Callable[[], Pair], args: ModelArgs, order: Tensor) -> Pair:
+def orders_rows(args: ModelArgs) -> bool:
+    """Whether files have the rows of attention in orders and sizes of their own."""
+    differs = (args.full_head_dim, args.full_kv_head, args.keys_as_values, args.n_reusing_layer, args.attention_gate)
+    return args.delta is not None or args.kv_latent is not None or any(differs)
+
+
+def turned(pair: Callable[[], Pair], module: str, args: ModelArgs, order: Tensor) -> Pair:
     """The pair of wqkv with its rows in our order, see `rope_order`."""
     a, b = pair()
-    return a, in_our_order(b, args, order)
+    return a, in_our_order(b, module, args, order)
 
 
 def merged(read: Callable[[], Tensor], pair: Callable[[], Pair]) -> Tensor:
