@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cli import say
+from cli import in_words, say
 from kernels import cpu
 from ranks import Ranks
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint
@@ -30,7 +30,10 @@ def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path 
 
 
 def checkpoint_path(argument: str) -> str:
-    return str(find_checkpoint(argument))
+    try:
+        return str(find_checkpoint(argument))
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(in_words(error)) from None
 
 
 def place_flags(group, dtype: str = "", threads: str = "") -> None:

@@ -642,11 +642,11 @@ def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
 def test_fewer_rows_where_memory_is_short(pair, monkeypatch):
     rows = []
 
-    def only_eight(model, n_rows, n_slots):
+    def only_eight(model, n_rows, n_slots, rewind):
         rows.append(n_rows)
         if n_rows > 8:
             raise ValueError("too large")
-        return allocate(model, n_rows, n_slots)
+        return allocate(model, n_rows, n_slots, rewind)
 
     monkeypatch.setattr("engine.engine.allocate", only_eight)
     requests = asked("loglikelihood", *PAIRS)
