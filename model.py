@@ -226,7 +226,7 @@ class Attend(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the cache. wqkv holds the rows of q, k and v, as far as the layer makes them, in this order.
+    """Self-attention over the cache. wqkv holds the rows of its `projected_heads`, in their order.
 
     window: see `Context.mask`.
     """
@@ -235,9 +235,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.window = projected_heads(args, layer), args.windows()[layer]
         self.n_head, (_, self.head_dim) = args.n_head, key_heads(args, self.window is not None)
-        self.n_gate = args.n_head if args.attention_gate else 0
-        n_row = (sum(self.heads) + self.n_gate) * self.head_dim
-        self.wqkv = nn.Linear(args.dim, n_row, bias=args.qkv_bias)
+        self.wqkv = nn.Linear(args.dim, sum(self.heads) * self.head_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * self.head_dim, args.dim, bias=args.wo_bias)
         self.q_norm, self.k_norm = (head_norm(n_head, self.head_dim, args) for n_head in self.heads[:2])
         self.value_eps = args.norm_eps if args.value_norm else None
@@ -249,8 +247,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *cache) -> Tensor:
         """x [B, S, dim] -> [B, S, dim], see `Context`. cache: as `CacheView.layer`, written first; none: x alone."""
         B, S, _ = x.shape
-        heads = (*self.heads, self.n_gate)
-        q, k, v, gate = self.wqkv(x).view(B, S, sum(heads), self.head_dim).split(heads, dim=2)
+        q, k, v, gate = self.wqkv(x).view(B, S, sum(self.heads), self.head_dim).split(self.heads, dim=2)
         q = self.rotated(q, self.q_norm, cos, sin)
         if self.late_scale is not None:
             q = q * (1 + self.late_scale * torch.log(1 + pos // self.late))[..., None, None].to(q.dtype)
@@ -259,7 +256,7 @@ class Attention(nn.Module):
             v = v if self.value_eps is None else F.rms_norm(v, v.shape[-1:], eps=self.value_eps)
             cache = self.keep(self.rotated(k, self.k_norm, cos, sin), v, pos, *cache)
         y = self.attend(q, *cache, mask)
-        return self.wo((y * gate.sigmoid() if self.n_gate else y).reshape(B, S, self.n_head * self.head_dim))
+        return self.wo((y * gate.sigmoid() if self.heads[3] else y).reshape(B, S, self.n_head * self.head_dim))
 
     def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k [B, S, H, D] after norm and rope."""
@@ -453,6 +450,8 @@ class Transformer(nn.Module):
         windows, unrotated = self.args.windows(), self.args.unrotated_layers
         kinds = [(window is not None, i not in unrotated) for i, window in enumerate(windows)]
         made = {kind: context(*kind) for kind in sorted(set(kinds))}
+        if self.args.delta is None:
+            return [made[kind] for kind in kinds]
         counts = None if cache is None else cache.counts
         counts = torch.full_like(pos[:, 0], pos.shape[1]) if counts is None else counts
         return [(counts,) if is_delta(self.args, i) else made[kind] for i, kind in enumerate(kinds)]

@@ -65,12 +65,9 @@ JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
 }
 
 
-GATED = {"layers.#.attention.wqkv": Split(-2, ("n_head", "n_kv_head", "n_kv_head", "n_head"))}
-
-
 def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | (GATED if args.attention_gate else {})
+    plan = PLAN | JOINT_NORMS if args.joint_qk_norm else PLAN
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
@@ -117,8 +114,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
         return F.pad(part, (0, 0, 0, pad)) if pad else part
     counts = [attrgetter(size)(args) for size in split.sizes]
     if module.endswith("attention.wqkv"):  # layers differ in the heads that they make
-        heads = (*projected_heads(args, int(module.split(".")[1])), args.n_head if args.attention_gate else 0)
-        counts = [n_head for n_head in heads if n_head]
+        counts = [n_head for n_head in projected_heads(args, int(module.split(".")[1])) if n_head]
     unit = Fraction(tensor.shape[dim], sum(counts))
     parts, begin = [], 0
     for count in counts:

@@ -7,7 +7,6 @@ beyond a row's last token is hidden by position. A layer with states has one for
 import torch
 from torch import Tensor
 
-from mixers.delta_net import DeltaCache
 from mixers.layer_kinds import layer_caches
 from model import SPARE_SLOTS, KVCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
@@ -73,7 +72,7 @@ def copy_prefix(cache: KVCache, source: Tensor, target: Tensor, length: int) -> 
 
 def holds(cache: KVCache, row: int, length: int) -> bool:
     """Whether a row can go on after its first `length` tokens: states are kept only of the last ones."""
-    return all(layer.holds(row, length) for layer in cache.layers if isinstance(layer, DeltaCache))
+    return all(layer.holds(row, length) for layer in cache.layers)
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

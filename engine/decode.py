@@ -78,9 +78,10 @@ def read_prompts(
     right: each row takes the logits of its own last token, and pad slots are overwritten before any row reaches them.
     The cache must hold one token more than the longest prompt.
     """
-    rows = range(len(prompts)) if cache_rows is None else cache_rows.tolist()
-    if start and not all(holds(cache, row, start) for row in rows):
-        raise ValueError(f"no state of the first {start} tokens is kept; read the prompts from their beginning")
+    if start:
+        rows = range(len(prompts)) if cache_rows is None else cache_rows.tolist()
+        if not all(holds(cache, row, start) for row in rows):
+            raise ValueError(f"no state of the first {start} tokens is kept; read the prompts from their beginning")
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(2, *map(len, prompts))  # a chunk of one column would be compiled apart
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]

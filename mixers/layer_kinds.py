@@ -24,13 +24,16 @@ def source_layers(args) -> list[int]:
     return [*range(first), *(last[window] for window in windows[first:])]
 
 
-def projected_heads(args, layer: int) -> tuple[int, int, int]:
-    """How many heads of q, k and v a layer makes of its input: values may be keys, and both be those of another."""
-    is_full = args.windows()[layer] is None
+def projected_heads(args, layer: int) -> tuple[int, int, int, int]:
+    """How many heads of q, k, v and the output's gate a layer makes of its input.
+
+    Values may be keys, and both be those of another layer.
+    """
+    is_full, n_gate = args.windows()[layer] is None, args.n_head if args.attention_gate else 0
     n_kv_head, _ = key_heads(args, not is_full)
     if source_layers(args)[layer] != layer:
-        return args.n_head, 0, 0
-    return args.n_head, n_kv_head, 0 if args.keys_as_values and is_full else n_kv_head
+        return args.n_head, 0, 0, n_gate
+    return args.n_head, n_kv_head, 0 if args.keys_as_values and is_full else n_kv_head, n_gate
 
 
 def check_layer_kinds(args) -> None:
@@ -97,6 +100,10 @@ class LayerCache(nn.Module):
         """Give rows target [n] what rows source [n] hold in their first `length` slots."""
         for each in self.buffers():
             each[target, :, :length] = each[source, :, :length]
+
+    def holds(self, row: int, length: int) -> bool:
+        """Whether a row can go on after its first `length` tokens, which all lie in their slots."""
+        return True
 
 
 def layer_caches(

@@ -156,7 +156,7 @@ def source_modules(module: str, modules: dict, args: ModelArgs) -> list[list[str
         pattern = pattern.replace("feed_forward", "dense")
     parts = [part.replace("#", number) for part in modules.get(pattern, (module,))]
     if pattern.endswith("attention.wqkv"):  # only of what the layer makes
-        parts = parts[: sum(n_head > 0 for n_head in projected_heads(args, int(number)))]
+        parts = parts[: sum(n_head > 0 for n_head in projected_heads(args, int(number))[:3])]
     n_list = args.n_expert if "@" in parts[0] else 1
     return [[part.replace("@", str(e)) for part in parts] for e in range(n_list)]
 

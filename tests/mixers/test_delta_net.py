@@ -157,7 +157,7 @@ def test_which_prefixes_a_row_can_go_on_from():
     assert [n for n in range(14) if holds(cache, 0, n)] == [0, 10, 11]  # one was taken back
     model(ids[:, :1], torch.tensor([[0]]), cache.view())
     assert [n for n in range(14) if holds(cache, 0, n)] == [0, 1]
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="no state of the first 5 tokens is kept"):
         engine.decode.read_prompts(model, cache, [[1, 2]], start=5)
 
 
