@@ -42,7 +42,6 @@ UNWANTED = ["*/*", "consolidated*"]
 OF_ADAPTERS = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 ORIGINAL = "original/tokenizer.model"  # Llama 3's, where the repository has no other
-PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_TIMEOUT = 5  # seconds per address tried; the hub has four or more
@@ -143,29 +142,22 @@ def choose_files(repo_id, sizes, pattern=None, adapter=False):
     weights = [name for name in files if name.endswith(".safetensors")]
     if weights == ["adapter_model.safetensors"]:
         raise DownloadError(f"{repo_id} is a LoRA adapter; give --adapter, and fetch its base model too")
-    if not weights and gguf_models(sizes):
+    if not weights and any(name.endswith(".gguf") for name in sizes):
         return []
     if not weights:
         raise DownloadError(f"{repo_id} has no .safetensors weights; choose a repository that has them")
     return files + [ORIGINAL] * (ORIGINAL in sizes and not sizes.keys() & {*TOKENIZERS})
 
 
-def gguf_models(sizes):
-    """The names of the files of each GGUF model, its parts together, by the name of the first."""
-    models = {}
-    for name in sorted(name for name in sizes if name.endswith(".gguf")):
-        part = PART.fullmatch(name)
-        models.setdefault(part.groups() if part else name, []).append(name)
-    return {files[0]: files for files in models.values()}
-
-
 def choose_gguf(repo_id, sizes, pattern):
     """The one GGUF model of which a file matches the pattern, all its parts."""
-    models = gguf_models(sizes)
-    found = [files for files in models.values() if any(fnmatch.fnmatchcase(name, pattern) for name in files)]
+    from weights.gguf_file import files_of_models
+
+    models = files_of_models(sizes)
+    found = [files for files in models if any(fnmatch.fnmatchcase(name, pattern) for name in files)]
     if len(found) != 1:
         what = f"{len(found)} GGUF models match" if found else "no GGUF file matches"
-        names = ", ".join(files[0] for files in (found or models.values())) or "none"
+        names = ", ".join(files[0] for files in (found or models)) or "none"
         raise DownloadError(f"{what} --file {pattern!r} in {repo_id}; give one of: {names}")
     lacking = parts_lacking(found[0])
     if lacking:
@@ -174,21 +166,20 @@ def choose_gguf(repo_id, sizes, pattern):
 
 
 def parts_lacking(files):
-    part = PART.fullmatch(files[0])
-    if part is None:
-        return []
-    names = [f"{part[1]}-{i:05}-of-{part[2]}.gguf" for i in range(1, int(part[2]) + 1)]
-    return [name for name in names if name not in files]
+    from weights.gguf_file import part_paths
+
+    return [path.as_posix() for path in part_paths(Path(files[0])) if path.as_posix() not in files]
 
 
 def list_gguf(repo_id, sizes):
     """Print the GGUF models of a repository with their sizes."""
     from weights.files import size_text
+    from weights.gguf_file import files_of_models
 
     print(f"{repo_id} has GGUF files; fetch one with --file NAME, or a pattern such as '*Q4_K_M*':")
-    for first, files in gguf_models(sizes).items():
+    for files in files_of_models(sizes):
         parts = f", {len(files)} parts" if len(files) > 1 else ""
-        print(f"  {first}  {size_text(sum(sizes[name] for name in files))}{parts}")
+        print(f"  {files[0]}  {size_text(sum(sizes[name] for name in files))}{parts}")
 
 
 def download_hub(repo_id, folder, commit, files, token=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 from cli import in_words
 from weights.checkpoint import CHECKPOINTS, adapter_in, open_model
 from weights.files import read_json, size_text
-from weights.gguf_file import is_gguf, read_gguf_metadata
+from weights.gguf_file import gguf_models, is_gguf, read_gguf_metadata
 from weights.huggingface import weight_files
 from weights.layout import ModelFile
 
@@ -23,8 +23,8 @@ def list_models(checkpoints: Path = CHECKPOINTS) -> None:
 
 def lines_of(folder: Path) -> list[tuple[str, str, str, str]]:
     """Path, family, size and format of each model in a folder."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix == ".pth" or is_first_gguf(path)]
-    lines = [line_of(path) for path in files]
+    ggufs = [path for path in gguf_models(folder) if is_gguf(path)]
+    lines = [line_of(path) for path in sorted([*folder.glob("*.pth"), *ggufs])]
     try:
         if (folder / "config.json").exists() and weight_files(folder):
             lines.append(line_of(folder))
@@ -33,11 +33,6 @@ def lines_of(folder: Path) -> list[tuple[str, str, str, str]]:
     except (ValueError, OSError) as error:
         lines.append((name_of(folder), "", "", f"cannot be read: {in_words(error)}"))
     return lines
-
-
-def is_first_gguf(path: Path) -> bool:
-    """Whether a file is a GGUF, or the first part of one."""
-    return path.is_file() and is_gguf(path) and ("-of-" not in path.stem or "-00001-of-" in path.stem)
 
 
 def line_of(path: Path) -> tuple[str, str, str, str]:

@@ -3,6 +3,7 @@
 import math
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,12 +170,17 @@ def part_paths(path: Path) -> list[Path]:
     return [path.with_name(f"{name}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
 
 
+def files_of_models(names: Iterable[str]) -> list[list[str]]:
+    """The names that are those of GGUF files, those of the parts of one model together and in order."""
+    models = {}
+    for name in sorted(name for name in names if name.endswith(".gguf")):
+        models.setdefault(OF_PARTS.sub(r"\1 \3", name), []).append(name)
+    return list(models.values())
+
+
 def gguf_models(folder: Path) -> list[Path]:
     """The GGUF files of a folder; of those that are parts of one model, the first that is there."""
-    models = {}
-    for path in sorted(folder.glob("*.gguf")):
-        models.setdefault(OF_PARTS.sub(r"\1 \3", path.name), path)
-    return list(models.values())
+    return [folder / files[0] for files in files_of_models(path.name for path in folder.iterdir())]
 
 
 def is_gguf(path: str | Path) -> bool:
