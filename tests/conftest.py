@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_itemcollected(item):
+    """Refuses parameters whose order, and so the test's name, differs in each process: pytest-xdist compares names."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for name, value in parameters.items():
+        if isinstance(value, (set, frozenset)):
+            raise pytest.UsageError(f"{item.nodeid}: {name} is a set, whose order differs in each process: use a list")
+
+
 def starts(function, seen=frozenset()):
     """Whether a function, or a helper of the tests that it names, names one of those."""
     names = {name for code in codes(function.__code__) for name in code.co_names}
