@@ -23,11 +23,11 @@ from engine.cache import check_fit, context_length
 from engine.compile import compile_step, require_compiler
 from engine.conversation import Conversation
 from engine.decode import forward_chunk
-from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine
-from engine.guess_length import check_length
 from engine.sampling import Sampling
-from engine.speculative import Speculation, build_speculation
+from engine.speculation.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
+from engine.speculation.guess_length import check_length
+from engine.speculation.speculative import Speculation, build_speculation
 from flags import (
     NEW_TOKENS,
     cache_flag,

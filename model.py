@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.activations import ACTIVATIONS
-from mixers.delta_net import DeltaNet, DeltaSizes, is_delta
 from mixers.experts import MixtureOfExperts, SeparateExperts, check_experts
 from mixers.fields import check_fields, check_sizes
 from mixers.latent import LatentAttention, check_latent
@@ -31,6 +30,7 @@ from mixers.layer_kinds import (
     source_layers,
 )
 from mixers.norms import block_norm, head_norm
+from mixers.recurrent.delta_net import DeltaNet, DeltaSizes, is_delta
 from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
 
 

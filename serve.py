@@ -19,10 +19,10 @@ import cli
 from cli import say
 from engine.cache import MOST_ROWS, context_length
 from engine.compile import require_compiler
-from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine
-from engine.guess_length import check_length
-from engine.speculative import build_speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.guess_length import check_length
+from engine.speculation.speculative import build_speculation
 from flags import (
     cache_flag,
     check_counts,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import listed
-from layers.gpu_linear import GpuBlock
+from layers.gpu.linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
 from mixers.experts import MixtureOfExperts
 from mixers.layer_kinds import key_heads, projected_heads

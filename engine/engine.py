@@ -11,7 +11,7 @@ from engine.cache import allocate, prefix_length, rows_that_fit, slots_for
 from engine.compile import compile_step, require_compiler
 from engine.decode import Chunk, decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, new_seeds, require_finite, seed_row
-from engine.speculative import Speculation, Text, speculate
+from engine.speculation.speculative import Speculation, Text, speculate
 from layers.quantized import quant_spec
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer

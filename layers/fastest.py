@@ -9,9 +9,9 @@ import torch.nn as nn
 from cli import progress, say
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
-from layers.gpu_attention import GpuAttention
-from layers.gpu_experts import GpuExperts
-from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
+from layers.gpu.attention import GpuAttention
+from layers.gpu.experts import GpuExperts
+from layers.gpu.linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
 from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.packed import (
     AnyExperts,

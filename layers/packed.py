@@ -12,10 +12,10 @@ from kernels import cpu
 from layers.low_rank import WithAdapter
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
 from mixers.compiled import surely_few
-from mixers.delta_net import DeltaNet
 from mixers.experts import ExpertLinear, Gate, by_expert
 from mixers.latent import LatentAttention
 from mixers.layer_kinds import Vectors
+from mixers.recurrent.delta_net import DeltaNet
 from model import Attend, ModelArgs, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mixers.delta_net import DeltaCache, is_delta
+from mixers.recurrent.delta_net import DeltaCache, is_delta
 
 
 def key_heads(args, windowed: bool) -> tuple[int, int]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from engine.cache import copy_prefix, holds, prefix_length, shared_prefix
 from engine.compile import compile_step
 from engine.decode import PREFILL_CHUNK, chunk_end, least_chunk
-from engine.drafters import PromptLookup
 from engine.engine import Engine
-from engine.guess_length import AdaptiveLength, FixedLength
 from engine.request import Request, Timing
 from engine.sampling import NO_TOKEN, Sampling, draw, next_token, require_finite, seed_row
-from engine.speculative import Speculation, Text
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.guess_length import AdaptiveLength, FixedLength
+from engine.speculation.speculative import Speculation, Text
 from kernels import cpu
 from layers.packed import FEW, rounds_each_row
 from model import CacheView, Transformer

@@ -21,11 +21,11 @@ from torch._dynamo.utils import counters
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import forward_chunk, read_prompts
-from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import build_engine, generate
 from engine.request import Request, Timing
 from engine.sampling import Sampling, choose, logits_to_probs
-from engine.speculative import build_speculation
+from engine.speculation.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.speculation.speculative import build_speculation
 from layers.fastest import fastest
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
 from mixers.experts import ExpertLinear

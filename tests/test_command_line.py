@@ -406,7 +406,7 @@ def test_conversation_with_speculation_equals_plain(talk, flags):
     "flags", ["--speculate ngram --speculate_k auto", "--draft_checkpoint_path SAME --speculate_k 2"]
 )
 def test_compiled_speculation_gives_the_same_text(talk, tiny, flags, monkeypatch):
-    monkeypatch.setattr("engine.speculative.LENGTHS", (1, 4))  # each is a form that auto compiles
+    monkeypatch.setattr("engine.speculation.speculative.LENGTHS", (1, 4))  # each is a form that auto compiles
     result = talk("--prompt", "the cat", "--num_samples", 1, "--compile", *flags.split(), *GREEDY)
     assert result.out == greedy_text(tiny, "the cat") + "\n"
     assert "Compilation time: " in result.err and "Mean Accepted: " in result.err

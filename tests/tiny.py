@@ -15,10 +15,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
-from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
-from engine.speculative import Speculation
+from engine.speculation.drafters import DraftModel, PromptLookup
+from engine.speculation.speculative import Speculation
 from model import ModelArgs, Transformer
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import build, load_model, save_checkpoint

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from engine.compile import compile_step
-from engine.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine, generate
-from engine.guess_length import Costs
 from engine.sampling import Sampling
-from engine.speculative import Speculation, verify
+from engine.speculation.drafters import DraftModel, PromptLookup, draft_one_token
+from engine.speculation.guess_length import Costs
+from engine.speculation.speculative import Speculation, verify
 from measure.perplexity import perplexity
-from mixers.delta_net import DeltaSizes
+from mixers.recurrent.delta_net import DeltaSizes
 from model import ModelArgs
 from ranks import init_tp
 from scripts.bench.tensor_parallel import CountingRanks, bytes_of_a_step

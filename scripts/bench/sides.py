@@ -15,11 +15,11 @@ from importlib.metadata import version
 import torch
 
 from engine.cache import row_bytes, slots_for
-from engine.drafters import PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.request import Request, Timing
 from engine.sampling import Sampling
-from engine.speculative import build_speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.speculative import build_speculation
 from kernels import cpu
 from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth, peak_memory

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from engine.compile import compile_step
-from engine.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, build_engine
 from engine.request import Request, Timing, run_batch
-from engine.speculative import Speculation, verify
+from engine.speculation.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
+from engine.speculation.speculative import Speculation, verify
 from layers.quantized import quant_spec
 from measure.speed import acceptance
 from scripts.bench.report import Report, markdown, shared_flags, take_turns

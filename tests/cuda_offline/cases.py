@@ -12,9 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import decode_one_token, forward_chunk
-from engine.drafters import draft_one_token
 from engine.sampling import Sampling
-from engine.speculative import verify
+from engine.speculation.drafters import draft_one_token
+from engine.speculation.speculative import verify
 from layers.quantized import QuantSpec
 from model import ModelArgs, Transformer
 from ranks import Ranks

@@ -11,9 +11,9 @@ from engine.cache import shared_prefix
 from engine.conversation import Conversation, Limits, Turn
 from engine.decode import forward_chunk, prefill
 from engine.engine import Engine
-from engine.guess_length import Costs
 from engine.request import Request, Timing, run_batch
-from engine.speculative import Text
+from engine.speculation.guess_length import Costs
+from engine.speculation.speculative import Text
 from tests.tiny import CHATML, GREEDY, SOURCES, ids_of, make_tiny_checkpoint, speculation_of
 from text.thinking import THINK, Thoughts
 from text.tokenizer import load_tokenizer

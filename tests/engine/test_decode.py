@@ -12,7 +12,7 @@ from engine.cache import prefix_length, slots_for
 from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, place_of, sample, seed_row
-from engine.speculative import accept
+from engine.speculation.speculative import accept
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 from tp import full_logits
 

@@ -6,9 +6,9 @@ from itertools import count
 import pytest
 import torch
 
-from engine.drafters import PromptLookup
-from engine.guess_length import LENGTHS, AdaptiveLength, Costs, Odds, check_length
-from engine.speculative import Speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, Odds, check_length
+from engine.speculation.speculative import Speculation
 from tests.tiny import pairwise
 
 CHEAP = Costs({k: 1 + 0.01 * k for k in (0, *LENGTHS)})  # proposing costs next to nothing

@@ -10,9 +10,9 @@ import torch
 from engine.cache import allocate, copy_prefix, row_bytes
 from engine.compile import compile_step
 from engine.decode import decode_one_token
-from engine.drafters import PromptLookup
 from engine.engine import Engine, generate
-from engine.speculative import Speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.speculative import Speculation
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, linear_table, quantize_
 from measure.perplexity import perplexity

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
-from engine.speculative import Speculation
+from engine.speculation.drafters import DraftModel, PromptLookup
+from engine.speculation.speculative import Speculation
 from layers.quantized import QuantSpec
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model, open_model, save_checkpoint

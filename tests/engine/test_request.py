@@ -10,11 +10,11 @@ import torch
 import engine.engine
 from engine.cache import ALIGNED, check_fit
 from engine.decode import Chunk
-from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, generate, read_behind
 from engine.request import Request, Timing, run_batch
 from engine.sampling import Sampling
-from engine.speculative import Speculation
+from engine.speculation.drafters import DraftModel, PromptLookup
+from engine.speculation.speculative import Speculation
 from measure.speed import acceptance, bytes_read, report_acceptance
 from tests.tiny import GREEDY, SOURCES, ids_of, make_tiny_checkpoint, pairwise, speculation_of, tiny_model
 from text.stream import TextStream

@@ -13,11 +13,11 @@ from torch import tensor
 from engine.cache import ALIGNED
 from engine.compile import compile_step
 from engine.decode import decode, forward_chunk, prefill
-from engine.drafters import GRADES, DraftModel, PromptLookup, draft_one_token
 from engine.engine import Engine, chunks
-from engine.guess_length import LENGTHS, Costs
 from engine.sampling import Sampling, logits_to_probs
-from engine.speculative import Speculation, accept, speculate, verify
+from engine.speculation.drafters import GRADES, DraftModel, PromptLookup, draft_one_token
+from engine.speculation.guess_length import LENGTHS, Costs
+from engine.speculation.speculative import Speculation, accept, speculate, verify
 from model import Transformer
 from tests.tiny import CPU, DIFFERING, GREEDY, continuation, pairwise, random_ids, tiny_model
 
@@ -321,7 +321,7 @@ TURNS = (4, 0, 0, 0, 2, 0, 8, 1, 0)
 )
 def test_a_draft_that_was_not_asked_for_a_while_catches_up(monkeypatch, turns, lengths):
     model, prompts, chosen = tiny_model(), random_ids(*lengths), InTurn(turns)
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: chosen)
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: chosen)
     plain = plainly(model, prompts, 60)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     rows, rounds = speculated(model, prompts, 60, speculation)
@@ -341,7 +341,7 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
         return verify(model, tokens, pos, cache, torch.minimum(limit, pos + next(each)), *others)
 
     model, prompts = tiny_model(), random_ids(1, 17, 6)
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: InTurn([4, 0, 0, 4, 2, 0]))
     plain = plainly(model, prompts, 50)
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", some, {3: CHEAP})
     rows, rounds = speculated(model, prompts, 50, speculation)
@@ -355,7 +355,7 @@ def test_a_draft_catches_up_with_rows_that_have_gone_on_unevenly(monkeypatch):
 
 def test_what_one_text_left_unread_is_no_matter_to_the_next(monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 4]))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={1: CHEAP})
     engine = engine_of(model, speculation, 1, 128)
     for budget in (2, 7, 9):  # ends behind, after proposing, behind again
@@ -368,7 +368,7 @@ def test_what_one_text_left_unread_is_no_matter_to_the_next(monkeypatch):
 def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, turns, lengths):
     model, prompts = tiny_model(), random_ids(*lengths)
     chosen = iter([InTurn(turns), InTurn([4])])
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", costs={len(prompts): CHEAP})
     engine = engine_of(model, speculation, len(prompts), 64)
     answers, _ = speculated(engine, prompts, 10)
@@ -381,7 +381,7 @@ def test_a_second_turn_after_one_that_the_draft_has_read_in_part(monkeypatch, tu
 def test_a_row_that_ended_early_keeps_its_place_in_the_cache_of_the_draft(monkeypatch):
     model, prompts = tiny_model(), random_ids(6, 11)
     chosen = iter([InTurn([4, 4, 0, 0, 0, 0, 4]), InTurn([4])])
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: next(chosen))
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: next(chosen))
     speculation = Speculation(DraftModel(deepcopy(model)), "auto", second_row_slowly, {2: CHEAP})
     engine = engine_of(model, speculation, 2, 64)
     answers, rounds = speculated(engine, prompts, 10)
@@ -433,7 +433,7 @@ def test_a_draft_of_another_vocabulary_size_changes_no_token(k, size):
 
 def test_a_draft_that_lags_reads_tokens_that_it_lacks(monkeypatch):
     model, prompts = tiny_model(), random_ids(12)
-    monkeypatch.setattr("engine.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
+    monkeypatch.setattr("engine.speculation.speculative.AdaptiveLength", lambda costs: InTurn([0, 0, 0, 4]))
     (plain,) = plainly(model, prompts, 40)
     assert max(plain) >= 100
     speculation = Speculation(DraftModel(with_vocabulary(model, 20)), "auto", costs={1: CHEAP})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.gpu.experts import experts, sort_pairs
-from layers.gpu_linear import KERNEL_ACTIVATIONS
+from layers.gpu.linear import KERNEL_ACTIVATIONS
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear

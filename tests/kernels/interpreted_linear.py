@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gpu import linear as gpu
-from layers.gpu_linear import GpuBlock, Int4OnGpu, Int8OnGpu
+from layers.gpu.linear import GpuBlock, Int4OnGpu, Int8OnGpu
 from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
 from mixers.norms import RMSNorm
 from model import ModelArgs, Transformer

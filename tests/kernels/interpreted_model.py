@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from layers.gpu_attention import GpuAttention
-from layers.gpu_experts import GpuExperts
+from layers.gpu.attention import GpuAttention
+from layers.gpu.experts import GpuExperts
 from layers.quantized import QuantSpec, linear_table, quantize_, replace_
 from model import ModelArgs, Transformer
 

@@ -12,9 +12,9 @@ from engine.compile import compile_step
 from kernels import cpu
 from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
 from layers.fastest import fastest, pack_
-from layers.gpu_attention import GpuAttention
-from layers.gpu_experts import GpuExperts
-from layers.gpu_linear import join_head_
+from layers.gpu.attention import GpuAttention
+from layers.gpu.experts import GpuExperts
+from layers.gpu.linear import join_head_
 from layers.packed import (
     HAS_HALF,
     AnyExperts,
@@ -28,8 +28,8 @@ from layers.packed import (
     rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
-from mixers.delta_net import DeltaSizes
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
+from mixers.recurrent.delta_net import DeltaSizes
 from mixers.rope import RopeScaling
 from model import Attention, Blocks, ModelArgs, Transformer
 

@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from layers.gpu_attention import GpuAttention
-from layers.gpu_linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
+from layers.gpu.attention import GpuAttention
+from layers.gpu.linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
 from mixers.norms import RMSNorm
 from model import Blocks

@@ -11,12 +11,12 @@ from transformers import Qwen3_5TextConfig
 import engine.decode
 from engine.cache import allocate, holds, row_bytes
 from engine.conversation import Conversation, Limits
-from engine.drafters import DraftModel, PromptLookup
 from engine.engine import Engine, build_engine, generate
 from engine.request import Request
-from engine.speculative import Speculation, build_speculation
+from engine.speculation.drafters import DraftModel, PromptLookup
+from engine.speculation.speculative import Speculation, build_speculation
 from measure.scoring import questions_of, score
-from mixers.delta_net import CHUNK, DeltaSizes, chunks, steps
+from mixers.recurrent.delta_net import CHUNK, DeltaSizes, chunks, steps
 from serving.scheduler import Scheduler, Task
 from tests.tiny import GREEDY, SIZES, continuation, ids_of, make_tiny_checkpoint, save_tiny, tiny_model
 from text.tokenizer import load_tokenizer

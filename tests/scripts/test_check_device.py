@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from engine.decode import forward_chunk
-from engine.speculative import verify
+from engine.speculation.speculative import verify
 from scripts import check_device
 from scripts.bench import sides
 from scripts.bench.peers.protocol import Case

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from engine.decode import least_chunk
-from engine.drafters import PromptLookup
 from engine.engine import Engine, generate
 from engine.request import Request
 from engine.sampling import Sampling
-from engine.speculative import Speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.speculative import Speculation
 from layers.quantized import quant_spec
 from serving.scheduler import Scheduler, Task
 from tests.tiny import GREEDY, ids_of, make_tiny_checkpoint, random_ids

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixers.delta_net import DeltaSizes
+from mixers.recurrent.delta_net import DeltaSizes
 from model import ModelArgs
 from weights.families.experts import experts
 from weights.files import Config

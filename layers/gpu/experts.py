@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.gpu_linear import KERNEL_ACTIVATIONS
+from layers.gpu.linear import KERNEL_ACTIVATIONS
 from layers.packed import has_triton
 from layers.quantized import Int4Linear, Int8Linear
 from mixers.activations import ACTIVATIONS

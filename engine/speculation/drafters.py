@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.cache import allocate, prefix_length, shared_prefix
 from engine.decode import forward_chunk, prefill
-from engine.guess_length import LENGTHS
 from engine.sampling import NO_TOKEN, Sampling, argmax, logits_to_probs, require_finite, sample, valid
+from engine.speculation.guess_length import LENGTHS
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 

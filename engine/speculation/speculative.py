@@ -16,9 +16,9 @@ from torch import Tensor
 from engine.cache import prefix_length
 from engine.compile import compile_step
 from engine.decode import Chunk
-from engine.drafters import Drafter
-from engine.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
 from engine.sampling import Sampling, choose, logits_to_probs, sample, uniforms_at, valid
+from engine.speculation.drafters import Drafter
+from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
