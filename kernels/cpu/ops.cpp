@@ -2,7 +2,6 @@
 // file check nothing, and know nothing of PyTorch.
 //
 // Only what is included here is needed: torch/extension.h would treble the time to build.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
@@ -11,48 +10,14 @@
 #include "blocks.h"
 #include "experts.h"
 #include "linear.h"
+#include "torch_checks.h"
 #include "torch_products.h"
 
 namespace {
 
 using namespace gpt_faster;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-Threads all_threads() { return {at::get_num_threads()}; }
-
-// ---------------------------------------------------------------- checks and conversions
-
-Dtype dtype_from(at::ScalarType type, const char* op) {
-  TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op, ": dtype ", type,
-              " is not float32, float16 or bfloat16");
-  return type == at::kFloat ? Dtype::float32 : type == at::kHalf ? Dtype::float16 : Dtype::bfloat16;
-}
-
-template <class Element>
-const Element* data(const Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-
-template <class Element>
-const Element* data(const OptionalTensor& tensor) {
-  return tensor ? data<Element>(*tensor) : nullptr;
-}
-
-// The row of the cache that each row of the batch uses, or null: row b uses row b.
-const int64_t* checked_rows(const OptionalTensor& rows, int64_t B, int64_t R, const char* op) {
-  if (!rows) {
-    TORCH_CHECK(B <= R, op, ": ", B, " rows for a cache of ", R);
-    return nullptr;
-  }
-  TORCH_CHECK(rows->scalar_type() == at::kLong && rows->dim() == 1 && rows->size(0) == B && rows->is_contiguous(), op,
-              ": cache_rows is not int64 [", B, "] and contiguous");
-  const int64_t* each = data<int64_t>(*rows);
-  for (int64_t b = 0; b < B; b++) {
-    TORCH_CHECK(0 <= each[b] && each[b] < R, op, ": row ", each[b], " is not in a cache of ", R);
-  }
-  return each;
-}
+// ---------------------------------------------------------------- checks of layers and heads
 
 void check_head_dim(int64_t D, const char* op) {
   TORCH_CHECK(has_head_dim(D), op, ": head_dim ", D, " is not 64, 96, 128 or 256");
@@ -96,11 +61,6 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
               ": scales or bias do not fit the weight");
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
           .matrix_unit = dtype == Dtype::bfloat16 ? matrix_unit() : nullptr};
-}
-
-Tensor contiguous(const Tensor& tensor) { return tensor.contiguous(); }
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
 // ---------------------------------------------------------------- linear layers

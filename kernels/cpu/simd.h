@@ -96,4 +96,12 @@ INLINE Floats exp_of(Floats x) {
   return times_power_of_two(power, n);
 }
 
+// x times its sigmoid.
+INLINE Floats silu_of(Floats x) {
+  const Floats one = every(1.0f);
+  // e^-|x| does not overflow. It is 0 from 104 on, and far beyond that exp_of is no longer right
+  const Floats power = exp_of(-min(abs(x), every(104.0f)));
+  return x * (select(x < every(0.0f), power, one) / (one + power));
+}
+
 }  // namespace gpt_faster
