@@ -158,6 +158,7 @@ def available() -> bool:
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
     torch.library.register_fake("gpt_faster::linear_experts")(_linear_experts_shape)
+    torch.library.register_fake("gpt_faster::delta_net")(_delta_net_shape)
     for operator in ("attend", "run_blocks"):
         torch.library.register_fake(f"gpt_faster::{operator}")(lambda x, *_: torch.empty_like(x))
     return True
@@ -178,3 +179,7 @@ def _linear_codes_shape(x, weight, scales, bias):
 
 def _linear_experts_shape(x, chosen, weight, scales):
     return x.new_empty(*chosen.shape, weight.shape[1] * (1 if scales is None else scales.shape[4]))
+
+
+def _delta_net_shape(x, gates, pos, counts, taps, rates, norm, states, *_):
+    return x.new_empty(*x.shape[:2], states.shape[2] * states.shape[4])

@@ -27,8 +27,10 @@ from layers.packed import (
     float_copy,
 )
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
+from layers.recurrent import OperatorDeltaNet
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.latent import LatentAttention
+from mixers.recurrent.delta_net import DeltaNet
 from model import Attend, Attention, Blocks, ModelArgs, Transformer, TransformerBlock
 
 
@@ -63,6 +65,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
     Row((Attend,),              "cpu",  None,  True,      OperatorAttend.fits, OperatorAttend),
     Row((Attend,),              None,   None,  False,     None,                StepAttend),
+    Row((DeltaNet,),            "cpu",  None,  True,      OperatorDeltaNet.fits, OperatorDeltaNet),
     Row((Attention,),           "cuda", HALF,  False,     GpuAttention.fits,   GpuAttention),
     Row((MixtureOfExperts,),    "cuda", HALF,  False,     GpuExperts.fits,     GpuExperts),
     Row((TransformerBlock,),    "cuda", HALF,  False,     GpuBlock.fits,       GpuBlock),

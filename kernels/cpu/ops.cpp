@@ -11,6 +11,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "torch_checks.h"
+#include "torch_delta.h"
 #include "torch_products.h"
 
 namespace {
@@ -327,10 +328,12 @@ TORCH_LIBRARY(gpt_faster, m) {
         "float scale) -> Tensor");
   m.def("join_blocks(Tensor?[] tensors, int attended, float eps, float scale) -> Tensor");
   m.def("join_cache(Tensor?[] tensors) -> Tensor");
-  // It writes to the caches that its argument `cache` stands for. The schema does not say so, because the compiler would
-  // then copy the handle: nothing else reads the caches in the same graph, and every use of the result comes after.
+  // Both that follow write to caches. Their schemas do not say so, because the compiler would then copy the handle or the
+  // states: nothing else reads the caches in the same graph, and every use of the result comes after.
   m.def("run_blocks(Tensor x, Tensor blocks, Tensor cache, Tensor? cache_rows, Tensor pos, Tensor cos, Tensor sin, "
         "Tensor mask) -> Tensor");
+  m.def("delta_net(Tensor x, Tensor gates, Tensor pos, Tensor counts, Tensor taps, Tensor rates, Tensor norm, "
+        "Tensor states, Tensor inputs, Tensor stands, Tensor? cache_rows, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
@@ -341,4 +344,5 @@ TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("join_blocks", &join_blocks);
   m.impl("join_cache", &join_cache);
   m.impl("run_blocks", &run_blocks);
+  m.impl("delta_net", &delta_net);
 }
