@@ -28,6 +28,7 @@ struct DeltaNet {
 
   static constexpr int kVectors = 2;                 // of a row of a state that are worked on together ...
   static constexpr int64_t kColumns = 16 * kVectors;  // ... whose sums for a token stay in registers
+  static constexpr int64_t kAhead = 12;              // rows of a state that are asked of the memory early
   static constexpr int64_t kTokens = 64;             // between two of whose convolution and rule threads wait
 
   // What a token does to a state. q and k are not normalised: their scales are.
@@ -88,6 +89,8 @@ struct DeltaNet {
     UNROLL for (int w = 0; w < kVectors; w++) found[w] = seen[w] = every(0.0f);
     for (int64_t i = 0; i < K; i++) {
       const Floats key = every(token.k[i]), query = every(token.q[i]);
+      const float* ahead = from + (i + kAhead) * from_stride;  // of other cache lines than those that follow in memory
+      for (int64_t c = 0; c < kColumns; c += 16) __builtin_prefetch(ahead + c);
       UNROLL for (int w = 0; w < kVectors; w++) {
         const Floats state = load(from + i * from_stride + 16 * w);
         found[w] = multiply_add(state, key, found[w]);

@@ -33,13 +33,17 @@ TABLES = {
     "speculation": "speculative decoding against plain decoding",
     "serving": "serve.py under load, against other servers on the same weights",
     "experts": "a mixture of experts, against the memory's rate and a dense model",
+    "families": "decoding of each kind of family, against the rate of one large matrix",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
 }
 
 
+FOLDERS = {"serving": "serving.table", "experts": "random_weights.experts", "families": "random_weights.families"}
+
+
 def module_of(table: str) -> ModuleType:
-    return import_module(f"scripts.bench.{table}.table" if table == "serving" else f"scripts.bench.{table}")
+    return import_module(f"scripts.bench.{FOLDERS.get(table, table)}")
 
 
 def main(*, table: str, output: str, fresh: bool, **flags) -> None:

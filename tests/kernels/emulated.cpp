@@ -5,6 +5,7 @@
 #include <string>
 
 #include "blocks.h"
+#include "delta.h"
 #include "experts.h"
 #include "linear.h"
 
@@ -182,6 +183,23 @@ void run_blocks(Tensor* args, int count) {
   for (Tensor* t = args + 8; t < args + count; t += 20) for (int i = 0; i < 4; i++) write(t[i]);
 }
 
+// Arguments: x, gates, pos, counts, taps, rates, norm, states, inputs, stands, cache_rows, eps.
+template <class Element>
+void run_delta(Tensor* args) {
+  Tensor &x = args[0], &taps = args[4], &states = args[7], &inputs = args[8], &stands = args[9];
+  const int64_t B = x.size(0), S = x.size(1), C = taps.size(1), H = states.size(2), K = states.size(3), V = states.size(4);
+  std::vector<Element> y(B * S * H * V);
+  DeltaNet<Element>{.x = x.data<Element>(), .gates = args[1].data<float>(), .pos = args[2].data<int64_t>(),
+                    .counts = args[3].data<int64_t>(), .taps = taps.data<float>(), .rates = args[5].data<float>(),
+                    .norm = args[6].data<float>(), .states = states.data<float>(), .inputs = inputs.data<float>(),
+                    .stands = stands.data<int64_t>(), .rows = args[10].data<int64_t>(), .y = y.data(), .B = B, .S = S,
+                    .C = C, .H = H, .key_heads = (C - H * V) / (2 * K), .K = K, .V = V, .n_tap = taps.size(0),
+                    .R = states.size(1), .W = inputs.size(1), .eps = *args[11].data<float>(), .threads = kThreads}
+      .run();
+  write(y.data(), y.size() * sizeof(Element));
+  for (const Tensor* each : {&states, &inputs, &stands}) write(*each);
+}
+
 }  // namespace
 
 int main() {
@@ -194,7 +212,8 @@ int main() {
       if (name == 0) run_linear<Element>(args.data());
       else if (name == 1) run_experts<Element>(args.data());
       else if (name == 2) run_attend<Element>(args.data());
-      else run_blocks<Element>(args.data(), count);
+      else if (name == 3) run_blocks<Element>(args.data(), count);
+      else run_delta<Element>(args.data());
     });
     if (held) return 1;
     std::fflush(stdout);

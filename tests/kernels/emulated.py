@@ -9,7 +9,7 @@ import torch
 from kernels import cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-LINEAR, EXPERTS, ATTEND, BLOCKS = range(4)
+LINEAR, EXPERTS, ATTEND, BLOCKS, DELTA = range(5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
@@ -64,6 +64,10 @@ class EmulatedOperators:
         arguments = [x, eps, scale, cache_rows, pos, cos, sin, mask, *layers]
         results = [torch.empty(x.shape, dtype=x.dtype), *(each for kv in cache for each in kv if each is not None)]
         return self.call(BLOCKS, arguments, results)
+
+    def delta_net(self, *arguments):
+        states, inputs, stands = arguments[7:10]
+        return self.call(DELTA, arguments, [cpu._delta_net_shape(*arguments), states, inputs, stands])
 
 
 def packed(argument):

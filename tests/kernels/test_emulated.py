@@ -8,6 +8,7 @@ import torch
 
 from kernels import cpu
 from layers.quantized import QuantSpec
+from tests.kernels import test_delta_operator as delta
 from tests.kernels import test_fused_blocks as blocks
 from tests.kernels import test_operators as operators
 from tests.kernels.emulated import EmulatedOperators
@@ -38,6 +39,7 @@ CASES = [  # a test, and the arguments for it
         (operators.test_attention_of_many_queries_equals_float64, 70, 33, 110, 64, 40, kind)
         for kind in (BFLOAT16, INT8)
     ),
+    *((delta.test_delta_net_equals_its_definition, dtype, 3) for dtype in (FLOAT32, BFLOAT16)),
     *((blocks.test_fused_blocks_equal_the_blocks_one_by_one, *form, {}, None, [(1, 13)]) for form in blocks.FORMS[:-1]),
     *(
         (blocks.test_fused_blocks_equal_the_blocks_one_by_one, BFLOAT16, None, blocks.EXTRAS, kind, [(2, 3)])
