@@ -1,6 +1,7 @@
 """Gated DeltaNet: its two forms against each other, and what keeps, takes back and copies the states of rows."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,10 +44,11 @@ def test_chunks_of_a_prompt_equal_single_steps(length):
     assert torch.equal(states[1, max(length - 4, 0)], states[1, -1]) or length < 4
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model of ours with a tokenizer."""
-    path = make_tiny_checkpoint(tmp_path_factory.mktemp("delta"), template=None, **FIELDS)
+@pytest.fixture(scope="module", params=[24, 32], ids=["plain", "operator"])
+def tiny(tmp_path_factory, request):
+    """A model of ours with a tokenizer, whose values are of a size that the operator takes, or not."""
+    fields = FIELDS | {"delta": replace(DELTA, value_dim=request.param)}
+    path = make_tiny_checkpoint(tmp_path_factory.mktemp("delta"), template=None, **fields)
     return SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
 
 
@@ -162,7 +164,8 @@ def test_which_prefixes_a_row_can_go_on_from():
 
 
 def test_bytes_of_a_row_and_a_draft_that_is_refused(tiny):
-    state = 4 * 16 * 24 + 3 * (2 * 2 * 16 + 4 * 24)  # of one layer, and the inputs of three tokens
+    n_value = 4 * tiny.model.args.delta.value_dim
+    state = 16 * n_value + 3 * (2 * 2 * 16 + n_value)  # of one layer, and the inputs of three tokens
     keys = 2 * 2 * 16 * 100
     assert row_bytes(tiny.model, 100) == 4 * (2 * state + keys) + 2 * 8
     cache = allocate(tiny.model, 3, 100, rewind=4)
