@@ -12,8 +12,8 @@ if __name__ == "__main__":
 import re
 
 import cli
+from weights.architectures.table import ARCHITECTURES
 from weights.families.table import FAMILIES
-from weights.gguf import ARCHITECTURES
 
 README = cli.ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- end -->)", re.DOTALL)

@@ -1,8 +1,7 @@
 """Models in GGUF files: their metadata as a config in Hugging Face's words, and their tensors by our names."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +11,12 @@ from torch import Tensor
 from layers.quantized import QuantSpec, can_be_rounded
 from mixers.rope import RopeScaling
 from model import ModelArgs
+from weights.architectures.architecture import Architecture
+from weights.architectures.table import ARCHITECTURES
 from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
 from weights.gguf_file import GGUFFile, open_parts
-from weights.huggingface import EXPERTS, hf_modules
+from weights.huggingface import hf_modules
 from weights.layout import Layout, ModelFile, Readers, is_unused, rename, rope_order, source_modules
 from weights.shipped.gguf_blocks import common_spec, read_codes
 
@@ -44,89 +45,6 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "rotary_dim": "rope.dimension_count",
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Which of our families an architecture of GGUF is, and what its files have of their own."""
-
-    model_type: str
-    with_experts: str | None = None  # the model_type of files with experts
-    with_window: str | None = None  # the model_type of files with a window
-    interleaved: bool = False  # rope turns neighbouring pairs
-    config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
-    required: tuple[str, ...] = ()  # keys that files must have, though Hugging Face has defaults for them
-    modules: dict = field(default_factory=dict)  # of Hugging Face, where files are split otherwise than its own
-    by_layer: Callable[[GGUFFile, dict], dict] = lambda file, values: {}  # keys made of what files say of single layers
-    layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
-
-
-CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-
-
-def gemma_4_layers(file: GGUFFile, values: dict) -> dict:
-    """The keys of Gemma 4 from lists with an entry a layer; values: what the file says else."""
-
-    def of_file(key: str, default=None):
-        return file.metadata.get(f"gemma4.{key}", default)
-
-    windowed = of_file("attention.sliding_window_pattern")
-
-    def by_layer(key: str) -> list:
-        each = of_file(key) if isinstance(of_file(key), list) else [of_file(key)] * len(windowed)
-        if len(each) != len(windowed):
-            raise ValueError(f"{file.path}: gemma4.{key} has {len(each)} entries, not one for each layer")
-        return each
-
-    if not isinstance(windowed, list) or False not in windowed or not all(each in (True, False) for each in windowed):
-        raise ValueError(f"{file.path}: gemma4.attention.sliding_window_pattern must say which layers have a window")
-    full, first = windowed.index(False), windowed.index(True) if True in windowed else 0
-    n_kv_heads, sizes = by_layer("attention.head_count_kv"), by_layer("feed_forward_length")
-    return {
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
-        "head_dim": of_file("attention.key_length_swa"),
-        "global_head_dim": values["head_dim"],
-        "rotary_dim": None,
-        "num_key_value_heads": n_kv_heads[first],
-        "num_global_key_value_heads": n_kv_heads[full],
-        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
-        "rope_parameters": {
-            "full_attention": {"rope_theta": values["rope_theta"]},
-            "sliding_attention": {"rope_theta": of_file("rope.freq_base_swa", 10000.0)},
-        },
-        "num_kv_shared_layers": of_file("attention.shared_kv_layers", 0),
-        "intermediate_size": sizes[0],
-        "use_double_wide_mlp": sizes[-1] != sizes[0],
-        "hidden_size_per_layer_input": of_file("embedding_length_per_layer_input", 0),
-        "vocab_size_per_layer_input": values["vocab_size"],
-        "enable_moe_block": bool(values["num_experts"]),
-        "top_k_experts": values["num_experts_per_tok"],
-        "moe_intermediate_size": of_file("expert_feed_forward_length"),
-    }
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "qwen2moe": Architecture("qwen2_moe"),
-    "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
-    "phi3": Architecture("phi3"),
-    "smollm3": Architecture("smollm3", interleaved=True),
-    "glm4": Architecture("glm4", interleaved=True),
-    "seed_oss": Architecture("seed_oss"),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
-    "exaone4": Architecture("exaone4"),
-    "cohere2": Architecture("cohere2", interleaved=True, required=("logit_scale",)),
-    "olmoe": Architecture("olmoe"),
-    "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
-    "granitemoe": Architecture("granitemoe", interleaved=True, required=("attention_multiplier",), modules=EXPERTS),
-    "olmo2": Architecture("olmo2", with_window="olmo3"),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
-    "gemma3": Architecture("gemma3_text", layers_scaled_by_dim=62),
-    "gemma4": Architecture("gemma4_text", by_layer=gemma_4_layers),
 }
 
 

@@ -51,11 +51,11 @@ from transformers import (
 import tests.tp_cases as tp_cases
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from tests.tiny import CPU, ROOT, SIZES, continuation, ran, random_prompts, save_tiny
+from weights.architectures.table import ARCHITECTURES
 from weights.checkpoint import build, load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.families.table import FAMILIES as ROWS
 from weights.families.table import args_from_config
 from weights.files import Config
-from weights.gguf import ARCHITECTURES
 from weights.layout import Layout
 from weights.registry import args_from_name
 
