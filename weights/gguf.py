@@ -44,7 +44,10 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "rope_theta": "rope.freq_base",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
     "rotary_dim": "rope.dimension_count",
+    "num_nextn_predict_layers": "nextn_predict_layers",
 }
 
 
@@ -73,6 +76,8 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
     keys["moe_intermediate_size"] = keys["intermediate_size"]
     names = {key: f"{name}.{of_file}" for key, of_file in keys.items()}
     values = architecture.config | {key: file.metadata.get(of_file) for key, of_file in names.items()}
+    known = Config(values, file.path, names)
+    n_guess = known.count("num_nextn_predict_layers", 0)  # layers after the model's own, which guess further tokens
     model_type = architecture.model_type
     if values["num_experts"]:
         model_type = architecture.with_experts or model_type
@@ -80,6 +85,7 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
         model_type = architecture.with_window or model_type
     values |= {
         "model_type": model_type,
+        "num_hidden_layers": known.whole("num_hidden_layers") - n_guess,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "sliding_window": values["sliding_window"] or None,
@@ -100,7 +106,8 @@ def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | No
         raise ValueError(f"{file.path}: rope type {rope_type!r} is not supported; supported: none, linear, yarn")
     if rope_type == "none" or "rope_freqs.weight" in file.tensors:
         return None
-    return {"rope_type": rope_type} | {key: values[key] for key in ("factor", trained)}
+    keys = ("factor", trained, "beta_fast", "beta_slow")
+    return {"rope_type": rope_type} | {key: values[key] for key in keys}
 
 
 def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -> ModelArgs:
@@ -119,17 +126,31 @@ def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -
     return args
 
 
-SCALES = {  # of Gemma 4 -> what Hugging Face calls them, which is no module
-    "layer_output_scale.weight": "layer_scalar",
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_down_exps.scale": "router.per_expert_scale",
+NAMES = {  # of tensors of a layer, which are those of no module -> by what module of the family, or of the file
+    "layer_output_scale.weight": "model.layers.#.layer_scalar",
+    "ffn_gate_inp.scale": "model.layers.#.router.scale",
+    "ffn_down_exps.scale": "model.layers.#.router.per_expert_scale",
+    "exp_probs_b.bias": "blk.#.ffn_gate_inp.e_score_correction_bias",
+    "ssm_a": "model.layers.#.linear_attn.A_log",
+    "ssm_dt.bias": "model.layers.#.linear_attn.dt_bias",
 }
 
 
-def hf_name_of_scale(name: str) -> str:
-    """A tensor's name or, of a scale of a layer, what Hugging Face calls it."""
+def name_in_module(name: str) -> str:
+    """A tensor's name or, if it is in `NAMES`, the one there."""
     layer = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
-    return f"model.layers.{layer[1]}.{SCALES[layer[2]]}" if layer and layer[2] in SCALES else name
+    return NAMES[layer[2]].replace("#", layer[1]) if layer and layer[2] in NAMES else name
+
+
+def as_in_family(tensor: Tensor, name: str, norm_offset: bool) -> Tensor:
+    """A tensor of a file as Hugging Face has it. norm_offset: norms, which are 1 + weight there, are whole here."""
+    if norm_offset and name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
+        return tensor - 1
+    if name.endswith("ssm_a"):  # the decay itself, below 0
+        return torch.log(-tensor)
+    if name.endswith("ssm_conv1d.weight"):
+        return tensor[:, None]
+    return tensor.view(1, -1) if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row, or a vector
 
 
 def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
@@ -143,18 +164,26 @@ def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec 
 
 def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
     """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
-    table, codes = {}, {}
+    table, codes, args = {}, {}, layout.args
     for module, layer in layout.model.named_modules():
         names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules, layout.args)[0]]
         if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
             continue
         spec = kept_spec(file, names, layer.weight.shape)
-        if spec is None:
+        cut = args.delta is not None and args.delta.value_dim % (spec.groupsize if spec else 1)
+        if spec is None or cut:  # a group of inputs of more than one value head, which may stand in another order
             continue
         table[module] = spec
         for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
             codes |= {f"{part}.{leaf}": partial(read_codes, file.tensors[name], spec, leaf) for leaf in spec.leaves}
     return table, codes
+
+
+def is_read(name: str, args: ModelArgs, n_guess: int) -> bool:
+    """Whether a tensor is one of the model, not of the layers of guesses after it, nor unused in its own."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    guesses = layer and int(layer[1]) in range(args.n_layer, args.n_layer + n_guess)
+    return not guesses and not is_unused(name, args)
 
 
 def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
@@ -167,18 +196,18 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: architecture {name!r} is not supported; supported in GGUF: {known}")
-    config = config_from_gguf(file, ARCHITECTURES[name])
-    layout = Layout(args_from_gguf(file, config, ARCHITECTURES[name]))
-    modules = gguf_modules(name, config.get("model_type"))
+    architecture = ARCHITECTURES[name]
+    config = config_from_gguf(file, architecture)
+    layout = Layout(args_from_gguf(file, config, architecture))
+    args, modules = layout.args, gguf_modules(name, config.get("model_type"))
 
     def read(name: str) -> Tensor:
-        tensor = file.tensors[name].read()
-        if layout.args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
-            return tensor - 1
-        return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
+        return as_in_family(file.tensors[name].read(), name, args.norm_offset)
 
-    raw = {hf_name_of_scale(name): partial(read, name) for name in file.tensors if not is_unused(name, layout.args)}
+    n_guess = config.count("num_nextn_predict_layers", 0)
+    raw = {name_in_module(name): partial(read, name) for name in file.tensors if is_read(name, args, n_guess)}
     table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
-    raw, layout = raw | codes, layout.quantized(table)
-    order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
-    return ModelFile(layout, rename(layout, raw, modules, path, order), file.paths, gguf=file.path)
+    raw, layout = architecture.tensors(args, raw | codes), layout.quantized(table)
+    order = rope_order(args, architecture.interleaved)
+    tensors = rename(layout, raw, modules, path, order, architecture.rows(args))
+    return ModelFile(layout, tensors, file.paths, gguf=file.path)

@@ -1,10 +1,13 @@
 """The architectures of GGUF files that are read."""
 
 from weights.architectures.architecture import Architecture
+from weights.architectures.delta import SPLIT, delta_layers, joined_rows, tiled_rows, untiled_outputs
 from weights.architectures.gemma_4 import gemma_4_layers
+from weights.architectures.latent import joined_latents, latent_layers
 from weights.huggingface import EXPERTS
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+TILED = {"by_layer": delta_layers, "rows": tiled_rows, "tensors": untiled_outputs}
 
 ARCHITECTURES = {
     "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
@@ -12,6 +15,16 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3"),
     "qwen2moe": Architecture("qwen2_moe"),
     "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
+    "qwen3next": Architecture("qwen3_next", modules=SPLIT, by_layer=delta_layers, rows=joined_rows),
+    "qwen35": Architecture("qwen3_5_text", **TILED),
+    "qwen35moe": Architecture("qwen3_5_moe_text", **TILED),
+    "deepseek2": Architecture(
+        "deepseek_v2",
+        others=("deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"),
+        interleaved=True,
+        by_layer=latent_layers,
+        tensors=joined_latents,
+    ),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", interleaved=True),
     "glm4": Architecture("glm4", interleaved=True),
