@@ -14,12 +14,12 @@ UNSAID = 154880, (47, 48)  # the vocabulary and the layers of GLM-4.7-Flash, who
 
 
 def latent_layers(file: GGUFFile, values: dict) -> dict:
-    """The keys of latent attention, and whose model it is; values: what the file says else."""
+    """The keys of latent attention; values: what the file says else."""
 
     def of_file(key: str, default=None):
         return file.metadata.get(f"deepseek2.{key}", default)
 
-    turned, n_layer = of_file("rope.dimension_count"), values["num_hidden_layers"]
+    turned = of_file("rope.dimension_count")
     head_dim, value_dim = of_file("attention.key_length_mla"), of_file("attention.value_length_mla")
     if type(turned) is not int or type(head_dim) is not int or type(value_dim) is not int or turned >= head_dim:
         raise ValueError(
@@ -42,14 +42,21 @@ def latent_layers(file: GGUFFile, values: dict) -> dict:
         "kv_lora_rank": of_file("attention.kv_lora_rank"),
         "intermediate_size": of_file("feed_forward_length"),
     }
-    if not values["num_experts"]:
-        return keys | {"model_type": "youtu"}
-    unsaid = SIGMOID if values["vocab_size"] == UNSAID[0] and n_layer in UNSAID[1] else SOFTMAX
+    return keys | (latent_experts(file, values) if values["num_experts"] else {"model_type": "youtu"})
+
+
+def latent_experts(file: GGUFFile, values: dict) -> dict:
+    """The keys of a mixture of experts, and whose model it is."""
+
+    def of_file(key: str, default=None):
+        return file.metadata.get(f"deepseek2.{key}", default)
+
+    unsaid = SIGMOID if values["vocab_size"] == UNSAID[0] and values["num_hidden_layers"] in UNSAID[1] else SOFTMAX
     scored = of_file("expert_gating_func") or unsaid
     if scored not in (SOFTMAX, SIGMOID):
         raise ValueError(f"{file.path}: deepseek2.expert_gating_func {scored!r} is not supported; 1 and 2 are")
     groups = of_file("expert_group_count", 1)
-    return keys | {
+    return {
         "model_type": "deepseek_v3" if scored == SIGMOID else "deepseek_v2",
         "n_routed_experts": values["num_experts"],
         "n_shared_experts": of_file("expert_shared_count", 0),
