@@ -15,10 +15,11 @@ from weights.architectures.architecture import Architecture
 from weights.architectures.table import ARCHITECTURES
 from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
-from weights.gguf_file import GGUFFile, open_parts
+from weights.gguf_file import GGUFFile, GGUFTensor, open_parts
 from weights.huggingface import hf_modules
 from weights.layout import Layout, ModelFile, Readers, is_unused, rename, rope_order, source_modules
 from weights.shipped.gguf_blocks import common_spec, read_codes
+from weights.shipped.guesses import guess_layout, guesses_in, without_guesses
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -142,10 +143,11 @@ def name_in_module(name: str) -> str:
     return NAMES[layer[2]].replace("#", layer[1]) if layer and layer[2] in NAMES else name
 
 
-def as_in_family(tensor: Tensor, name: str, norm_offset: bool) -> Tensor:
-    """A tensor of a file as Hugging Face has it. norm_offset: norms, which are 1 + weight there, are whole here."""
-    if norm_offset and name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
-        return tensor - 1
+def as_in_family(stored: GGUFTensor, name: str, args: ModelArgs) -> Tensor:
+    """A tensor of a file as Hugging Face has it."""
+    tensor = stored.read()
+    if args.norm_offset and name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
+        return tensor - 1  # which is 1 + weight in these files
     if name.endswith("ssm_a"):  # the decay itself, below 0
         return torch.log(-tensor)
     if name.endswith("ssm_conv1d.weight"):
@@ -153,37 +155,30 @@ def as_in_family(tensor: Tensor, name: str, norm_offset: bool) -> Tensor:
     return tensor.view(1, -1) if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row, or a vector
 
 
-def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
+def kept_spec(tensors: dict[str, GGUFTensor], names: list[str], shape: torch.Size) -> QuantSpec | None:
     """How a weight of this shape, whose parts are the tensors `names`, is quantised, if its types are kept."""
-    parts, (*experts, rows, columns) = [file.tensors[name] for name in names], shape
+    parts, (*experts, rows, columns) = [tensors[name] for name in names], shape
     # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
     fits = sum(part.shape[-2] for part in parts) == rows
     fits = fits and all(part.shape == (*experts, part.shape[-2], columns) for part in parts)
     return common_spec({part.kind.name for part in parts}) if fits else None
 
 
-def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
+def kept_layers(tensors: dict[str, GGUFTensor], layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
     """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
     table, codes, args = {}, {}, layout.args
     for module, layer in layout.model.named_modules():
         names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules, layout.args)[0]]
-        if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
+        if not can_be_rounded(layer) or any(name not in tensors for name in names):
             continue
-        spec = kept_spec(file, names, layer.weight.shape)
+        spec = kept_spec(tensors, names, layer.weight.shape)
         cut = args.delta is not None and args.delta.value_dim % (spec.groupsize if spec else 1)
         if spec is None or cut:  # a group of inputs of more than one value head, which may stand in another order
             continue
         table[module] = spec
         for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
-            codes |= {f"{part}.{leaf}": partial(read_codes, file.tensors[name], spec, leaf) for leaf in spec.leaves}
+            codes |= {f"{part}.{leaf}": partial(read_codes, tensors[name], spec, leaf) for leaf in spec.leaves}
     return table, codes
-
-
-def is_read(name: str, args: ModelArgs, n_guess: int) -> bool:
-    """Whether a tensor is one of the model, not of the layers of guesses after it, nor unused in its own."""
-    layer = re.match(r"blk\.(\d+)\.", name)
-    guesses = layer and int(layer[1]) in range(args.n_layer, args.n_layer + n_guess)
-    return not guesses and not is_unused(name, args)
 
 
 def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
@@ -198,16 +193,18 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
         raise ValueError(f"{path}: architecture {name!r} is not supported; supported in GGUF: {known}")
     architecture = ARCHITECTURES[name]
     config = config_from_gguf(file, architecture)
-    layout = Layout(args_from_gguf(file, config, architecture))
-    args, modules = layout.args, gguf_modules(name, config.get("model_type"))
+    args, n_guess = args_from_gguf(file, config, architecture), config.count("num_nextn_predict_layers", 0)
+    modules = gguf_modules(name, config.get("model_type"))
 
-    def read(name: str) -> Tensor:
-        return as_in_family(file.tensors[name].read(), name, args.norm_offset)
+    def opened(layout: Layout, tensors: dict[str, GGUFTensor]) -> ModelFile:
+        args = layout.args
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_unused(name, args)}
+        raw = {name_in_module(name): partial(as_in_family, each, name, args) for name, each in tensors.items()}
+        table, codes = kept_layers(tensors, layout, modules) if keep_codes else ({}, {})
+        raw, layout = architecture.tensors(args, raw | codes), layout.quantized(table)
+        order = rope_order(args, architecture.interleaved)
+        return ModelFile(layout, rename(layout, raw, modules, path, order, architecture.rows(args)), file.paths)
 
-    n_guess = config.count("num_nextn_predict_layers", 0)
-    raw = {name_in_module(name): partial(read, name) for name in file.tensors if is_read(name, args, n_guess)}
-    table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
-    raw, layout = architecture.tensors(args, raw | codes), layout.quantized(table)
-    order = rope_order(args, architecture.interleaved)
-    tensors = rename(layout, raw, modules, path, order, architecture.rows(args))
-    return ModelFile(layout, tensors, file.paths, gguf=file.path)
+    model = opened(Layout(args), without_guesses(file.tensors, args.n_layer, n_guess))
+    guesses = guesses_in(file.tensors, args.n_layer) if n_guess else {}
+    return replace(model, gguf=file.path, guesses=partial(opened, guess_layout(args), guesses) if guesses else None)
