@@ -162,7 +162,7 @@ def check_speculation(args: argparse.Namespace, device: torch.device, ranks: Ran
         pick_device(args.draft_device)
     if args.speculate_k is not None:
         if not speculates(args):
-            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate")
+            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram or mtp")
         check_length(args.speculate_k, device)
 
 
