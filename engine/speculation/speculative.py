@@ -199,8 +199,7 @@ def speculate(
     """
     if n_new == 0:
         return
-    drafter = speculation.drafter
-    drafter.extend(token.tolist())
+    (drafter := speculation.drafter).extend(token.tolist())
     recent = torch.cat((torch.tensor(before, device=token.device)[:, None], token), 1)
     places = pos.flatten().tolist()
     ends = [place + n_new for place in places]

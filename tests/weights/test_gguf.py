@@ -22,6 +22,7 @@ from transformers import (
     Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
@@ -43,6 +44,7 @@ from transformers import (
     YoutuConfig,
 )
 
+from engine.speculation.own_layer import load_guesses
 from layers.quantized import QuantSpec
 from scripts.convert_hf_checkpoint import main as convert
 from tests.weights.converted import converted
@@ -108,6 +110,7 @@ OTHER_NAMES = {  # of some families
     "exaone4": POST_NORMS,
     "seed_oss": POST_NORMS,
     "qwen3next": POST_NORMS,
+    "glm4moe": POST_NORMS,
     "qwen35": POST_NORMS,
     "qwen35moe": POST_NORMS,
     "gemma4": {  # longer names first, which hold shorter ones
@@ -135,6 +138,7 @@ OTHER_NAMES = {  # of some families
 ARCHITECTURES = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "olmo3": "olmo2", "mixtral": "llama"}
 ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "hunyuan_v1_dense": "hunyuan-dense"}
 ARCHITECTURES |= {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
+ARCHITECTURES |= {"glm4_moe": "glm4moe"}
 ARCHITECTURES |= dict.fromkeys(("deepseek_v2", "deepseek_v3", "youtu"), "deepseek2")
 OFFSET = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")  # norms are 1 + weight
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # of which the converter turns q and k
@@ -367,6 +371,9 @@ LATENT_EXPERTS_FILE = LATENT_FILE | {
     "add_expert_weights_scale": 1.5,
     "add_leading_dense_block_count": 1,
 }
+OF_GLM = {key: value for key, value in LATENT_EXPERTS.items() if key not in LATENT or key == "pad_token_id"}
+OF_GLM_FILE = {key: value for key, value in LATENT_EXPERTS_FILE.items() if key not in LATENT_FILE}
+OF_GLM_FILE |= {"add_expert_shared_count": 2, "add_expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID}
 GROWING = {"mscale": 0.7, "mscale_all_dim": 0.7}
 WITH_GATES = {"add_expert_weights_norm": True, "add_expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID}
 WITH_GATES |= YARN | {"add_rope_scaling_yarn_beta_fast": 1.0, "add_rope_scaling_yarn_log_mul": 0.07}
@@ -387,6 +394,11 @@ FAMILIES |= {
         LATENT_EXPERTS_FILE | WITH_GATES,
     ),
     "youtu": (YoutuConfig, LATENT, LATENT_FILE),
+    "glm4moe": (
+        Glm4MoeConfig,
+        OF_GLM | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True},
+        OF_GLM_FILE | {"add_expert_weights_norm": True, "add_rope_dimension_count": 8},
+    ),
 }
 
 
@@ -432,13 +444,26 @@ def test_gemma_4(extra, fields, kind, tmp_path):
     assert_same_logits(write_gguf(path, theirs, kind, fields, {"rope_freqs.weight": factors}), theirs)
 
 
-def test_layers_of_guesses_are_left_out(tmp_path):
-    """A file says how many of its blocks come after the model's own."""
+def test_the_layer_of_guesses_is_left_out_and_read_apart(tmp_path):
+    """A file says how many of its blocks come after the model's own; norms are 1 + weight there too."""
     config, extra, fields = FAMILIES["qwen35"]
     theirs = tiny(config(**{**SIZES, **extra}))
-    more = {"blk.4.nextn.eh_proj.weight": np.zeros((64, 128), dtype=np.float32)}
+    of_layer = theirs.model.layers[3].state_dict()  # another layer with attention, in the place of its block
+    more = {f"blk.4.nextn.{name}.weight": np.full(64, 1.5, dtype=np.float32) for name in ("enorm", "hnorm")}
+    more["blk.4.nextn.shared_head_norm.weight"] = np.full(64, 3.0, dtype=np.float32)
+    more["blk.4.nextn.eh_proj.weight"] = np.arange(64 * 128, dtype=np.float32).reshape(64, 128)
+    for name, weight in of_layer.items():
+        for part, ours in (NAMES | POST_NORMS).items():
+            name = name.replace(part, ours)
+        more[f"blk.4.{name}"] = weight.numpy() + float("norm" in name)
     fields = fields | {"add_block_count": 5, "add_nextn_predict_layers": 1}
-    assert_same_logits(write_gguf(tmp_path / "m.gguf", theirs, fields=fields, tensors=more), theirs)
+    path = write_gguf(tmp_path / "m.gguf", theirs, fields=fields, tensors=more)
+    model = assert_same_logits(path, theirs)
+    layer = load_guesses(path, model)
+    assert torch.equal(layer.joined.weight, torch.arange(64.0 * 128).view(64, 128))
+    assert layer.norm.weight.eq(2).all() and layer.hidden_norm.weight.eq(0.5).all()
+    for name, tensor in model.layers[3].state_dict().items():
+        torch.testing.assert_close(layer.layers[0].state_dict()[name], tensor, atol=1e-6, rtol=0)
 
 
 def test_linear_rope_scaling(tmp_path):

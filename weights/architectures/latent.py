@@ -45,11 +45,22 @@ def latent_layers(file: GGUFFile, values: dict) -> dict:
     return keys | (latent_experts(file, values) if values["num_experts"] else {"model_type": "youtu"})
 
 
+def glm_experts(file: GGUFFile, values: dict) -> dict:
+    """The keys of GLM-4.5, whose experts are DeepSeek's; its files have biases and norms of heads, or not."""
+    return latent_experts(file, values) | {
+        "model_type": "glm4_moe",
+        "intermediate_size": file.metadata.get("glm4moe.feed_forward_length"),
+        "topk_method": None,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+    }
+
+
 def latent_experts(file: GGUFFile, values: dict) -> dict:
     """The keys of a mixture of experts, and whose model it is."""
 
     def of_file(key: str, default=None):
-        return file.metadata.get(f"deepseek2.{key}", default)
+        return file.metadata.get(f"{file.metadata['general.architecture']}.{key}", default)
 
     unsaid = SIGMOID if values["vocab_size"] == UNSAID[0] and values["num_hidden_layers"] in UNSAID[1] else SOFTMAX
     scored = of_file("expert_gating_func") or unsaid

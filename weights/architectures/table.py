@@ -3,7 +3,7 @@
 from weights.architectures.architecture import Architecture
 from weights.architectures.delta import SPLIT, delta_layers, joined_rows, tiled_rows, untiled_outputs
 from weights.architectures.gemma_4 import gemma_4_layers
-from weights.architectures.latent import joined_latents, latent_layers
+from weights.architectures.latent import glm_experts, joined_latents, latent_layers
 from weights.huggingface import EXPERTS
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -25,6 +25,7 @@ ARCHITECTURES = {
         by_layer=latent_layers,
         tensors=joined_latents,
     ),
+    "glm4moe": Architecture("glm4_moe", by_layer=glm_experts),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", interleaved=True),
     "glm4": Architecture("glm4", interleaved=True),
