@@ -168,8 +168,9 @@ def needs_tasks(args: argparse.Namespace) -> list[str]:
 def check_logits(args: argparse.Namespace) -> None:
     """Refuse flags about logits that cannot work."""
     given = needs_tasks(args)
-    if given and (args.interactive or args.draft_checkpoint_path is not None):
-        raise ValueError(f"--{given[0]} does not go with --interactive or --draft_checkpoint_path; leave one out")
+    if given and (args.interactive or args.draft_checkpoint_path is not None or args.speculate == "mtp"):
+        others = "--interactive, --draft_checkpoint_path or --speculate mtp"
+        raise ValueError(f"--{given[0]} does not go with {others}; leave one out")
     if not 0 < args.repetition_penalty < float("inf"):
         raise ValueError(f"--repetition_penalty is {args.repetition_penalty}; it must be above 0, and 1 is off")
     if args.logprobs is not None and (args.logprobs < 0 or args.output_json is None):

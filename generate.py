@@ -27,6 +27,7 @@ from engine.engine import Engine, build_engine
 from engine.sampling import Sampling
 from engine.speculation.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
 from engine.speculation.guess_length import check_length
+from engine.speculation.own_layer import OwnLayer, load_guesses, require_guesses
 from engine.speculation.speculative import Speculation, build_speculation
 from flags import (
     NEW_TOKENS,
@@ -97,7 +98,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, 
     check_request(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     device = pick_device(args.device, ranks)
-    check_speculation(args, device)
+    check_speculation(args, device, ranks)
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
     if args.compile or args.compile_prefill:
@@ -143,7 +144,7 @@ def check_request(args: argparse.Namespace) -> None:
         require_writable(trace_path(args.profile))
 
 
-def check_speculation(args: argparse.Namespace, device: torch.device) -> None:
+def check_speculation(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> None:
     """Refuse arguments of speculation that cannot work."""
     if args.draft_checkpoint_path is not None and args.speculate is not None:
         raise ValueError("--draft_checkpoint_path and --speculate are both given; give one source of guesses")
@@ -151,13 +152,17 @@ def check_speculation(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(
             "--random_weights has no tokenizer that a draft could share; leave out --draft_checkpoint_path"
         )
+    if args.speculate == "mtp":
+        if args.random_weights or ranks is not None:
+            raise ValueError("--speculate mtp needs a model from a file, and one process; or use --speculate ngram")
+        require_guesses(model_path(args))
     if args.draft_device is not None:
         if args.draft_checkpoint_path is None:
             raise ValueError("--draft_device needs --draft_checkpoint_path")
         pick_device(args.draft_device)
     if args.speculate_k is not None:
         if not speculates(args):
-            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram")
+            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram or mtp")
         check_length(args.speculate_k, device)
 
 
@@ -231,7 +236,11 @@ def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: 
     """Who guesses ahead, as asked for, and the function that verifies the guesses, compiled as asked."""
     if not speculates(args):
         return None
-    drafter = PromptLookup() if args.speculate == "ngram" else load_draft(args, model, tokenizer)
+    if args.speculate == "mtp":
+        spec = quant_spec(args.quantize, args.groupsize)
+        drafter = OwnLayer(load_guesses(model_path(args), model, spec, args.dequantize))
+    else:
+        drafter = PromptLookup() if args.speculate else load_draft(args, model, tokenizer)
     return build_speculation(model, drafter, args.speculate_k, args.compile)
 
 
@@ -397,8 +406,8 @@ def speculation_flags(group) -> None:
     text = "a smaller model that guesses; same tokenizer"
     group.add_argument("--draft_checkpoint_path", metavar="PATH", type=checkpoint_path, help=text)
     group.add_argument("--draft_device", help="where it runs (default: where the model does)")
-    text = "guess what followed the same words before; no draft model"
-    group.add_argument("--speculate", choices=["ngram"], help=text)
+    text = "ngram: guess what followed the same words before; mtp: by the layer that the model itself brings"
+    group.add_argument("--speculate", choices=["ngram", "mtp"], help=text)
     group.add_argument(
         "--speculate_k",
         type=number_or_text,

@@ -158,7 +158,8 @@ def chunks(
     if not sampling.is_greedy:
         for row, seed in enumerate(seeds or new_seeds(len(prompts))):
             seed_row(engine.cache, row, seed)
-    token, pos = prefill(model, engine.cache, [ids[start:] for ids in prompts], sampling, start, engine.forward)
+    forward = engine.forward if speculation is None else speculation.drafter.following(engine.forward)
+    token, pos = prefill(model, engine.cache, [ids[start:] for ids in prompts], sampling, start, forward)
     if speculation is None:
         stream = decode(model, engine.cache, token, pos, n_new - 1, sampling, engine.step)
     else:

@@ -12,8 +12,8 @@ if __name__ == "__main__":
 import re
 
 import cli
+from weights.architectures.table import ARCHITECTURES
 from weights.families.table import FAMILIES
-from weights.gguf import ARCHITECTURES
 
 README = cli.ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -26,7 +26,7 @@ NAMES = {  # what the families of these model types are called, and what their m
     "mixtral": "Mixtral (experts)",
     "qwen2_moe qwen3_moe": "Qwen1.5-MoE, Qwen2-MoE (a shared expert), Qwen3-MoE, with experts in some layers too",
     "qwen3_next qwen3_5_text qwen3_5_moe_text": "Qwen3-Next, Qwen3.5 and 3.6, with and without experts: gated DeltaNet "
-    "(the part for text, without its layer of guesses)",
+    "(the part for text)",
     "gpt_oss": "gpt-oss (sinks, biases, clamped activation)",
     "gemma gemma2 gemma3_text": "Gemma 1, 2, 3: of a vision-language model, the text part (soft caps, windows in turn, "
     "four norms)",
@@ -36,7 +36,8 @@ NAMES = {  # what the families of these model types are called, and what their m
     "glm4": "GLM-4 (partial rope, four norms)",
     "glm4_moe": "GLM-4.5, 4.6 (first layers dense, experts scored one by one)",
     "deepseek_v2 deepseek_v3 kimi_k2": "DeepSeek-V2, V2-Lite, V3, R1, Kimi K2 (latent attention, experts in groups)",
-    "glm4_moe_lite youtu minicpm3": "GLM-4.7-Flash, Youtu-LLM, MiniCPM3 (latent attention)",
+    "glm4_moe_lite youtu": "GLM-4.7-Flash, Youtu-LLM (latent attention)",
+    "minicpm3": "MiniCPM3 (latent attention, scales)",
     "seed_oss hunyuan_v1_dense": "Seed-OSS (biases), Hunyuan dense (norms after rope)",
     "exaone4 cohere2": "EXAONE 4, Cohere 2 (rope in layers with a window only; layer norm, parallel blocks)",
     "olmo2 olmo3 olmoe": "OLMo 2 and 3 (norms after, YaRN), OLMoE",
@@ -48,9 +49,7 @@ IN_GPT_FAST = ("llama", "mixtral")
 
 def formats(types: str) -> str:
     """How the models of these types are read."""
-    in_gguf = {
-        kind for each in ARCHITECTURES.values() for kind in (each.model_type, each.with_experts, each.with_window)
-    }
+    in_gguf = set().union(*(each.model_types for each in ARCHITECTURES.values()))
     found = ["safetensors"]
     if in_gguf.issuperset(types.split()):
         found.append(f"GGUF{REMARKS.get(types, '')}")

@@ -481,6 +481,7 @@ BAD_FLAGS = {  # and what the error says
     "--speculate ngram --speculate_k 33": "speculate_k is 33; on cpu it must be from 1 to 32, or auto",
     "--speculate ngram --speculate_k foo": "speculate_k is foo",
     "--speculate_k 5": "--speculate_k needs --draft_checkpoint_path or --speculate ngram",
+    "--speculate mtp": "has no layer of guesses, which --speculate mtp needs",
     "--speculate bigram": "invalid choice: 'bigram'",
     "--cache_dtype int4": "--cache_dtype: invalid choice: 'int4'",
     "--speculate ngram --draft_checkpoint_path OTHER": "both given; give one source of guesses",

@@ -1,8 +1,7 @@
 """Models in GGUF files: their metadata as a config in Hugging Face's words, and their tensors by our names."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +11,15 @@ from torch import Tensor
 from layers.quantized import QuantSpec, can_be_rounded
 from mixers.rope import RopeScaling
 from model import ModelArgs
+from weights.architectures.architecture import Architecture
+from weights.architectures.table import ARCHITECTURES
 from weights.families.table import FAMILIES, args_from_config
 from weights.files import Config
-from weights.gguf_file import GGUFFile, open_parts
-from weights.huggingface import EXPERTS, hf_modules
+from weights.gguf_file import GGUFFile, GGUFTensor, open_parts
+from weights.huggingface import hf_modules
 from weights.layout import Layout, ModelFile, Readers, is_unused, rename, rope_order, source_modules
 from weights.shipped.gguf_blocks import common_spec, read_codes
+from weights.shipped.guesses import guess_layout, guesses_in, without_guesses
 
 KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the architecture
     "hidden_size": "embedding_length",
@@ -43,90 +45,10 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "rope_theta": "rope.freq_base",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
     "rotary_dim": "rope.dimension_count",
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Which of our families an architecture of GGUF is, and what its files have of their own."""
-
-    model_type: str
-    with_experts: str | None = None  # the model_type of files with experts
-    with_window: str | None = None  # the model_type of files with a window
-    interleaved: bool = False  # rope turns neighbouring pairs
-    config: dict = field(default_factory=dict)  # what is true of all its models, and no file says
-    required: tuple[str, ...] = ()  # keys that files must have, though Hugging Face has defaults for them
-    modules: dict = field(default_factory=dict)  # of Hugging Face, where files are split otherwise than its own
-    by_layer: Callable[[GGUFFile, dict], dict] = lambda file, values: {}  # keys made of what files say of single layers
-    layers_scaled_by_dim: int | None = None  # layers of the one size whose attention is scaled by dim / n_head
-
-
-CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-
-
-def gemma_4_layers(file: GGUFFile, values: dict) -> dict:
-    """The keys of Gemma 4 from lists with an entry a layer; values: what the file says else."""
-
-    def of_file(key: str, default=None):
-        return file.metadata.get(f"gemma4.{key}", default)
-
-    windowed = of_file("attention.sliding_window_pattern")
-
-    def by_layer(key: str) -> list:
-        each = of_file(key) if isinstance(of_file(key), list) else [of_file(key)] * len(windowed)
-        if len(each) != len(windowed):
-            raise ValueError(f"{file.path}: gemma4.{key} has {len(each)} entries, not one for each layer")
-        return each
-
-    if not isinstance(windowed, list) or False not in windowed or not all(each in (True, False) for each in windowed):
-        raise ValueError(f"{file.path}: gemma4.attention.sliding_window_pattern must say which layers have a window")
-    full, first = windowed.index(False), windowed.index(True) if True in windowed else 0
-    n_kv_heads, sizes = by_layer("attention.head_count_kv"), by_layer("feed_forward_length")
-    return {
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
-        "head_dim": of_file("attention.key_length_swa"),
-        "global_head_dim": values["head_dim"],
-        "rotary_dim": None,
-        "num_key_value_heads": n_kv_heads[first],
-        "num_global_key_value_heads": n_kv_heads[full],
-        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
-        "rope_parameters": {
-            "full_attention": {"rope_theta": values["rope_theta"]},
-            "sliding_attention": {"rope_theta": of_file("rope.freq_base_swa", 10000.0)},
-        },
-        "num_kv_shared_layers": of_file("attention.shared_kv_layers", 0),
-        "intermediate_size": sizes[0],
-        "use_double_wide_mlp": sizes[-1] != sizes[0],
-        "hidden_size_per_layer_input": of_file("embedding_length_per_layer_input", 0),
-        "vocab_size_per_layer_input": values["vocab_size"],
-        "enable_moe_block": bool(values["num_experts"]),
-        "top_k_experts": values["num_experts_per_tok"],
-        "moe_intermediate_size": of_file("expert_feed_forward_length"),
-    }
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", with_experts="mixtral", interleaved=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "qwen2moe": Architecture("qwen2_moe"),
-    "qwen3moe": Architecture("qwen3_moe", config={"norm_topk_prob": True}),
-    "phi3": Architecture("phi3"),
-    "smollm3": Architecture("smollm3", interleaved=True),
-    "glm4": Architecture("glm4", interleaved=True),
-    "seed_oss": Architecture("seed_oss"),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
-    "exaone4": Architecture("exaone4"),
-    "cohere2": Architecture("cohere2", interleaved=True, required=("logit_scale",)),
-    "olmoe": Architecture("olmoe"),
-    "granite": Architecture("granite", interleaved=True, required=("attention_multiplier",)),
-    "granitemoe": Architecture("granitemoe", interleaved=True, required=("attention_multiplier",), modules=EXPERTS),
-    "olmo2": Architecture("olmo2", with_window="olmo3"),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", required=CAPS, layers_scaled_by_dim=46),
-    "gemma3": Architecture("gemma3_text", layers_scaled_by_dim=62),
-    "gemma4": Architecture("gemma4_text", by_layer=gemma_4_layers),
+    "num_nextn_predict_layers": "nextn_predict_layers",
 }
 
 
@@ -155,6 +77,8 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
     keys["moe_intermediate_size"] = keys["intermediate_size"]
     names = {key: f"{name}.{of_file}" for key, of_file in keys.items()}
     values = architecture.config | {key: file.metadata.get(of_file) for key, of_file in names.items()}
+    known = Config(values, file.path, names)
+    n_guess = known.count("num_nextn_predict_layers", 0)  # layers after the model's own, which guess further tokens
     model_type = architecture.model_type
     if values["num_experts"]:
         model_type = architecture.with_experts or model_type
@@ -162,6 +86,7 @@ def config_from_gguf(file: GGUFFile, architecture: Architecture) -> Config:
         model_type = architecture.with_window or model_type
     values |= {
         "model_type": model_type,
+        "num_hidden_layers": known.whole("num_hidden_layers") - n_guess,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "sliding_window": values["sliding_window"] or None,
@@ -182,7 +107,8 @@ def rope_scaling_from_gguf(file: GGUFFile, values: dict, name: str) -> dict | No
         raise ValueError(f"{file.path}: rope type {rope_type!r} is not supported; supported: none, linear, yarn")
     if rope_type == "none" or "rope_freqs.weight" in file.tensors:
         return None
-    return {"rope_type": rope_type} | {key: values[key] for key in ("factor", trained)}
+    keys = ("factor", trained, "beta_fast", "beta_slow")
+    return {"rope_type": rope_type} | {key: values[key] for key in keys}
 
 
 def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -> ModelArgs:
@@ -201,41 +127,57 @@ def args_from_gguf(file: GGUFFile, config: Config, architecture: Architecture) -
     return args
 
 
-SCALES = {  # of Gemma 4 -> what Hugging Face calls them, which is no module
-    "layer_output_scale.weight": "layer_scalar",
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_down_exps.scale": "router.per_expert_scale",
+NAMES = {  # of tensors of a layer, which are those of no module -> by what module of the family, or of the file
+    "layer_output_scale.weight": "model.layers.#.layer_scalar",
+    "ffn_gate_inp.scale": "model.layers.#.router.scale",
+    "ffn_down_exps.scale": "model.layers.#.router.per_expert_scale",
+    "exp_probs_b.bias": "blk.#.ffn_gate_inp.e_score_correction_bias",
+    "ssm_a": "model.layers.#.linear_attn.A_log",
+    "ssm_dt.bias": "model.layers.#.linear_attn.dt_bias",
 }
 
 
-def hf_name_of_scale(name: str) -> str:
-    """A tensor's name or, of a scale of a layer, what Hugging Face calls it."""
+def name_in_module(name: str) -> str:
+    """A tensor's name or, if it is in `NAMES`, the one there."""
     layer = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
-    return f"model.layers.{layer[1]}.{SCALES[layer[2]]}" if layer and layer[2] in SCALES else name
+    return NAMES[layer[2]].replace("#", layer[1]) if layer and layer[2] in NAMES else name
 
 
-def kept_spec(file: GGUFFile, names: list[str], shape: torch.Size) -> QuantSpec | None:
+def as_in_family(stored: GGUFTensor, name: str, args: ModelArgs) -> Tensor:
+    """A tensor of a file as Hugging Face has it."""
+    tensor = stored.read()
+    if args.norm_offset and name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
+        return tensor - 1  # which is 1 + weight in these files
+    if name.endswith("ssm_a"):  # the decay itself, below 0
+        return torch.log(-tensor)
+    if name.endswith("ssm_conv1d.weight"):
+        return tensor[:, None]
+    return tensor.view(1, -1) if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row, or a vector
+
+
+def kept_spec(tensors: dict[str, GGUFTensor], names: list[str], shape: torch.Size) -> QuantSpec | None:
     """How a weight of this shape, whose parts are the tensors `names`, is quantised, if its types are kept."""
-    parts, (*experts, rows, columns) = [file.tensors[name] for name in names], shape
+    parts, (*experts, rows, columns) = [tensors[name] for name in names], shape
     # sizes that are a lie are refused on reading; a meta model of quantised layers would take minutes to build
     fits = sum(part.shape[-2] for part in parts) == rows
     fits = fits and all(part.shape == (*experts, part.shape[-2], columns) for part in parts)
     return common_spec({part.kind.name for part in parts}) if fits else None
 
 
-def kept_layers(file: GGUFFile, layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
+def kept_layers(tensors: dict[str, GGUFTensor], layout: Layout, modules: dict) -> tuple[dict[str, QuantSpec], Readers]:
     """The linear layers that can be kept, and what reads their tensors, by the file's names of their parts."""
-    table, codes = {}, {}
+    table, codes, args = {}, {}, layout.args
     for module, layer in layout.model.named_modules():
         names = [f"{part}.weight" for part in source_modules(layout.weight_source(module), modules, layout.args)[0]]
-        if not can_be_rounded(layer) or any(name not in file.tensors for name in names):
+        if not can_be_rounded(layer) or any(name not in tensors for name in names):
             continue
-        spec = kept_spec(file, names, layer.weight.shape)
-        if spec is None:
+        spec = kept_spec(tensors, names, layer.weight.shape)
+        cut = args.delta is not None and args.delta.value_dim % (spec.groupsize if spec else 1)
+        if spec is None or cut:  # a group of inputs of more than one value head, which may stand in another order
             continue
         table[module] = spec
         for part, name in zip(source_modules(module, modules, layout.args)[0], names, strict=True):
-            codes |= {f"{part}.{leaf}": partial(read_codes, file.tensors[name], spec, leaf) for leaf in spec.leaves}
+            codes |= {f"{part}.{leaf}": partial(read_codes, tensors[name], spec, leaf) for leaf in spec.leaves}
     return table, codes
 
 
@@ -249,18 +191,23 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: architecture {name!r} is not supported; supported in GGUF: {known}")
-    config = config_from_gguf(file, ARCHITECTURES[name])
-    layout = Layout(args_from_gguf(file, config, ARCHITECTURES[name]))
+    architecture = ARCHITECTURES[name]
+    config = config_from_gguf(file, architecture)
+    args, n_guess = args_from_gguf(file, config, architecture), config.count("num_nextn_predict_layers", 0)
     modules = gguf_modules(name, config.get("model_type"))
 
-    def read(name: str) -> Tensor:
-        tensor = file.tensors[name].read()
-        if layout.args.norm_offset and name.endswith("norm.weight"):  # which is 1 + weight in these files
-            return tensor - 1
-        return tensor[None] if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row
+    def opened(layout: Layout, tensors: dict[str, GGUFTensor]) -> ModelFile:
+        args = layout.args
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_unused(name, args)}
+        raw = {name_in_module(name): partial(as_in_family, each, name, args) for name, each in tensors.items()}
+        table, codes = kept_layers(tensors, layout, modules) if keep_codes else ({}, {})
+        raw, layout = architecture.tensors(args, raw | codes), layout.quantized(table)
+        order = rope_order(args, architecture.interleaved)
+        return ModelFile(layout, rename(layout, raw, modules, path, order, architecture.rows(args)), file.paths)
 
-    raw = {hf_name_of_scale(name): partial(read, name) for name in file.tensors if not is_unused(name, layout.args)}
-    table, codes = kept_layers(file, layout, modules) if keep_codes else ({}, {})
-    raw, layout = raw | codes, layout.quantized(table)
-    order = rope_order(layout.args, ARCHITECTURES[name].interleaved)
-    return ModelFile(layout, rename(layout, raw, modules, path, order), file.paths, gguf=file.path)
+    def read_guesses(tensors: dict[str, GGUFTensor]) -> ModelFile:
+        return opened(guess_layout(args), tensors)
+
+    model = opened(Layout(args), without_guesses(file.tensors, args.n_layer, n_guess))
+    guesses = guesses_in(file.tensors, args.n_layer) if n_guess else {}
+    return replace(model, gguf=file.path, guesses=partial(read_guesses, guesses) if guesses else None)

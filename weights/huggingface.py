@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from weights.families.delta import rows_in_file
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
+from weights.shipped.guesses import guess_layout, guesses_in, without_guesses
 from weights.shipped.layers import kept_layers
 from weights.shipped.methods import read_layer_of
 
@@ -188,17 +190,23 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
     args, raw = head_as_stored(
         args_from_config(Config(config, folder / "config.json")), raw, "model.embed_tokens.weight", "lm_head.weight"
     )
-    layout, model_type = Layout(args), config["model_type"]
+    n_guess, model_type = config.get("num_nextn_predict_layers") or 0, config["model_type"]
     interleaved = model_type in INTERLEAVED and bool(config.get("rope_interleave", True))
-    modules, order = hf_modules(model_type), rope_order(args, interleaved)
-    guesses = tuple(f"model.layers.{args.n_layer + i}." for i in range(config.get("num_nextn_predict_layers") or 0))
-    guesses += ("mtp.",)
-    unused = {name for name in raw if name.startswith(guesses) or is_unused(name, args)}  # guesses: of further tokens
-    raw = {name: read for name, read in raw.items() if name not in unused}
-    if read_layer is not None:
-        layout, raw = kept_layers(layout, raw, modules, read_layer, where)
-    tensors = rename(layout, raw, modules, where, order, rows_in_file(args, model_type))
-    return ModelFile(layout, tensors, tuple(paths))
+
+    def opened(layout: Layout, raw: Readers) -> ModelFile:
+        args, modules = layout.args, hf_modules(model_type)
+        raw = {name: read for name, read in raw.items() if not is_unused(name, args)}
+        if read_layer is not None:
+            layout, raw = kept_layers(layout, raw, modules, read_layer, where)
+        order, rows = rope_order(args, interleaved), rows_in_file(args, model_type)
+        return ModelFile(layout, rename(layout, raw, modules, where, order, rows), tuple(paths))
+
+    def read_guesses(tensors: Readers) -> ModelFile:
+        return opened(guess_layout(args), tensors)
+
+    model = opened(Layout(args), without_guesses(raw, args.n_layer, n_guess))
+    guesses = guesses_in(raw, args.n_layer)
+    return replace(model, guesses=partial(read_guesses, guesses) if guesses else None)
 
 
 def with_rows_of_outputs(raw: Readers) -> Readers:

@@ -31,16 +31,22 @@ IGNORED = re.compile(
 class Layout:
     """What the file of a model holds: its tensors, as meta tensors by name, and the table of its quantised layers.
 
-    model: the meta model, which `fill` gives its tensors. head_source: the module whose weight the output head has.
+    model: the meta model, of class `kind`, which `fill` gives its tensors. head_source: the module whose weight the
+    output head has.
     """
 
     def __init__(
-        self, args: ModelArgs, table: dict[str, QuantSpec] | None = None, model: Transformer | None = None
+        self,
+        args: ModelArgs,
+        table: dict[str, QuantSpec] | None = None,
+        model: Transformer | None = None,
+        kind: type[Transformer] = Transformer,
     ) -> None:
         if model is None:
             with torch.device("meta"):
-                model = Transformer(args)
-        self.args, self.table, self.model = args, table or {}, model
+                model = kind(args)
+        self.args = args = model.args
+        self.table, self.model = table or {}, model
         quantize_(model, self.table)
         self.tensors = model.state_dict()
         self.head_source = "output"
@@ -80,6 +86,7 @@ class ModelFile:
     paths: tuple[Path, ...] = ()  # of the files that hold them
     gguf: Path | None = None  # a GGUF file, whose metadata holds the tokenizer too
     beside: dict[str, Callable[[], Pair]] = field(default_factory=dict)  # adapters of quantised layers, by module
+    guesses: Callable[[], "ModelFile"] | None = None  # opens the layer of guesses, if the file has one
 
     @property
     def args(self) -> ModelArgs:
@@ -111,7 +118,7 @@ def dequantized(opened: ModelFile) -> ModelFile:
         names = {leaf: f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors}
         tensors[f"{module}.weight"] = Kept(spec, {leaf: opened.tensors[name] for leaf, name in names.items()}).weight
     args, tensors = head_as_stored(layout.args, tensors)
-    return replace(opened, layout=Layout(args), tensors=tensors)
+    return replace(opened, layout=Layout(args, kind=type(layout.model)), tensors=tensors)
 
 
 def readers(state: Any, path: Path) -> Readers:

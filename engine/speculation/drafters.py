@@ -50,7 +50,17 @@ class Drafter:
         raise NotImplementedError
 
     def skip(self, recent: Tensor) -> None:
-        """Nothing was proposed after `recent`."""
+        """Nothing is proposed after `recent`, as `propose` takes it."""
+
+    def following(self, forward: Callable) -> Callable:
+        """What reads the chunks of a prompt as `forward` does, and may keep what the model makes of them."""
+        return forward
+
+    def verified(self, hidden: Tensor, tokens: Tensor, pos: Tensor, filled: int) -> None:
+        """What the model's blocks made [B, n, dim] of the tokens from pos [B, 1] on, and the n tokens that follow each.
+
+        Those beyond what was accepted are none of the text. filled: tokens of the longest row, with them.
+        """
 
     def extend(self, rows: list[list[int]]) -> None:
         """The new tokens of each row."""
@@ -154,6 +164,14 @@ class _History:
         return ids
 
 
+def draw(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """A token [B, 1] of logits [B, V], and its distribution [B, V], None if it is certain."""
+    if sampling.is_greedy:
+        return valid(argmax(logits), logits)[:, None], None
+    probs = logits_to_probs(logits, sampling)
+    return valid(sample(probs), probs)[:, None], probs
+
+
 def draft_one_token(
     model: Transformer, tokens: Tensor, pos: Tensor, cache: CacheView, barred: Tensor | None, sampling: Sampling
 ) -> tuple[Tensor, Tensor | None]:
@@ -166,10 +184,7 @@ def draft_one_token(
     logits = model(tokens, pos, cache, last)[:, 0]
     if barred is not None:
         logits = logits.masked_fill(barred, float("-inf"))
-    if sampling.is_greedy:
-        return valid(argmax(logits), logits)[:, None], None
-    probs = logits_to_probs(logits, sampling)
-    return valid(sample(probs), probs)[:, None], probs
+    return draw(logits, sampling)
 
 
 class DraftModel(Drafter):

@@ -60,23 +60,25 @@ def verify(
     draft_probs: Tensor | None,
     sampling: Sampling,
     accept: Callable = accept,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One round: run the model over the draft and accept what it agrees with.
 
     tokens [B, k + 2]: the last two of the text and the draft; pos [B, 1]: the position of the last of the text, up to
     limit [B, 1]. Returns [B, k + 2], the new tokens and in the last column how many of them hold (together, for one
-    transfer to the host), and the last two tokens [B, 2] and pos [B, 1] of the text after the round.
+    transfer to the host), the last two tokens [B, 2] and pos [B, 1] of the text after the round, and what the
+    blocks made [B, k + 1, dim] of all tokens but the first.
     """
     recent, draft = tokens[:, :2], tokens[:, 2:]
     places = pos + torch.arange(draft.shape[1] + 1, device=pos.device)
-    logits = full_logits(model, model(tokens[:, 1:], places, cache), sampling.candidates)
+    hidden = model.hidden(tokens[:, 1:], places, cache)
+    logits = full_logits(model, model.logits(hidden), sampling.candidates)
     uniforms = None if sampling.is_greedy else uniforms_at(cache, places)
     new, count = accept(logits, draft, draft_probs, sampling, uniforms)
     if not sampling.is_greedy:  # what is likeliest is so on every rank
         new, count = from_first(model.ranks, torch.cat((new, count), 1)).tensor_split((-1,), 1)
     count = torch.minimum(count, limit - pos)
     recent = torch.cat((recent, new), 1).gather(1, count + torch.arange(2, device=pos.device))
-    return torch.cat((new, count), 1), recent, pos + count
+    return torch.cat((new, count), 1), recent, pos + count, hidden
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Speculation:
 
     def round(
         self, model: Transformer, cache: KVCache, text: "Text", k: int, sampling: Sampling
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Propose and verify; see `verify` for what comes back."""
         tokens, probs = text.recent, None
         if k:
@@ -197,8 +199,7 @@ def speculate(
     """
     if n_new == 0:
         return
-    drafter = speculation.drafter
-    drafter.extend(token.tolist())
+    (drafter := speculation.drafter).extend(token.tolist())
     recent = torch.cat((torch.tensor(before, device=token.device)[:, None], token), 1)
     places = pos.flatten().tolist()
     ends = [place + n_new for place in places]
@@ -210,7 +211,8 @@ def speculate(
         k = length.choose(grades, behind, max(end - place for end, place in zip(ends, places, strict=True)))
         if k == 0:
             drafter.skip(text.recent)
-        new, recent, pos = speculation.round(model, cache, text, k, sampling)
+        new, recent, pos, hidden = speculation.round(model, cache, text, k, sampling)
+        drafter.verified(hidden, new[:, :-1], text.pos, text.filled + k)
         new = new.cpu()
         seconds = time.perf_counter() - began
         yield (chunk := Chunk(new[:, :-1], new[:, -1]))

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from layers.quantized import can_be_rounded
 from mixers.experts import ExpertLinear
+from model import Transformer
 from weights.layout import Kept, Layout, Readers, source_modules
 from weights.shipped.methods import ReadLayer
 
@@ -46,7 +47,7 @@ def kept_layers(
                 tensors |= {f"{name}.{leaf}": read for leaf, read in own.items() if i == 0 or leaf != "order"}
                 if getattr(layer, "bias", None) is None:
                     drop_empty_bias_(tensors, name)
-    if not table:
+    if not table and type(layout.model) is Transformer:  # a layer of guesses may be float in a quantised file
         raise ValueError(f"{where} has no quantised layer, though its config says it is quantised")
     return layout.quantized(table), tensors
 
