@@ -289,7 +289,7 @@ def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair
 def require_weights_fit(layout: Layout, dtype: torch.dtype, device: torch.device, name: str | Path) -> None:
     """Refuse, before anything is read, a model called `name` whose weights do not fit into the device's memory."""
     advice = "use a smaller model or --dtype, or int8 or int4 weights"
-    require_memory(layout.bytes(dtype), device, f"the weights of {name}", advice)
+    require_memory(layout.loaded_bytes(dtype), device, f"the weights of {name}", advice)
 
 
 def random_model(
