@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.low_rank import WithAdapter
-from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
+from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear, Table4Linear
 from mixers.compiled import surely_few
 from mixers.experts import ExpertLinear, Gate, by_expert
 from mixers.latent import LatentAttention
@@ -109,9 +109,10 @@ def by_layer(packed: Callable[[QuantizedLinear], tuple[Tensor, ...]], layer: Qua
 class CodesLinear(nn.Module):
     """A linear layer of codes, or one for each of E experts, in the order in which a CPU's instructions read it.
 
-    Activations in half precision are rounded to int8 in groups of 32 inputs, those in float32 or of a float8 layer are
-    not. weight [tiles, bytes], uint8 or, which tells the operators that it is, float8_e4m3fn; scales and zeros [tiles,
-    groups, 1 or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
+    Activations in half precision are rounded to int8 in groups of 32 inputs, those in float32 or of codes that are no
+    integers are not. weight [tiles, bytes], uint8 or, which tells the operators that it is, float8_e4m3fn; after the
+    nibbles of a tile come the numbers that they stand for, if these are no integers. scales and zeros [tiles, groups, 1
+    or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
     """
 
     LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
@@ -138,7 +139,10 @@ class CodesLinear(nn.Module):
         no_groups = pad[1] * n_group // n_in if n_group > 1 else 0  # for the inputs that are padding
         rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, no_groups, 0, pad[-1]))  # [out, groups, parts]
         scales = rows.unflatten(0, (-1, cls.LANES)).permute(0, 2, 3, 1)
-        return weight.flatten(1).contiguous(), scales.contiguous()
+        weight = weight.flatten(1)
+        if isinstance(layer, Table4Linear) and layer.table().is_floating_point():
+            weight = torch.cat((weight, layer.table().view(torch.uint8).expand(len(weight), -1)), dim=1)
+        return weight.contiguous(), scales.contiguous()
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out]; of experts as `ExpertLinear`, and only those chosen are read."""

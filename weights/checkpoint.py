@@ -312,7 +312,8 @@ def random_model(
 
     def draw(key: str, shape: torch.Size) -> Tensor:
         if len(shape) == 1:
-            return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
+            is_factor = key.endswith(("weight", "scale", "scalar"))  # of a norm, an expert, a layer; else a bias
+            return torch.full(shape, float(is_factor), dtype=dtype, device=device)
         tensor = torch.empty(shape, dtype=dtype, device=device)
         for part in tensor.view(-1).split(pool.numel()):
             shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))
