@@ -22,6 +22,14 @@ HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
+
+
+@torch.compiler.assume_constant_result  # a guard on the table stops the compiler where layers of a model differ
+def has_half(dtype: torch.dtype) -> bool | None:
+    """As `HAS_HALF`; None of a dtype that is no half precision."""
+    return HAS_HALF.get(dtype)
+
+
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
@@ -207,7 +215,7 @@ class FloatLinear(nn.Module):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for many rows in the dtype that is fastest here; weight may have any."""
-    dtype = x.dtype if HAS_HALF.get(x.dtype) else torch.float32
+    dtype = x.dtype if has_half(x.dtype) else torch.float32
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 

@@ -276,7 +276,8 @@ def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
     ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
     torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
     if cpu.available():  # else codes become floats
-        assert opened.layout.loaded_bytes(torch.float32) == pytest.approx(allocated(ours), rel=0.02)
+        near = 0.05 if method.startswith(("nf4", "fp4")) else 0.02  # 16 numbers a tile are much of layers so small
+        assert opened.layout.loaded_bytes(torch.float32) == pytest.approx(allocated(ours), rel=near)
 
 
 @torch.inference_mode()
