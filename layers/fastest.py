@@ -11,7 +11,7 @@ from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
-from layers.gpu.linear import GpuBlock, Int4OnGpu, Int8OnGpu, has_head_for_gpu, join_head_
+from layers.gpu.linear import CodesOnGpu, GpuBlock, codes_on_gpu, has_head_for_gpu, join_head_
 from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.packed import (
     AnyExperts,
@@ -58,8 +58,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row(ALL,                    "cpu",  None,  True,      None,                CodesLinear),
     Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
-    Row((Int8Linear,),          "cuda", None,  False,     Int8OnGpu.fits,      Int8OnGpu),
-    Row((Int4Linear,),          "cuda", None,  False,     Int4OnGpu.fits,      Int4OnGpu),
+    Row(ALL,                    "cuda", None,  False,     CodesOnGpu.fits,     codes_on_gpu),
     Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),
     Row((ExpertLinear, *ALL),   None,   None,  False,     is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import cpu
 from layers.low_rank import WithAdapter
-from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear
+from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear, Table4Linear
 from mixers.compiled import surely_few
 from mixers.experts import ExpertLinear, Gate, by_expert
 from mixers.latent import LatentAttention
@@ -22,6 +22,14 @@ HAS_HALF = {  # whether a CPU has instructions for products in a dtype
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
+
+
+@torch.compiler.assume_constant_result  # a guard on the table stops the compiler where layers of a model differ
+def has_half(dtype: torch.dtype) -> bool | None:
+    """As `HAS_HALF`; None of a dtype that is no half precision."""
+    return HAS_HALF.get(dtype)
+
+
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 
 
@@ -109,9 +117,10 @@ def by_layer(packed: Callable[[QuantizedLinear], tuple[Tensor, ...]], layer: Qua
 class CodesLinear(nn.Module):
     """A linear layer of codes, or one for each of E experts, in the order in which a CPU's instructions read it.
 
-    Activations in half precision are rounded to int8 in groups of 32 inputs, those in float32 or of a float8 layer are
-    not. weight [tiles, bytes], uint8 or, which tells the operators that it is, float8_e4m3fn; scales and zeros [tiles,
-    groups, 1 or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
+    Activations in half precision are rounded to int8 in groups of 32 inputs, those in float32 or of codes that are no
+    integers are not. weight [tiles, bytes], uint8 or, which tells the operators that it is, float8_e4m3fn; after the
+    nibbles of a tile come the numbers that they stand for, if these are no integers. scales and zeros [tiles, groups, 1
+    or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
     """
 
     LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
@@ -138,7 +147,10 @@ class CodesLinear(nn.Module):
         no_groups = pad[1] * n_group // n_in if n_group > 1 else 0  # for the inputs that are padding
         rows = F.pad(torch.stack(parts, dim=2), (0, 0, 0, no_groups, 0, pad[-1]))  # [out, groups, parts]
         scales = rows.unflatten(0, (-1, cls.LANES)).permute(0, 2, 3, 1)
-        return weight.flatten(1).contiguous(), scales.contiguous()
+        weight = weight.flatten(1)
+        if isinstance(layer, Table4Linear) and layer.table().is_floating_point():
+            weight = torch.cat((weight, layer.table().view(torch.uint8).expand(len(weight), -1)), dim=1)
+        return weight.contiguous(), scales.contiguous()
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out]; of experts as `ExpertLinear`, and only those chosen are read."""
@@ -203,7 +215,7 @@ class FloatLinear(nn.Module):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for many rows in the dtype that is fastest here; weight may have any."""
-    dtype = x.dtype if HAS_HALF.get(x.dtype) else torch.float32
+    dtype = x.dtype if has_half(x.dtype) else torch.float32
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 

@@ -19,6 +19,7 @@ from mixers.experts import ExpertLinear, Gate, by_expert
 
 GROUPSIZES = (16, 32, 64, 128, 256)
 MODES = ("int8", "int4")
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GROUPSIZE_HELP = "inputs that share a scale: 16, 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
 PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
 
@@ -31,6 +32,7 @@ class QuantSpec:
     groupsize: int | None = None  # inputs that share a scale; None: all of a row
     format: str | None = None  # one of `LAYERS` that has a name; None: what is made here of so many bits
     ordered: bool = False  # whether the layer holds the order in which its codes take the inputs
+    scale_dtype: str = "bfloat16"  # of its scales and zeros; what is rounded here has this one
 
     def __post_init__(self):
         supported = ", ".join(map(str, GROUPSIZES))
@@ -44,6 +46,8 @@ class QuantSpec:
             raise ValueError(f"format {self.format!r} is not supported; supported: {', '.join(NAMED)}")
         if self.layer.bits != self.bits or type(self.ordered) is not bool:
             raise ValueError(f"there is no format {self.format!r} of {self.bits} bits, ordered: {self.ordered!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scales of {self.scale_dtype!r} are not supported; supported: {', '.join(SCALE_DTYPES)}")
 
     @property
     def layer(self) -> type["QuantizedLinear"]:
@@ -163,7 +167,7 @@ class QuantizedLinear(nn.Module):
         return self.weight.shape[-1] * self.weight.itemsize * 8 // self.bits
 
     def codes(self) -> Tensor:
-        """Numbers that float32 holds exactly, int8 but of float8: [out, in]"""
+        """Numbers that float32 holds exactly, int8 where they are whole: [out, in]"""
         raise NotImplementedError
 
     @classmethod
@@ -261,35 +265,62 @@ class Float8Linear(QuantizedLinear):
         return self.weight, 0
 
 
-class Float4Linear(QuantizedLinear):
-    """weight uint8 [out, in/2] of e2m1 numbers, the even input in the low nibble; scales [out, in/g], no zeros.
-
-    Doubled, the numbers are integers, which are the codes: a scale is half of that for the numbers themselves.
-    """
+class Table4Linear(QuantizedLinear):
+    """weight uint8 [out, in/2], the even input in the low nibble; scales [out, in/g], no zeros. CODES: of nibbles."""
 
     bits = 4
-    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
-    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))  # that the 16 nibbles stand for
+    CODES: tuple[float, ...]
 
     @classmethod
     def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
-        scales = (groups.abs().amax(-1, keepdim=True) / cls.MAGNITUDES[-1]).bfloat16().float()
+        scales = (groups.abs().amax(-1, keepdim=True) / max(cls.CODES)).bfloat16().float()
         numbers = groups / scales.where(scales > 0, 1)
         return {"weight": cls.packed(numbers.flatten(1)), "scales": scales[..., 0].bfloat16()}
 
     @classmethod
     def packed(cls, codes: Tensor) -> Tensor:  # the nearest code of each number, if they are none
-        between = torch.tensor([sum(pair) / 2 for pair in itertools.pairwise(cls.MAGNITUDES)], device=codes.device)
-        return pack_nibbles(torch.bucketize(codes.abs().float(), between) + 8 * (codes < 0) - 8)
+        known = sorted(set(cls.CODES))
+        between = torch.tensor([sum(pair) / 2 for pair in itertools.pairwise(known)], device=codes.device)
+        nibbles = torch.tensor([cls.CODES.index(code) for code in known], device=codes.device)
+        return pack_nibbles(nibbles[torch.bucketize(codes.float(), between)] - 8)
+
+    @classmethod
+    def table(cls) -> Tensor:
+        """What the nibbles stand for: int8 or float32 [16]."""
+        return torch.tensor(cls.CODES, dtype=torch.int8 if isinstance(cls.CODES[-1], int) else torch.float32)
 
     def codes(self) -> Tensor:
-        return torch.tensor(self.CODES, dtype=torch.int8, device=self.weight.device)[self.unsigned()[0].int()]
+        return self.table().to(self.weight.device)[self.unsigned()[0].int()]
 
     def unsigned(self) -> tuple[Tensor, int]:
         return (unpack_nibbles(self.weight) + 8).view(torch.uint8), 0
 
 
+class Float4Linear(Table4Linear):
+    """e2m1 numbers. Doubled, they are integers, which are the codes: a scale is half of that for the numbers."""
+
+    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
+    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))
+
+
+class NormalFloat4Linear(Table4Linear):
+    """nf4: quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
+
+    CODES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
+    CODES += (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
+    CODES += (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
+    CODES += (0.7229568362236023, 1.0)
+
+
+class OtherFloat4Linear(Table4Linear):
+    """fp4 of bitsandbytes: a sign, and numbers of two bits of exponent and one of mantissa in an order of their own."""
+
+    MAGNITUDES = tuple(each / 12 for each in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))
+
+
 NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
+NAMED |= {"nf4": NormalFloat4Linear, "fp4": OtherFloat4Linear}
 LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
 
 
@@ -340,7 +371,8 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
 def _meta_tensors(shape: torch.Size, spec: QuantSpec) -> dict[str, Tensor]:
     # widths and dtypes of a row of zeros: arithmetic on meta tensors imports the compiler, two seconds of start-up
     row = quantize_weight(torch.zeros(1, shape[-1], device="cpu"), spec)
-    tensors = {key: torch.empty(*shape[:-1], t.shape[-1], dtype=t.dtype, device="meta") for key, t in row.items()}
+    dtypes = {key: SCALE_DTYPES[spec.scale_dtype] if t.is_floating_point() else t.dtype for key, t in row.items()}
+    tensors = {key: torch.empty(*shape[:-1], t.shape[-1], dtype=dtypes[key], device="meta") for key, t in row.items()}
     if spec.ordered:
         tensors["order"] = torch.empty(*shape[:-2], shape[-1], dtype=torch.int64, device="meta")
     return tensors

@@ -146,7 +146,7 @@ def memory_table() -> str:
 
 def model_bytes(model: str, spec: QuantSpec, head: str) -> int:
     layout = Layout(args_from_name(model))
-    return layout.quantized(new_table(ModelFile(layout, {}), spec, model, head)).bytes(torch.bfloat16)
+    return layout.quantized(new_table(ModelFile(layout, {}), spec, model, head)).loaded_bytes(torch.bfloat16)
 
 
 def seconds_table(result: dict) -> str:

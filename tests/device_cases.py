@@ -27,8 +27,9 @@ from engine.sampling import Sampling, choose, logits_to_probs
 from engine.speculation.drafters import DraftModel, PromptLookup, draft_one_token
 from engine.speculation.speculative import build_speculation
 from layers.fastest import fastest
-from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
+from layers.quantized import QuantSpec, linear_table, quantize_weight
 from mixers.experts import ExpertLinear
+from mixers.recurrent.delta_net import DeltaSizes
 from model import ModelArgs, Transformer
 from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import IdTokenizer
@@ -46,6 +47,14 @@ CAPPED = replace(ARGS, sliding_window=20, full_layers=(1,), attention_softcap=5.
 EXPERTS = replace(ARGS, n_expert=4, n_expert_used=2)
 ALL_USED = replace(EXPERTS, n_expert=2)  # else rounding chooses other experts
 LLAMA_HEADS = replace(ARGS, dim=512, n_head=8, head_dim=128, qkv_bias=True)  # four query heads share a key head
+LATENT = replace(ARGS, n_kv_head=4, head_dim=96, kv_latent=128, q_latent=96, value_dim=64, rope_dim=32)
+DELTA = replace(ARGS, attention_gate=True, rope_dim=16, delta=DeltaSizes((0,), 2, 4, 64, 64, 4))
+TWO_SIZES = replace(ARGS, n_layer=4, sliding_window=20, full_layers=(1, 3), full_head_dim=128, full_kv_head=1)
+TWO_SIZES = replace(TWO_SIZES, keys_as_values=True, value_norm=True, qk_norm=True, n_reusing_layer=2)
+TWO_SIZES = replace(TWO_SIZES, layer_input_size=32, layer_scales=True, activation="gelu_tanh")
+BIASED_EXPERTS = replace(ALL_USED, attention_sinks=True, qkv_bias=True, ffn_bias=True, activation="clamped_swiglu")
+FLOAT4 = QuantSpec(4, 32, "float4")
+SHIPPED = [FLOAT4, QuantSpec(4, 64, "nf4"), QuantSpec(8, 128, "float8"), QuantSpec(8, 64, "int8.zeros")]
 PROMPT_LENGTHS, NEW = (530, 1, 40), 4  # longer than a chunk of the prefill, a single token, and between
 GREEDY = Sampling(temperature=0)
 LAST_CASE = 60.0  # seconds that a case may take which begins in the last second
@@ -69,7 +78,7 @@ def two_models(args: ModelArgs, spec: QuantSpec | None, device, dtype) -> tuple[
         table = linear_table(build(args, state), spec, QuantSpec(8))
         for layer, each in table.items():
             tensors = quantize_weight(state[f"{layer}.weight"], each)
-            state[f"{layer}.weight"] = LAYERS[each.bits](**tensors).dequantize()
+            state[f"{layer}.weight"] = each.layer(**tensors).dequantize()
             del there[f"{layer}.weight"]
             there |= {f"{layer}.{name}": tensor.to(device) for name, tensor in tensors.items()}
     return build(args, state), build(args, there, table)
@@ -168,7 +177,7 @@ def check_layer(spec: QuantSpec, compiled: bool, device, dtype) -> None:
     work = fast_layer(spec, tensors, compiled, device)
     for n_row in ROWS:
         x = torch.randn(n_row, 512).to(dtype)
-        wanted = x.float() @ LAYERS[spec.bits](**tensors).dequantize().T
+        wanted = x.float() @ spec.layer(**tensors).dequantize().T
         require_close(work(x.to(device)), wanted, 2e-2)
 
 
@@ -178,7 +187,7 @@ def check_experts(spec: QuantSpec | None, compiled: bool, device, dtype) -> None
     torch.manual_seed(0)
     weight = torch.randn(8, 384, 256).to(dtype)
     tensors = quantize_weight(weight, spec) if spec else {"weight": weight}
-    exact = LAYERS[spec.bits](**tensors).dequantize() if spec else weight.float()
+    exact = spec.layer(**tensors).dequantize() if spec else weight.float()
     work = fast_layer(spec, tensors, compiled, device)
     for n_token in (1, 2, 8, 9, 64, 300):
         x, chosen = torch.randn(n_token, 1, 256).to(dtype), torch.rand(n_token, 8).argsort(1)[:, :2]
@@ -188,7 +197,7 @@ def check_experts(spec: QuantSpec | None, compiled: bool, device, dtype) -> None
 
 def fast_layer(spec: QuantSpec | None, tensors: dict[str, Tensor], compiled: bool, device) -> Callable:
     """The layer in the fastest form that the device has."""
-    kind = LAYERS[spec.bits] if spec else ExpertLinear
+    kind = spec.layer if spec else ExpertLinear
     layer = kind(**{name: tensor.to(device) for name, tensor in tensors.items()})
     faster = fastest(layer)
     layer = faster(layer) if faster else layer
@@ -242,15 +251,18 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
     models = {name: (ARGS, spec) for name, spec in specs.items()}
     models |= {"with windows and caps": (CAPPED, None), "with Llama's heads and biases": (LLAMA_HEADS, int4)}
     models |= {"with experts": (ALL_USED, None), "with int4 experts": (ALL_USED, int4)}
+    families = {"with latent attention": (LATENT, None), "with gated DeltaNet": (DELTA, None)}
+    families |= {"with heads of two sizes": (TWO_SIZES, None), "with biased experts in FP4": (BIASED_EXPERTS, FLOAT4)}
     found = {f"graphs: {name}": partial(check_graphs, spec) for name, spec in specs.items()}
     for how, compiled in (("eager", False), ("compiled", True)):
-        found |= {f"model, {how}: {name}": partial(check_model, *each, compiled) for name, each in models.items()}
+        of_how = models | families if compiled else models
+        found |= {f"model, {how}: {name}": partial(check_model, *each, compiled) for name, each in of_how.items()}
         found[f"model, {how}: with an int8 cache"] = partial(check_model, ARGS, int4, compiled, cache_dtype=torch.int8)
         for name, args in (("float", ARGS), ("with experts", EXPERTS)):
             found[f"model, {how}: {name} in float32"] = partial(check_model_in_float32, args, compiled)
-        for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256))):
+        for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256)), *SHIPPED):
             found[f"layer, {how}: {spec}"] = partial(check_layer, spec, compiled)
-        for name, spec in specs.items():
+        for name, spec in (specs | {"FP4": FLOAT4}).items():
             found[f"experts, {how}: {name}"] = partial(check_experts, spec, compiled)
         for name in (*specs, "with experts", "with int4 experts"):
             found[f"batches, {how}: {name}"] = partial(check_batches, *models[name], compiled)

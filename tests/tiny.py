@@ -180,6 +180,11 @@ def continuation(model, cache, prompts, count, sampling=GREEDY, step=decode_one_
     return torch.cat([token, *later], 1)
 
 
+def allocated(model):
+    """Bytes of a model's tensors, those that layers share counted once."""
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
 def dead_process():
     """The number of a process that has ended."""
     with subprocess.Popen(["true"]) as process:

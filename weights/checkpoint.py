@@ -289,7 +289,7 @@ def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair
 def require_weights_fit(layout: Layout, dtype: torch.dtype, device: torch.device, name: str | Path) -> None:
     """Refuse, before anything is read, a model called `name` whose weights do not fit into the device's memory."""
     advice = "use a smaller model or --dtype, or int8 or int4 weights"
-    require_memory(layout.bytes(dtype), device, f"the weights of {name}", advice)
+    require_memory(layout.loaded_bytes(dtype), device, f"the weights of {name}", advice)
 
 
 def random_model(
@@ -312,7 +312,8 @@ def random_model(
 
     def draw(key: str, shape: torch.Size) -> Tensor:
         if len(shape) == 1:
-            return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
+            is_factor = key.endswith(("weight", "scale", "scalar"))  # of a norm, an expert, a layer; else a bias
+            return torch.full(shape, float(is_factor), dtype=dtype, device=device)
         tensor = torch.empty(shape, dtype=dtype, device=device)
         for part in tensor.view(-1).split(pool.numel()):
             shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))

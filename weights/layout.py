@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec, quantize_
 from mixers.experts import MixtureOfExperts
+from mixers.latent import LatentAttention
 from mixers.layer_kinds import projected_heads
 from model import ModelArgs, Transformer
 
@@ -75,6 +76,11 @@ class Layout:
         """Bytes of the tensors if the floats are `dtype`."""
         sizes = {name: t.itemsize if self.keeps_dtype(name) else dtype.itemsize for name, t in self.tensors.items()}
         return sum(self.tensors[name].numel() * size for name, size in sizes.items())
+
+    def loaded_bytes(self, dtype: torch.dtype) -> int:
+        """... with the copies that `AbsorbedAttention` makes beside them."""
+        absorbed = [each.wkv_b for each in self.model.modules() if isinstance(each, LatentAttention)]
+        return self.bytes(dtype) + dtype.itemsize * sum(each.weight.shape[0] * each.in_features for each in absorbed)
 
 
 @dataclass

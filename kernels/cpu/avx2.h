@@ -156,6 +156,17 @@ INLINE Ints code_of(Bytes codes, int c) {
   return {_mm256_srli_epi32(codes.low, 8 * c) & byte, _mm256_srli_epi32(codes.high, 8 * c) & byte};
 }
 
+// The entries of a table that number c of each four stands for, of numbers up to 15: the last three bits choose in each
+// half, and the one before them is made a sign, which chooses the half.
+INLINE Floats entries_of(Floats table, Bytes codes, int c) {
+  const auto entries = [&](__m256i codes) {
+    const __m256i number = _mm256_srli_epi32(codes, 8 * c);
+    const __m256 low = _mm256_permutevar8x32_ps(table.low, number), high = _mm256_permutevar8x32_ps(table.high, number);
+    return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(codes, 28 - 8 * c));
+  };
+  return {entries(codes.low), entries(codes.high)};
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

@@ -114,6 +114,11 @@ INLINE Bytes looked_up(Bytes nibbles, const uint8_t (&table)[16]) {
 // Code number c of each four.
 INLINE Ints code_of(Bytes codes, int c) { return ((Ints)codes >> 8 * c) & 255; }
 
+// The entries of a table that number c of each four stands for, of numbers up to 15.
+INLINE Floats entries_of(Floats table, Bytes codes, int c) {
+  return _mm512_permutexvar_ps((__m512i)((Ints)codes >> 8 * c), table);
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

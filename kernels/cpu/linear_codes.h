@@ -3,13 +3,13 @@
 // The weight lies in tiles of 16 output rows. A tile has, for each four inputs, the 16 x 4 codes that ByteSums multiplies
 // at once: 64 products of an unsigned and a signed byte, summed by fours into 16 int32. Codes are stored unsigned: int8
 // ones plus 128; int4 ones plus 8, two a byte, the inputs 8i .. 8i + 3 in the low nibbles, the next four in the high ones.
-// So are e2m1 numbers, which a table makes codes.
+// So are e2m1 numbers, which a table makes codes, and nibbles that stand for any 16 numbers, which follow those of a tile.
 //
 // Activations in half precision are quantised to int8 in groups of 32 inputs; sums of products, over 32 inputs or, where
 // a weight has a scale for each 16, over so many, are then exact integers.
 // float32 ones are multiplied as they are, three times slower where the arithmetic counts: whoever asks for float32 wants
-// every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do. The order of sums is the
-// same for any number of rows: no row's result depends on the rows beside it.
+// every digit. So are those of a weight of e4m3 numbers, a byte each, which lie as int8 codes do, or of 16 numbers. The
+// order of sums is the same for any number of rows: no row's result depends on the rows beside it.
 #pragma once
 
 #include <vector>
@@ -20,6 +20,7 @@ namespace gpt_faster {
 
 constexpr int64_t kLanes = 16, kGroup = 32;  // outputs of a tile; inputs that are quantised together
 constexpr int64_t kHalfGroup = 16;           // inputs that share a scale, at least
+constexpr int64_t kNumbersBytes = 64;        // of 16 numbers in float32
 constexpr int64_t kAhead = 1536;             // bytes, which a stream that is read alone is fetched ahead
 
 struct CodesWeight {
@@ -28,14 +29,18 @@ struct CodesWeight {
   Dtype scale_dtype;
   const float* bias;  // [tiles * 16] or null
   int64_t in, tiles, groups;
-  bool is_int4, is_float4, is_float8, has_zeros;
+  bool is_int4, is_float4, is_numbers4, is_float8, has_zeros;
 
   // Whether activations are multiplied as they are.
-  bool multiplies_floats(Dtype x) const { return is_float8 || x == Dtype::float32; }
+  bool multiplies_floats(Dtype x) const { return is_float8 || is_numbers4 || x == Dtype::float32; }
   int64_t K() const { return round_up(in, kGroup); }
   bool has_halves() const { return groups * kGroup > K(); }  // whether half a group has a scale of its own
-  bool has_nibbles() const { return is_int4 || is_float4; }
-  int64_t bytes_a_tile() const { return K() * kLanes / (has_nibbles() ? 2 : 1); }
+  bool has_nibbles() const { return is_int4 || is_float4 || is_numbers4; }
+  int64_t bytes_a_tile() const { return K() * kLanes / (has_nibbles() ? 2 : 1) + (is_numbers4 ? kNumbersBytes : 0); }
+  // What nibbles stand for, if they are numbers: the same in all tiles.
+  Floats numbers() const {
+    return is_numbers4 ? load(reinterpret_cast<const float*>(codes + bytes_a_tile() - kNumbersBytes)) : every(0.0f);
+  }
   int offset() const;  // what codes have more in a product than they stand for
 };
 
@@ -44,10 +49,10 @@ struct CodesWeight {
 struct Int8 {  // a scale for each output row
   static constexpr int64_t kInputs = kGroup;  // whose products are summed before they are scaled
   static constexpr int kOffset = 128, kMost = 255;
-  static constexpr bool kIsFloat8 = false, kPacked = false, kHasGroups = false, kHasZeros = false;
+  static constexpr bool kIsFloat = false, kPacked = false, kHasGroups = false, kHasZeros = false;
 
-  // Number c of each four, without what is added to it.
-  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
+  // Number c of each four, without what is added to it. The last argument: see CodesWeight::numbers.
+  static INLINE Floats numbers(Bytes four, int c, Floats) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
 };
 
 struct Int8Groups : Int8 {  // a scale for each group of inputs of each output row
@@ -61,28 +66,37 @@ struct Int8Zeros : Int8Groups {  // a zero too
 struct Int4 {  // two codes a byte; a scale and a zero for each group
   static constexpr int64_t kInputs = kGroup;
   static constexpr int kOffset = 8, kMost = 15;
-  static constexpr bool kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = true;
+  static constexpr bool kIsFloat = false, kPacked = true, kHasGroups = true, kHasZeros = true;
 
   static INLINE Bytes codes(Bytes nibbles) { return nibbles; }
-  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
+  static INLINE Floats numbers(Bytes four, int c, Floats) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
 };
 
 struct Float4 {  // e2m1 numbers, two a byte, whose codes are their doubles; a scale for each group
   static constexpr int64_t kInputs = kGroup;
   static constexpr int kOffset = 12, kMost = 24;
-  static constexpr bool kIsFloat8 = false, kPacked = true, kHasGroups = true, kHasZeros = false;
+  static constexpr bool kIsFloat = false, kPacked = true, kHasGroups = true, kHasZeros = false;
   static constexpr uint8_t kCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
   static INLINE Bytes codes(Bytes nibbles) { return looked_up(nibbles, kCodes); }
-  static INLINE Floats numbers(Bytes four, int c) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
+  static INLINE Floats numbers(Bytes four, int c, Floats) { return to_floats(code_of(four, c)) - every(float{kOffset}); }
 };
 
 struct Float8 {  // e4m3 numbers; a scale for each group
   static constexpr int64_t kInputs = kGroup;
   static constexpr int kMost = 255;
-  static constexpr bool kIsFloat8 = true, kPacked = false, kHasGroups = true, kHasZeros = false;
+  static constexpr bool kIsFloat = true, kPacked = false, kHasGroups = true, kHasZeros = false;
 
-  static INLINE Floats numbers(Bytes four, int c) { return e4m3_of(four, c); }
+  static INLINE Floats numbers(Bytes four, int c, Floats) { return e4m3_of(four, c); }
+};
+
+struct Numbers4 {  // nibbles that stand for 16 numbers; a scale for each group
+  static constexpr int64_t kInputs = kGroup;
+  static constexpr int kMost = 255;
+  static constexpr bool kIsFloat = true, kPacked = true, kHasGroups = true, kHasZeros = false;
+
+  static INLINE Bytes codes(Bytes nibbles) { return nibbles; }
+  static INLINE Floats numbers(Bytes four, int c, Floats table) { return entries_of(table, four, c); }
 };
 
 template <class Format>
@@ -209,7 +223,7 @@ INLINE void multiply_block(Floats (&product)[R][T], const Activations& x, int64_
 // ... and those that are multiplied as they are.
 template <class Format, int R, int T>
 INLINE void multiply_block_exactly(Floats (&product)[R][T], const Activations& x, int64_t r, int64_t b,
-                                   const Codes<Format, T>& codes) {
+                                   const Codes<Format, T>& codes, Floats numbers) {
   const float* values = static_cast<const float*>(x.values) + r * x.K + b * Format::kInputs;
   constexpr int kFours = Codes<Format, T>::kFours;
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) product[i][j] = every(0.0f);
@@ -219,7 +233,7 @@ INLINE void multiply_block_exactly(Floats (&product)[R][T], const Activations& x
     UNROLL for (int f = 0; f < kFours; f++) UNROLL for (int c = 0; c < 4; c++) {  // code c of each four
       Floats weights[T];
       UNROLL for (int j = 0; j < T; j++) {
-        weights[j] = Format::numbers(codes.four(loaded[j], f), c);
+        weights[j] = Format::numbers(codes.four(loaded[j], f), c, numbers);
       }
       UNROLL for (int i = 0; i < R; i++) {
         const Floats row = every(values[i * x.K + k + 4 * f + c]);
@@ -252,6 +266,7 @@ struct CodesProduct {
   void tile(int64_t r, int64_t n, int64_t stride, Codes<Format, T> codes) const {
     const int64_t blocks = x.K / Format::kInputs, blocks_a_group = blocks / weight.groups;
     constexpr int64_t kBytes = Format::kInputs * kLanes / Codes<Format, T>::kFours;
+    const Floats numbers = weight.numbers();
     Floats sum[R][T], scale[T], zero[T];
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) sum[i][j] = every(0.0f);
     for (int64_t g = 0, b = 0; g < weight.groups; g++) {
@@ -261,7 +276,7 @@ struct CodesProduct {
           UNROLL for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(codes.from + kAhead + i);
         }
         Floats product[R][T];
-        if constexpr (EXACT) multiply_block_exactly<Format, R, T>(product, x, r, b, codes);
+        if constexpr (EXACT) multiply_block_exactly<Format, R, T>(product, x, r, b, codes, numbers);
         else multiply_block<Format, R, T>(product, x, r, b, codes);
         UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < T; j++) {
           const int64_t at = (r + i) * blocks + b;
@@ -272,7 +287,7 @@ struct CodesProduct {
         }
       }
     }
-    if (EXACT && (!Format::kIsFloat8 || y_dtype == Dtype::float32)) finish<float, R, T>(sum, r, n, stride);
+    if (EXACT && (!Format::kIsFloat || y_dtype == Dtype::float32)) finish<float, R, T>(sum, r, n, stride);
     else if (y_dtype == Dtype::float16) finish<Half, R, T>(sum, r, n, stride);
     else finish<BFloat16, R, T>(sum, r, n, stride);
   }
@@ -326,15 +341,16 @@ struct CodesProduct {
 
   // Many rows: a few tiles at a time stay in the cache, a code a byte, while all rows pass.
   void many_rows(Range sets) const {
-    std::vector<uint8_t> unpacked(weight.has_nibbles() ? kCodesTiles * x.K * kLanes : 0);
+    constexpr bool kUnpacks = Format::kMost < 128;
+    std::vector<uint8_t> unpacked(kUnpacks ? kCodesTiles * x.K * kLanes : 0);
     for (int64_t n = kCodesTiles * sets.begin; n < std::min(kCodesTiles * sets.end, weight.tiles); n += kCodesTiles) {
       const int64_t tiles = std::min<int64_t>(kCodesTiles, weight.tiles - n), bytes = weight.bytes_a_tile();
       const uint8_t* codes = weight.codes + n * bytes;
-      if constexpr (Format::kMost < 128) {
+      if constexpr (kUnpacks) {
         unpack<Format>(codes, unpacked.data(), tiles * bytes);
         codes = unpacked.data();
       }
-      if (tiles == kCodesTiles) all_rows<kCodesTiles>(n, 1, {codes, x.K * kLanes});
+      if (tiles == kCodesTiles) all_rows<kCodesTiles>(n, 1, {codes, kUnpacks ? x.K * kLanes : bytes});
       else all_rows<1>(n, 0, {codes, 0});
     }
   }
@@ -347,7 +363,7 @@ void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtyp
     with_type_of(weight.scale_dtype, [&](auto scale) {
       using Format = decltype(format);
       using Scale = decltype(scale);
-      if constexpr (Format::kIsFloat8) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
+      if constexpr (Format::kIsFloat) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
       else if (dtype == Dtype::float32) work(CodesProduct<Format, true, Scale>{weight, x, y, dtype});
       else work(CodesProduct<Format, false, Scale>{weight, x, y, dtype});
     });
@@ -359,6 +375,7 @@ void with_product(const CodesWeight& weight, const Activations& x, void* y, Dtyp
   if (weight.is_float8) with_groups(Float8{});
   else if (weight.is_int4) with_groups(Nibbles<Int4>{});
   else if (weight.is_float4) with_groups(Nibbles<Float4>{});
+  else if (weight.is_numbers4) with_groups(Numbers4{});
   else if (weight.has_zeros) with_groups(Int8Zeros{});
   else if (weight.groups > 1) with_groups(Int8Groups{});
   else with_format(Int8{});

@@ -25,6 +25,7 @@ struct UnpackedProduct {
     constexpr int64_t kParts = Format::kHasZeros ? 2 : 1, kLoad = 4 * Loads::kFours;  // inputs of a load
     const int64_t groupsize = weight.in / weight.groups;
     const uint8_t* codes = weight.codes + n * weight.bytes_a_tile();
+    const Floats numbers = weight.numbers();
     const Scale* scales = static_cast<const Scale*>(weight.scales) + n * weight.groups * kParts * kLanes;
     for (int64_t g = 0; g < weight.groups; g++, scales += kParts * kLanes) {
       const Floats scale = load(scales);
@@ -35,7 +36,7 @@ struct UnpackedProduct {
         UNROLL for (int f = 0; f < Loads::kFours; f++) UNROLL for (int c = 0; c < 4; c += 2, to += kColumns) {
           BFloat16 pair[2][kLanes];
           UNROLL for (int i = 0; i < 2; i++) {
-            store(pair[i], multiply_add(Format::numbers(Loads::four(loaded, f), c + i), scale, zero));
+            store(pair[i], multiply_add(Format::numbers(Loads::four(loaded, f), c + i, numbers), scale, zero));
           }
           store(to, interleave(pair[0], pair[1], kLanes));
         }
@@ -83,6 +84,7 @@ inline void multiply_unpacked(const CodesWeight& weight, const BFloat16* x, BFlo
   if (weight.is_float8) with_format(Float8{});
   else if (weight.is_int4) with_format(Int4{});
   else if (weight.is_float4) with_format(Float4{});
+  else if (weight.is_numbers4) with_format(Numbers4{});
   else if (weight.has_zeros) with_format(Int8Zeros{});
   else with_format(Int8{});
 }

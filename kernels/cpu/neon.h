@@ -212,6 +212,16 @@ INLINE Ints code_of(Bytes codes, int c) {
   }, codes);
 }
 
+// The entries of a table that number c of each four stands for, of numbers up to 15: each is four bytes.
+INLINE Floats entries_of(Floats table, Bytes codes, int c) {
+  uint8x16x4_t bytes;
+  for (int i = 0; i < 4; i++) bytes.val[i] = (uint8x16_t)table.part[i];
+  return each<Floats>([&](auto number) {
+    const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), (uint32x4_t)number, 0x04040404);
+    return (float32x4_t)vqtbl4q_u8(bytes, (uint8x16_t)places);
+  }, code_of(codes, c));
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

@@ -48,13 +48,16 @@ Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const Option
   const int64_t tiles = weight.size(0);
   TORCH_CHECK(s.dim() == 4 && s.size(0) == tiles && s.size(3) == kLanes && s.is_contiguous(), op,
               ": scales are not contiguous [tiles, groups, 1 or 2, 16]");
-  const bool has_zeros = s.size(2) == 2, has_nibbles = weight.size(1) == round_up(in, kGroup) * kLanes / 2;
+  const int64_t nibbles = round_up(in, kGroup) * kLanes / 2;  // bytes of those of a tile
+  const bool has_zeros = s.size(2) == 2, has_nibbles = weight.size(1) == nibbles;
   const CodesWeight codes{.codes = data<uint8_t>(weight), .scales = s.const_data_ptr(),
                           .scale_dtype = dtype_from(s.scalar_type(), op), .bias = data<float>(bias), .in = in,
                           .tiles = tiles, .groups = s.size(1),
                           .is_int4 = has_nibbles && has_zeros, .is_float4 = has_nibbles && !has_zeros,
+                          .is_numbers4 = weight.size(1) == nibbles + kNumbersBytes,
                           .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = has_zeros};
-  const bool has_our_codes = weight.scalar_type() == at::kByte || (codes.is_float8 && !codes.has_zeros);
+  const bool has_our_codes = weight.scalar_type() == at::kByte ? !(codes.is_numbers4 && codes.has_zeros)
+                                                               : codes.is_float8 && !codes.has_zeros;
   TORCH_CHECK(has_our_codes && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
   TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
   TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kHalfGroup % codes.groups == 0 &&
@@ -90,8 +93,9 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return linear(x, contiguous(weight), std::nullopt, contiguous(bias), "linear_bf16");
 }
 
-// A linear layer of codes: x [..., in], weight uint8 [tiles, bytes] of int8, int4 or e2m1 codes or float8_e4m3fn, scales
-// [tiles, groups, 1 or 2, 16], bias float32 [tiles * 16] or none -> [..., tiles * 16] in x's dtype.
+// A linear layer of codes: x [..., in], weight uint8 [tiles, bytes] of int8, int4 or e2m1 codes, or of nibbles and the 16
+// float32 numbers that they stand for, or float8_e4m3fn; scales [tiles, groups, 1 or 2, 16], bias float32 [tiles * 16] or
+// none -> [..., tiles * 16] in x's dtype.
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
   return linear(x, weight, scales, bias, "linear_codes");
 }

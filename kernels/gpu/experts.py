@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.dot import dot
-from kernels.gpu.linear import before_hopper
+from kernels.gpu.linear import before_hopper, of_bytes
 
 
 @triton.jit
@@ -70,13 +70,20 @@ def _scaled(codes, scales, zeros, row, inside, group, n_group: tl.constexpr, GRO
 
 
 @triton.jit
-def _product(weight, scales, zeros, row, inside, k, x, y, K: tl.constexpr, GROUP: tl.constexpr):
+def _of_nibbles(q, table):
+    """int4 codes, or what stands for them in a table, in float32."""
+    return q.to(tl.float32) - 8 if table is None else tl.load(table + q.to(tl.int32))
+
+
+@triton.jit
+def _product(weight, scales, zeros, table, row, inside, k, x, y, K: tl.constexpr, NIBBLES: tl.constexpr,
+             GROUP: tl.constexpr):  # fmt: skip
     """y [OUT, PAIRS] plus the product of the weight's rows [OUT], inputs from k on, and x [PAIRS, IN]."""
     IN: tl.constexpr = x.shape[1]
-    if weight.dtype.element_ty == tl.uint8:  # int4: the even input is in the low nibble
+    if NIBBLES:  # the even input is in the low one
         b = k // 2 + tl.arange(0, IN // 2)
         packed = tl.load(weight + row[:, None] * (K // 2) + b[None], inside[:, None] & (b < K // 2)[None], 0)
-        low, high = (packed & 15).to(tl.float32) - 8, (packed >> 4).to(tl.float32) - 8
+        low, high = _of_nibbles(packed & 15, table), _of_nibbles(packed >> 4, table)
         low = _scaled(low, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP // 2).to(x.dtype)
         high = _scaled(high, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP // 2).to(x.dtype)
         even, odd = x.reshape(x.shape[0], IN // 2, 2).split()
@@ -84,16 +91,16 @@ def _product(weight, scales, zeros, row, inside, k, x, y, K: tl.constexpr, GROUP
     i = k + tl.arange(0, IN)
     w = tl.load(weight + row[:, None] * K + i[None], inside[:, None] & (i < K)[None], 0)
     if scales is not None:
-        w = w.to(tl.float32)
+        w = of_bytes(w)
     if GROUP is not None:
         w = _scaled(w, scales, zeros, row, inside, k // GROUP, K // GROUP, GROUP)
     return dot(w.to(x.dtype), x.T, y)
 
 
 @triton.jit
-def linear_pairs(x, weight, scales, zeros, order, ends, y, n_expert, N, K: tl.constexpr, SHARED: tl.constexpr,
-                 ACTIVATION: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, OUT: tl.constexpr,
-                 IN: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
+def linear_pairs(x, weight, scales, zeros, bias, table, order, ends, y, n_expert, N, K: tl.constexpr,
+                 SHARED: tl.constexpr, ACTIVATION: tl.constexpr, NIBBLES: tl.constexpr, GROUP: tl.constexpr,
+                 PAIRS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
     """A block of outputs of one expert for some of its pairs: see `_linear`."""
     expert, first, end = _block(ends, tl.program_id(0), n_expert, PAIRS, EXPERTS)
     if end == 0:
@@ -108,12 +115,18 @@ def linear_pairs(x, weight, scales, zeros, order, ends, y, n_expert, N, K: tl.co
     for k in tl.range(0, K, IN):
         i = k + tl.arange(0, IN)
         its = tl.load(x + (pair // SHARED)[:, None] * K + i[None], present[:, None] & (i < K)[None], 0.0)
-        made = _product(weight, scales, zeros, row, inside, k, its, made, K, GROUP)
+        made = _product(weight, scales, zeros, table, row, inside, k, its, made, K, NIBBLES, GROUP)
         if ACTIVATION is not None:
-            up = _product(weight, scales, zeros, row + N, inside, k, its, up, K, GROUP)
+            up = _product(weight, scales, zeros, table, row + N, inside, k, its, up, K, NIBBLES, GROUP)
     if scales is not None and GROUP is None:
         made *= tl.load(scales + row, inside, 0.0).to(tl.float32)[:, None]
         up *= tl.load(scales + row + N, inside & (ACTIVATION is not None), 0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        made += tl.load(bias + row, inside, 0.0).to(tl.float32)[:, None]
+        up += tl.load(bias + row + N, inside & (ACTIVATION is not None), 0.0).to(tl.float32)[:, None]
+    if ACTIVATION == "clamped_swiglu":
+        made = tl.minimum(made, 7.0)
+        made *= tl.sigmoid(1.702 * made) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1)
     if ACTIVATION == "silu":
         made *= tl.sigmoid(made) * up
     if ACTIVATION == "gelu_tanh":
@@ -123,15 +136,17 @@ def linear_pairs(x, weight, scales, zeros, order, ends, y, n_expert, N, K: tl.co
 
 
 def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Tensor, activation: str | None) -> Tensor:
-    """x [T, in] or [n_pair, in] through weight, scales and zeros of a layer [E, out, ...]: [n_pair, out].
+    """x [T, in] or [n_pair, in] through weight, scales, zeros, bias and table of a layer [E, out, ...]: [n_pair, out].
 
     activation: the first half of the outputs goes through it and is multiplied by the second: [n_pair, out / 2].
     """
-    weight, scales, zeros = layer
+    weight, scales, zeros, bias, table = layer
     n_pair, n_expert, K = len(order), len(ends), x.shape[1]
     N = weight.shape[1] // (1 if activation is None else 2)
-    # one scale a row, without a zero, multiplies the sums
-    group = None if scales is None or (zeros is None and scales.shape[2] == 1) else K // scales.shape[2]
+    has_nibbles = 2 * weight.shape[2] == K
+    # one scale a row of bytes, without a zero, multiplies the sums
+    of_rows = scales is None or (zeros is None and scales.shape[2] == 1 and not has_nibbles)
+    group = None if of_rows else K // scales.shape[2]
     pairs = min(max(16, triton.next_power_of_2(n_pair // n_expert)), 64)  # as an expert has on average
     least = max(128, group or 0)  # inputs at a time
     old = before_hopper(x.device)  # its tensor cores take weights from registers, which do not hold the largest blocks
@@ -146,25 +161,28 @@ def _linear(x: Tensor, layer: tuple[Tensor | None, ...], order: Tensor, ends: Te
         scales, zeros = (each if each is None else each.view(torch.int32) for each in (scales, zeros))
     y = x.new_empty(n_pair, N)
     linear_pairs[min(n_pair, n_pair // pairs + n_expert), -(-N // out)](
-        x, weight, scales, zeros, order, ends, y, n_expert, N, K, n_pair // len(x), activation, group,
-        pairs, out, inputs, triton.next_power_of_2(n_expert), num_warps=warps,
+        x, weight, scales, zeros, bias, table, order, ends, y, n_expert, N, K, n_pair // len(x), activation,
+        has_nibbles, group, pairs, out, inputs, triton.next_power_of_2(n_expert), num_warps=warps,
     )  # fmt: skip
     return y
 
 
 def experts(x: Tensor, chosen: Tensor, w13: Tensor, scales13: Tensor | None, zeros13: Tensor | None, w2: Tensor,
-            scales2: Tensor | None, zeros2: Tensor | None, activation: str) -> Tensor:  # fmt: skip
+            scales2: Tensor | None, zeros2: Tensor | None, activation: str, bias13: Tensor | None = None,
+            table13: Tensor | None = None, bias2: Tensor | None = None,
+            table2: Tensor | None = None) -> Tensor:  # fmt: skip
     """x [T, dim] through the feed-forwards chosen [T, K] of E experts -> [T, K, dim].
 
     w13 [E, 2 * size, dim] and w2 [E, dim, size] are of x's dtype, or codes with scales and zeros as `layers.quantized`
-    stores them. activation: a key of `mixers.activations.ACTIVATIONS`.
+    stores them. activation: a key of `mixers.activations.ACTIVATIONS`. bias13 [E, 2 * size], bias2 [E, dim]. table13
+    and table2 float32 [16]: what nibbles stand for, but those of int4.
     """
     n_pair, n_expert = chosen.numel(), len(w13)
     order, ends = (torch.empty(size, dtype=torch.int32, device=x.device) for size in (n_pair, n_expert))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         sort_pairs[(-(-(n_pair + n_expert) // 32),)](chosen.contiguous(), order, ends, n_pair, n_expert, 32, 128)
-        hidden = _linear(x.contiguous(), (w13, scales13, zeros13), order, ends, activation)
-        return _linear(hidden, (w2, scales2, zeros2), order, ends, None).view(*chosen.shape, -1)
+        hidden = _linear(x.contiguous(), (w13, scales13, zeros13, bias13, table13), order, ends, activation)
+        return _linear(hidden, (w2, scales2, zeros2, bias2, table2), order, ends, None).view(*chosen.shape, -1)
 
 
 torch.library.define("gpt_faster::experts", torch.library.infer_schema(experts, mutates_args=()))

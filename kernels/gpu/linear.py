@@ -1,8 +1,8 @@
-"""Linear layers on a GPU in Triton, from the weights as files store them: float, int8 or int4.
+"""Linear layers on a GPU in Triton, from the weights as files store them: float, int8, e4m3, int4 or other nibbles.
 
-A thread reads a weight 16 bytes, a chunk, at a time: 8 inputs of bfloat16, 16 of int8, 32 of int4, which lie in one
-group. `gemv` serves few rows of x by sums in registers, `product` more by the tensor cores. Both may normalise x first,
-and add a bias, add a residual or apply a gated activation last, so that nothing else need be launched for it.
+A thread reads a weight 16 bytes, a chunk, at a time: 8 inputs of bfloat16, 16 of a byte, 32 of nibbles, which lie in
+one group. `gemv` serves few rows of x by sums in registers, `product` more by the tensor cores. Both may normalise x
+first, and add a bias, add a residual or apply a gated activation last, so that nothing else need be launched for it.
 """
 
 import functools
@@ -34,12 +34,30 @@ def chunks_of(w, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def codes_of(q, BITS: tl.constexpr):
-    """Chunks in float32 [rows, chunks, inputs of a chunk]; codes of four bits are 0 to 15."""
+def codes_of(q, table, BITS: tl.constexpr):
+    """Chunks in float32 [rows, chunks, inputs of a chunk]; codes of four bits are 0 to 15, or stand in a table."""
     if BITS == 4:  # the even input in the low nibble
-        return tl.reshape(tl.join(q & 15, q >> 4), (q.shape[0], q.shape[1], 32)).to(tl.float32)
+        q = tl.reshape(tl.join(q & 15, q >> 4), (q.shape[0], q.shape[1], 32))
+        return q.to(tl.float32) if table is None else tl.load(table + q.to(tl.int32))
+    else:
+        return of_bytes(q)
+
+
+@triton.jit
+def of_bytes(q):
+    """Codes of int8, or floats, or the bits of e4m3 numbers, in float32."""
+    if q.dtype == tl.uint8:  # the places of float32, whose exponent has another bias
+        bits = q.to(tl.int32)
+        return ((bits & 127) << 20 | (bits & 128) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     else:
         return q.to(tl.float32)
+
+
+@triton.jit
+def zeros_of(zeros, scale, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """The zero of each chunk for codes as `codes_of` has them, float32 [rows, chunks]."""
+    zero = of_groups(zeros, row, chunk, N, K, BITS, GROUP)
+    return zero - 8 * scale if BITS == 4 else zero  # files have int4 codes from -8
 
 
 @triton.jit
@@ -89,9 +107,9 @@ def finish(total, r, m, M, N, scales, bias, residual, y, GROUP: tl.constexpr, AC
 
 @triton.jit(do_not_specialize=["M", "eps"])
 def gemv(
-    x, w, scales, zeros, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
+    x, w, scales, zeros, table, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: at most BM rows of x by BN rows of the weight. Sums are kept a chunk, and added up last.
 
@@ -107,7 +125,7 @@ def gemv(
         if PDL and first == 0:  # weights are on their way; all else may be what the kernel before this one writes
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        codes = codes_of(stored, BITS)
+        codes = codes_of(stored, table, BITS)
         xs = inputs_of(x, m, chunk, M, K, BITS)
         if norm is not None:
             squares += tl.sum(xs * xs, 2)
@@ -116,8 +134,8 @@ def gemv(
         if GROUP is not None:
             scale = of_groups(scales, row, chunk, N, K, BITS, GROUP)
             dots *= scale[None]
-            if zeros is not None:  # of codes from -8
-                zero = of_groups(zeros, row, chunk, N, K, BITS, GROUP) - 8 * scale
+            if zeros is not None:
+                zero = zeros_of(zeros, scale, row, chunk, N, K, BITS, GROUP)
                 dots += zero[None] * tl.sum(xs, 2)[:, None]
         sums += dots
     total = tl.sum(sums, 2)
@@ -164,9 +182,9 @@ def summed(acc, squares, partials, counters, SPLIT: tl.constexpr, BM: tl.constex
 
 @triton.jit(do_not_specialize=["M", "eps"])
 def product(
-    x, w, scales, zeros, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, partials, counters,
+    x, w, scales, zeros, table, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, partials, counters,
 ):  # fmt: skip
     """A program: BM rows of x by BN rows of the weight, and each SPLIT-th tile of the inputs."""
     WARPS: tl.constexpr = BN // 16
@@ -177,12 +195,12 @@ def product(
     acc, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
     for first in tl.range(tl.program_id(2) * 4, K * BITS // 128, SPLIT * 4, num_stages=STAGES):
         chunk = first + tl.arange(0, 4)
-        weight = codes_of(chunks_of(w, row, chunk, N, K, BITS), BITS)
+        weight = codes_of(chunks_of(w, row, chunk, N, K, BITS), table, BITS)
         if GROUP is not None:
             scale = of_groups(scales, row, chunk, N, K, BITS, GROUP)
             weight *= scale[:, :, None]
-            if zeros is not None:  # of codes from -8
-                weight += (of_groups(zeros, row, chunk, N, K, BITS, GROUP) - 8 * scale)[:, :, None]
+            if zeros is not None:
+                weight += zeros_of(zeros, scale, row, chunk, N, K, BITS, GROUP)[:, :, None]
         xs = inputs_of(x, m, chunk, M, K, BITS)
         if norm is not None:
             squares += tl.sum(tl.sum(xs * xs, 2), 1)
@@ -261,15 +279,17 @@ def new_counters(weight: Tensor) -> Tensor:
 def launch(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
     norm: Tensor | None, eps: float, norm_offset: bool, residual: Tensor | None, activation: str | None,
+    table: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """How x [rows, in] makes the argument y [rows, out], see `linear`."""
     (rows, K), N = x.shape, weight.shape[0]
-    bits = 16 if scales is None else 8 if zeros is None else 4
-    group = None if bits == 16 or (bits == 8 and scales.shape[1] == 1) else K // scales.shape[1]
+    bits = 16 if scales is None else 8 if weight.shape[1] == K else 4
+    # one scale a row, without a zero, multiplies the sums
+    group = None if bits == 16 or (bits == 8 and zeros is None and scales.shape[1] == 1) else K // scales.shape[1]
     sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
     y = x.new_empty(rows, N if activation is None else N // 2)
-    residual = None if residual is None else residual.contiguous()
-    tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "bias": bias, "norm": norm, "residual": residual}
+    tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "table": table, "bias": bias, "norm": norm}
+    tensors |= {"residual": None if residual is None else residual.contiguous()}
     numbers = {"M": rows, "N": N, "eps": eps, "K": K, "BITS": bits, "GROUP": group, "OFFSET": norm_offset}
     arguments = {**tensors, "y": y, **numbers, "ACTIVATION": activation, **sizes}
     BM, BN, split = sizes["BM"], sizes["BN"], sizes.get("SPLIT")
@@ -288,7 +308,7 @@ def launch(
 torch.library.define(
     "gpt_faster::linear_on_gpu",
     "(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor counters, Tensor? norm, float eps, "
-    "bool norm_offset, Tensor? residual, str? activation) -> Tensor",
+    "bool norm_offset, Tensor? residual, str? activation, Tensor? table=None) -> Tensor",
 )
 
 
@@ -298,6 +318,7 @@ def linear(x: Tensor, weight: Tensor, *others: Tensor | float | str | None) -> T
     x [..., in] in half precision; weight, scales, zeros and bias of a linear layer, a float one in the dtype of x;
     counters of `new_counters`; norm [in] and eps: of an RMSNorm before; residual [..., out]: added last. activation
     "silu" or "gelu_tanh": the weight holds the rows of a gate and of as many values, y is activation(gate) * values.
+    table float32 [16]: what nibbles stand for, but those of int4.
     """
     made = launch(x.reshape(-1, x.shape[-1]).contiguous(), weight, *others)
     made.run()
@@ -308,5 +329,5 @@ torch.library.impl("gpt_faster::linear_on_gpu", "default", linear)
 
 
 @torch.library.register_fake("gpt_faster::linear_on_gpu")
-def _(x, weight, scales, zeros, bias, counters, norm, eps, norm_offset, residual, activation):
+def _(x, weight, scales, zeros, bias, counters, norm, eps, norm_offset, residual, activation, table=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2))

@@ -4,14 +4,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.gpu.linear import KERNEL_ACTIVATIONS
-from layers.packed import has_triton
-from layers.quantized import Int4Linear, Int8Linear
+from layers.packed import KINDS, has_triton
+from layers.quantized import LAYERS, Table4Linear
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear, MixtureOfExperts
 from model import ModelArgs
 
-KINDS = {kind.__name__ for kind in (ExpertLinear, Int8Linear, Int4Linear)}  # that the kernels read
+READ = {kind.__name__ for kind in (ExpertLinear, *LAYERS.values())}  # that the kernels read
+
+
+def kind_of(layer: nn.Module) -> str:
+    return getattr(layer, "kind", type(layer).__name__)  # of `AnyExperts`
 
 
 class GpuExperts(MixtureOfExperts):
@@ -22,15 +25,19 @@ class GpuExperts(MixtureOfExperts):
         import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton
 
         vars(self).update(vars(mixture))  # its layers and settings
+        for name in ("w13", "w2"):
+            layer, kind = getattr(mixture, name), KINDS[kind_of(getattr(mixture, name))]
+            table = kind.table().to(layer.weight.device, torch.float32) if issubclass(kind, Table4Linear) else None
+            self.register_buffer(f"{name}_table", table, persistent=False)
         self.activation_name = next(name for name, each in ACTIVATIONS.items() if each is mixture.activation)
 
     @staticmethod
     def fits(mixture: MixtureOfExperts, args: ModelArgs) -> bool:
-        kinds = {getattr(each, "kind", type(each).__name__) for each in (mixture.w13, mixture.w2)}  # of `AnyExperts`
-        return has_triton() and kinds <= KINDS and not args.ffn_bias and args.activation in KERNEL_ACTIVATIONS
+        return has_triton() and {kind_of(mixture.w13), kind_of(mixture.w2)} <= READ
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         tensors = [
             getattr(layer, name, None) for layer in (self.w13, self.w2) for name in ("weight", "scales", "zeros")
         ]
-        return torch.ops.gpt_faster.experts(x, chosen, *tensors, self.activation_name)
+        others = self.w13.bias, self.w13_table, self.w2.bias, self.w2_table
+        return torch.ops.gpt_faster.experts(x, chosen, *tensors, self.activation_name, *others)

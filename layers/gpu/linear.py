@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layers.blocks import HONOURED, honours
 from layers.packed import has_triton
-from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
+from layers.quantized import LAYERS, QuantizedLinear, Table4Linear
 from mixers.activations import ACTIVATIONS
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
@@ -30,6 +30,8 @@ class OnGpu(nn.Module):
             tensor = getattr(layer, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.register_buffer("counters", new_counters(self.weight), persistent=False)
+        numbers = layer.table().to(self.weight.device, torch.float32) if isinstance(layer, Table4Linear) else None
+        self.register_buffer("numbers", numbers, persistent=False)
         self.few = FEW[getattr(layer, "bits", 16)]
 
     @staticmethod
@@ -48,7 +50,7 @@ class OnGpu(nn.Module):
                 x, norm = norm(x), None  # x times the norm's weight alone may be more than the tensor cores' float16
             how = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.offset)
             tensors = (self.weight, self.scales, self.zeros, self.bias, self.counters)
-            return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation)
+            return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation, self.numbers)
         y = self.linear(x if norm is None else norm(x))
         if activation is not None:
             gate, up = y.chunk(2, dim=-1)
@@ -63,15 +65,23 @@ class FloatOnGpu(OnGpu):
         return F.linear(x, self.weight, self.bias)
 
 
-class Int8OnGpu(OnGpu, Int8Linear):
-    pass
-
-
-class Int4OnGpu(OnGpu, Int4Linear):
+class CodesOnGpu(OnGpu):
     @staticmethod
-    def fits(layer: Int4Linear, args: ModelArgs | None) -> bool:
-        """Whether 32 codes, the 16 bytes that are read at once, share a scale, too."""
-        return OnGpu.fits(layer, args) and layer.in_features >= 32 * layer.scales.shape[-1]
+    def fits(layer: QuantizedLinear, args: ModelArgs | None) -> bool:
+        """Whether the codes in 16 bytes, which are read at once, share a scale, too."""
+        return OnGpu.fits(layer, args) and layer.in_features >= 128 // layer.bits * layer.scales.shape[-1]
+
+
+def form_on_gpu(kind: type[QuantizedLinear]) -> type[CodesOnGpu]:
+    """The class of such layers on a GPU."""
+    return type(f"{kind.__name__.removesuffix('Linear')}OnGpu", (CodesOnGpu, kind), {})
+
+
+ON_GPU = {kind: form_on_gpu(kind) for kind in LAYERS.values()}
+
+
+def codes_on_gpu(layer: QuantizedLinear) -> CodesOnGpu:
+    return ON_GPU[type(layer)](layer)
 
 
 KERNEL_ACTIVATIONS = ("silu", "gelu_tanh")

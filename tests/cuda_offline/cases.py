@@ -16,6 +16,7 @@ from engine.sampling import Sampling
 from engine.speculation.drafters import draft_one_token
 from engine.speculation.speculative import verify
 from layers.quantized import QuantSpec
+from mixers.recurrent.delta_net import DeltaSizes
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from serving.scheduler import step_rows
@@ -67,7 +68,57 @@ FAMILIES = {
         tie_embeddings=True,
     ),
 }
+# whose layers differ too much for counts of kernels and caches
+OTHERS = {
+    "latent": replace(PLAIN, n_kv_head=8, head_dim=48, kv_latent=64, q_latent=96, value_dim=32, rope_dim=16),
+    "delta": replace(
+        PLAIN,
+        delta=DeltaSizes(layers=(0,), n_key_head=4, n_value_head=8, key_dim=32, value_dim=32, n_tap=4),
+        attention_gate=True,
+        qk_norm=True,
+        rope_dim=8,
+    ),
+    "two head sizes": replace(
+        PLAIN,
+        n_layer=4,
+        sliding_window=128,
+        full_layers=(1, 3),
+        full_head_dim=64,
+        full_kv_head=2,
+        keys_as_values=True,
+        value_norm=True,
+        qk_norm=True,
+        n_reusing_layer=2,
+        layer_input_size=32,
+        layer_scales=True,
+        post_norm=True,
+        activation="gelu_tanh",
+        n_expert=8,
+        n_expert_used=2,
+        separate_experts=True,
+        shared_size=320,
+        shared_gate=False,
+    ),
+    "biased experts": replace(
+        PLAIN,
+        attention_sinks=True,
+        qkv_bias=True,
+        wo_bias=True,
+        ffn_bias=True,
+        sliding_window=128,
+        full_layers=(1,),
+        n_expert=6,
+        n_expert_used=2,
+        activation="clamped_swiglu",
+    ),
+}
 FORMATS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
+SHIPPED = {  # which only files of other programs have
+    "float8": QuantSpec(8, 128, "float8"),
+    "int8.zeros": QuantSpec(8, 64, "int8.zeros"),
+    "float4": QuantSpec(4, 32, "float4"),
+    "nf4": QuantSpec(4, 64, "nf4"),
+}
 
 
 def fake_model(

@@ -9,11 +9,11 @@ from itertools import product
 import pytest
 import torch
 
-from tests.tiny import covering, pairwise
+from tests.tiny import all_offline, covering, pairwise
 
 pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
-from tests.cuda_offline.cases import FAMILIES, FORMATS, call_of, fake_model, fake_ranks
+from tests.cuda_offline.cases import FAMILIES, FORMATS, OTHERS, SHIPPED, call_of, fake_model, fake_ranks
 from tests.cuda_offline.generated import generated
 from tests.cuda_offline.imagined_gpu import PROCESSORS
 from tests.cuda_offline.machine_code import compile_generated, spilled
@@ -42,31 +42,48 @@ SPILLED = {"softmax": 48, "sigmoid_sum": 8}
 FOR_RANKS = 11  # a layer: two sums, each a copy, the collective and what waits for it, and what is then not fused
 
 
-def check(family, form, call, n_rows, sm=90, ranks=None, cache_dtype=None):
-    """One graph; all on the device; only caches written; nothing captured waits; few kernels; no copies of weights.
-
-    Returns its kernels.
-    """
-    model = fake_model(FAMILIES[family], FORMATS[form], ranks=ranks)
-    model.cache_dtype = cache_dtype
+def graph_of(model, call, n_rows, sm=90):
+    """One graph; all on the device; only what may be is written; nothing captured waits; no copies of weights."""
     function, arguments = call_of(call, model, n_rows)
     made = generated(function, *arguments, sm=sm)
     record = recorded(made)  # an operator that waits cannot be recorded
-    assert made.device_types == {"cuda"}
-    caches = {i for i, each in enumerate(made.inputs) if isinstance(each, torch.Tensor) and each.ndim == 4}
-    assert len(caches) == 2 * model.args.n_layer and caches <= written_inputs(made, record) <= made.static
+    assert made.device_types == {"cuda"} and written_inputs(made, record) <= made.static
     if call != "prompt":
         assert made.why_no_cuda_graph is None
         assert all(launch.part is not None for launch in record.launches)
-        if arguments[1].numel() <= MOST_TOKENS:
-            assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
     assert not copied_weights(model, record)
+    return made, record, arguments[1].numel()
+
+
+def check(family, form, call, n_rows, sm=90, ranks=None, cache_dtype=None):
+    """A graph whose caches are written, of few kernels, which are returned."""
+    model = fake_model(FAMILIES[family], (FORMATS | SHIPPED)[form], ranks=ranks)
+    model.cache_dtype = cache_dtype
+    made, record, n_token = graph_of(model, call, n_rows, sm)
+    caches = {i for i, each in enumerate(made.inputs) if isinstance(each, torch.Tensor) and each.ndim == 4}
+    assert len(caches) == 2 * model.args.n_layer and caches <= written_inputs(made, record)
+    if call != "prompt" and n_token <= MOST_TOKENS:
+        assert kernels_a_layer(made, record) <= MOST_KERNELS[family] + (0 if ranks is None else FOR_RANKS)
     return record.tuners
 
 
 @pytest.mark.parametrize(PAIR_NAMES, different(PAIRS))
 def test_a_graph_can_be_captured(family, form, call, n_rows, cache_dtype):
     check(family, form, call, n_rows, cache_dtype=cache_dtype)
+
+
+OTHER_CASES = [(family, form, call) for family in OTHERS for form in ("bf16", "int4") for call in CHOICES["call"][:3]]
+OTHER_CASES += [("biased experts", form, "step") for form in SHIPPED] + [("latent", "float8", "step")]
+
+
+@pytest.mark.parametrize("family, form, call", all_offline(OTHER_CASES, [("biased experts", "float4", "step")]))
+def test_a_graph_of_other_families_can_be_captured(family, form, call):
+    graph_of(fake_model(OTHERS[family], (FORMATS | SHIPPED)[form]), call, 2)
+
+
+@pytest.mark.parametrize("form, n_rows", all_offline([*product(SHIPPED, [1, 16])], [("float8", 1)]))
+def test_a_graph_of_shipped_formats_can_be_captured(form, n_rows):
+    check("plain", form, "step", n_rows)
 
 
 def check_machine_code(kernels, sm):

@@ -211,5 +211,6 @@ def copied_weights(model: Transformer, record: Record) -> list[tuple[int, ...]]:
     """The shapes of buffers that hold a whole weight, or one for each row; a gate is as small as activations are."""
     tensors = Layout(model.args).tensors.items()
     shapes = {tuple(like.shape[-2:]) for name, like in tensors if like.ndim > 1 and not name.endswith("gate.weight")}
+    shapes = {shape for shape in shapes if 1 not in shape}  # a convolution's, which is as small
     weights = shapes | {shape[::-1] for shape in shapes}
     return [shape for shape in record.buffers if shape[-2:] in weights]

@@ -104,10 +104,12 @@ Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in, Dtype 
     return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out,
             .many_rows_product = product_of_many_rows, .matrix_unit = nullptr};
   }
-  const bool has_zeros = scales.size(-2) == 2, has_nibbles = weight.size(-1) == round_up(in, kGroup) * kLanes / 2;
+  const int64_t nibbles = round_up(in, kGroup) * kLanes / 2;
+  const bool has_zeros = scales.size(-2) == 2, has_nibbles = weight.size(-1) == nibbles;
   const CodesWeight codes{.codes = weight.data<uint8_t>(), .scales = scales.data<void>(), .scale_dtype = scales.dtype,
                           .bias = bias.data<float>(), .in = in, .tiles = weight.size(-2), .groups = scales.size(-3),
                           .is_int4 = has_nibbles && has_zeros, .is_float4 = has_nibbles && !has_zeros,
+                          .is_numbers4 = weight.size(-1) == nibbles + kNumbersBytes,
                           .is_float8 = weight.dtype == kFloat8, .has_zeros = has_zeros};
   return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = codes.tiles * kLanes,
           .many_rows_product = nullptr, .matrix_unit = dtype == Dtype::bfloat16 ? kMatrixUnit : nullptr};

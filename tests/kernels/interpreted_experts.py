@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from kernels.gpu.experts import experts, sort_pairs
-from layers.gpu.linear import KERNEL_ACTIVATIONS
-from layers.quantized import LAYERS, QuantSpec, quantize_weight
+from layers.quantized import QuantSpec, Table4Linear, quantize_weight
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear
 from tests.tiny import pairwise
 
 SPECS = [None, QuantSpec(8), QuantSpec(8, 32), QuantSpec(4, 32), QuantSpec(4, 128)]
+SPECS += [QuantSpec(4, 32, "float4"), QuantSpec(8, 64, "float8"), QuantSpec(8, 32, "int8.zeros")]
 FEATURES = {
     "spec": SPECS,
     "n_expert_used": [(5, 1), (2, 2)],
     "n_token": [1, 20],
-    "activation": KERNEL_ACTIVATIONS,
+    "activation": list(ACTIVATIONS),
     "dtype": [torch.float16, torch.bfloat16],
 }
 
@@ -30,15 +30,19 @@ def test_experts_equal_float64(spec, n_expert_used, n_token, activation, dtype):
     weights = (torch.randn(n_expert, 2 * size, dim) * dim**-0.5, torch.randn(n_expert, dim, size) * size**-0.5)
     x, chosen = torch.randn(n_token, dim).to(dtype), torch.rand(n_token, n_expert).argsort(1)[:, :n_used]
     if spec:
-        layers = [LAYERS[spec.bits](**quantize_weight(weight, spec)) for weight in weights]
-        w13, w2 = (ExpertLinear(layer.dequantize().double()) for layer in layers)
+        layers = [spec.layer(**quantize_weight(weight, spec)) for weight in weights]
+        exact_weights = [layer.dequantize().double() for layer in layers]
     else:
         layers = [ExpertLinear(weight.to(dtype)) for weight in weights]
-        w13, w2 = (ExpertLinear(layer.weight.double()) for layer in layers)
+        exact_weights = [layer.weight.double() for layer in layers]
+    biases = [torch.randn(weight.shape[:2]).to(dtype) if spec else None for weight in weights]
+    pairs = zip(exact_weights, biases, strict=True)
+    w13, w2 = (ExpertLinear(weight, None if bias is None else bias.double()) for weight, bias in pairs)
     gate, up = w13(x.double()[:, None], chosen).chunk(2, -1)
     exact = w2(ACTIVATIONS[activation](gate, up), chosen)
     tensors = [getattr(layer, name, None) for layer in layers for name in ("weight", "scales", "zeros")]
-    found = experts(x, chosen, *tensors, activation)
+    table = spec.layer.table().float() if spec and issubclass(spec.layer, Table4Linear) else None
+    found = experts(x, chosen, *tensors, activation, biases[0], table, biases[1], table)
     assert found.shape == exact.shape and found.dtype == dtype
     assert (found - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()  # weights and products are rounded
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gpu import linear as gpu
-from layers.gpu.linear import GpuBlock, Int4OnGpu, Int8OnGpu
-from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
+from layers.gpu.linear import GpuBlock, codes_on_gpu
+from layers.quantized import LAYERS, QuantSpec, Table4Linear, quantize_weight, replace_
 from mixers.norms import RMSNorm
 from model import ModelArgs, Transformer
 
@@ -22,8 +22,8 @@ ROWS = (1, 2, 5, 16, 33, 64, 70)
 SHAPES = ((40, 512), (70, 768))  # out, in: neither is a multiple of the programs' blocks
 LASTS = ("nothing", "bias", "residual", "silu", "gelu_tanh")
 NORMS = (None, False, True)  # whether there is one, and whether it multiplies by 1 + weight
-OTHERS = zip(cycle(SHAPES), cycle(LASTS), cycle((*NORMS, False)))  # of lengths that make all pairs meet
-CASES = [(*each, *others) for each, others in zip(product(FORMATS, ROWS), OTHERS, strict=False)]
+LASTS_AND_NORMS = zip(cycle(SHAPES), cycle(LASTS), cycle((*NORMS, False)))  # of lengths that make all pairs meet
+CASES = [(*each, *others) for each, others in zip(product(FORMATS, ROWS), LASTS_AND_NORMS, strict=False)]
 
 
 def random(*shape, seed=0):
@@ -35,8 +35,14 @@ def layer_of(name, out, inputs):
     weight = random(out, inputs)
     if FORMATS[name] is None:
         return (weight.half(), None, None), weight.half().double()
-    layer = LAYERS[FORMATS[name].bits](**quantize_weight(weight, FORMATS[name]))
+    layer = FORMATS[name].layer(**quantize_weight(weight, FORMATS[name]))
     return (layer.weight, layer.scales, layer.zeros), layer.dequantize().double()
+
+
+def table_of(name):
+    """The last argument of `linear`, if it is needed."""
+    is_table = FORMATS[name] is not None and issubclass(FORMATS[name].layer, Table4Linear)
+    return (FORMATS[name].layer.table().float(),) if is_table else ()
 
 
 def case(name, rows, shape, last, offset):
@@ -56,13 +62,19 @@ def case(name, rows, shape, last, offset):
     if activation is not None:
         gate, up = y.chunk(2, dim=-1)
         y = (F.silu(gate) if last == "silu" else F.gelu(gate, approximate="tanh")) * up
-    return (x, *tensors, bias, gpu.new_counters(tensors[0]), norm, 0.1, bool(offset), residual, activation), y
+    counters = gpu.new_counters(tensors[0])
+    return (x, *tensors, bias, counters, norm, 0.1, bool(offset), residual, activation, *table_of(name)), y
 
 
+OTHERS = {"float8": QuantSpec(8, None, "float8"), "float8.g64": QuantSpec(8, 64, "float8")}
+OTHERS |= {"int8.zeros": QuantSpec(8, None, "int8.zeros"), "int8.zeros.g64": QuantSpec(8, 64, "int8.zeros")}
+OTHERS |= {"float4.g32": QuantSpec(4, 32, "float4"), "nf4.g64": QuantSpec(4, 64, "nf4")}
+FORMATS |= OTHERS
+OF_OTHERS = [(name, rows, SHAPES[0], "silu", False) for name in OTHERS for rows in (1, 16)]
 ONE_GROUP = [("int4.g256", rows, (24, 256), "nothing", None) for rows in (1, 5)]  # a row: it has a zero nevertheless
 
 
-@pytest.mark.parametrize("name, rows, shape, last, offset", CASES + ONE_GROUP)
+@pytest.mark.parametrize("name, rows, shape, last, offset", CASES + OF_OTHERS + ONE_GROUP)
 def test_kernels_equal_float64(name, rows, shape, last, offset):
     arguments, expected = case(name, rows, shape, last, offset)
     y = torch.ops.gpt_faster.linear_on_gpu(*arguments)
@@ -91,7 +103,7 @@ def test_large_activations_before_a_norm_in_float16(rows):
     x, norm = random(rows, 512, seed=1).clamp(-2, 2).mul(15_000).half(), RMSNorm(512, ARGS).half()
     norm.weight.fill_(4)
     expected = F.rms_norm(x.double(), (512,), norm.weight.double()) @ layer.dequantize().double().T
-    y = Int4OnGpu(layer)(x, norm)
+    y = codes_on_gpu(layer)(x, norm)
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
 
 
@@ -136,7 +148,7 @@ def test_block_equals_plain_one(spec, fields):
         layer = plain.layers[0].get_submodule(name)
         rounded = LAYERS[spec.bits](**quantize_weight(layer.weight, spec), bias=layer.bias)
         layer.weight.copy_(rounded.dequantize())
-        replace_(fused.layers[0], name, (Int8OnGpu if spec.bits == 8 else Int4OnGpu)(rounded))
+        replace_(fused.layers[0], name, codes_on_gpu(rounded))
     fused.half()
     assert GpuBlock.fits(fused.layers[0], args)
     fused.layers[0] = GpuBlock(fused.layers[0])

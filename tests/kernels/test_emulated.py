@@ -21,6 +21,7 @@ FORMS += [
     (QuantSpec(8, 64, "float8"), BFLOAT16),
     (QuantSpec(8, 16, "int8.zeros"), FLOAT16),
     (QuantSpec(4, 32, "float4"), BFLOAT16),
+    (QuantSpec(4, 64, "nf4"), BFLOAT16),
 ]
 CASES = [  # a test, and the arguments for it
     *((operators.test_linear_equals_float64, M, 37, 30, True) for M in (1, 5)),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from layers.gpu.attention import GpuAttention
-from layers.gpu.linear import BLOCK_FIELDS, FloatOnGpu, GpuBlock, Int4OnGpu, Int8OnGpu, NormedLinear, OnGpu
+from layers.gpu.linear import BLOCK_FIELDS, ON_GPU, FloatOnGpu, GpuBlock, NormedLinear, OnGpu
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
 from mixers.norms import RMSNorm
 from model import Blocks
@@ -19,7 +19,7 @@ ATTENTION = ("full_layers", "unrotated_layers", "late_query_scale", "qk_norm_las
 ATTENTION += ("attention_softcap",)
 TAKEN = TAKEN | {name: REFUSED[name] for name in (*ATTENTION, "activation", "norm_offset")}
 REFUSED = {name: fields for name, fields in REFUSED.items() if name not in TAKEN}
-KINDS = {None: FloatOnGpu, 8: Int8OnGpu, 4: Int4OnGpu}
+KINDS = {None: FloatOnGpu, 8: ON_GPU[Int8Linear], 4: ON_GPU[Int4Linear]}
 
 
 def random(*shape, seed=0):
@@ -50,7 +50,7 @@ def test_blocks_take_only_models_whose_fields_they_honour(name):
     for layer in packed.layers:
         for module in list(layer.modules()):
             for child, each in list(module.named_children()):
-                kind = {Int8Linear: Int8OnGpu, Int4Linear: Int4OnGpu}.get(type(each))
+                kind = ON_GPU.get(type(each))
                 if kind is not None and kind.fits(each, packed.args):
                     setattr(module, child, kind(each))
     assert [GpuBlock.fits(layer, packed.args) for layer in packed.layers] == [name in TAKEN] * len(packed.layers)

@@ -11,6 +11,7 @@ from layers.quantized import GROUPSIZES, QuantSpec, quantize_weight
 
 SPECS = [QuantSpec(8), *(QuantSpec(bits, size) for bits in (8, 4) for size in GROUPSIZES)]
 SPECS += [QuantSpec(8, size, name) for name in ("int8.zeros", "float8") for size in (None, 16, 64)]
+SPECS += [QuantSpec(4, 64, "nf4"), QuantSpec(4, 16, "nf4"), QuantSpec(4, 64, "fp4")]
 SPECS += [QuantSpec(4, size, "float4") for size in (16, 32)]
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="there are no operators for this processor")
 pytestmark = pytest.mark.usefixtures("one_thread")

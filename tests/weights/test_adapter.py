@@ -126,6 +126,13 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path, bad):
         load_model(tmp_path, adapter=tmp_path / "adapter")
 
 
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    model = save_tiny(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), tmp_path)
+    write_adapter(tmp_path / "adapter", model, ["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="adapts a head that shares the embedding's weight, which is not supported"):
+        load_model(tmp_path, adapter=tmp_path / "adapter")
+
+
 def test_what_is_no_adapter(tmp_path):
     save_tiny(FAMILIES["llama"][0], tmp_path)
     with pytest.raises(ValueError, match="there is no adapter at .*nowhere"):

@@ -9,7 +9,6 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 from transformers import LlamaConfig
 
-from layers.quantized import QuantSpec
 from tests.weights.test_gguf import SIZES, assert_kept, finish, in_layers, random_blocks, tiny, write_gguf
 from weights.checkpoint import open_model
 from weights.gguf_file import GGUFFile
@@ -53,8 +52,7 @@ def test_kept_codes_are_those_of_the_file(name, others, tmp_path, monkeypatch):
 
 
 WIDE = SIZES | {"hidden_size": 256, "intermediate_size": 512}
-INT4, ZEROS, HALVES = QuantSpec(4, 32), QuantSpec(8, 32, "int8.zeros"), QuantSpec(8, 16)
-MIXED_HALVES = QuantSpec(8, 16, "int8.zeros")
+INT4, ZEROS, HALVES, MIXED_HALVES = "int4.g32", "int8.zeros.g32", "int8.g16", "int8.zeros.g16"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.tiny import SIZES, save_tiny
+from kernels import cpu
+from tests.tiny import SIZES, allocated, save_tiny
 from tp import require_split, shard
 from weights.checkpoint import load_model, open_model
 from weights.layout import LEAVES
@@ -128,6 +129,35 @@ def bitsandbytes(out, n_in, seed):
     return file, codes.double() * scales.double()
 
 
+NF4 = (-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)  # as it is published
+NF4 += (-0.18477343022823334, -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634)
+NF4 += (0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1)
+TABLES = {"nf4": NF4, "fp4": [sign * each / 12 for sign in (1, -1) for each in (0, 0.0625, 8, 12, 4, 6, 2, 3)]}
+
+
+def bitsandbytes4(kind, block, double):
+    """Blocks of the flat weight, its even numbers in the high nibbles; double: the largest weights are rounded too."""
+
+    def pack(out, n_in, seed):
+        codes = (random(out * n_in // 2, 2, seed=seed) * 16).long()
+        table, n = torch.tensor(TABLES[kind]), -(-out * n_in // block)
+        state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [out, n_in]}
+        file = {"weight": (codes[:, :1] * 16 + codes[:, 1:]).to(torch.uint8), "weight.quant_map": table}
+        absmax = 0.5 + random(n, seed=seed + 1)
+        file |= {"weight.absmax": absmax}
+        if double:
+            own, scales = (256 * random(n, seed=seed + 2)).to(torch.uint8), random(-(-n // 256), seed=seed + 3)
+            file |= {"weight.absmax": own, "weight.nested_absmax": scales}
+            file["weight.nested_quant_map"] = torch.linspace(-1, 1, 256)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 1.25}
+            absmax = torch.linspace(-1, 1, 256)[own.long()] * scales.repeat_interleave(256)[:n] + 1.25
+        file[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor([*json.dumps(state).encode()]).to(torch.uint8)
+        each = absmax.double().repeat_interleave(block)[: out * n_in]
+        return file, (table[codes.flatten()].double() * each).view(out, n_in)
+
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}, pack
+
+
 def compressed(form, **weights):
     """By the library compressed-tensors itself."""
 
@@ -191,6 +221,8 @@ METHODS = {
 
 METHODS |= {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes, "int8"),
+    "nf4": (*bitsandbytes4("nf4", 64, double=True), "nf4.g64"),
+    "fp4, blocks over rows": (*bitsandbytes4("fp4", 128, double=False), "fp4.g64 fp4.g128"),
     "NVFP4": (*compressed("nvfp4-pack-quantized", **FP4, strategy="tensor_group", group_size=16), "float4.g16"),
     "MXFP4": (*compressed("mxfp4-pack-quantized", **FP4, strategy="group", group_size=32), "float4.g32"),
 }
@@ -243,6 +275,9 @@ def test_a_quantised_folder_is_the_model_of_its_weights(kind, method, tmp_path):
     assert floats.keys() == truth.keys()
     ours, theirs = load_model(tmp_path, dtype=torch.float32), logits_of_transformers(tmp_path / "float")
     torch.testing.assert_close(ours(IDS, IDS), theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+    if cpu.available():  # else codes become floats
+        near = 0.05 if method.startswith(("nf4", "fp4")) else 0.02  # 16 numbers a tile are much of layers so small
+        assert opened.layout.loaded_bytes(torch.float32) == pytest.approx(allocated(ours), rel=near)
 
 
 @torch.inference_mode()
@@ -407,7 +442,24 @@ REFUSED = {
         "group_size is 32, which is not supported; supported: 16",
     ),
     "a global scale of zero": ("NVFP4", tensor("weight_global_scale", first(0)), "weight_global_scale .*zero, NaN"),
-    "nf4": ("bitsandbytes", settings(load_in_8bit=False, load_in_4bit=True), "nf4, fp4. are not supported; 8-bit"),
+    "neither 4 nor 8 bits": ("bitsandbytes", settings(load_in_8bit=False), "load_in_8bit is False, which is not"),
+    "another table": (
+        "nf4",
+        tensor("weight.quant_map", first(-0.9)),
+        "quant_map holds other numbers than those of nf4",
+    ),
+    "fp4 called nf4": ("nf4", settings(bnb_4bit_quant_type="fp4"), "lacks the tensor .*bitsandbytes__fp4"),
+    "no state": (
+        "nf4",
+        tensor("weight.quant_state.bitsandbytes__nf4", first(0)),
+        "bitsandbytes__nf4 does not tell the layer's shape",
+    ),
+    "blocks of NaN": (
+        "fp4, blocks over rows",
+        tensor("weight.absmax", first(torch.nan)),
+        "weight.absmax holds scales that are NaN",
+    ),
+    "half the codes": ("nf4", tensor("weight", lambda t: t[1:]), r"v_proj.weight, in bytes, has shape .* is needed"),
     "tiles": ("bitsandbytes", tensor("weight_format", lambda t: t + 1), "v_proj has codes in tiles; rows"),
     "no target": (
         "W8A8",

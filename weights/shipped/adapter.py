@@ -19,6 +19,7 @@ from weights.layout import ModelFile, Pair, Readers, in_our_order, readers, rope
 
 Scale = Callable[[int], float]  # of the product of two matrices, by their rank
 PREFIX = "base_model.model."
+MERGE = "merge it with merge_and_unload of peft"
 # what changes nothing of a trained adapter, or is told by its tensors; any other field that is set is refused
 KNOWN = {"peft_type", "bias", "r", "lora_alpha", "use_rslora", "init_lora_weights", "rank_pattern", "target_modules"}
 KNOWN |= {"task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "auto_mapping"}
@@ -51,7 +52,7 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
         if ".attention." in module and orders_rows(args):
             raise ValueError(
                 f"{folder} adapts attention ({parts[0]}), which is not supported in models with gated DeltaNet, latent "
-                "attention or layers of two sizes; merge it with merge_and_unload of peft"
+                f"attention or layers of two sizes; {MERGE}"
             )
         n_out, turns = layer.weight.shape[-2], order if module.endswith("wqkv") else None
         pair = partial(read_pair, parts, rows_of(parts, n_out, args), layer.in_features, raw, scale_of, folder)
@@ -62,11 +63,18 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
         else:
             tensors[f"{module}.weight"] = partial(merged, tensors[f"{module}.weight"], pair)
     if unused:
-        raise ValueError(
-            f"{folder} has {sorted(unused)[0]}, for which this model, of {args.n_layer} layers, has no place; give the "
-            "adapter's own base model, or merge it into that with merge_and_unload of peft"
-        )
+        raise ValueError(no_place(folder, sorted(unused), args))
     return replace(opened, tensors=tensors, beside=beside)
+
+
+def no_place(folder: Path, unused: list[str], args: ModelArgs) -> str:
+    """What is said of an adapter of which some tensors are for no layer of the model."""
+    if args.tie_embeddings and any(name.startswith("lm_head.") for name in unused):
+        return f"{folder} adapts a head that shares the embedding's weight, which is not supported; {MERGE}"
+    return (
+        f"{folder} has {unused[0]}, for which this model, of {args.n_layer} layers, has no place; give the adapter's "
+        "own base model, or merge it into that with merge_and_unload of peft"
+    )
 
 
 def read_adapter(folder: Path) -> tuple[Scale, Readers]:

@@ -14,8 +14,8 @@ from weights.shipped.scales import checked_scales, checked_shape, fetch
 
 
 def float4_spec(groupsize: int, n_in: int, name: str) -> QuantSpec:
-    """Of a layer whose inputs are whole groups."""
-    spec = QuantSpec(4, groupsize, "float4")
+    """Of a layer whose inputs are whole groups, of 32 with powers of two as scales, or of 16."""
+    spec = QuantSpec(4, groupsize, "float4", scale_dtype="bfloat16" if groupsize == 32 else "float32")
     spec.groups(n_in, name)
     return spec
 

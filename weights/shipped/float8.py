@@ -5,7 +5,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec
 from weights.layout import Kept, Readers
-from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, spread
+from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, scale_dtype, spread
 
 
 def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int, int] | None) -> Kept:
@@ -39,4 +39,5 @@ def float8_layer(name: str, raw: Readers, n_in: int, leaf: str, block: tuple[int
         values = checked_shape(called, values, -(-n_out // height), -(-n_in // width))
         return spread(values.repeat_interleave(height, 0)[:n_out], width, groupsize, n_in)
 
-    return Kept(QuantSpec(8, groupsize, "float8"), {"weight": weight, "scales": scales})
+    spec = QuantSpec(8, groupsize, "float8", scale_dtype=scale_dtype(fetch(raw, f"{name}.{leaf}")))
+    return Kept(spec, {"weight": weight, "scales": scales})

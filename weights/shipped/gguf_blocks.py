@@ -4,12 +4,13 @@ A block is as ggml-common.h has it, and as the package `gguf` reads it: scales, 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layers.quantized import Float4Linear, QuantSpec
+from layers.quantized import SCALE_DTYPES, Float4Linear, QuantSpec
 from weights.gguf_file import GGUFTensor
 from weights.shipped.float4 import half_power
 
@@ -105,19 +106,18 @@ def q6_k(data: Tensor) -> Codes:
 
 
 def mxfp4(data: Tensor) -> Codes:
-    table = torch.tensor(Float4Linear.CODES, dtype=torch.int8)
-    return Codes(table[nibbles(data[:, 1:], 16).int()], half_power(data[:, :1]))
+    return Codes(Float4Linear.table()[nibbles(data[:, 1:], 16).int()], half_power(data[:, :1]))
 
 
 KEPT = {
-    "Q4_0": Type(QuantSpec(4, 32), False, q4_0),
-    "Q4_1": Type(QuantSpec(4, 32), True, q4_1),
-    "Q5_0": Type(QuantSpec(8, 32), False, q5_0),
-    "Q5_1": Type(QuantSpec(8, 32, "int8.zeros"), True, q5_1),
-    "Q8_0": Type(QuantSpec(8, 32), False, q8_0),
-    "Q4_K": Type(QuantSpec(4, 32), True, q4_k),
-    "Q5_K": Type(QuantSpec(8, 32, "int8.zeros"), True, q5_k),
-    "Q6_K": Type(QuantSpec(8, 16), False, q6_k),
+    "Q4_0": Type(QuantSpec(4, 32, scale_dtype="float16"), False, q4_0),
+    "Q4_1": Type(QuantSpec(4, 32, scale_dtype="float32"), True, q4_1),
+    "Q5_0": Type(QuantSpec(8, 32, scale_dtype="float16"), False, q5_0),
+    "Q5_1": Type(QuantSpec(8, 32, "int8.zeros", scale_dtype="float16"), True, q5_1),
+    "Q8_0": Type(QuantSpec(8, 32, scale_dtype="float16"), False, q8_0),
+    "Q4_K": Type(QuantSpec(4, 32, scale_dtype="float32"), True, q4_k),
+    "Q5_K": Type(QuantSpec(8, 32, "int8.zeros", scale_dtype="float32"), True, q5_k),
+    "Q6_K": Type(QuantSpec(8, 16, scale_dtype="float32"), False, q6_k),
     "MXFP4": Type(QuantSpec(4, 32, "float4"), False, mxfp4),
 }
 
@@ -126,11 +126,15 @@ def common_spec(names: set[str]) -> QuantSpec | None:
     """How a layer of parts of these types is kept: the narrowest format that holds all; None: one type is not kept."""
     if not names <= KEPT.keys():
         return None
-    types = [KEPT[name] for name in names]
-    if len({each.spec for each in types}) == 1:
-        return types[0].spec
+    types = [KEPT[name] for name in sorted(names)]
+    dtypes = {each.spec.scale_dtype for each in types}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    specs = {replace(each.spec, scale_dtype=dtype) for each in types}
+    if len(specs) == 1:
+        return specs.pop()
     groupsize = min(each.spec.groupsize for each in types)
-    return QuantSpec(8, groupsize, "int8.zeros" if any(each.has_zeros for each in types) else None)
+    name = "int8.zeros" if any(each.has_zeros for each in types) else None
+    return QuantSpec(8, groupsize, name, scale_dtype=dtype)
 
 
 def read_codes(tensor: GGUFTensor, spec: QuantSpec, leaf: str) -> Tensor:
@@ -155,7 +159,9 @@ def of_layer(blocks: Codes, spec: QuantSpec, leaf: str) -> Tensor:
     middle = 8 if spec.bits == 4 and zeros is not None else 0  # codes from 0 on become signed
     if leaf == "weight":
         return spec.layer.packed(codes - middle)
-    if middle:  # float32, which holds the new zeros to an ulp
-        scales, zeros = scales.float(), zeros.float() + middle * scales.float()
+    dtype = SCALE_DTYPES[spec.scale_dtype]  # of int4 with zeros float32, which holds the new ones to an ulp
+    scales, zeros = scales.to(dtype), None if zeros is None else zeros.to(dtype)
+    if middle:
+        zeros = zeros + middle * scales
     values = scales if leaf == "scales" else torch.zeros_like(scales) if zeros is None else zeros
     return values.repeat_interleave(codes.shape[1] // scales.shape[1] // spec.groupsize, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.quantized import QuantSpec
 from weights.layout import Kept, Readers
-from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, spread, zeros_of
+from weights.shipped.scales import checked_scales, checked_shape, fetch, our_groupsize, scale_dtype, spread, zeros_of
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of 8 neighbours stand
 
@@ -50,7 +50,8 @@ class Codes:
         tensors = {"weight": partial(self.weight, order), "scales": partial(self.our_scales, groupsize, has_zeros)}
         tensors |= {"zeros": partial(self.our_zeros, groupsize)} if has_zeros else {}
         tensors |= {} if order is None else {"order": lambda: order}
-        return Kept(QuantSpec(self.bits, groupsize, name, order is not None), tensors)
+        dtype = scale_dtype(self.scales()) if self.points is None else "float32"  # which all zeros need
+        return Kept(QuantSpec(self.bits, groupsize, name, order is not None, dtype), tensors)
 
     def order(self) -> Tensor | None:
         """The inputs [in], group after group; None: as they are."""
@@ -75,8 +76,9 @@ class Codes:
 
     def our_zeros(self, groupsize: int | None) -> Tensor:
         scales, middle = self.file_scales(), 1 << (self.bits - 1)
-        points = torch.full_like(scales, middle) if self.points is None else self.points()
-        points = checked_shape(f"the zeros of {self.name}", points, *scales.shape)
+        if self.points is None:
+            return torch.zeros_like(spread(scales, self.groupsize, groupsize, self.n_in))
+        points = checked_shape(f"the zeros of {self.name}", self.points(), *scales.shape)
         return spread(zeros_of(points, middle, scales), self.groupsize, groupsize, self.n_in)
 
 
@@ -120,21 +122,19 @@ def gptq_layer(
     groupsize = file_groupsize(groupsize, n_in)
 
     def codes() -> Tensor:
+        if symmetric and (points() != 1 << (bits - 1)).any():
+            raise ValueError(f"{name}.qzeros are not symmetric, though the config says sym")
         return unpacked(read_words(raw, f"{name}.qweight", n_in * bits // 32, None).T, bits)
 
     def points() -> Tensor:
         words = read_words(raw, f"{name}.qzeros", -(-n_in // groupsize), None)
         return unpacked(words, bits).T.to(torch.int16) + added
 
-    def scales() -> Tensor:
-        if symmetric and (points() != 1 << (bits - 1)).any():
-            raise ValueError(f"{name}.qzeros are not symmetric, though the config says sym")
-        return fetch(raw, f"{name}.scales").T
-
     group_of = fetch(raw, f"{name}.g_idx").long() if f"{name}.g_idx" in raw else None
     if group_of is not None:
         checked_shape(f"{name}.g_idx", group_of, n_in)
-    return Codes(name, bits, n_in, groupsize, codes, scales, None if symmetric else points, group_of).kept()
+    scales, used = lambda: fetch(raw, f"{name}.scales").T, None if symmetric else points
+    return Codes(name, bits, n_in, groupsize, codes, scales, used, group_of).kept()
 
 
 def packed_layer(name: str, raw: Readers, n_in: int, bits: int, groupsize: int, symmetric: bool) -> Kept:
@@ -153,19 +153,6 @@ def packed_layer(name: str, raw: Readers, n_in: int, bits: int, groupsize: int, 
         group_of = None
     groupsize, scales = file_groupsize(groupsize, n_in), partial(fetch, raw, f"{name}.weight_scale")
     return Codes(name, bits, n_in, groupsize, codes, scales, None if symmetric else points, group_of).kept()
-
-
-def bitsandbytes_layer(name: str, raw: Readers, n_in: int) -> Kept | None:
-    """weight int8 [out, in]; SCB [out], the largest weights of its rows, of which a code is so many 127ths."""
-    if f"{name}.SCB" not in raw:
-        return None
-    if f"{name}.weight_format" in raw and raw[f"{name}.weight_format"]().item() != 0:
-        raise ValueError(f"{name} has codes in tiles; rows (weight_format 0) are needed")
-
-    def scales() -> Tensor:
-        return checked_scales(f"{name}.SCB", fetch(raw, f"{name}.SCB")).float().view(-1, 1) / 127
-
-    return Kept(QuantSpec(8), {"weight": partial(fetch, raw, f"{name}.weight"), "scales": scales})
 
 
 def plain_int8_layer(name: str, raw: Readers, n_in: int, groupsize: int, symmetric: bool) -> Kept:

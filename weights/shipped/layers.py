@@ -15,7 +15,8 @@ from weights.shipped.methods import ReadLayer
 # of a quantised layer of a file, but its bias
 FILE_LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape", "weight", "weight_scale")
 FILE_LEAVES += ("weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_global_scale", "blocks")
-FILE_LEAVES += ("SCB", "weight_format")
+FILE_LEAVES += ("SCB", "weight_format", "weight.absmax", "weight.nested_absmax", "weight.quant_map")
+FILE_LEAVES += ("weight.nested_quant_map", *(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")))
 # what activations, keys and values are rounded by elsewhere; here they are not
 OF_ACTIVATIONS = re.compile(r".*\.((input|output|activation|k|v|q)_(scale|zero_point|global_scale)(_ub)?)")
 

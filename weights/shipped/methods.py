@@ -7,9 +7,10 @@ from pathlib import Path
 
 from weights.files import Config, read_json
 from weights.layout import Kept, Readers
+from weights.shipped.bitsandbytes import float4_layer, int8_layer
 from weights.shipped.float4 import mxfp4_layer, nvfp4_layer, packed_mxfp4_layer
 from weights.shipped.float8 import float8_layer
-from weights.shipped.integers import awq_layer, bitsandbytes_layer, gptq_layer, packed_layer, plain_int8_layer
+from weights.shipped.integers import awq_layer, gptq_layer, packed_layer, plain_int8_layer
 
 # Reads the layer of a name in the file, among all its tensors, that has so many inputs; None: the layer is float.
 ReadLayer = Callable[[str, Readers, int], Kept | None]
@@ -155,9 +156,10 @@ def of_group(group: dict, settings: Config) -> ReadLayer:
 
 
 def bitsandbytes(settings: Config) -> ReadLayer:
-    if settings.get("load_in_8bit") is not True:
-        raise settings.error("4-bit weights of bitsandbytes (nf4, fp4) are not supported; 8-bit ones are")
-    return bitsandbytes_layer
+    if settings.get("load_in_4bit") is not True:
+        one_of(settings, "load_in_8bit", True)
+        return int8_layer
+    return partial(float4_layer, kind=one_of(settings, "bnb_4bit_quant_type", "nf4", "fp4", default="fp4"))
 
 
 FLOAT4 = {"nvfp4-pack-quantized": (16, nvfp4_layer), "mxfp4-pack-quantized": (32, packed_mxfp4_layer)}

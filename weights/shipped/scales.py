@@ -27,6 +27,11 @@ def fetch(raw: Readers, name: str) -> Tensor:
     return raw[name]()
 
 
+def scale_dtype(scales: Tensor) -> str:
+    """The name of the dtype that `checked_scales` gives these."""
+    return str(scales.dtype if scales.dtype in DTYPES.values() else torch.float32).removeprefix("torch.")
+
+
 def checked_shape(name: str, tensor: Tensor, *shape: int) -> Tensor:
     """A tensor of the file, which must have the shape that its config and the model's sizes need."""
     if tensor.shape != shape:
@@ -52,8 +57,6 @@ def spread(values: Tensor, groupsize: int, ours: int | None, n_in: int) -> Tenso
 def zeros_of(points: Tensor, middle: int, scales: Tensor) -> Tensor:
     """What our signed codes need as zeros for w = (unsigned code - point) * scale: (middle - point) * scale.
 
-    float32 holds that exactly for scales in half precision, whose own dtype is taken where it holds it too.
+    float32 holds that exactly for scales in half precision.
     """
-    zeros = (middle - points.float()) * scales.float()
-    narrow = zeros.to(scales.dtype)
-    return narrow if torch.equal(narrow.float(), zeros) else zeros
+    return (middle - points.float()) * scales.float()
