@@ -161,9 +161,10 @@ def read_data(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[Tensor, l
         ids, held_out = split_off(ids)
     else:
         held_out = checked_ids(tokenizer.encode(training_text([args.check])), tokenizer)
+    windows = full_windows([ids], args.seq_length, 1 if args.self_data else args.batch_size)
     if len(held_out) < 2:
         raise ValueError(f"the text to measure on is too short (tokens: {len(held_out)}); give more, or a --check FILE")
-    return full_windows([ids], args.seq_length, 1 if args.self_data else args.batch_size), held_out
+    return windows, held_out
 
 
 # ---------------------------------------------------------------- the training

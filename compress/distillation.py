@@ -107,11 +107,16 @@ class Training:
     def __init__(self, student: Transformer, targets: Targets, plan: Plan, ranks: Ranks | None = None):
         self.student, self.targets, self.plan, self.ranks = student, targets, plan, ranks
         self.parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), plan.learning_rate, BETAS, weight_decay=0.0, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.groups(), plan.learning_rate, BETAS, weight_decay=0.0, fused=True)
         self.parallel = student if ranks is None else DistributedDataParallel(student)
         self.step, self.seconds = 0, 0.0
+
+    def groups(self) -> list[dict]:
+        """Parameters with the unit of their learning rate: of scales and zeros, which are small, their mean size."""
+        coded = [each for name, each in self.parameters.items() if name.endswith((".scales", ".zeros"))]
+        groups = [{"params": [each], "unit": each.detach().abs().mean().item()} for each in coded]
+        floats = [each for name, each in self.parameters.items() if not name.endswith((".scales", ".zeros"))]
+        return [{"params": floats, "unit": 1.0}, *groups]
 
     def run(self) -> Iterator[Step]:
         """Train to the end; each step as it is done. Raises ValueError on a loss that is no number."""
@@ -121,7 +126,8 @@ class Training:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
             if not math.isfinite(loss) or not norm.isfinite():
                 raise Diverged(f"the loss of step {self.step + 1} is {loss}, with a gradient of length {norm:g}")
-            self.optimizer.param_groups[0]["lr"] = self.plan.learning_rate * rate_at(self.progress())
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.plan.learning_rate * group["unit"] * rate_at(self.progress())
             with postponed():
                 self.optimizer.step()
                 self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - began
