@@ -42,7 +42,7 @@ POINTS = 20  # of the curve, beside the first
 SAY_S, SAVE_S = 10, 120  # seconds of training between two lines, and between two states that are kept
 ROWS = 16  # texts that the teacher writes at a time
 SAME = ("teacher", "finetune", "layers", "self_data", "steps", "minutes", "batch_size", "seq_length", "top_k")
-SAME += ("temperature", "dtype", "seed")  # flags without which a training cannot go on
+SAME += ("temperature", "dtype", "seed", "adapter")  # flags without which a training cannot go on
 
 
 def main(**flags) -> None:
@@ -107,6 +107,8 @@ def check_request(args: argparse.Namespace, ranks: Ranks | None) -> None:
         raise ValueError(f"--seq_length is {args.seq_length}; a window needs at least 2 tokens")
     if ranks is not None and args.batch_size % ranks.size:
         raise ValueError(f"--batch_size {args.batch_size} does not divide among {ranks.size} ranks; use a multiple")
+    if args.dtype == "float16":
+        raise ValueError("--dtype float16 is too narrow for gradients; use bfloat16 or float32")
     check_threads(args.threads)
     if args.chart is not None:
         if importlib.util.find_spec("matplotlib") is None:

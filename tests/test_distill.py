@@ -192,6 +192,7 @@ BAD = {
     "--seq_length 1": "--seq_length is 1; a window needs at least 2 tokens",
     "--seq_length 600": "--seq_length 600 is more than the model's context of 512",
     "--self_data 0": "--self_data is 0; it must be at least 1",
+    "--dtype float16": "--dtype float16 is too narrow for gradients; use bfloat16 or float32",
     "--dtype int8": "dtype 'int8' is unknown",
     "--output TEACHER": "the model is read from it",
     "--output x.gguf": "its name must end in .pth",
