@@ -85,7 +85,7 @@ class Job:
 
     teacher: ModelFile
     student: ModelFile
-    source: Path  # whose tokenizer the student has
+    folder: Path  # whose tokenizer the student has
     target: Path
     device: torch.device
     dtype: torch.dtype  # of the arithmetic
@@ -129,7 +129,7 @@ def open_job(args: argparse.Namespace, ranks: Ranks | None) -> Job:
         source, student, end = Path(args.finetune), open_model(args.finetune), "distilled"
     folder, stem = (source, "model") if source.is_dir() else (source.parent, source.stem)
     target = Path(args.output or folder / f"{stem}_{end}.pth")
-    return Job(teacher, student, source, target, device, dtype)
+    return Job(teacher, student, folder, target, device, dtype)
 
 
 def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -144,7 +144,7 @@ def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         sizes = f"{job.student.args.n_layer} layers, and its teacher {job.teacher.args.n_layer}"
         raise ValueError(f"the student has {sizes}; a student is no deeper than its teacher")
     if args.finetune is not None:
-        require_same_vocabulary(tokenizer, load_tokenizer(job.source, job.student.args.vocab_size), "student")
+        require_same_vocabulary(tokenizer, load_tokenizer(args.finetune, job.student.args.vocab_size), "student")
     ours, theirs = job.student.args.vocab_size, job.teacher.args.vocab_size
     if ours != theirs:
         raise ValueError(f"the student has {ours} tokens and its teacher {theirs}; they must have the same")
@@ -261,7 +261,8 @@ class Run:
     def write(self) -> None:
         job = self.job
         tensors = stored_tensors(self.training.student, job.student.layout, torch.bfloat16)
-        with tokenizer_saved(job.student.gguf, job.target.parent, job.source):
+        is_beside = job.folder.resolve() == job.target.parent.resolve()
+        with tokenizer_saved(job.student.gguf, job.target.parent, None if is_beside else job.folder):
             save_checkpoint(job.target, job.student.args, tensors, job.student.table)
         self.state_file.remove()
         say(f"Wrote {job.target}: {size_text(job.target.stat().st_size)}")

@@ -21,6 +21,7 @@ END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>"
 END_MARKERS += ("<|end_of_text|>", "<|endoftext|>")
 END_OF_MESSAGES = "<|return|>"  # where a vocabulary has it, <|end|> ends only a message of several
 END_OR_HTML = "</s>"  # ends a text where it is special; Gemma's vocabulary has it as the end of struck-out text
+# what a tokenizer is read from
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
@@ -231,9 +232,8 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_saved(gguf_path: Path | None, folder: Path, source: Path | None = None) -> Iterator[None]:
     """Write the tokenizer of a GGUF file, if there is one, as Hugging Face files, in place once the block succeeds.
 
-    source: a checkpoint without a GGUF file, whose tokenizer's files are copied if they lie in another folder.
-
-    What the folder has already is kept, and said if it differs.
+    source: another folder, whose tokenizer's files are copied where there is no GGUF file. What the folder has already
+    is kept, and said if it differs.
     """
     kept = set()
     with ExitStack() as stack:
@@ -249,10 +249,9 @@ def tokenizer_saved(gguf_path: Path | None, folder: Path, source: Path | None = 
 
 
 def tokenizer_files(gguf_path: Path | None, source: Path | None) -> dict[str, bytes]:
-    """A GGUF file's tokenizer as Hugging Face files, by name; without one, those beside a checkpoint."""
+    """A GGUF file's tokenizer as Hugging Face files, by name; without one, those in the folder `source`."""
     if gguf_path is None:
-        folder = source if source is None or source.is_dir() else source.parent
-        paths = [] if folder is None else [folder / name for name in FILES if (folder / name).exists()]
+        paths = [] if source is None else [source / name for name in FILES if (source / name).exists()]
         return {path.name: path.read_bytes() for path in paths}
     fields = read_gguf_fields(gguf_path)
     backend, (config, ids) = gguf_vocabulary(fields), gguf_settings(fields)
