@@ -12,7 +12,7 @@ Text = tuple[list[int], list[int]]  # a prompt, and what the model says to it
 
 def greedy_texts(model: Transformer, ids: list[int], eos_ids: frozenset[int]) -> list[Text]:
     """Beginnings, evenly spread over a text, with what the model goes on with, up to the end of its text."""
-    n_prompt = min(N_PROMPT, len(ids))
+    n_prompt = min(N_PROMPT, len(ids), model.args.max_seq_length // 2)
     n_text = max(1, min(N_TEXT, len(ids) // n_prompt))
     starts = [i * (len(ids) - n_prompt) // n_text for i in range(n_text)]
     prompts = [ids[start : start + n_prompt] for start in starts]
