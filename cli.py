@@ -78,7 +78,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM take effect after the block, which is short and must not be left half done."""
+    """Let Ctrl-C and SIGTERM take effect after the block, which must not be left half done, or once it fails."""
     came = []
     handlers = {each: signal.signal(each, lambda number, _: came.append(number)) for each in ENDINGS.values()}
     try:
@@ -86,8 +86,8 @@ def postponed() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+        if came:
+            signal.raise_signal(came[0])
 
 
 def send_again(ignored) -> None:

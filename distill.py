@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,35 +212,42 @@ class Run:
 
     def train(self) -> None:
         """Train to the end and write the student; whatever ends it early, the last whole step is kept."""
-        is_first = speaks(self.training.ranks)
-        try:
-            if is_first and not self.curve:
-                self.mark(None, None)
-            said = kept = self.training.seconds
-            losses, before = [], self.training.progress()
-            for step in self.training.run():
-                losses.append(step.loss)
-                is_point = int(step.progress * POINTS) > int(before * POINTS)
-                before = step.progress
-                if is_first and is_point:
-                    self.mark(step, sum(losses) / len(losses))
-                    losses = []
-                if is_first and (is_point or step.seconds - said > SAY_S):
-                    said = step.seconds
-                    self.say(step)
-                if is_first and step.seconds - kept > SAVE_S:
-                    kept = step.seconds
-                    self.save()
-            if is_first:
-                self.write()
-        except Diverged as error:
-            raise ValueError(f"{error}; use a smaller --learning_rate; {self.state_file.words}") from None
-        except BaseException:
-            if is_first and self.training.step:
-                with cli.undisturbed():
-                    self.save()
-                    say(f"Stopped: {self.state_file.words}")
-            raise
+        ranks = self.training.ranks
+        is_first = speaks(ranks)
+        # torchrun kills its ranks right after a Ctrl-C: the first waits until it misses the others, and keeps the step
+        with cli.postponed() if ranks is not None and is_first else nullcontext():
+            try:
+                self.follow(is_first)
+                if is_first:
+                    self.write()
+            except Diverged as error:
+                raise ValueError(f"{error}; use a smaller --learning_rate; {self.state_file.words}") from None
+            except BaseException:
+                if is_first and self.training.step:
+                    with cli.undisturbed():
+                        self.save()
+                        say(f"Stopped: {self.state_file.words}")
+                raise
+
+    def follow(self, is_first: bool) -> None:
+        """Train to the end; the first rank says, measures and saves on the way."""
+        if is_first and not self.curve:
+            self.mark(None, None)
+        said = kept = self.training.seconds
+        losses, before = [], self.training.progress()
+        for step in self.training.run():
+            losses.append(step.loss)
+            is_point = int(step.progress * POINTS) > int(before * POINTS)
+            before = step.progress
+            if is_first and is_point:
+                self.mark(step, sum(losses) / len(losses))
+                losses = []
+            if is_first and (is_point or step.seconds - said > SAY_S):
+                said = step.seconds
+                self.say(step)
+            if is_first and step.seconds - kept > SAVE_S:
+                kept = step.seconds
+                self.save()
 
     def mark(self, step: Step | None, loss: float | None) -> None:
         """Add a point to the curve: the mean loss since the last, and the guesses accepted now."""
@@ -284,11 +292,11 @@ def report(run: Run, teacher: Transformer, held_out: list[int], flags: dict) -> 
     perplexities = [perplexity(Engine(model), held_out, window=window).perplexity for model in (teacher, student)]
     accepted = mean_accepted(student, run.texts, K)
     sizes = [model.layout.bytes(torch.bfloat16) for model in (job.teacher, job.student)]
-    print(f"{'':22}{'teacher':>12}{'student':>12}")
-    print(f"{'layers':22}{job.teacher.args.n_layer:>12}{job.student.args.n_layer:>12}")
-    print(f"{'weights':22}{size_text(sizes[0]):>12}{size_text(sizes[1]):>12}")
-    print(f"{'perplexity':22}{perplexities[0]:>12.3f}{perplexities[1]:>12.3f}")
-    print(f"{f'accepted of {K} guesses':22}{'':12}{'-' if accepted is None else f'{accepted:.2f}':>12}")
+    print(f"{'':22}{'teacher':>14}{'student':>14}")
+    print(f"{'layers':22}{job.teacher.args.n_layer:>14}{job.student.args.n_layer:>14}")
+    print(f"{'weights':22}{size_text(sizes[0]):>14}{size_text(sizes[1]):>14}")
+    print(f"{'perplexity':22}{perplexities[0]:>14.3f}{perplexities[1]:>14.3f}")
+    print(f"{f'accepted of {K} guesses':22}{'':14}{'-' if accepted is None else f'{accepted:.2f}':>14}")
     print(f"Trained on {last['tokens']} tokens in {time_text(last['seconds'])}")
     print(f"As a draft: generate.py --checkpoint_path {job.teacher.paths[0]} --draft_checkpoint_path {job.target}")
     facts = {"args": flags, "target": str(job.target), "device": str(job.device), "torch": torch.__version__}
