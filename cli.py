@@ -76,6 +76,20 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect after the block, which must not be left half done, or once it fails."""
+    came = []
+    handlers = {each: signal.signal(each, lambda number, _: came.append(number)) for each in ENDINGS.values()}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def send_again(ignored) -> None:
     """A `sys.unraisablehook`: Python drops every exception raised in a `__del__`, a Ctrl-C too."""
     if ignored.exc_type in ENDINGS:

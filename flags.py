@@ -16,11 +16,16 @@ from weights.device import DTYPES
 NEW_TOKENS = 200  # at most, unless --max_new_tokens says otherwise; an answer in interactive mode may fill the context
 
 
-def model_flags(parser: argparse.ArgumentParser, checkpoint: str, default: Path | None = DEFAULT_CHECKPOINT):
-    """The group of flags that say which model is meant; `checkpoint` says what may be read."""
+def model_flags(
+    parser: argparse.ArgumentParser,
+    checkpoint: str,
+    default: Path | None = DEFAULT_CHECKPOINT,
+    flag: str = "--checkpoint_path",
+):
+    """The group of flags that say which model is meant; `checkpoint` says what `flag` may read."""
     group = parser.add_argument_group("model")
     text = f"{checkpoint}, or OWNER/NAME in checkpoints/ (default: {DEFAULT_CHECKPOINT})"
-    group.add_argument("--checkpoint_path", type=checkpoint_path, default=default and str(default), help=text)
+    group.add_argument(flag, type=checkpoint_path, default=default and str(default), help=text)
     group.add_argument("--model_name", help="registry name, for a gpt-fast file that does not say what it is")
     text = "turn the codes of a quantised model into floats (default: they are kept)"
     group.add_argument("--dequantize", action="store_true", help=text)

@@ -48,6 +48,7 @@ def test_every_command_is_tried_below():
         "python serve.py",
         "curl http://127.0.0.1:8000/",
         "python quantize.py",
+        "python distill.py",
         "python eval.py",
         "python scripts/",
         "torchrun ",
@@ -116,11 +117,15 @@ def test_torchrun(command, run_cli, tmp_path):
     args = replaced(shlex.split(command)[1:], "--nproc_per_node", 2)
     if "--nnodes" in args:
         args = replaced(replaced(args, "--nnodes", 1), "--rdzv_endpoint", "localhost:0")
-    args = replaced(replaced(args, "--checkpoint_path", checkpoint), "--device", "cpu")
+    if "distill.py" in args:
+        args = distilling(args, checkpoint)
+    else:
+        args = replaced(args, "--checkpoint_path", checkpoint)
+    args = replaced(args, "--device", "cpu")
     if "eval.py" in args:
         (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
         args = replaced(replaced(args, "--perplexity", tmp_path / "other.txt"), "--max_seq_length", 32)
-    else:
+    elif "distill.py" not in args:
         args = replaced(replaced(args, "--num_samples", 1), "--max_new_tokens", 8)
     if "--speculate" in args:
         args = replaced(args, "--speculate_k", 2)
@@ -149,6 +154,32 @@ def test_quantize(command, call, tmp_path):
         args = replaced(args, "--calibration_seq_length", 32)
     assert "smaller" in call(*replaced(args, "--checkpoint_path", checkpoint)).out
     assert len(list(checkpoint.parent.glob("model_int*.pth"))) == 1
+
+
+@pytest.mark.parametrize("command", of("python distill.py"))
+def test_distill(command, call, tmp_path):
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    args = distilling(shlex.split(command)[1:], checkpoint)
+    assert "accepted of 4 guesses" in call(*args).out
+    assert not list(tmp_path.glob("**/*.state"))
+
+
+def distilling(args, checkpoint):
+    """On a tiny model and text, for two steps."""
+    folder = checkpoint.parent
+    (folder / "book.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "more.jsonl").write_text('{"text": "The cat sat."}\n', encoding="utf-8")
+    args = [str(folder / arg) if arg.endswith((".txt", ".jsonl", ".png", "student.pth")) else arg for arg in args]
+    args = replaced(replaced(args, "--teacher", checkpoint), "--seq_length", 32)
+    if "--layers" in args:
+        args = replaced(args, "--layers", 2)
+    if "--finetune" in args:
+        args = replaced(args, "--finetune", checkpoint)
+    if "--self_data" in args:
+        args = replaced(args, "--self_data", 6)
+    if "--minutes" in args:
+        args[args.index("--minutes")] = "--steps"
+    return replaced(args, "--steps", 2)
 
 
 @pytest.mark.parametrize("command", of("python eval.py"))

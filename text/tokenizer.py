@@ -21,6 +21,9 @@ END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>"
 END_MARKERS += ("<|end_of_text|>", "<|endoftext|>")
 END_OF_MESSAGES = "<|return|>"  # where a vocabulary has it, <|end|> ends only a message of several
 END_OR_HTML = "</s>"  # ends a text where it is special; Gemma's vocabulary has it as the end of struck-out text
+# what a tokenizer is read from
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
 
 class Tokenizer:
@@ -157,7 +160,7 @@ def wants_parts(template: str, fixed: frozenset) -> bool:
     return not writes(text) and writes(as_parts(text))
 
 
-def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
+def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer, role: str = "draft") -> None:
     """Refuse a draft's tokenizer that differs from the model's, with the first token in which the two differ.
 
     Tokens that one of the two does not use may differ.
@@ -167,8 +170,8 @@ def require_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
         if ours.get(token) != theirs.get(token):
             was, fits = (repr(v[token]) if token in v else "missing" for v in (theirs, ours))
             raise ValueError(
-                f"the draft has another tokenizer: its token {token} is {was}, the model's is {fits}; "
-                "use a draft of the model's own family"
+                f"the {role} has another tokenizer: its token {token} is {was}, the model's is {fits}; "
+                f"use a {role} of the model's own family"
             )
 
 
@@ -226,26 +229,30 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
 
 
 @contextmanager
-def tokenizer_saved(gguf_path: Path | None, folder: Path) -> Iterator[None]:
+def tokenizer_saved(gguf_path: Path | None, folder: Path, source: Path | None = None) -> Iterator[None]:
     """Write the tokenizer of a GGUF file, if there is one, as Hugging Face files, in place once the block succeeds.
 
-    What the folder has already is kept, and said if it differs.
+    source: another folder, whose tokenizer's files are copied where there is no GGUF file. What the folder has already
+    is kept, and said if it differs.
     """
     kept = set()
     with ExitStack() as stack:
-        for name, data in ({} if gguf_path is None else tokenizer_files(gguf_path)).items():
+        for name, data in tokenizer_files(gguf_path, source).items():
             own = next((path for path in (folder / "tokenizer.model", folder / name) if path.exists()), None)
             if own is None:
                 stack.enter_context(atomic_path(folder / name)).write_bytes(data)
             elif own.read_bytes() != data:
                 kept.add(own)
         for own in sorted(kept):
-            say(f"{own} is kept; move it away to have the tokenizer of {gguf_path.name}")
+            say(f"{own} is kept; move it away to have the tokenizer of {(gguf_path or source).name}")
         yield
 
 
-def tokenizer_files(gguf_path: Path) -> dict[str, bytes]:
-    """A GGUF file's tokenizer as Hugging Face files, by name."""
+def tokenizer_files(gguf_path: Path | None, source: Path | None) -> dict[str, bytes]:
+    """A GGUF file's tokenizer as Hugging Face files, by name; without one, those in the folder `source`."""
+    if gguf_path is None:
+        paths = [] if source is None else [source / name for name in FILES if (source / name).exists()]
+        return {path.name: path.read_bytes() for path in paths}
     fields = read_gguf_fields(gguf_path)
     backend, (config, ids) = gguf_vocabulary(fields), gguf_settings(fields)
     others = Tokenizer(backend, config, ids).eos_ids.difference(ids["eos_token_id"][:1])

@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
-from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
+from weights.files import WEIGHTS, read_json, write_torch
 from weights.gguf import open_gguf
 from weights.gguf_file import gguf_models, is_gguf
 from weights.huggingface import open_hf
@@ -210,6 +209,17 @@ def build(
     return fill(Layout(args if ranks is None else rank_args(args, ranks.size), table), state, args, ranks)
 
 
+def assigned(layout: Layout, state: dict[str, Tensor]) -> Transformer:
+    """The meta model of the layout with these tensors, every layer in its plain form."""
+    model, is_tied = layout.model, layout.head_source != "output"
+    if is_tied:
+        state = state | {"output.weight": state["tok_embeddings.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    if is_tied:
+        model.tie()
+    return model
+
+
 def fill(
     layout: Layout,
     state: dict[str, Tensor],
@@ -221,13 +231,8 @@ def fill(
 
     beside: adapters, by the layers that they are added to.
     """
-    model, is_tied = layout.model, layout.head_source != "output"
-    if is_tied:
-        state = state | {"output.weight": state["tok_embeddings.weight"]}
-    model.load_state_dict(state, strict=True, assign=True)
+    model = assigned(layout, state)
     del state  # frees each tensor once `pack_` has made another form of it
-    if is_tied:
-        model.tie()
     for name, pair in (beside or {}).items():
         replace_(model, name, WithAdapter(model.get_submodule(name), *pair))
     if ranks is not None:
@@ -328,18 +333,8 @@ def save_checkpoint(
     path: str | Path, args: ModelArgs, tensors: dict[str, Tensor], table: dict[str, QuantSpec] | None = None
 ) -> None:
     """Write our self-describing file, whole or not at all; the table names the layers that `tensors` has quantised."""
-    path = Path(path)
-    require_writable(path)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    require_space(path, size)
     # torch.save writes the whole storage of a slice
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            quant = table_to_json(table) if table else None
-            torch.save({"args": args.to_dict(), "quant": quant, "model": own}, temporary)
-            whole = zipfile.is_zipfile(temporary)  # it has its end: torch.save overlooks a last write that fails
-        except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
-            whole = False
-        if not whole:
-            raise OSError(f"the disk is full, or takes no file of {size_text(size)}")
+    quant = table_to_json(table) if table else None
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_torch(path, {"args": args.to_dict(), "quant": quant, "model": own}, size)

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -193,6 +194,21 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise damaged(path, "a checkpoint", reason) from None
+
+
+def write_torch(path: str | Path, value: Any, size: int) -> None:
+    """Write tensors and plain values of about `size` bytes as torch.save does, whole or not at all."""
+    path = Path(path)
+    require_writable(path)
+    require_space(path, size)
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+            whole = zipfile.is_zipfile(temporary)  # it has its end: torch.save overlooks a last write that fails
+        except RuntimeError:  # all torch.save tells of a full disk is that some position is wrong
+            whole = False
+        if not whole:
+            raise OSError(f"the disk is full, or takes no file of {size_text(size)}")
 
 
 def drop_page_cache(paths: set[str]) -> None:

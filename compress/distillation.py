@@ -1,0 +1,188 @@
+"""Knowledge distillation (Hinton et al. 2015): a student learns to predict what its teacher predicts.
+
+The loss is the forward KL divergence over the teacher's likeliest K tokens and, as one more class, all others: what the
+student says of those counts too, and no V numbers a token need be kept. Shapes: B windows of S tokens, V vocabulary.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cli import postponed
+from compress.training_data import batch_of
+from model import Transformer
+from ranks import Ranks, from_first
+
+CLIP = 1.0  # the longest gradient that a step takes as it is
+WARM_UP, LEAST_RATE = 0.05, 0.1  # parts: of the training, and of the learning rate, which ends where it began
+BETAS = (0.9, 0.95)  # of AdamW, without decay: the weights that a student begins with are not to be forgotten
+KEPT_BYTES = 1 << 30  # of the teacher's predictions, for windows that are read again
+
+
+def class_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [..., K + 1], float32, of the tokens ids [..., K], K < V, and of all others together."""
+    logits = logits.float() / temperature
+    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat((logits.gather(-1, ids), rest), -1).log_softmax(-1)
+
+
+def distillation_loss(logits: Tensor, ids: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) over K + 1 classes, in nats a token, of logits [..., V]; target: `class_logprobs`.
+
+    Times the square of the temperature, so that gradients keep their size.
+    """
+    own = class_logprobs(logits, ids, temperature).flatten(0, -2)
+    return F.kl_div(own, target.flatten(0, -2), log_target=True, reduction="batchmean") * temperature**2
+
+
+class Targets:
+    """What the teacher predicts for windows [n, S]: each is computed alone, so that its numbers are always the same.
+
+    What was computed is kept, up to KEPT_BYTES, because most texts are read more than once.
+    """
+
+    def __init__(self, teacher: Transformer, windows: Tensor, top_k: int, temperature: float):
+        self.teacher, self.windows, self.temperature = teacher, windows, temperature
+        self.top_k = min(top_k, teacher.args.vocab_size - 1)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.n_keep = KEPT_BYTES // (windows.shape[1] * (8 * self.top_k + 4))
+
+    @torch.no_grad()
+    def predict(self, window: int) -> tuple[Tensor, Tensor]:
+        """ids [S, K], int32, and their `class_logprobs` [S, K + 1]."""
+        tokens = self.windows[window : window + 1].to(self.teacher.device).long()
+        logits = self.teacher(tokens, positions(tokens))[0]
+        ids = logits.topk(self.top_k).indices
+        return ids.int(), class_logprobs(logits, ids, self.temperature)
+
+    def of(self, windows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, S], ids [B, S, K] and log-probabilities [B, S, K + 1] of some windows."""
+        found = [self.kept.get(window) or self.predict(window) for window in windows]
+        for window, each in zip(windows, found, strict=True):
+            if len(self.kept) < self.n_keep:
+                self.kept[window] = each
+        ids, logprobs = (torch.stack(each) for each in zip(*found, strict=True))
+        return self.windows[windows].to(ids.device).long(), ids.long(), logprobs
+
+
+def positions(tokens: Tensor) -> Tensor:  # [B, S] -> [B, S]
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, and how. A step takes batch_size windows, of which each rank computes micro_batch at a time."""
+
+    steps: int | None  # or minutes
+    minutes: float | None
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    dtype: torch.dtype  # of the arithmetic; weights, gradients and moments are float32
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that is done; loss in nats a token, before it; progress: the part of the training that lies behind."""
+
+    number: int  # from 1
+    loss: float
+    tokens: int  # trained on so far
+    seconds: float  # trained so far
+    progress: float
+
+
+class Training:
+    """A student on its way. Between two steps `state` is all that there is to know of it."""
+
+    def __init__(self, student: Transformer, targets: Targets, plan: Plan, ranks: Ranks | None = None):
+        self.student, self.targets, self.plan, self.ranks = student, targets, plan, ranks
+        self.parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.groups(), plan.learning_rate, BETAS, weight_decay=0.0, fused=True)
+        self.parallel = student if ranks is None else DistributedDataParallel(student)
+        self.step, self.seconds = 0, 0.0
+
+    def groups(self) -> list[dict]:
+        """Parameters with the unit of their learning rate: of scales and zeros, which are small, their mean size."""
+        coded = [each for name, each in self.parameters.items() if name.endswith((".scales", ".zeros"))]
+        groups = [{"params": [each], "unit": each.detach().abs().mean().item()} for each in coded]
+        floats = [each for name, each in self.parameters.items() if not name.endswith((".scales", ".zeros"))]
+        return [{"params": floats, "unit": 1.0}, *groups]
+
+    def run(self) -> Iterator[Step]:
+        """Train to the end; each step as it is done. Raises ValueError on a loss that is no number."""
+        while self.progress() < 1:
+            began = time.perf_counter()
+            loss = self.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+            if not math.isfinite(loss) or not norm.isfinite():
+                raise Diverged(f"the loss of step {self.step + 1} is {loss}, with a gradient of length {norm:g}")
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.plan.learning_rate * group["unit"] * rate_at(self.progress())
+            with postponed():
+                self.optimizer.step()
+                self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - began
+            tokens = self.step * self.plan.batch_size * self.targets.windows.shape[1]
+            yield Step(self.step, loss, tokens, self.seconds, self.progress())
+
+    def progress(self) -> float:
+        """The part of the training that is done, alike on all ranks."""
+        if self.plan.steps is not None:
+            return self.step / self.plan.steps
+        done = torch.tensor(self.seconds / (60 * self.plan.minutes), dtype=torch.float64)
+        return from_first(self.ranks, done).item()
+
+    def backward(self) -> float:
+        """The gradient of one step's loss, and the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        rank, size = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        plan, loss = self.plan, torch.zeros(1)
+        own = batch_of(self.step, plan.batch_size, len(self.targets.windows), plan.seed)[rank::size]
+        parts = [own[i : i + plan.micro_batch] for i in range(0, len(own), plan.micro_batch)]
+        for i, part in enumerate(parts, 1):
+            is_last = self.ranks is None or i == len(parts)  # ranks add up their gradients once a step
+            with nullcontext() if is_last else self.parallel.no_sync():
+                share = self.loss(part) * (len(part) / len(own))
+                share.backward()
+            loss += share.detach().cpu()
+        return (loss if self.ranks is None else self.ranks.sum(loss)).item() / size
+
+    def loss(self, windows: list[int]) -> Tensor:
+        tokens, ids, target = self.targets.of(windows)
+        dtype = self.plan.dtype
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            logits = self.parallel(tokens, positions(tokens))
+        return distillation_loss(logits, ids, target, self.targets.temperature)
+
+    def state(self) -> dict:
+        """Tensors and plain values, which the next step changes in place."""
+        weights = {name: each.detach() for name, each in self.parameters.items()}
+        optimizer = self.optimizer.state_dict()
+        return {"step": self.step, "seconds": self.seconds, "weights": weights, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def resume(self, state: dict) -> None:
+        """Go on from a `state`."""
+        for name, each in self.parameters.items():
+            each.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+class Diverged(ValueError):
+    """The loss is no number any more, and what led there may be in the weights already."""
+
+
+def rate_at(progress: float) -> float:
+    """The part of the learning rate at some part of the training: up in a line, down with the cosine."""
+    height = min(progress / WARM_UP, (1 + math.cos(math.pi * progress)) / 2)
+    return LEAST_RATE + (1 - LEAST_RATE) * height
