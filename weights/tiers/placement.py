@@ -15,6 +15,7 @@ from mixers.experts import MixtureOfExperts
 from model import FeedForward, ModelArgs
 from weights.files import GB, damaged, read_json, size_text
 from weights.layout import Layout
+from weights.tiers.packed_copy import PIECE
 
 SIZES = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
 AHEAD = 2  # units that are read at a time
@@ -115,8 +116,11 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
     free = budget.size - sum(must.values())
     near = hottest(order, sizes, free)
     if len(near) < len(order) and budget.second is None:
-        must["to read into"] = buffers = AHEAD * max(sizes.values())
-        near = hottest(order, sizes, free - buffers)
+        largest = max(sizes.values())
+        slots = 0 if layout.args.n_expert else AHEAD * largest  # experts are read to where others were
+        must["to read into, and the page cache"] = slots + AHEAD * min(PIECE, largest)
+        free = budget.size - sum(must.values())
+        near = hottest(order, sizes, free)
     least = layout.args.n_expert_used if budget.second is None and layout.args.n_expert else 0
     if free < 0 or len(near) < len(order) and len(near) < least:
         need = sum(must.values()) + least * max(sizes.values())
