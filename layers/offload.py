@@ -5,8 +5,8 @@ A unit is one expert of a layer, or the whole feed-forward of a layer without ex
 
 import copy
 import itertools
+import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from mixers.experts import MixtureOfExperts
 from model import FeedForward
 
 READERS = 2  # threads: a disk is faster with a second request in its queue
+FADE = 0.05  # of what is counted, at each call of a feed-forward
 
 
 class Unit(NamedTuple):
@@ -41,10 +42,12 @@ def set_tensors(layer: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 class Slots:
-    """Memory for some units of one form, of which the least recently used leave when others are read.
+    """Memory for some units of one form, of which the least used leave when others are read.
 
-    packed: the layers w13 and w2 of one unit, those of an expert with a first dimension of 1. read: fetches a unit into
-    the bytes of its tensors, in the order of their names there. pinned: units that never leave.
+    A count of uses that fades says which: by the time of last use all would leave in turn, where one token uses more
+    units than there are slots. packed: the layers w13 and w2 of one unit, those of an expert with a first dimension of
+    1. read: fetches a unit into the bytes of its tensors, in the order of their names there. use: the share of tokens
+    that is known to use each unit.
     """
 
     def __init__(
@@ -53,9 +56,9 @@ class Slots:
         is_expert: bool,
         n_slot: int,
         read: Callable[[Unit, list[memoryview]], None],
-        pinned: frozenset[Unit] = frozenset(),
+        use: dict[Unit, float],
     ):
-        self.is_expert, self.n_slot, self.read, self.pinned = is_expert, n_slot, read, pinned
+        self.n_slot, self.read = n_slot, read
         shapes = {name: (t.shape[1:] if is_expert else t.shape, t.dtype) for name, t in packed.state_dict().items()}
         self.tensors = {name: torch.zeros(n_slot, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         if is_expert:  # whose layers find them by their slots, as otherwise by their numbers
@@ -63,9 +66,13 @@ class Slots:
         else:
             each = [{name: tensor[slot] for name, tensor in self.tensors.items()} for slot in range(n_slot)]
             self.layers = [set_tensors(copy.deepcopy(packed), tensors) for tensors in each]
-        self.slot_of: OrderedDict[Unit, int] = OrderedDict()  # the least recently used first
+        self.slot_of: dict[Unit, int] = {}
         self.coming: dict[Unit, futures.Future] = {}
         self.in_use: set[Unit] = set()
+        self.counts = {unit: math.log(max(share, 1e-9) / FADE) for unit, share in use.items()}  # logarithms
+        self.times = dict.fromkeys((unit.module for unit in use), 0)  # that each feed-forward was called
+        self.expected: set[Unit] = set()
+        self.trust = 1.0  # the share of expected units that were used, which fades too
         self.free = list(range(n_slot))
         self.threads = futures.ThreadPoolExecutor(READERS)
 
@@ -73,30 +80,38 @@ class Slots:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
-    def room(self) -> int:
-        """Units that can be there at a time beside those that never leave."""
-        return self.n_slot - len(self.pinned)
-
     def buffers(self, slot: int) -> list[memoryview]:
         return [t[slot].reshape(-1).view(torch.uint8).numpy().data for t in self.tensors.values()]
 
+    def use(self, module: str, units: list[Unit]) -> None:
+        """Count one call of a feed-forward that uses these units."""
+        if self.expected:
+            self.trust += FADE * (len(self.expected & set(units)) / len(self.expected) - self.trust)
+        self.times[module] += 1
+        for unit in units:  # counts that grow by more each time stand for older ones that fade
+            now, old = FADE * self.times[module], self.counts[unit]
+            self.counts[unit] = max(now, old) + math.log1p(math.exp(-abs(now - old)))
+
     def take(self, units: list[Unit]) -> list[int]:
-        """The slots of at most `room` units, and of any that never leave, once all of them are in memory."""
+        """The slots of units, as many at most as there are slots, once all of them are in memory."""
         self.in_use = set(units)
-        for unit in units:
-            if unit in self.slot_of:
-                self.slot_of.move_to_end(unit)
         self.begin(units)
         for unit in units:
             if unit in self.coming:
                 self.wait(unit)
         return [self.slot_of[unit] for unit in units]
 
+    def expect(self, units: list[Unit]) -> None:
+        """Begin to read units that the next call may use, unless too many of those expected before were not used."""
+        self.expected = set(units)
+        if self.trust > 0.5:
+            self.read_ahead(units)
+
     def read_ahead(self, units: list[Unit]) -> None:
         """Begin to read some of the units, as many as find a place beside those in use."""
-        beside = self.room - len(self.in_use - self.pinned)
-        self.begin([unit for unit in units if unit not in self.slot_of][:beside])
+        some = units[: self.n_slot - len(self.in_use)]
+        self.in_use |= set(some)
+        self.begin(some)
 
     def begin(self, units: list[Unit]) -> None:
         for unit in units:
@@ -107,7 +122,8 @@ class Slots:
 
     def leave(self) -> int:
         """The slot of the unit that leaves."""
-        unit = next(each for each in self.slot_of if each not in self.pinned and each not in self.in_use)
+        others = self.slot_of.keys() - self.in_use
+        unit = min(others, key=lambda unit: self.counts[unit] - FADE * self.times[unit.module])
         if unit in self.coming and not self.coming[unit].cancel():
             self.wait(unit)
         self.coming.pop(unit, None)
@@ -123,10 +139,7 @@ class Slots:
     def parts(self, units: list[Unit]) -> Iterator[list[Unit]]:
         """The units in parts that fit, those in memory first; while one is used the next is read."""
         units = sorted(units, key=lambda unit: unit not in self.slot_of)
-        if sum(unit not in self.pinned for unit in units) <= self.room:
-            yield units
-            return
-        size = max(1, self.room // 2)
+        size = len(units) if len(units) <= self.n_slot else max(1, self.n_slot // 2)
         for begin in range(0, len(units), size):
             yield units[begin : begin + size]
 
@@ -172,12 +185,17 @@ class OffloadedExperts(OffloadedMixture):
 
     def compute(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]; each is read at most once."""
-        parts = list(self.slots.parts([Unit(self.name, e) for e in chosen.unique().tolist()]))
+        units = [Unit(self.name, e) for e in chosen.unique().tolist()]
+        self.slots.use(self.name, units)
+        parts = list(self.slots.parts(units))
         y = x.new_empty(*chosen.shape, x.shape[-1]) if len(parts) > 1 else None
         for part, later in itertools.zip_longest(parts, parts[1:]):
             table = torch.full((self.n_expert,), -1)
             table[[unit.expert for unit in part]] = torch.tensor(self.slots.take(part))
-            self.slots.read_ahead(self.likely(x) if later is None else later)
+            if later is None:
+                self.slots.expect(self.likely(x))
+            else:
+                self.slots.read_ahead(later)
             [layers], places = self.slots.layers, table[chosen]
             if y is None:
                 return _feed_forward(layers, self.activation, x[:, None], places)

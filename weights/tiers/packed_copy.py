@@ -77,6 +77,8 @@ class PackedCopy:
     def open(self) -> None:
         """Prepare to read; what then happens to the name of the file does not matter."""
         self.file = os.open(self.path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else megabytes after each unit are read too, and kept
+            os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, unit: Unit, buffers: list[memoryview]) -> None:
         """Fill the buffers with the tensors of a unit, and leave nothing of them in the page cache."""

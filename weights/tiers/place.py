@@ -157,17 +157,15 @@ def packed_units(opened: ModelFile, layout: Layout, dtype: torch.dtype, numbers:
 
 def filled_slots(form: nn.Module, names: set[str], plan: Plan, layout: Layout, packed: PackedCopy) -> Slots:
     """Slots for the units of the feed-forwards `names`, with those in them that the plan has in memory."""
-    n_used = layout.args.n_expert_used
+    n_used, use = layout.args.n_expert_used, {u: share for u, share in plan.use.items() if u.module in names}
     if not n_used:
-        return Slots(form, False, AHEAD, packed.read)
+        return Slots(form, False, AHEAD, packed.read, use)
     near = [unit for unit in plan.near if unit.module in names]
     if len(near) < n_used:
         raise ValueError(
             f"--memory_budget leaves memory for {len(near)} experts of a form of which {n_used} are needed"
         )
-    moving = max(2 * n_used, len(near) // 4)  # for what the profile does not foresee
-    pinned = frozenset(near[: max(0, len(near) - moving)] if plan.is_known else ())
-    slots = Slots(form, True, len(near), packed.read, pinned)
+    slots = Slots(form, True, len(near), packed.read, use)
     slots.take(near)
     return slots
 
