@@ -38,6 +38,11 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, n_slots: int, rewind: int =
     return sum(each.nbytes for layer in set(layers) for each in layer.buffers())
 
 
+def planned_bytes(args: ModelArgs, dtype: torch.dtype, n_rows: int, length: int, ahead: int = 0) -> int:
+    """What the caches of n_rows sequences of `length` tokens, or of the model's context, will take. ahead: guesses."""
+    return n_rows * cache_bytes(args, dtype, slots_for(args, min(length, args.max_seq_length)) + ahead, ahead)
+
+
 def rows_that_fit(model: Transformer, length: int, rewind: int = 0) -> int:
     """Rows of `length` tokens that share a batch well: as many as make a step faster, in half of the free memory.
 

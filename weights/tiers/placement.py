@@ -127,7 +127,8 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
         parts = ", ".join(f"{what} {size_text(size)}" for what, size in must.items())
         raise ValueError(
             f"--memory_budget {size_text(budget.size)} does not hold what has to be in memory, {size_text(need)} "
-            f"({parts}{f', {least} experts' if least else ''}); give as much, a shorter --max_seq_length, or int4 weights"
+            f"({parts}{f', {least} experts' if least else ''}); give as much, or a shorter "
+            "--max_seq_length, or use int4 weights"
         )
     return Plan(near, [u for u in order if u not in set(near)], must, sizes, use, counted is not None)
 
