@@ -19,7 +19,7 @@ from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
-from weights.files import WEIGHTS, atomic_path, read_json, require_space, require_writable, size_text
+from weights.files import WEIGHTS, atomic_path, forget, read_json, require_space, require_writable, size_text
 from weights.gguf import open_gguf
 from weights.gguf_file import gguf_models, is_gguf
 from weights.huggingface import open_hf
@@ -283,6 +283,8 @@ def fetch(
     state = {}
     for part, where, rounded in tiers:
         state |= read_tensors(part, where, dtype, what, rounded, ranks)
+    if budget is not None:
+        forget(opened.paths)
     beside = {name: part_of(name, read(), opened.args, ranks) for name, read in opened.beside.items()}
     beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
     return fill(layout, state, opened.args, ranks, beside)
