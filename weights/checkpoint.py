@@ -280,14 +280,21 @@ def fetch(
     else:
         read = partial(read_tensors, device=torch.device("cpu"), dtype=dtype, what="Packing", quantize=table)
         tiers = place(opened, layout, dtype, tiers[0], budget, name, read)
-    state = {}
-    for part, where, rounded in tiers:
-        state |= read_tensors(part, where, dtype, what, rounded, ranks)
-    if budget is not None:
-        forget(opened.paths)
     beside = {name: part_of(name, read(), opened.args, ranks) for name, read in opened.beside.items()}
     beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
-    return fill(layout, state, opened.args, ranks, beside)
+    # not a name here: `fill` frees what it packs
+    model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside)
+    if budget is not None:
+        forget(opened.paths)
+    return model
+
+
+def read_tiers(tiers: list[Tier], dtype: torch.dtype, what: str, ranks: Ranks | None) -> dict[str, Tensor]:
+    """The tensors of all tiers, each where it stays."""
+    state = {}
+    for opened, device, table in tiers:
+        state |= read_tensors(opened, device, dtype, what, table, ranks)
+    return state
 
 
 def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair:

@@ -11,7 +11,7 @@ from layers.offload import FarFeedForward, OffloadedExperts, OffloadedFeedForwar
 from layers.quantized import quant_spec
 from mixers.experts import ExpertLinear
 from tests.tiny import ids_of, make_tiny_checkpoint, pairwise, random_ids
-from weights.checkpoint import load_model, open_model
+from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.tiers.placement import MemoryBudget, is_part, units_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,3 +156,18 @@ def test_what_cannot_be_read_is_not_there():
     fail.clear()
     taken(slots, 1, 0)
     assert sorted(read) == [0, 1] and len(slots.slot_of) == 2
+
+
+def test_scales_keep_the_dtype_of_the_file(tmp_path):
+    """Other formats have scales in float32, of which a copy in bfloat16 would be another model."""
+    path = make_tiny_checkpoint(tmp_path, **KINDS["experts"])
+    spec = quant_spec("int4", None)
+    opened = open_model(path)
+    table = new_table(opened, spec, path)
+    state = read_tensors(opened, torch.device("cpu"), torch.float32, "", table)
+    wide = {name: tensor.float() if name.endswith((".scales", ".zeros")) else tensor for name, tensor in state.items()}
+    wide = {name: t * 1.001 if name.endswith(".scales") else t for name, t in wide.items()}
+    save_checkpoint(path, opened.args, wide, table)
+    model, whole = within(path, 0.6, dtype=torch.float32)
+    tokens, pos = torch.tensor(random_ids(20)), torch.arange(20)[None]
+    torch.testing.assert_close(model(tokens, pos), whole(tokens, pos), rtol=0, atol=0)

@@ -45,6 +45,7 @@ class PackedCopy:
         head = {"holds": "feed-forwards as operators read them", "of": facts, "tensors": tensors, "numbers": numbers}
         self.path, self.header = path, json.dumps(head).encode()
         self.begins, self.strides, end = {}, {name: padded(size) for name, size in sizes.items()}, 8 + len(self.header)
+        self.sizes = sizes
         for name, number in numbers.items():
             self.begins[name] = padded(end)
             end = self.begins[name] + number * self.strides[name]
@@ -66,6 +67,7 @@ class PackedCopy:
         with atomic_path(self.path) as temporary, temporary.open("wb") as file:
             file.write(len(self.header).to_bytes(8, "little") + self.header)
             for unit, layer in units:
+                assert state_bytes(layer) == self.sizes[unit.module], unit
                 file.seek(self.begins[unit.module] + unit.expert * self.strides[unit.module])
                 for tensor in layer.state_dict().values():
                     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -65,7 +65,7 @@ def place(
         raise ValueError(f"--memory_budget does not go with {what}; leave out one of them")
     modules, on_disk = units_of(layout), budget.second is None
     if on_disk:
-        forms = {name: empty_form(layout.model.get_submodule(name), layout, dtype) for name in modules}
+        forms = empty_forms(opened, layout, modules, dtype)
         sizes = {Unit(name, e): state_bytes(forms[name]) for name, n in modules.items() for e in range(n)}
     else:
         sizes = {Unit(name, e): stored_bytes(layout, name, dtype) // n for name, n in modules.items() for e in range(n)}
@@ -102,16 +102,26 @@ def packed_unit(layer: nn.Module, tensors: dict[str, Tensor], layout: Layout, dt
     return unit
 
 
-def empty_form(layer: nn.Module, layout: Layout, dtype: torch.dtype) -> nn.Module:
-    """What `packed_unit` makes of a unit of zeros."""
+def empty_forms(opened: ModelFile, layout: Layout, modules: dict[str, int], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """For each feed-forward, what `packed_unit` makes of a unit of zeros; like ones share it, because it takes time."""
 
-    def zeros(tensor: Tensor) -> Tensor:
-        shape = (1, *tensor.shape[1:]) if layer.w13.weight.ndim == 3 else tensor.shape
-        is_code = layer.w13.weight.dtype != torch.float32
-        return torch.zeros(shape, dtype=tensor.dtype if is_code else dtype, device=CPU)
+    def zeros(name: str, tensor: Tensor) -> Tensor:
+        kept = tensor.dtype if layout.keeps_dtype(name) else dtype
+        if opened.layout.is_coded(name) and name.endswith(("scales", "zeros")):  # in the dtype of the file
+            kept = opened.tensors[name]().dtype
+        shape = (1, *tensor.shape[1:]) if layout.args.n_expert else tensor.shape
+        return torch.zeros(shape, dtype=kept, device=CPU)
 
-    own = {name: t for name, t in layer.state_dict().items() if is_part(f".{name}", {"": 1})}
-    return packed_unit(layer, {name: zeros(tensor) for name, tensor in own.items()}, layout, dtype)
+    forms, made = {}, {}
+    for name in modules:
+        layer = layout.model.get_submodule(name)
+        own = {key: t for key, t in layer.state_dict().items() if is_part(f".{key}", {"": 1})}
+        tensors = {key: zeros(f"{name}.{key}", tensor) for key, tensor in own.items()}
+        kind = repr((type(layer.w13), type(layer.w2), [(key, t.dtype, t.shape) for key, t in tensors.items()]))
+        if kind not in made:
+            made[kind] = packed_unit(layer, tensors, layout, dtype)
+        forms[name] = made[kind]
+    return forms
 
 
 def offload_(
