@@ -17,7 +17,17 @@ from cli import say
 from engine.cache import context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
-from flags import cache_flag, check_counts, check_threads, model_flags, place_flags, say_device, template_flags
+from flags import (
+    budget_flag,
+    cache_flag,
+    check_counts,
+    check_threads,
+    memory_budget,
+    model_flags,
+    place_flags,
+    say_device,
+    template_flags,
+)
 from measure.machine import run_facts
 from measure.perplexity import WINDOW, perplexity
 from measure.tasks import Tasks, load_tasks, require_harness, run_tasks
@@ -44,7 +54,8 @@ def main(**flags) -> None:
         say_device(device, ranks)
         began = time.perf_counter()
         path, dtype = args.checkpoint_path, parse_dtype(args.dtype)
-        how = {"dequantize": args.dequantize, "adapter": args.adapter}
+        budget = memory_budget(args, path, device, ranks, args.batch_size)
+        how = {"dequantize": args.dequantize, "adapter": args.adapter, "budget": budget}
         model = load_model(path, device, dtype, args.model_name, ranks=ranks, **how)
         model.cache_dtype = parse_cache_dtype(args.cache_dtype)
         engine = build_engine(model, args.compile, args.compile)
@@ -141,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     where = model_flags(parser, "a .pth or .gguf file, or a folder")
     place_flags(where)
     cache_flag(where)
+    budget_flag(where)
     text = "compile the model; pays from some hundred questions on (default: off)"
     where.add_argument("--compile", action="store_true", help=text)
     evaluation_flags(parser.add_argument_group("evaluation"))

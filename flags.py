@@ -3,17 +3,24 @@
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cli import in_words, say
+from engine.cache import planned_bytes
 from kernels import cpu
+from measure.machine import disk_rate, measured_bandwidth
 from ranks import Ranks
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint
-from weights.device import DTYPES
+from weights.device import DTYPES, parse_cache_dtype, parse_dtype
+from weights.files import GB
+from weights.tiers.placement import MemoryBudget, parse_size
 
 NEW_TOKENS = 200  # at most, unless --max_new_tokens says otherwise; an answer in interactive mode may fill the context
+
+PLANNED_CONTEXT = 2048  # tokens of a row for which a plan of memory has room, unless --max_seq_length says otherwise
 
 
 def model_flags(
@@ -51,6 +58,50 @@ def place_flags(group, dtype: str = "", threads: str = "") -> None:
 def cache_flag(group) -> None:
     text = "int8: keys and values in about half of the memory (default: the model's dtype)"
     group.add_argument("--cache_dtype", choices=["int8"], help=text)
+
+
+def budget_flag(group) -> None:
+    text = (
+        "such as 6GB or 6GiB: weights and caches in fast memory, at most; feed-forwards beyond it are computed on the "
+    )
+    text += "CPU or, without a GPU, read from the disk (default: all has to fit)"
+    group.add_argument("--memory_budget", type=memory_size, metavar="SIZE", help=text)
+
+
+def memory_size(argument: str) -> int:
+    try:
+        return parse_size(argument)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def memory_budget(
+    args: argparse.Namespace,
+    path: str | Path,
+    device: torch.device,
+    ranks: Ranks | None,
+    n_rows: int | None,
+    length: int = PLANNED_CONTEXT,
+    ahead: int = 0,
+) -> MemoryBudget | None:
+    """The budget asked for, with what this machine's tiers were measured to read.
+
+    Prompts are not read yet: the caches of n_rows (1 if None) sequences are planned, of --max_seq_length or else
+    `length` tokens, or of the model's context if that is less. ahead: guesses.
+    """
+    if args.memory_budget is None:
+        return None
+    if ranks is not None:
+        raise ValueError("--memory_budget does not go with ranks yet; leave it out, or run one process")
+    if device.type == "mps":
+        raise ValueError("--memory_budget does not go with --device mps, which has no other memory; use --device cpu")
+    dtype = parse_cache_dtype(args.cache_dtype) or parse_dtype(args.dtype)
+    caches = partial(planned_bytes, dtype=dtype, n_rows=n_rows or 1, length=args.max_seq_length or length, ahead=ahead)
+    if not Path(path).exists():
+        return MemoryBudget(args.memory_budget, caches)  # what is missing is said where it is opened
+    second = None if device.type == "cpu" else torch.device("cpu")
+    behind = disk_rate(Path(path)) if second is None else measured_bandwidth(second)
+    return MemoryBudget(args.memory_budget, caches, second, (measured_bandwidth(device) * GB, behind * GB))
 
 
 def template_flags(group) -> None:

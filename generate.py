@@ -26,16 +26,19 @@ from engine.decode import forward_chunk
 from engine.engine import Engine, build_engine
 from engine.sampling import Sampling
 from engine.speculation.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
-from engine.speculation.guess_length import check_length
+from engine.speculation.guess_length import check_length, longest
 from engine.speculation.own_layer import OwnLayer, load_guesses, require_guesses
 from engine.speculation.speculative import Speculation, build_speculation
 from flags import (
     NEW_TOKENS,
+    PLANNED_CONTEXT,
+    budget_flag,
     cache_flag,
     check_counts,
     check_threads,
     checkpoint_path,
     generation_flags,
+    memory_budget,
     model_flags,
     number_or_text,
     place_flags,
@@ -122,6 +125,8 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
+    if args.memory_budget is not None and (args.random_weights or args.draft_checkpoint_path is not None):
+        raise ValueError("--memory_budget goes with one model in a file; leave out --random_weights and draft models")
     if args.random_weights and (args.dequantize or args.adapter is not None):
         raise ValueError("--random_weights are floats of no trained model; leave out --dequantize and --adapter")
     for name in ("system", "chat_template", "template_vars", "hide_thinking"):
@@ -224,7 +229,10 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
         tokenizer = IdTokenizer(model.args.vocab_size)
     else:
         path = model_path(args)
-        model = load_model(path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
+        sizes = (args.batch_size, INTERACTIVE_CONTEXT if args.interactive else PLANNED_CONTEXT)
+        budget = memory_budget(args, path, device, ranks, *sizes, longest(device) + 1 if speculates(args) else 0)
+        how = {"dequantize": args.dequantize, "adapter": args.adapter, "budget": budget}
+        model = load_model(path, device, dtype, args.model_name, spec, ranks, **how)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)
         if tokenizer.templates and not args.chat and not args.interactive:
             say("This model has a chat template: with --chat it answers, without it continues the text")
@@ -369,6 +377,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     place_flags(where)
     cache_flag(where)
+    budget_flag(where)
     prompt_flags(parser.add_argument_group("prompt"))
     generation = parser.add_argument_group("generation")
     generation_flags(generation)

@@ -384,6 +384,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.ranks = None  # the processes that share this model, set by `apply_tp`
         self.cache_dtype: torch.dtype | None = None  # of keys and values, int8 or, None, as the model's
+        self.cache_room: int | None = None  # bytes that a plan of memory leaves for caches; None: there is no plan
         self.tie()
 
     def tie(self) -> None:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,12 +22,14 @@ from engine.cache import MOST_ROWS, context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
 from engine.speculation.drafters import PromptLookup
-from engine.speculation.guess_length import check_length
+from engine.speculation.guess_length import check_length, longest
 from engine.speculation.speculative import build_speculation
 from flags import (
+    budget_flag,
     cache_flag,
     check_counts,
     check_threads,
+    memory_budget,
     model_flags,
     number_or_text,
     place_flags,
@@ -115,7 +118,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
     dtype, spec = parse_dtype(args.dtype), quant_spec(args.quantize, args.groupsize)
-    model = load_model(args.checkpoint_path, device, dtype, args.model_name, spec, ranks, args.dequantize, args.adapter)
+    path, ahead = args.checkpoint_path, longest(device) + 1 if args.speculate else 0
+    budget = memory_budget(args, path, device, ranks, args.max_batch, sys.maxsize, ahead)
+    how = {"dequantize": args.dequantize, "adapter": args.adapter, "budget": budget}
+    model = load_model(path, device, dtype, args.model_name, spec, ranks, **how)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     speculation = None
     if args.speculate is not None:
@@ -173,6 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--groupsize", type=int, help=GROUPSIZE_HELP)
     place_flags(where)
     cache_flag(where)
+    budget_flag(where)
     template_flags(where)
     server_flags(parser.add_argument_group("server"))
     speed_flags(parser.add_argument_group("speed"))

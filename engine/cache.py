@@ -10,6 +10,7 @@ from torch import Tensor
 from mixers.layer_kinds import layer_caches
 from model import SPARE_SLOTS, KVCache, ModelArgs, Transformer
 from weights.device import free_memory, require_memory
+from weights.files import size_text
 
 SMALLEST = 512  # slots of a cache
 MOST_ROWS = 64  # more make a step of a CPU no faster a row, and on CUDA --batch_size asks for more
@@ -28,13 +29,27 @@ def slots_for(args: ModelArgs, length: int) -> int:
 
 def row_bytes(model: Transformer, n_slots: int, rewind: int = 0) -> int:
     """What all layers keep of one row, see `layer_caches`."""
-    layers = layer_caches(model.args, 1, n_slots, model.cache_dtype or model.dtype, torch.device("meta"), rewind)
+    return cache_bytes(model.args, model.cache_dtype or model.dtype, n_slots, rewind)
+
+
+def cache_bytes(args: ModelArgs, dtype: torch.dtype, n_slots: int, rewind: int = 0) -> int:
+    """As `row_bytes`, for a model that is not there yet."""
+    layers = layer_caches(args, 1, n_slots, dtype, torch.device("meta"), rewind)
     return sum(each.nbytes for layer in set(layers) for each in layer.buffers())
 
 
+def planned_bytes(args: ModelArgs, dtype: torch.dtype, n_rows: int, length: int, ahead: int = 0) -> int:
+    """What the caches of n_rows sequences of `length` tokens, or of the model's context, will take. ahead: guesses."""
+    return n_rows * cache_bytes(args, dtype, slots_for(args, min(length, args.max_seq_length)) + ahead, ahead)
+
+
 def rows_that_fit(model: Transformer, length: int, rewind: int = 0) -> int:
-    """Rows of `length` tokens that share a batch well: as many as make a step faster, in half of the free memory."""
+    """Rows of `length` tokens that share a batch well: as many as make a step faster, in half of the free memory.
+
+    Where a plan has left room for caches, in that.
+    """
     free = free_memory(model.device)
+    free = free if model.cache_room is None else 2 * model.cache_room
     fit = MOST_ROWS if free is None else free // 2 // row_bytes(model, slots_for(model.args, length) + rewind, rewind)
     return max(1, min(fit, MOST_ROWS))
 
@@ -47,7 +62,11 @@ def allocate(model: Transformer, n_rows: int, n_slots: int, rewind: int = 0) -> 
         what = "int8 caches"
     elif model.args.kv_latent is None:
         advice += "; int8 caches take about half"
-    require_memory(size, model.device, f"the {what} of {n_rows} x {n_slots} positions", advice)
+    what = f"the {what} of {n_rows} x {n_slots} positions"
+    if model.cache_room is not None and size > model.cache_room:
+        left = f"the plan of --memory_budget leaves {size_text(model.cache_room)} for them"
+        raise ValueError(f"{what} need {size_text(size)}, but {left}; give --max_seq_length and the number of rows")
+    require_memory(size, model.device, what, advice)
     return model.new_cache(n_rows, n_slots, rewind)
 
 

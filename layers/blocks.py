@@ -11,7 +11,7 @@ from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
 from mixers.compiled import surely_few
 from mixers.experts import MixtureOfExperts
 from mixers.norms import RMSNorm
-from model import Blocks, CacheView, Context, KVCache, ModelArgs, TransformerBlock
+from model import Blocks, CacheView, Context, FeedForward, KVCache, ModelArgs, TransformerBlock
 
 # The fields of ModelArgs that fused blocks honour, or that do not concern blocks. A model in which any other field
 # differs from its default runs layer by layer.
@@ -65,6 +65,8 @@ class FusedBlocks(RegionBlocks):
         if not honours(args, HONOURED):
             return False
         if not all(isinstance(block.attention.attend, OperatorAttend) for block in blocks):
+            return False
+        if not all(type(block.feed_forward) is FeedForward for block in blocks):
             return False
         layers = [(b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in blocks]
         packed = all(is_joinable(layer) for each in layers for layer in each)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
-from weights.files import WEIGHTS, read_json, write_torch
+from weights.files import WEIGHTS, forget, read_json, write_torch
 from weights.gguf import open_gguf
 from weights.gguf_file import gguf_models, is_gguf
 from weights.huggingface import open_hf
 from weights.layout import Layout, ModelFile, Pair, dequantized
 from weights.registry import args_from_name
 from weights.shipped.adapter import adapted
+from weights.tiers.place import Tier, place
+from weights.tiers.placement import MemoryBudget
 from weights.torch_files import open_torch
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -250,14 +253,15 @@ def load_model(
     ranks: Ranks | None = None,
     dequantize: bool = False,
     adapter: str | Path | None = None,
+    budget: MemoryBudget | None = None,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
     model_name, dequantize, adapter: see `open_model`. quantize: round the linear layers of a float file to nearest.
-    ranks: those that share the model, each with its part of the weights.
+    ranks: those that share the model, each with its part of the weights. budget: what does not fit lies elsewhere.
     """
     opened = open_model(path, model_name, dequantize, adapter)
-    return fetch(opened, path, torch.device(device), dtype, new_table(opened, quantize, path), "Loading", ranks)
+    return fetch(opened, path, torch.device(device), dtype, new_table(opened, quantize, path), "Loading", ranks, budget)
 
 
 def fetch(
@@ -268,17 +272,34 @@ def fetch(
     table: dict[str, QuantSpec],
     what: str,
     ranks: Ranks | None,
+    budget: MemoryBudget | None = None,
 ) -> Transformer:
     """The model in an open file, whose float layers in `table` are rounded, once it is sure that it fits."""
     layout = opened.layout.quantized(table)
     if ranks is not None:
         require_split(opened.args, layout.table, ranks.size)
         layout = Layout(rank_args(opened.args, ranks.size), layout.table)
-    require_weights_fit(layout, dtype, device, name)
-    state = read_tensors(opened, device, dtype, what, table, ranks)
+    tiers = [Tier(opened, device, table)]
+    if budget is None:
+        require_weights_fit(layout, dtype, device, name)
+    else:
+        read = partial(read_tensors, device=torch.device("cpu"), dtype=dtype, what="Packing", quantize=table)
+        tiers = place(opened, layout, dtype, tiers[0], budget, name, read)
     beside = {name: part_of(name, read(), opened.args, ranks) for name, read in opened.beside.items()}
     beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
-    return fill(layout, state, opened.args, ranks, beside)
+    # not a name here: `fill` frees what it packs
+    model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside)
+    if budget is not None:
+        forget(opened.paths)
+    return model
+
+
+def read_tiers(tiers: list[Tier], dtype: torch.dtype, what: str, ranks: Ranks | None) -> dict[str, Tensor]:
+    """The tensors of all tiers, each where it stays."""
+    state = {}
+    for opened, device, table in tiers:
+        state |= read_tensors(opened, device, dtype, what, table, ranks)
+    return state
 
 
 def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair:

@@ -227,6 +227,14 @@ def drop_page_cache(paths: set[str]) -> None:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
+def forget(files: Iterable[Path]) -> None:
+    """Give back all that the page cache holds of files, also for other processes."""
+    drop_page_cache({os.path.realpath(file) for file in files})  # what is mapped would stay
+    for path in files if hasattr(os, "posix_fadvise") else ():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def dropping_page_cache(readers: dict[str, Callable], files: Iterable[Path]) -> dict[str, Callable]:
     """The functions that read the tensors of a model from its files; each drops the pages read before it."""
     paths = {os.path.realpath(file) for file in files}

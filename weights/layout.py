@@ -267,6 +267,7 @@ def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     unused = re.compile(r"tok_embeddings\.weight|layer_inputs\.embeddings\.weight|.*\.wkv_b\..*")
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if not unused.fullmatch(name)}
     mixtures = [name for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts)]
-    of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2"))
+    of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2", "far"))
     experts = sum(size for name, size in sizes.items() if name.startswith(of_experts))
-    return sum(sizes.values()) - round(unread * experts)
+    away = sum(getattr(layer, "bytes_away", 0) for layer in model.modules())  # of feed-forwards in a second tier
+    return sum(sizes.values()) + away - round(unread * (experts + (away if mixtures else 0)))

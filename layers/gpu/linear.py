@@ -11,7 +11,7 @@ from layers.quantized import LAYERS, QuantizedLinear, Table4Linear
 from mixers.activations import ACTIVATIONS
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
-from model import ModelArgs, Transformer, TransformerBlock
+from model import FeedForward, ModelArgs, Transformer, TransformerBlock
 
 
 class OnGpu(nn.Module):
@@ -116,6 +116,8 @@ class GpuBlock(nn.Module):
     def fits(block: TransformerBlock, args: ModelArgs) -> bool:
         """Whether the kernels can do the work of this block, whose layers are packed."""
         if not honours(args, BLOCK_FIELDS) or args.activation not in KERNEL_ACTIVATIONS:
+            return False
+        if type(block.feed_forward) is not FeedForward:
             return False
         layers = (block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2)
         return all(can_be_on_gpu(layer) for layer in layers)

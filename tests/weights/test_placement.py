@@ -1,0 +1,175 @@
+"""Plans of what lies in which tier: against enumeration, what they refuse, and the bytes that they promise."""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+
+from layers.offload import Unit
+from layers.quantized import quant_spec
+from tests.tiny import make_tiny_checkpoint
+from weights.checkpoint import load_model, open_model
+from weights.tiers.packed_copy import PackedCopy
+from weights.tiers.place import beside
+from weights.tiers.placement import MemoryBudget, Plan, fingerprint, hottest, make_plan, parse_size
+
+EXPERTS = {"n_layer": 3, "n_expert": 8, "n_expert_used": 2, "vocab_size": 320}
+UNIT = 3 * 64 * 96  # weights of one expert
+GPU = MemoryBudget(0, second=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("experts"), **EXPERTS)
+
+
+def units(n_layer=3, n_expert=8):
+    return [Unit(f"layers.{layer}.feed_forward", e) for layer in range(n_layer) for e in range(n_expert)]
+
+
+def plan_of(path, size, second=GPU.second, **others):
+    opened = open_model(path)
+    sizes = dict.fromkeys(units(), 4 * UNIT)
+    return make_plan(
+        opened.layout, torch.float32, MemoryBudget(size, second=second, **others), sizes, beside(path, "profile.json")
+    )
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("6GiB", 6 * 2**30), ("1.5 MB", 1.5e6), ("3MiB", 3 * 2**20)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["6", "GB", "0GB", "-1GB", "6gb", "6 TB", "", "1e9GB", "nanGB"])
+def test_nonsense_is_no_size(text):
+    with pytest.raises(ValueError, match="is no size; give a number above 0 with its unit"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_hottest_units_save_most_of_all_choices(seed):
+    """Against every choice: equal sizes exactly; differing ones by no more than the last that did not fit."""
+    generator = torch.Generator().manual_seed(seed)
+    use = torch.rand(9, generator=generator).tolist()
+    for sizes in ([5] * 9, torch.randint(1, 10, (9,), generator=generator).tolist()):
+        names = [Unit("a", e) for e in range(9)]
+        size_of, use_of = dict(zip(names, sizes, strict=True)), dict(zip(names, use, strict=True))
+
+        def saved(kept, use_of=use_of, size_of=size_of):
+            return sum(use_of[unit] * size_of[unit] for unit in kept)
+
+        for room in (0, 4, 17, 30, 100):
+            kept = hottest(sorted(names, key=lambda unit: -use_of[unit]), size_of, room)
+            assert sum(size_of[unit] for unit in kept) <= room
+            choices = (c for n in range(10) for c in combinations(names, n) if sum(size_of[u] for u in c) <= room)
+            best = max(map(saved, choices))
+            assert saved(kept) >= best - (0 if len(set(sizes)) == 1 else max(saved([unit]) for unit in names)) - 1e-9
+
+
+def test_expected_speed_is_that_of_bytes_by_rates():
+    a, b = Unit("a", 0), Unit("a", 1)
+    plan = Plan([a], [b], {"weights outside of feed-forwards": 30}, {a: 100, b: 200}, {a: 0.5, b: 0.25}, False)
+    assert plan.tokens_per_second(first=40, second=10) == pytest.approx(1 / ((30 + 50) / 40 + 50 / 10))
+    table = plan.table(MemoryBudget(10**6, rates=(40e9, 10e9)))
+    assert "1 of 2 experts" in table and "measured: 40.0 GB/s of the first, 10.0 GB/s of the second" in table
+
+
+def test_a_budget_too_small_says_how_much_is_needed(path):
+    outside = sum(
+        t.nbytes for name, t in open_model(path).layout.tensors.items() if ".w13." not in name and ".w2." not in name
+    )
+    with pytest.raises(ValueError, match=f"does not hold what has to be in memory, {outside / 1e3:.1f} kB"):
+        plan_of(path, outside - 1)
+    assert plan_of(path, outside).near == []
+    with pytest.raises(ValueError, match="caches 5.0 kB"):
+        plan_of(path, outside, cache_bytes=lambda args: 5000)
+    with pytest.raises(ValueError, match="2 experts"):  # of which both are in memory while they are used
+        plan_of(path, outside + 10, second=None)
+
+
+def test_without_a_profile_each_layer_gets_as_many(path):
+    outside = plan_of(path, 10**9).must["weights outside of feed-forwards"]
+    near = plan_of(path, outside + 9 * 4 * UNIT).near
+    assert sorted(unit.module for unit in near) == sorted(3 * [unit.module for unit in units(n_expert=1)])
+
+
+def write_profile(path, **changes):
+    counts = {str(layer): [100 if e == layer else 10 + e for e in range(8)] for layer in range(3)}
+    profile = {"model": fingerprint(open_model(path).layout), "tokens": 100, "experts": counts} | changes
+    beside(path, "profile.json").write_text(json.dumps(profile))
+
+
+def test_a_profile_decides_which_experts_stay(tmp_path):
+    path = make_tiny_checkpoint(tmp_path, **EXPERTS)
+    write_profile(path)
+    outside = plan_of(path, 10**9).must["weights outside of feed-forwards"]
+    plan = plan_of(path, outside + 4 * 4 * UNIT)
+    assert set(plan.near[:3]) == {Unit(f"layers.{layer}.feed_forward", layer) for layer in range(3)}
+    assert plan.near[3].expert == 7 and plan.is_known
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "other"}, "is the profile of another model"),
+        ({"experts": {"0": [1] * 8}}, "has no counts of the 8 experts of layers.1.feed_forward"),
+        ({"experts": 3}, "has no counts"),
+        ({"tokens": 7}, "counts 100 uses by 7 tokens"),
+        ({"tokens": "7"}, "counts 100 uses by '7' tokens"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_refused(tmp_path, changes, message):
+    path = make_tiny_checkpoint(tmp_path, **EXPERTS)
+    write_profile(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        plan_of(path, 10**9)
+
+
+def test_what_cannot_be_placed_is_refused(path, monkeypatch):
+    monkeypatch.setattr("weights.tiers.place.require_memory", lambda size, device, what, advice: refuse(what))
+    with pytest.raises(ValueError, match="--memory_budget keeps there"):
+        load_model(path, budget=MemoryBudget(10**9))
+    with pytest.raises(ValueError, match="a third tier, the disk behind main memory, is not supported"):
+        monkeypatch.setattr(
+            "weights.tiers.place.require_memory", lambda size, _, what, __: "third" in what and refuse(what)
+        )
+        load_model(path, budget=replace(GPU, size=400_000))
+
+
+def refuse(what):
+    raise ValueError(what)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_the_bytes_of_the_plan_are_those_of_the_model(path, quantize, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr("weights.tiers.place.make_plan", lambda *given: plans.append(make_plan(*given)) or plans[-1])
+    model = load_model(
+        path, dtype=torch.float32, quantize=quant_spec(quantize, None), budget=replace(GPU, size=260_000)
+    )
+    far = sum(t.nbytes for name, t in model.state_dict().items() if ".far." in name)
+    near = {t.data_ptr(): t.nbytes for name, t in model.state_dict().items() if ".far." not in name}
+    assert (sum(near.values()), far) == (plans[0].near_bytes, plans[0].far_bytes) and far
+    assert f"{len(plans[0].far)} of 24 experts" in capsys.readouterr().err
+
+
+def test_a_copy_is_taken_only_for_the_model_that_it_was_made_of(tmp_path):
+    form = torch.nn.Linear(4, 3)
+    copy = PackedCopy(tmp_path / "m.packed", ["a"], {"x": 2}, {"x": form})
+    layers = [torch.nn.Linear(4, 3) for _ in range(2)]
+    copy.write((Unit("x", e), layer) for e, layer in enumerate(layers))
+    assert copy.is_there() and not PackedCopy(copy.path, ["b"], {"x": 2}, {"x": form}).is_there()
+    copy.open()
+    buffers = [bytearray(48), bytearray(12)]
+    copy.read(Unit("x", 1), list(map(memoryview, buffers)))
+    assert bytes(buffers[0]) == layers[1].weight.detach().numpy().tobytes()
+    assert bytes(buffers[1]) == layers[1].bias.detach().numpy().tobytes()
+    with copy.path.open("r+b") as file:
+        file.truncate(5000)
+    assert not copy.is_there()
+    with pytest.raises(ValueError, match="was cut short while it was read"):
+        copy.read(Unit("x", 1), list(map(memoryview, buffers)))
+    copy.write((Unit("x", e), layer) for e, layer in enumerate(layers))
+    assert copy.is_there() and list(tmp_path.iterdir()) == [copy.path]
