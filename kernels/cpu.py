@@ -159,6 +159,8 @@ def available() -> bool:
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
     torch.library.register_fake("gpt_faster::linear_experts")(_linear_experts_shape)
     torch.library.register_fake("gpt_faster::delta_net")(_delta_net_shape)
+    torch.library.register_fake("gpt_faster::linear_sparse")(_linear_sparse_shape)
+    torch.library.register_fake("gpt_faster::linear_wanted")(lambda x, *others: torch.empty_like(others[-1]))
     for operator in ("attend", "run_blocks"):
         torch.library.register_fake(f"gpt_faster::{operator}")(lambda x, *_: torch.empty_like(x))
     return True
@@ -175,6 +177,10 @@ def _linear_bf16_shape(x, weight, bias):
 
 def _linear_codes_shape(x, weight, scales, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0] * scales.shape[3])
+
+
+def _linear_sparse_shape(x, weight, scales, bias, out, threshold):
+    return x.new_empty(*x.shape[:-1], out)
 
 
 def _linear_experts_shape(x, chosen, weight, scales):

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
+from layers.sparse import COLUMNS, SparseLinear
 from mixers.compiled import surely_few
 from mixers.experts import MixtureOfExperts
 from mixers.norms import RMSNorm
@@ -45,7 +46,13 @@ class RegionBlocks(Blocks):
 
 def is_joinable(layer: nn.Module) -> bool:
     """Whether `join_blocks` takes a layer, which is no rank's part."""
+    if type(layer) is SparseLinear:
+        return layer.out_features % COLUMNS == 0 and layer.weight.dtype != torch.float32
     return type(layer) in (FewRowsLinear, CodesLinear)
+
+
+def linear_layers(block: TransformerBlock) -> tuple[nn.Module, ...]:
+    return block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2
 
 
 class FusedBlocks(RegionBlocks):
@@ -55,9 +62,11 @@ class FusedBlocks(RegionBlocks):
         super().__init__(blocks)
         attention, eps = blocks[0].attention, blocks[0].ffn_norm.eps
         attended, attend = attention.n_head * attention.head_dim, attention.attend
-        self.takes_many = attend.takes_many
+        layers = [layer for block in blocks for layer in linear_layers(block)]
+        self.takes_many = attend.takes_many and not any(type(layer) is SparseLinear for layer in layers)
         tensors = [tensor for block in blocks for tensor in self.tensors(block)]
-        self.fused = torch.ops.gpt_faster.join_blocks(tensors, attended, eps, attend.scale)
+        thresholds = [layer.threshold if type(layer) is SparseLinear else -1.0 for layer in layers]  # -1: dense
+        self.fused = torch.ops.gpt_faster.join_blocks(tensors, thresholds, attended, eps, attend.scale)
 
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:
@@ -68,15 +77,14 @@ class FusedBlocks(RegionBlocks):
             return False
         if not all(type(block.feed_forward) is FeedForward for block in blocks):
             return False
-        layers = [(b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in blocks]
-        packed = all(is_joinable(layer) for each in layers for layer in each)
+        packed = all(is_joinable(layer) for block in blocks for layer in linear_layers(block))
         return packed and args.dim % CodesLinear.LANES == 0 and args.intermediate_size % CodesLinear.GROUP == 0
 
     @staticmethod
     def tensors(block: TransformerBlock) -> list[Tensor | None]:
         """The tensors of one block in the order of `join_blocks`."""
-        a, f = block.attention, block.feed_forward
-        wqkv, wo, w13, w2 = ((each.weight, each.scales, each.bias) for each in (a.wqkv, a.wo, f.w13, f.w2))
+        a = block.attention
+        wqkv, wo, w13, w2 = ((each.weight, each.scales, each.bias) for each in linear_layers(block))
         q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
         return [block.attention_norm.weight, *wqkv, q_norm, k_norm, *wo, block.ffn_norm.weight, *w13, *w2]
 

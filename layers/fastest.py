@@ -13,6 +13,7 @@ from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
 from layers.gpu.linear import CodesOnGpu, GpuBlock, codes_on_gpu, has_head_for_gpu, join_head_
 from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
+from layers.low_rank import WithAdapter
 from layers.packed import (
     AnyExperts,
     CodesLinear,
@@ -28,10 +29,11 @@ from layers.packed import (
 )
 from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
 from layers.recurrent import OperatorDeltaNet
+from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.latent import LatentAttention
 from mixers.recurrent.delta_net import DeltaNet
-from model import Attend, Attention, Blocks, ModelArgs, Transformer, TransformerBlock
+from model import Attend, Attention, Blocks, FeedForward, ModelArgs, Transformer, TransformerBlock
 
 
 class Row(NamedTuple):
@@ -59,6 +61,8 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row(ALL,                    "cuda", None,  False,     CodesOnGpu.fits,     codes_on_gpu),
+    Row((Thresholded,),         "cpu",  None,  True,      SparseLinear.fits,   SparseLinear),
+    Row((FeedForward,),         "cpu",  None,  True,      ReluFeedForward.fits, ReluFeedForward),
     Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),
     Row((ExpertLinear, *ALL),   None,   None,  False,     is_experts,          AnyExperts),
     Row((Attend,),              "cpu",  BF16,  True,      ManyAttend.fits,     ManyAttend),
@@ -91,6 +95,16 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable | None
     return None
 
 
+def rounds_each_row(blocks: nn.Module) -> bool:
+    """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
+    kinds = {type(module) for module in blocks.modules()}
+    if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
+        return False
+    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
+    others |= {*LAYERS.values(), Thresholded, SparseLinear, ReluFeedForward}
+    return {CodesLinear, ManyAttend} <= kinds and not kinds & others
+
+
 def copy_as_float_(model: nn.Module, memory: int | None) -> None:
     """Replace each quantised layer of which no form reads the codes by a float copy, if twice the copies fit in memory.
 
@@ -116,6 +130,8 @@ def pack_(model: nn.Module, memory: int | None = None) -> None:
             replace_(model, name, AbsorbedAttention(layer))
         if isinstance(layer, QuantizedLinear) and layer.order is not None:
             replace_(model, name, Permuted(layer))
+        if type(layer) in (Thresholded, FeedForward) and (fast := fastest(layer, model)):
+            replace_(model, name, fast(layer))
     if model.device.type == "cpu" and not cpu.available():
         copy_as_float_(model, memory)
     # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of

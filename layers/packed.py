@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.low_rank import WithAdapter
 from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear, Table4Linear
 from mixers.compiled import surely_few
-from mixers.experts import ExpertLinear, Gate, by_expert
-from mixers.latent import LatentAttention
+from mixers.experts import ExpertLinear, by_expert
 from mixers.layer_kinds import Vectors
-from mixers.recurrent.delta_net import DeltaNet
 from model import Attend, ModelArgs, softcap
 
 HAS_HALF = {  # whether a CPU has instructions for products in a dtype
@@ -160,16 +157,6 @@ class CodesLinear(nn.Module):
             y = torch.ops.gpt_faster.linear_experts(x, chosen, self.weight, self.scales)
             y = plus_bias(y, self.bias, chosen)
         return y if y.shape[-1] == self.out_features else y[..., : self.out_features]
-
-
-def rounds_each_row(blocks: nn.Module) -> bool:
-    """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
-    kinds = {type(module) for module in blocks.modules()}
-    if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
-        return False
-    others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
-    others |= {*LAYERS.values()}
-    return {CodesLinear, ManyAttend} <= kinds and not kinds & others
 
 
 class Permuted(nn.Module):

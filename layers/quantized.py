@@ -8,6 +8,7 @@ here: a file that another program has quantised keeps them. Files hold the logic
 
 import functools
 import itertools
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,16 +27,23 @@ PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one layer is quantised."""
+    """How one layer is stored and computed."""
 
-    bits: int
+    bits: int | None = None  # None: floats
     groupsize: int | None = None  # inputs that share a scale; None: all of a row
     format: str | None = None  # one of `LAYERS` that has a name; None: what is made here of so many bits
     ordered: bool = False  # whether the layer holds the order in which its codes take the inputs
     scale_dtype: str = "bfloat16"  # of its scales and zeros; what is rounded here has this one
+    threshold: float | None = None  # inputs of at most this magnitude count as 0, see `layers.sparse`; None: all count
 
     def __post_init__(self):
         supported = ", ".join(map(str, GROUPSIZES))
+        if self.threshold is not None and not (type(self.threshold) is float and 0 <= self.threshold < math.inf):
+            raise ValueError(f"threshold is {self.threshold!r}; it must be a number from 0 on")
+        if self.bits is None:
+            if (self.groupsize, self.format, self.ordered) != (None, None, False):
+                raise ValueError("a layer of floats has neither groupsize nor format nor order")
+            return
         if type(self.bits) is not int or self.bits not in LAYERS:
             raise ValueError(f"bits is {self.bits!r}; it must be 4 or 8")
         if self.groupsize is None and self.bits == 4:
@@ -50,8 +58,16 @@ class QuantSpec:
             raise ValueError(f"scales of {self.scale_dtype!r} are not supported; supported: {', '.join(SCALE_DTYPES)}")
 
     @property
+    def has_codes(self) -> bool:
+        return self.bits is not None
+
+    def as_floats(self) -> "QuantSpec":
+        """The same with floats in the place of codes."""
+        return QuantSpec(threshold=self.threshold)
+
+    @property
     def layer(self) -> type["QuantizedLinear"]:
-        """The class of such a layer."""
+        """The class of such a layer of codes."""
         return LAYERS[self.format or self.bits]
 
     @property
@@ -71,7 +87,8 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group, order = f".g{self.groupsize}" if self.groupsize else "", ".ordered" if self.ordered else ""
-        return f"{self.format or f'int{self.bits}'}{group}{order}"
+        sparse = "" if self.threshold is None else ".sparse"
+        return f"{self.format or (f'int{self.bits}' if self.has_codes else 'float')}{group}{order}{sparse}"
 
 
 def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
@@ -348,7 +365,7 @@ def table_from_json(value) -> dict[str, QuantSpec]:
     try:
         return {name: QuantSpec(**spec) for name, spec in (value or {}).items()}
     except (TypeError, AttributeError):
-        raise ValueError("the table of quantised layers is damaged") from None
+        raise ValueError("the table of layers is damaged") from None
 
 
 def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
@@ -360,7 +377,11 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
     for name, spec in table.items():
         layer = layers.get(name)
         if not can_be_rounded(layer):
-            raise ValueError(f"the table of quantised layers names {name!r}, not a linear layer of the model")
+            raise ValueError(f"the table of layers names {name!r}, not a linear layer of the model")
+        if spec.threshold is not None and layer.weight.ndim == 3:
+            raise ValueError(f"{name} has a threshold, which is not supported for experts")
+        if not spec.has_codes:
+            continue
         spec.groups(layer.weight.shape[-1], name)
         weight = layer.weight
         tensors = _meta_tensors(weight.shape, spec) if weight.is_meta else quantize_weight(weight, spec)

@@ -16,6 +16,8 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda gate, up: F.silu(gate) * up,
+    "relu": lambda gate, up: F.relu(gate) * up,
+    "relu2": lambda gate, up: F.relu(gate).square() * up,  # So et al. 2021
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "clamped_swiglu": clamped_swiglu,
 }

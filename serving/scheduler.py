@@ -24,7 +24,8 @@ from engine.speculation.drafters import PromptLookup
 from engine.speculation.guess_length import AdaptiveLength, FixedLength
 from engine.speculation.speculative import Speculation, Text
 from kernels import cpu
-from layers.packed import FEW, rounds_each_row
+from layers.fastest import rounds_each_row
+from layers.packed import FEW
 from model import CacheView, Transformer
 from tp import full_logits
 

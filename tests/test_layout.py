@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from its own room and from those before it; measure and compress stand on one floor.
 ROOMS = ["cli", "mixers", "kernels", "model", "layers", "ranks", "tp", "weights", "text", "engine", "serving"]
 FLOORS = [*([room] for room in ROOMS), ["measure", "compress"], ["flags", "interactive", "answers"]]
-FLOORS += [["generate", "serve", "quantize", "distill", "eval"], ["gpt_faster"], ["scripts"], ["tests"]]
+FLOORS += [["generate", "serve", "quantize", "sparsify", "distill", "eval"], ["gpt_faster"], ["scripts"], ["tests"]]
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-COMMANDS = ("generate", "serve", "quantize", "distill", "eval")
+COMMANDS = ("generate", "serve", "quantize", "sparsify", "distill", "eval")
 LONGEST_FILE, LONGEST_MODEL, LONGEST_FUNCTION, MOST_FILES = 420, 500, 40, 10
 
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "checkpoints", "build"} & set(path.parts)]

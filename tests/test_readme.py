@@ -48,6 +48,7 @@ def test_every_command_is_tried_below():
         "python serve.py",
         "curl http://127.0.0.1:8000/",
         "python quantize.py",
+        "python sparsify.py",
         "python distill.py",
         "python eval.py",
         "python scripts/",
@@ -135,6 +136,20 @@ def test_torchrun(command, run_cli, tmp_path):
 
 
 TEXT = "The cat sat on the mat, and the dog beside the cat. Nobody had asked either of them to do so. " * 8
+
+
+@pytest.mark.parametrize("command", of("python sparsify.py"))
+def test_sparsify(command, call, tmp_path):
+    """On a tiny model."""
+    args = shlex.split(command)[1:]
+    checkpoint = make_tiny_checkpoint(tmp_path / "model")
+    for name in ("book.txt", "other.txt"):
+        (tmp_path / name).write_text(TEXT, encoding="utf-8")
+    args = [str(tmp_path / arg) if arg.endswith(".txt") else arg for arg in args]
+    args = replaced(args, "--calibration_seq_length", 32)
+    assert call(*replaced(args, "--checkpoint_path", checkpoint)).out
+    assert len(list(checkpoint.parent.glob("model*_sparse-0.4.pth"))) == ("activations" in args)
+    assert len(list(checkpoint.parent.glob("*.profile.json"))) == ("profile" in args)
 
 
 @pytest.mark.parametrize("command", of("python quantize.py"))

@@ -14,6 +14,7 @@ from cli import ROOT, progress, say_once
 from layers.fastest import pack_
 from layers.low_rank import WithAdapter
 from layers.quantized import QuantSpec, linear_table, quantize_weight, replace_, table_to_json
+from layers.sparse import Thresholded
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from tp import apply_tp, rank_args, require_split, shard, split_of
@@ -137,11 +138,14 @@ def new_table(opened: ModelFile, spec: QuantSpec | None, path: str | Path, head:
     """
     if spec is None:
         return {}
-    if opened.table:
-        specs = ", ".join(sorted({str(each) for each in opened.table.values()}))
+    coded = {str(each) for each in opened.table.values() if each.has_codes}
+    if coded:
+        specs = ", ".join(sorted(coded))
         raise ValueError(f"{path} is quantised already ({specs}); start from the float file, or give --dequantize")
     heads = {"int8": QuantSpec(8), "float": None, "int4": spec}
-    return linear_table(opened.layout.model, spec, heads[head])
+    table = linear_table(opened.layout.model, spec, heads[head])
+    thresholds = {name: each.threshold for name, each in opened.table.items()}
+    return {name: replace(each, threshold=thresholds.get(name)) for name, each in table.items()}
 
 
 def read_tensors(
@@ -238,6 +242,9 @@ def fill(
     del state  # frees each tensor once `pack_` has made another form of it
     for name, pair in (beside or {}).items():
         replace_(model, name, WithAdapter(model.get_submodule(name), *pair))
+    for name, spec in layout.table.items():
+        if spec.threshold is not None:
+            replace_(model, name, Thresholded(model.get_submodule(name), spec.threshold))
     if ranks is not None:
         apply_tp(model, args, ranks)
     pack_(model, free_memory(torch.device("cpu")))  # copies are made on CPUs only

@@ -30,7 +30,7 @@ IGNORED = re.compile(
 
 
 class Layout:
-    """What the file of a model holds: its tensors, as meta tensors by name, and the table of its quantised layers.
+    """What the file of a model holds: its tensors, as meta tensors by name, and the table of layers with a spec.
 
     model: the meta model, of class `kind`, which `fill` gives its tensors. head_source: the module whose weight the
     output head has.
@@ -66,7 +66,7 @@ class Layout:
     def is_coded(self, name: str) -> bool:
         """Whether a tensor is part of what stands for a quantised weight: codes, scales, zeros, an order of inputs."""
         module, _, leaf = name.rpartition(".")
-        return module in self.table and leaf != "bias"
+        return module in self.table and self.table[module].has_codes and leaf != "bias"
 
     def keeps_dtype(self, name: str) -> bool:
         """Whether a tensor is not converted on loading."""
@@ -116,15 +116,17 @@ class Kept(NamedTuple):
 
 def dequantized(opened: ModelFile) -> ModelFile:
     """The model in an open file with float weights in the place of codes."""
-    if not opened.table:
-        return opened
     layout = opened.layout
+    coded = {module: spec for module, spec in layout.table.items() if spec.has_codes}
+    if not coded:
+        return opened
     tensors = {name: read for name, read in opened.tensors.items() if not layout.is_coded(name)}
-    for module, spec in layout.table.items():
+    for module, spec in coded.items():
         names = {leaf: f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in opened.tensors}
         tensors[f"{module}.weight"] = Kept(spec, {leaf: opened.tensors[name] for leaf, name in names.items()}).weight
     args, tensors = head_as_stored(layout.args, tensors)
-    return replace(opened, layout=Layout(args, kind=type(layout.model)), tensors=tensors)
+    table = {module: spec.as_floats() for module, spec in layout.table.items() if spec.threshold is not None}
+    return replace(opened, layout=Layout(args, table, kind=type(layout.model)), tensors=tensors)
 
 
 def readers(state: Any, path: Path) -> Readers:

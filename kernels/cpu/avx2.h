@@ -44,6 +44,16 @@ INLINE __m256 widened(const int8_t* from) {  // 8 of them
 }
 INLINE Floats load(const int8_t* from) { return {widened(from), widened(from + 8)}; }
 
+// 32 codes of 4 bits from 16 bytes: those in the low nibbles, then those in the high ones.
+INLINE void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
+  const auto widened = [](const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  };
+  const __m256i first = widened(from), second = widened(from + 8), nibble = _mm256_set1_epi32(15);
+  low = {_mm256_cvtepi32_ps(first & nibble), _mm256_cvtepi32_ps(second & nibble)};
+  high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(first, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(second, 4))};
+}
+
 INLINE void store(float* to, Floats value) {
   _mm256_storeu_ps(to, value.low);
   _mm256_storeu_ps(to + 8, value.high);

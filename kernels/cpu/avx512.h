@@ -38,6 +38,12 @@ INLINE Floats load(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
+// 32 codes of 4 bits from 16 bytes: those in the low nibbles, then those in the high ones.
+INLINE void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
+  const Ints both = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  low = __builtin_convertvector(both & 15, Floats), high = __builtin_convertvector(both >> 4, Floats);
+}
+
 INLINE void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 
 INLINE void store(Half* to, Floats value) {

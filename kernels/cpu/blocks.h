@@ -152,10 +152,10 @@ struct Blocks {
   void run_few(const Block& block, const LayerCache& cache, int thread, int threads) const {
     const auto share = [&](int64_t n, int64_t unit) { return share_of(n, unit, thread, threads); };
     const Range all_rows{0, M}, rows = share(M, 1), queries = share(M * n_head, 1);
-    const Range outputs = share(dim, kLanes), inner = share(width, kGroup);
+    const Range outputs = share(dim, kColumns), inner = share(width, kGroup);
     normalise(block.attention_norm, block.wqkv, rows);
     wait_for_all();
-    block.wqkv.multiply_few_rows(normed, qkv, M, quantised, share(block.wqkv.out, kLanes));
+    block.wqkv.multiply_few_rows(normed, qkv, M, quantised, share(block.wqkv.out, kColumns));
     wait_for_all();
     place_heads(block, cache, share(M * (n_head + n_kv_head), 1));
     wait_for_all();

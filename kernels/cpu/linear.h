@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "linear_unpacked.h"
+#include "sparse.h"
 
 namespace gpt_faster {
 
@@ -54,6 +55,7 @@ struct Linear {
   int64_t in, out;
   ManyRowsProduct many_rows_product;  // for bfloat16 weights
   const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
+  SparseWeight sparse = {};           // which has a weight if the layer has neither of the others; few rows only
 
   // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
   bool takes_floats(int64_t S) const {
@@ -86,6 +88,7 @@ struct Linear {
   // Some outputs of few rows, whole tiles of them, by one thread. `scratch` has the quantised inputs.
   template <class Element>
   void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
+    if (sparse.weight) return multiply_sparse(sparse, x, y, M, outputs);
     if (has_codes) {
       const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
       return multiply_few(codes, activations<Element>(scratch, M), y, dtype_of<Element>, tiles);

@@ -75,6 +75,17 @@ INLINE Floats load(const int8_t* from) {
           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
 }
 
+// 32 codes of 4 bits from 16 bytes: those in the low nibbles, then those in the high ones.
+INLINE void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
+  const auto floats = [](uint8x16_t codes) {
+    const uint16x8_t first = vmovl_u8(vget_low_u8(codes)), second = vmovl_high_u8(codes);
+    return Floats{vcvtq_f32_u32(vmovl_u16(vget_low_u16(first))), vcvtq_f32_u32(vmovl_high_u16(first)),
+                  vcvtq_f32_u32(vmovl_u16(vget_low_u16(second))), vcvtq_f32_u32(vmovl_high_u16(second))};
+  };
+  const uint8x16_t both = vld1q_u8(from);
+  low = floats(vandq_u8(both, vdupq_n_u8(15))), high = floats(vshrq_n_u8(both, 4));
+}
+
 INLINE void store(float* to, Floats value) {
   UNROLL for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, value.part[i]);
 }

@@ -1,71 +1,16 @@
-// The operators as PyTorch sees them: schemas, and every check of what comes in. The algorithms in the headers beside this
-// file check nothing, and know nothing of PyTorch.
+// The operators as PyTorch sees them: schemas, and checks of what comes in, of which headers that begin with torch_ have what
+// several share. The algorithms in the other headers check nothing, and know nothing of PyTorch.
 //
 // Only what is included here is needed: torch/extension.h would treble the time to build.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
-#include "attention_many.h"
-#include "blocks.h"
 #include "experts.h"
-#include "linear.h"
-#include "torch_checks.h"
 #include "torch_delta.h"
-#include "torch_products.h"
+#include "torch_layers.h"
 
 namespace {
-
-using namespace gpt_faster;
-
-// ---------------------------------------------------------------- checks of layers and heads
-
-void check_head_dim(int64_t D, const char* op) {
-  TORCH_CHECK(has_head_dim(D), op, ": head_dim ", D, " is not 64, 96, 128 or 256");
-}
-
-void check_queries(int64_t S, Dtype dtype, const char* op) {
-  TORCH_CHECK(can_attend(S, dtype), op, ": more than ", kFewRows, " queries a row are for bfloat16");
-}
-
-// A layer of codes if there are scales, of bfloat16 if not. The tensors must be kept as long as the layer.
-Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias, int64_t in, Dtype dtype,
-                const char* op) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && (!bias || bias->is_contiguous()), op,
-              ": a weight is not contiguous [out, in] or [tiles, bytes], or a bias is not contiguous");
-  if (!scales) {
-    const bool all_bf16 = dtype == Dtype::bfloat16 && weight.scalar_type() == at::kBFloat16 &&
-                          (!bias || bias->scalar_type() == at::kBFloat16);
-    TORCH_CHECK(all_bf16, op, ": wrong dtype; a layer without scales is all bfloat16");
-    TORCH_CHECK(weight.size(1) == in && (!bias || bias->numel() == weight.size(0)), op, ": x has ", in,
-                " features, weight takes ", weight.size(1), ", or the bias is not as long as the output");
-    const int64_t out = weight.size(0);
-    const Bf16Weight bf16{.weight = data<BFloat16>(weight), .bias = data<BFloat16>(bias), .N = out, .K = in};
-    return {.has_codes = false, .codes = {}, .bf16 = bf16, .in = in, .out = out,
-            .many_rows_product = product_of_many_rows, .matrix_unit = nullptr};
-  }
-  const Tensor& s = *scales;
-  const int64_t tiles = weight.size(0);
-  TORCH_CHECK(s.dim() == 4 && s.size(0) == tiles && s.size(3) == kLanes && s.is_contiguous(), op,
-              ": scales are not contiguous [tiles, groups, 1 or 2, 16]");
-  const int64_t nibbles = round_up(in, kGroup) * kLanes / 2;  // bytes of those of a tile
-  const bool has_zeros = s.size(2) == 2, has_nibbles = weight.size(1) == nibbles;
-  const CodesWeight codes{.codes = data<uint8_t>(weight), .scales = s.const_data_ptr(),
-                          .scale_dtype = dtype_from(s.scalar_type(), op), .bias = data<float>(bias), .in = in,
-                          .tiles = tiles, .groups = s.size(1),
-                          .is_int4 = has_nibbles && has_zeros, .is_float4 = has_nibbles && !has_zeros,
-                          .is_numbers4 = weight.size(1) == nibbles + kNumbersBytes,
-                          .is_float8 = weight.scalar_type() == at::kFloat8_e4m3fn, .has_zeros = has_zeros};
-  const bool has_our_codes = weight.scalar_type() == at::kByte ? !(codes.is_numbers4 && codes.has_zeros)
-                                                               : codes.is_float8 && !codes.has_zeros;
-  TORCH_CHECK(has_our_codes && (!bias || bias->scalar_type() == at::kFloat), op, ": wrong dtype");
-  TORCH_CHECK(weight.size(1) == codes.bytes_a_tile(), op, ": weight takes other than ", in, " features");
-  TORCH_CHECK((s.size(2) == 1 || s.size(2) == 2) && codes.groups > 0 && codes.K() / kHalfGroup % codes.groups == 0 &&
-              (!bias || bias->numel() == tiles * kLanes), op,
-              ": scales or bias do not fit the weight");
-  return {.has_codes = true, .codes = codes, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
-          .matrix_unit = dtype == Dtype::bfloat16 ? matrix_unit() : nullptr};
-}
 
 // ---------------------------------------------------------------- linear layers
 
@@ -98,6 +43,43 @@ Tensor linear_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 // none -> [..., tiles * 16] in x's dtype.
 Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& bias) {
   return linear(x, weight, scales, bias, "linear_codes");
+}
+
+// A linear layer of few rows: x [..., in], weight by input, see `SparseWeight` -> [..., out].
+Tensor linear_sparse(const Tensor& x, const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias,
+                     int64_t out, double threshold) {
+  const Dtype dtype = dtype_from(x.scalar_type(), "linear_sparse");
+  const SparseWeight sparse = sparse_of(weight, scales, bias, out, threshold, "linear_sparse");
+  TORCH_CHECK(x.size(-1) == sparse.in, "linear_sparse: x has ", x.size(-1), " features, weight takes ", sparse.in);
+  const Tensor xc = contiguous(x);
+  auto shape = x.sizes().vec();
+  shape.back() = out;
+  Tensor y = at::empty(shape, x.options());
+  with_type_of(dtype, [&](auto element) {
+    using Element = decltype(element);
+    multiply_sparse(sparse, data<Element>(xc), static_cast<Element*>(y.mutable_data_ptr()), x.numel() / sparse.in,
+                    all_threads());
+  });
+  return y;
+}
+
+// The outputs of few rows of x [..., in] where `wanted` [..., out] is not 0, elsewhere 0: weight by output, with scales as
+// `WantedProduct` has them, bias float32 [out] or none.
+Tensor linear_wanted(const Tensor& x, const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias,
+                     const Tensor& wanted) {
+  const Tensor xc = contiguous(x), wc = contiguous(wanted);
+  const int64_t in = x.size(-1), out = wanted.size(-1);
+  const Dtype dtype = dtype_from(x.scalar_type(), "linear_wanted");
+  SparseWeight layer = sparse_of(weight, scales, bias, in, 0, "linear_wanted", true);
+  TORCH_CHECK(layer.out == out && x.numel() / in == wanted.numel() / out && x.scalar_type() == wanted.scalar_type(),
+              "linear_wanted: x, weight and wanted do not fit");
+  Tensor y = at::empty(wanted.sizes(), x.options());
+  with_type_of(dtype, [&](auto element) {
+    using Element = decltype(element);
+    multiply_wanted(layer, data<Element>(xc), data<Element>(wc), static_cast<Element*>(y.mutable_data_ptr()),
+                    x.numel() / in, all_threads());
+  });
+  return y;
 }
 
 // Linear layers of experts: x [T, 1 or K, in] through the experts chosen [T, K], whose weight [E, ...] and scales [E, ...]
@@ -211,10 +193,17 @@ struct JoinedCache {
 
 constexpr int64_t kTensors = 16;  // of a block
 
-// A layer from three tensors: weight, scales and bias.
-Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype) {
+// A layer from three tensors: weight, scales and bias. threshold: of one whose weight lies by input, else negative.
+Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype, double threshold) {
   TORCH_CHECK(tensors[0] && tensors[0]->dim() == 2, "join_blocks: a weight is missing");
   for (int i = 0; i < 3; i++) tensors[i] = contiguous(tensors[i]);
+  if (threshold >= 0) {
+    const int64_t out = tensors[0]->size(1) * (tensors[0]->scalar_type() == at::kByte ? 2 : 1);
+    const SparseWeight sparse = sparse_of(*tensors[0], tensors[1], tensors[2], out, threshold, "join_blocks");
+    TORCH_CHECK(sparse.in == in, "join_blocks: wrong size");
+    return {.has_codes = false, .codes = {}, .bf16 = {}, .in = in, .out = out, .many_rows_product = nullptr,
+            .matrix_unit = nullptr, .sparse = sparse};
+  }
   return layer_of(*tensors[0], tensors[1], tensors[2], in, dtype, "join_blocks");
 }
 
@@ -226,10 +215,11 @@ const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
   return norm->const_data_ptr();
 }
 
-Block joined_block(OptionalTensor* t, int64_t dim, int64_t attended, int64_t head_norm, Dtype dtype) {
-  Block block{.wqkv = joined_layer(t + 1, dim, dtype), .wo = joined_layer(t + 6, attended, dtype),
-              .w13 = joined_layer(t + 10, dim, dtype), .w2 = {}};
-  block.w2 = joined_layer(t + 13, block.w13.out / 2, dtype);
+Block joined_block(OptionalTensor* t, const c10::List<double>& thresholds, size_t number, int64_t dim, int64_t attended,
+                   int64_t head_norm, Dtype dtype) {
+  const auto layer = [&](int at, int64_t in, int i) { return joined_layer(t + at, in, dtype, thresholds[4 * number + i]); };
+  Block block{.wqkv = layer(1, dim, 0), .wo = layer(6, attended, 1), .w13 = layer(10, dim, 2), .w2 = {}};
+  block.w2 = layer(13, block.w13.out / 2, 3);
   TORCH_CHECK(t[0] && t[9], "join_blocks: a norm is missing");
   block.attention_norm = joined_norm(t[0], dim, dtype), block.ffn_norm = joined_norm(t[9], dim, dtype);
   block.q_norm = joined_norm(t[4], head_norm, dtype), block.k_norm = joined_norm(t[5], head_norm, dtype);
@@ -241,9 +231,11 @@ Block joined_block(OptionalTensor* t, int64_t dim, int64_t attended, int64_t hea
 // The blocks of a model as one handle for run_blocks, which keeps the tensors it is made of. Of each block, in this order:
 // attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2. A linear layer is its weight, scales and bias,
 // as linear_codes takes them, or linear_bf16 if there are no scales. attended: inputs of wo; eps: of the norms; scale: of
-// q k.
-Tensor join_blocks(const c10::List<OptionalTensor>& tensors, int64_t attended, double eps, double scale) {
-  TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0, "join_blocks: ", tensors.size(), " tensors");
+// q k. thresholds: of its four layers, see `joined_layer`.
+Tensor join_blocks(const c10::List<OptionalTensor>& tensors, const c10::List<double>& thresholds, int64_t attended,
+                   double eps, double scale) {
+  TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0 && thresholds.size() * kTensors == tensors.size() * 4,
+              "join_blocks: ", tensors.size(), " tensors, ", thresholds.size(), " thresholds");
   JoinedBlocks joined{.tensors = tensors.vec(), .eps = eps, .scale = scale};
   OptionalTensor* all = joined.tensors.data();
   TORCH_CHECK(all[0], "join_blocks: a norm is missing");
@@ -251,7 +243,8 @@ Tensor join_blocks(const c10::List<OptionalTensor>& tensors, int64_t attended, d
   const int64_t dim = all[0]->numel();
   for (int i : {4, 5}) if (all[i]) joined.head_norm = all[i]->numel();
   for (size_t t = 0; t < tensors.size(); t += kTensors) {
-    joined.blocks.push_back(joined_block(all + t, dim, attended, joined.head_norm, joined.dtype));
+    const size_t number = t / kTensors;
+    joined.blocks.push_back(joined_block(all + t, thresholds, number, dim, attended, joined.head_norm, joined.dtype));
     const Block &first = joined.blocks[0], &block = joined.blocks.back();
     TORCH_CHECK(first.wqkv.out == block.wqkv.out && first.wo.in == block.wo.in && first.w13.out == block.w13.out,
                 "join_blocks: unlike blocks");
@@ -330,7 +323,9 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor? k_scales, Tensor v, Tensor? v_scales, Tensor? cache_rows, Tensor mask, "
         "float scale) -> Tensor");
-  m.def("join_blocks(Tensor?[] tensors, int attended, float eps, float scale) -> Tensor");
+  m.def("linear_sparse(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out, float threshold) -> Tensor");
+  m.def("linear_wanted(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, Tensor wanted) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, float[] thresholds, int attended, float eps, float scale) -> Tensor");
   m.def("join_cache(Tensor?[] tensors) -> Tensor");
   // Both that follow write to caches. Their schemas do not say so, because the compiler would then copy the handle or the
   // states: nothing else reads the caches in the same graph, and every use of the result comes after.
@@ -344,6 +339,8 @@ TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
   m.impl("linear_experts", &linear_experts);
+  m.impl("linear_sparse", &linear_sparse);
+  m.impl("linear_wanted", &linear_wanted);
   m.impl("attend", &attend);
   m.impl("join_blocks", &join_blocks);
   m.impl("join_cache", &join_cache);

@@ -11,7 +11,7 @@ import torch.nn as nn
 from engine.compile import compile_step
 from kernels import cpu
 from layers.blocks import HONOURED, FusedBlocks, RegionBlocks
-from layers.fastest import fastest, pack_
+from layers.fastest import fastest, pack_, rounds_each_row
 from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
 from layers.gpu.linear import join_head_
@@ -25,7 +25,6 @@ from layers.packed import (
     TorchInt8,
     by_torch,
     has_triton,
-    rounds_each_row,
 )
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts

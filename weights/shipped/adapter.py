@@ -58,7 +58,7 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
         pair = partial(read_pair, parts, rows_of(parts, n_out, args), layer.in_features, raw, scale_of, folder)
         if turns is not None:
             pair = partial(turned, pair, module, args, turns)
-        if module in opened.table:
+        if opened.layout.is_coded(f"{module}.weight"):
             beside[module] = pair
         else:
             tensors[f"{module}.weight"] = partial(merged, tensors[f"{module}.weight"], pair)

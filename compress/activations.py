@@ -1,0 +1,124 @@
+"""TEAL (Liu et al. 2024, arXiv 2408.14690): thresholds below which the inputs of a block's projections are skipped.
+
+Of each block as many weights are skipped, on average over a text. Which projection skips how many of its inputs is
+found step by step: the next inputs skipped are those of the projection in which that changes the block's output least,
+for the weights that it saves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from cli import listed, progress
+from compress.gptq import arguments_of
+from layers.quantized import replace_
+from layers.sparse import Thresholded
+from model import ModelArgs, Transformer
+
+PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
+STEP, MOST = 0.05, 0.95  # share of a projection's inputs that are skipped more at a time, and at most
+SAMPLES = 1 << 20  # magnitudes of inputs that are sorted
+
+
+def require_projections(args: ModelArgs) -> None:
+    """Refuse a model whose blocks consist of other layers."""
+    apart = ("n_expert", "kv_latent", "delta", "layer_input_size", "n_reusing_layer")
+    if any(getattr(args, name) for name in apart):
+        raise ValueError(f"--mode activations is not supported for models with {listed(apart)}")
+
+
+@dataclass
+class Projection:
+    """One of a block's projections: its layer, which skips nothing yet, and what it is given."""
+
+    layer: Thresholded
+    weights: int
+    magnitudes: Tensor  # of its inputs, sorted
+    share: float = 0.0  # of its inputs that it skips
+
+    def skip(self, share: float) -> None:
+        self.share, last = share, len(self.magnitudes) - 1
+        self.layer.threshold = self.magnitudes[min(round(share * last), last)].item() if share else 0.0
+
+
+def skippable_(model: Transformer) -> list[list[Thresholded]]:
+    """Put layers that may skip inputs of every token in the place of all projections: those of each block."""
+    blocks = []
+    for i, block in enumerate(model.layers):
+        layers = [Thresholded(block.get_submodule(name), 0.0) for name in PROJECTIONS]
+        for name, layer in zip(PROJECTIONS, layers, strict=True):
+            layer.most = 1 << 62  # tokens of a request
+            replace_(model, f"layers.{i}.{name}", layer)
+        blocks.append(layers)
+    return blocks
+
+
+@torch.no_grad()
+def find_thresholds(
+    model: Transformer, weights: list[int], windows: Tensor, sparsity: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Thresholds of each block's `PROJECTIONS`, found step by step, and those that skip the same share in each of them.
+
+    windows: the calibration text, int64 [n, S]. weights: of each projection. sparsity: the share of a block's weights
+    that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
+    """
+    pos = torch.arange(windows.shape[1], device=model.device)[None]
+    hidden = [model.embed(tokens[None]) for tokens in windows.to(model.device)]
+    contexts = model.contexts(pos, None)
+    found, uniform = [], []
+    for i, block in enumerate(progress(model.layers, desc="Finding thresholds", unit="block")):
+        batches = [(x, pos, *contexts[i]) for x in hidden]
+        layers = [block.get_submodule(name) for name in PROJECTIONS]
+        inputs = [magnitudes(layer, block, batches) for layer in layers]
+        parts = [Projection(*each) for each in zip(layers, weights, inputs, strict=True)]
+        exact = [block(*batch) for batch in batches]
+        change = partial(error, block, batches, exact)
+        for part in parts:
+            part.skip(sparsity)
+        uniform.append([layer.threshold for layer in layers])
+        skip_greedily(parts, change, sparsity)
+        found.append([layer.threshold for layer in layers])
+        for part in parts:
+            part.skip(0.0)
+        hidden = exact
+    return found, uniform
+
+
+def magnitudes(layer: nn.Module, block: nn.Module, batches: list[tuple]) -> Tensor:
+    """The sorted magnitudes of a layer's inputs, or of some of them evenly spread: float32."""
+    found = torch.cat([arguments_of(layer, block, batch)[0].flatten() for batch in batches]).abs().float()
+    if not found.isfinite().all():
+        raise ValueError("the inputs of a layer are NaN or infinite; use --dtype float32 or another calibration text")
+    return found[:: max(1, len(found) // SAMPLES)].sort().values
+
+
+def error(block: nn.Module, batches: list[tuple], exact: list[Tensor]) -> float:
+    """The squared distance of what a block returns from what it returned."""
+    return sum(
+        (block(*batch) - wanted).float().square().sum().item() for batch, wanted in zip(batches, exact, strict=True)
+    )
+
+
+def skip_greedily(parts: list[Projection], error: Callable[[], float], sparsity: float) -> None:
+    """Skip inputs of the projections until that share of all weights is skipped; error(): of what they now skip."""
+    for part in parts:
+        part.skip(0.0)
+    total, now = sum(part.weights for part in parts), 0.0
+    costs = dict.fromkeys(range(len(parts)), 0.0)  # of the next step of each, for a weight that it saves
+    while (left := sparsity * total - sum(part.share * part.weights for part in parts)) > 1e-6 * total:
+        tried = {}
+        while (i := min(costs, key=costs.get)) not in tried:  # an old cost is hardly above the new one
+            part, before = parts[i], parts[i].share
+            share = min(before + STEP, MOST, before + left / part.weights)
+            part.skip(share)
+            tried[i] = share, error()
+            part.skip(before)
+            costs[i] = (tried[i][1] - now) / ((share - before) * part.weights)
+        share, now = tried[i]
+        parts[i].skip(share)
+        if share == MOST:
+            del costs[i]

@@ -1,0 +1,296 @@
+// A linear layer whose weight lies by input, for few rows of which small inputs are skipped: of a weight only the rows of
+// the others are read. A row is one stream of memory, so several rows are read at a time, and the next are fetched ahead.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace gpt_faster {
+
+constexpr int64_t kColumns = 32;  // outputs whose number is padded to a multiple; nibbles of so many are read at once
+
+struct Nibbles {  // codes of outputs l and 16 + l of 32 in byte l, plus 8 each
+  uint8_t both;
+};
+
+struct SparseWeight {
+  enum class Kind { float32, bfloat16, int8, int4 };
+  Kind kind;
+  const void* weight;      // [in, columns], of nibbles half as many bytes; columns is `out` rounded up to whole kColumns
+  const BFloat16* scales;  // [groups, 1, columns], of int4 with zeros [groups, 2, columns]; null: floats
+  const float* bias;       // [columns] or null
+  int64_t in, out, groups;
+  float threshold;  // of the inputs' magnitudes: those up to it are skipped
+
+  int64_t columns() const { return round_up(out, kColumns); }
+};
+
+template <class Code>
+INLINE void load_two(const Code* row, int64_t o, Floats (&to)[2]) {
+  to[0] = load(row + o), to[1] = load(row + o + 16);
+}
+INLINE void load_two(const Nibbles* row, int64_t o, Floats (&to)[2]) {
+  load_nibbles(&row[o / 2].both, to[0], to[1]);
+}
+
+// Calls work with a value of the C++ type of the weight's codes.
+template <class Work>
+void with_code_of(const SparseWeight& weight, const Work& work) {
+  using Kind = SparseWeight::Kind;
+  if (weight.kind == Kind::float32) work(float{});
+  else if (weight.kind == Kind::bfloat16) work(BFloat16{});
+  else if (weight.kind == Kind::int8) work(int8_t{});
+  else work(Nibbles{});
+}
+
+// The inputs that are not skipped, in some row at least, and their values in every row.
+struct ActiveInputs {
+  std::vector<int32_t> index;  // [n]
+  std::vector<float> values;   // [M, in], of which n a row are used; 0 where that row skips the input
+  std::vector<int64_t> ends;   // [1 + groups]: which are in which group of the weight
+  int64_t stride;
+
+  template <class Element>
+  void find(const Element* x, int64_t M, const SparseWeight& weight) {
+    const int64_t in = weight.in, groupsize = in / weight.groups;
+    stride = round_up(in, 16);
+    index.resize(in), values.resize(M * stride), ends.assign(1, 0);
+    for (int64_t m = 0; m < M; m++) for (int64_t i = 0; i < in; i += 16) {
+      const Floats value = load(x + m * in + i, std::min<int64_t>(16, in - i));
+      store(&values[m * stride + i], select(abs(value) < every(std::nextafter(weight.threshold, INFINITY)), every(0.0f), value));
+    }
+    for (int64_t g = 0, n = 0; g < weight.groups; g++) {
+      const Range group{g * groupsize, (g + 1) * groupsize};
+      n = M == 1 ? place<1>(group, n, 1) : place<0>(group, n, M);
+      ends.push_back(n);
+    }
+  }
+
+  // Moves the inputs of a group that are active in any row to places from n on; returns the end of these. ROWS: M, or 0.
+  template <int64_t ROWS>
+  int64_t place(Range group, int64_t n, int64_t M) {
+    int32_t* const to = index.data();
+    float* const all = values.data();
+    const int64_t rows = ROWS ? ROWS : M, stride = this->stride;
+    for (int64_t i = group.begin; i < group.end; i++) {
+      bool is_active = false;
+      to[n] = i;
+      for (int64_t m = 0; m < rows; m++) {
+        const float value = all[m * stride + i];
+        all[m * stride + n] = value;  // n <= i: what is overwritten has been seen
+        is_active |= value != 0;      // NaN is active
+      }
+      n += is_active;
+    }
+    return n;
+  }
+};
+
+template <class Code>
+struct SparseProduct {
+  const SparseWeight& weight;
+  const ActiveInputs& active;
+  int64_t M;
+  Range outputs;
+  static constexpr bool kIsInt4 = std::is_same_v<Code, Nibbles>;
+  static constexpr int kAtOnce = 8;  // inputs, of one row of x
+
+  const Code* row(int64_t k) const {
+    return static_cast<const Code*>(weight.weight) + active.index[k] * weight.columns() / (kIsInt4 ? 2 : 1);
+  }
+
+  // To the sums of one row of x [outputs], the products of inputs k .. k + R - 1.
+  template <int R>
+  void add_inputs(int64_t k, int64_t end, float* sums) const {
+    const Code *rows[R], *next[R];
+    Floats x[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      rows[r] = row(k + r), next[r] = row(std::min(k + R + r, end - 1)), x[r] = every(active.values[k + r]);
+    }
+    for (int64_t o = outputs.begin; o < outputs.end; o += kColumns, sums += kColumns) {
+      Floats sum[2] = {load(sums), load(sums + 16)};
+      UNROLL for (int r = 0; r < R; r++) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + o * kColumnBits / 8);
+        Floats codes[2];
+        load_two(rows[r], o, codes);
+        UNROLL for (int i = 0; i < 2; i++) sum[i] = multiply_add(codes[i], x[r], sum[i]);
+      }
+      store(sums, sum[0]), store(sums + 16, sum[1]);
+    }
+  }
+  static constexpr int kColumnBits = kIsInt4 ? 4 : 8 * sizeof(Code);
+
+  // To the sums of several rows of x [M, outputs], the products of two inputs, whose weights are read once.
+  void add_two_inputs(int64_t k, int64_t end, float* sums) const {
+    const int64_t n = outputs.end - outputs.begin, second = k + 1 < end;
+    for (int64_t o = 0; o < n; o += kColumns) {
+      Floats a[2], b[2];
+      load_two(row(k), outputs.begin + o, a), load_two(row(k + second), outputs.begin + o, b);
+      for (int64_t m = 0; m < M; m++) {
+        const float* x = &active.values[m * active.stride + k];
+        const Floats first = every(x[0]), other = every(second ? x[1] : 0.0f);
+        float* to = sums + m * n + o;
+        UNROLL for (int i = 0; i < 2; i++) {
+          store(to + 16 * i, multiply_add(b[i], other, multiply_add(a[i], first, load(to + 16 * i))));
+        }
+      }
+    }
+  }
+
+  void add_all(int64_t k, int64_t end, float* sums) const {
+    if (M > 1) {
+      for (; k < end; k += 2) add_two_inputs(k, end, sums);
+      return;
+    }
+    for (; k + kAtOnce <= end; k += kAtOnce) add_inputs<kAtOnce>(k, end, sums);
+    for (; k + 2 <= end; k += 2) add_inputs<2>(k, end, sums);
+    if (k < end) add_inputs<1>(k, end, sums);
+  }
+
+  // Scales the sums of group g's codes [M, outputs] and adds them to those of all groups.
+  void add_group(int64_t g, const float* sums, float* to) const {
+    const int64_t n = outputs.end - outputs.begin, columns = weight.columns();
+    const BFloat16* scales = weight.scales + g * (kIsInt4 ? 2 : 1) * columns + outputs.begin;
+    for (int64_t m = 0; m < M; m++) {
+      float sum_of_inputs = 0.0f;
+      for (int64_t k = active.ends[g]; k < active.ends[g + 1]; k++) sum_of_inputs += active.values[m * active.stride + k];
+      for (int64_t o = 0; o < n; o += 16) {
+        Floats sum = load(sums + m * n + o), whole = load(to + m * n + o);
+        if constexpr (kIsInt4) {
+          sum = sum - every(8 * sum_of_inputs);
+          whole = multiply_add(load(scales + columns + o), every(sum_of_inputs), whole);
+        }
+        store(to + m * n + o, multiply_add(load(scales + o), sum, whole));
+      }
+    }
+  }
+
+  template <class Element>
+  void finish(const float* sums, Element* y) const {
+    const int64_t n = outputs.end - outputs.begin;
+    for (int64_t m = 0; m < M; m++) for (int64_t o = outputs.begin; o < outputs.end; o += 16) {
+      Floats value = load(sums + m * n + o - outputs.begin);
+      if (weight.bias) value = value + load(weight.bias + o);
+      Element rounded[16];
+      store(rounded, value);
+      std::memcpy(y + m * weight.out + o, rounded, std::clamp<int64_t>(weight.out - o, 0, 16) * sizeof(Element));
+    }
+  }
+
+  template <class Element>
+  void multiply(Element* y) const {
+    thread_local std::vector<float> sums, of_group;
+    sums.assign(M * (outputs.end - outputs.begin), 0.0f);
+    if (!weight.scales) add_all(0, active.ends.back(), sums.data());
+    else for (int64_t g = 0; g < weight.groups; g++) {
+      if (active.ends[g] == active.ends[g + 1]) continue;
+      of_group.assign(sums.size(), 0.0f);
+      add_all(active.ends[g], active.ends[g + 1], of_group.data());
+      add_group(g, of_group.data(), sums.data());
+    }
+    finish(sums.data(), y);
+  }
+};
+
+// Some outputs of few rows of x [M, in], whole kColumns of them, into y [M, out], by one thread.
+template <class Element>
+void multiply_sparse(const SparseWeight& weight, const Element* x, Element* y, int64_t M, Range outputs) {
+  thread_local ActiveInputs active;
+  active.find(x, M, weight);
+  const auto with_code = [&](auto code) {
+    SparseProduct<decltype(code)>{.weight = weight, .active = active, .M = M, .outputs = outputs}.multiply(y);
+  };
+  with_code_of(weight, with_code);
+}
+
+// All outputs, by all threads.
+template <class Element>
+void multiply_sparse(const SparseWeight& weight, const Element* x, Element* y, int64_t M, const Threads& threads) {
+  const int64_t grain = divide_up(131072, weight.in * kColumns);  // below so many weights a second thread does not pay
+  threads.for_shares(weight.columns() / kColumns, grain, [&](Range share) {
+    multiply_sparse(weight, x, y, M, Range{share.begin * kColumns, share.end * kColumns});
+  });
+}
+
+// ---------------------------------------------------------------- outputs of which some are wanted
+
+// Some outputs of a weight that lies by output, [out, in] as in SparseWeight with whole kColumns of inputs, groups of whole
+// kColumns, and scales [out, 1 or 2, groups]: of few rows of x [M, in], and where `wanted` [M, out] is 0 they are 0.
+template <class Code, class Element>
+struct WantedProduct {
+  const SparseWeight& weight;
+  const float* x;     // [M, in]
+  const float* sums;  // [M, groups] of x
+  const Element* wanted;
+  Element* y;  // [M, out]
+  int64_t M;
+  static constexpr bool kIsInt4 = std::is_same_v<Code, Nibbles>;
+
+  const Code* row(int64_t n) const {
+    return static_cast<const Code*>(weight.weight) + n * weight.in / (kIsInt4 ? 2 : 1);
+  }
+
+  float dot(int64_t n, int64_t m) const {
+    const int64_t groupsize = weight.in / weight.groups, parts = kIsInt4 ? 2 : 1;
+    const BFloat16* scales = weight.scales + n * parts * weight.groups;
+    const Code* codes = row(n);
+    const float* from = x + m * weight.in;
+    Floats total[2] = {every(0.0f), every(0.0f)};
+    float rest = weight.bias ? weight.bias[n] : 0.0f;
+    for (int64_t g = 0; g < weight.groups; g++) {
+      Floats sum[2] = {every(0.0f), every(0.0f)}, two[2];
+      for (int64_t i = g * groupsize; i < (g + 1) * groupsize; i += kColumns) {
+        load_two(codes, i, two);
+        UNROLL for (int j = 0; j < 2; j++) sum[j] = multiply_add(two[j], load(from + i + 16 * j), sum[j]);
+      }
+      const float scale = weight.scales ? to_float(scales[g]) : 1.0f;
+      if constexpr (kIsInt4) rest += (to_float(scales[weight.groups + g]) - 8 * scale) * sums[m * weight.groups + g];
+      UNROLL for (int j = 0; j < 2; j++) total[j] = multiply_add(sum[j], every(scale), total[j]);
+    }
+    return reduce_add(total[0] + total[1]) + rest;
+  }
+
+  void multiply(Range outputs) const {
+    std::vector<int64_t> found;  // m * out + n, in the order of n: a row of the weight serves all rows of x
+    for (int64_t n = outputs.begin; n < outputs.end; n++) for (int64_t m = 0; m < M; m++) {
+      y[m * weight.out + n] = Element{};
+      if (first_float(wanted + m * weight.out + n) != 0) found.push_back(m * weight.out + n);
+    }
+    for (size_t i = 0; i < found.size(); i++) {
+      const int64_t next = found[std::min(i + 1, found.size() - 1)] % weight.out;
+      const char* ahead = reinterpret_cast<const char*>(row(next));
+      for (int64_t at = 0; at < reinterpret_cast<const char*>(row(next + 1)) - ahead; at += 64) __builtin_prefetch(ahead + at);
+      Element rounded[16];
+      store(rounded, every(dot(found[i] % weight.out, found[i] / weight.out)));
+      y[found[i]] = rounded[0];
+    }
+  }
+
+  static float first_float(const Element* from) {
+    float values[16];
+    store(values, load(from, 1));
+    return values[0];
+  }
+};
+
+template <class Element>
+void multiply_wanted(const SparseWeight& weight, const Element* x, const Element* wanted, Element* y, int64_t M,
+                     const Threads& threads) {
+  std::vector<float> floats(M * weight.in), sums(M * weight.groups);
+  const int64_t groupsize = weight.in / weight.groups;
+  for (int64_t i = 0; i < M * weight.in; i += 16) {
+    store(&floats[i], load(x + i));
+    sums[i / groupsize] += reduce_add(load(&floats[i]));
+  }
+  threads.for_shares(weight.out, divide_up(65536, weight.in), [&](Range outputs) {
+    const auto with_code = [&](auto code) {
+      WantedProduct<decltype(code), Element>{weight, floats.data(), sums.data(), wanted, y, M}.multiply(outputs);
+    };
+    with_code_of(weight, with_code);
+  });
+}
+
+}  // namespace gpt_faster

@@ -1,0 +1,150 @@
+"""sparsify.py: thresholds that skip what was asked, better than the same share everywhere; profiles; bad input."""
+
+import json
+
+import pytest
+import torch
+
+from compress.activations import PROJECTIONS, Projection, error, find_thresholds, skip_greedily, skippable_
+from compress.hotness import count_uses, coverage, in_words
+from layers.quantized import QuantSpec
+from layers.sparse import Thresholded
+from tests.tiny import make_tiny_checkpoint, tiny_model
+from weights.checkpoint import load_model, open_model
+
+TEXT = "the cat sat on the mat and the dog ate the hat, he said; the hat ate the dog and the mat. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparsify")
+    make_tiny_checkpoint(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def flags(folder, *others):
+    where = ("--checkpoint_path", folder / "model.pth", "--calibration_file", folder / "text.txt")
+    return (*where, "--calibration_seq_length", 32, "--dtype", "float32", *others)
+
+
+def test_greedy_steps_by_hand():
+    """Of two projections as large the one whose error is a third skips first, until its steps cost more."""
+    parts = [Projection(Thresholded(torch.nn.Identity(), 0.0), 100, torch.linspace(0, 1, 101)) for _ in range(2)]
+    skip_greedily(parts, lambda: 3 * parts[0].share ** 2 + parts[1].share ** 2, 0.4)
+    assert [round(part.share, 2) for part in parts] == [0.2, 0.6]
+    assert [part.layer.threshold for part in parts] == pytest.approx([0.2, 0.6])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
+def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(sparsity):
+    model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
+    sizes = [model.layers[0].get_submodule(name).weight.numel() for name in PROJECTIONS]
+    layers = skippable_(model)
+    found, uniform = find_thresholds(model, sizes, windows, sparsity)
+    pos = torch.arange(24)[None].expand(4, 24)
+    batch = (model.embed(windows), pos, *model.contexts(pos, None)[0])
+    block, skipped, errors = model.layers[0], [], {}
+    wanted = block(*batch)
+
+    def count(layer, inputs):
+        skipped.append((inputs[0].abs() <= layer.threshold).float().mean().item())
+
+    for name, thresholds in (("uniform", uniform[0]), ("found", found[0])):
+        for layer, threshold in zip(layers[0], thresholds, strict=True):
+            layer.threshold = threshold
+        errors[name] = error(block, [batch], [wanted])
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers[0]]
+    block(*batch)
+    [hook.remove() for hook in hooks]
+    share = sum(each * size for each, size in zip(skipped, sizes, strict=True)) / sum(sizes)
+    assert share == pytest.approx(sparsity, abs=0.02)
+    assert errors["found"] <= errors["uniform"]
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_a_sparse_checkpoint_is_read_like_any_other(mode, folder, call):
+    source = folder / "model.pth"
+    if mode:
+        call("quantize.py", "--checkpoint_path", source, "--mode", mode)
+        source = next(folder.glob(f"model_{mode}*.pth"))
+    target = folder / f"sparse-{mode}.pth"
+    options = ("--checkpoint_path", source, "--mode", "activations", "--sparsity", 0.4, "--output", target)
+    out = call("sparsify.py", *flags(folder, *options, "--check", folder / "text.txt")).out
+    assert "perplexity" in out and "decode tok/s" in out and "sparse 0.4" in out
+    specs = open_model(target).table
+    assert all(specs[f"layers.{i}.{name}"].threshold > 0 for i in range(2) for name in PROJECTIONS)
+    assert {spec.bits for name, spec in specs.items() if name != "output"} == {{"int8": 8, "int4": 4}.get(mode)}
+    assert all(spec.threshold is None for spec in open_model(source).table.values())
+    where = ("--checkpoint_path", target, "--dtype", "float32", "--temperature", 0, "--num_samples", 1)
+    plain = call("generate.py", *where, "--prompt", "the cat", "--max_new_tokens", 16).out
+    guessed = call("generate.py", *where, "--prompt", "the cat", "--max_new_tokens", 16, "--speculate", "ngram").out
+    assert plain.strip() and guessed == plain
+
+
+def test_a_sparse_float_file_can_be_quantised_and_codes_become_floats(folder, call):
+    options = ("--mode", "activations", "--sparsity", 0.25)
+    call("sparsify.py", *flags(folder, *options))
+    source = folder / "model_sparse-0.25.pth"
+    call("quantize.py", "--checkpoint_path", source, "--mode", "int4")
+    before, after = open_model(source).table, open_model(folder / "model_sparse-0.25_int4.g32.pth").table
+    assert {name: spec.threshold for name, spec in before.items()} == {n: after[n].threshold for n in before}
+    assert all(after[name].bits == 4 for name in before)
+    back = open_model(folder / "model_sparse-0.25_int4.g32.pth", dequantize=True).table
+    assert back == before == {name: QuantSpec(threshold=spec.threshold) for name, spec in before.items()}
+
+
+def test_a_profile_counts_what_a_text_uses(folder, call):
+    experts = make_tiny_checkpoint(folder / "experts", n_expert=4, n_expert_used=2, dense_layers=(0,), dense_size=64)
+    out = call("sparsify.py", *flags(folder, "--checkpoint_path", experts, "--mode", "profile")).out
+    profile = json.loads((folder / "experts" / "model.pth.profile.json").read_text())
+    assert list(profile) == ["model", "tokens", "experts", "neurons"]
+    assert sum(profile["experts"]["1"]) == 2 * profile["tokens"] and len(profile["experts"]["1"]) == 4
+    assert list(profile["neurons"]) == ["0"] and sum(profile["neurons"]["0"]) == 6 * profile["tokens"]
+    assert "experts: the hottest 25% do " in out and "neurons: the hottest 20% do " in out
+
+
+def test_counts_are_those_of_the_gate(folder):
+    path = make_tiny_checkpoint(folder / "gates", n_expert=4, n_expert_used=1)
+    model, windows = load_model(path, dtype=torch.float32), torch.randint(300, (2, 9))
+    chosen, gate = [], model.layers[0].feed_forward.gate
+    hook = gate.register_forward_hook(lambda _, x, scores: chosen.append(scores.argmax(-1)))
+    counts = count_uses(model, windows)["experts"]["0"]
+    hook.remove()
+    assert counts == torch.cat(chosen).bincount(minlength=4).tolist()
+
+
+def test_coverage_by_hand():
+    assert coverage([5, 1, 1, 1, 1, 1, 0, 0, 0, 0]) == pytest.approx(0.6)
+    assert "71% of the work (from 71% in layer 3" in in_words("neurons", {"3": [71] + [7] * 4 + [1]})
+    assert "cannot pay: neurons that are used alike would do 20%" in in_words("neurons", {"0": [3] * 10})
+
+
+BAD = [
+    (("--mode", "activations"), "--mode activations needs --sparsity"),
+    (("--mode", "activations", "--sparsity", 0.95), "--sparsity is 0.95; it must be from 0 to 0.9"),
+    (("--mode", "activations", "--sparsity", -0.1), "--sparsity is -0.1"),
+    (("--mode", "activations", "--sparsity", "nan"), "--sparsity is nan"),
+    (("--mode", "profile", "--sparsity", 0.4), "--sparsity is for --mode activations"),
+    (("--mode", "activations", "--sparsity", 0.4, "--output", "MODEL"), "this run reads it"),
+    (("--mode", "profile", "--calibration_seq_length", 600), "more than the model's context of 512"),
+    (("--mode", "profile", "--calibration_file", "SHORT"), "the calibration text is too short"),
+    (("--mode", "profile", "--calibration_limit", 0), "--calibration_limit is 0"),
+]
+
+
+@pytest.mark.parametrize(("others", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input_is_an_error_that_says_what_to_do(others, message, folder, call):
+    (folder / "short.txt").write_text("the cat")
+    names = {"MODEL": folder / "model.pth", "SHORT": folder / "short.txt"}
+    with pytest.raises(ValueError, match=message):
+        call("sparsify.py", *flags(folder, *(names.get(each, each) for each in others)))
+
+
+def test_models_that_are_refused(folder, call):
+    path = make_tiny_checkpoint(folder / "mixture", n_expert=4, n_expert_used=2)
+    with pytest.raises(ValueError, match="not supported for models with n_expert"):
+        call("sparsify.py", *flags(folder, "--checkpoint_path", path, "--mode", "activations", "--sparsity", 0.4))
+    call("quantize.py", "--checkpoint_path", folder / "model.pth", "--mode", "int8")
+    with pytest.raises(ValueError, match="is quantised; profile the float file"):
+        call("sparsify.py", *flags(folder, "--checkpoint_path", folder / "model_int8.pth", "--mode", "profile"))
