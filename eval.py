@@ -17,7 +17,16 @@ from cli import say
 from engine.cache import context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
-from flags import cache_flag, check_counts, check_threads, model_flags, place_flags, say_device, template_flags
+from flags import (
+    cache_flag,
+    check_counts,
+    check_threads,
+    model_flags,
+    place_flags,
+    say_device,
+    stages_flag,
+    template_flags,
+)
 from measure.machine import run_facts
 from measure.perplexity import WINDOW, perplexity
 from measure.tasks import Tasks, load_tasks, require_harness, run_tasks
@@ -35,7 +44,7 @@ TASK_FLAGS = ("limit", "num_fewshot", "include_path", "apply_chat_template", *TE
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
-    with init_tp() as ranks:
+    with init_tp(flags["pipeline_stages"]) as ranks:
         args = argparse.Namespace(**flags)
         device = check_run(args, ranks)
         asked = read_text_or_tasks(args, ranks)
@@ -141,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     where = model_flags(parser, "a .pth or .gguf file, or a folder")
     place_flags(where)
     cache_flag(where)
+    stages_flag(where)
     text = "compile the model; pays from some hundred questions on (default: off)"
     where.add_argument("--compile", action="store_true", help=text)
     evaluation_flags(parser.add_argument_group("evaluation"))
