@@ -54,6 +54,16 @@ def test_what_a_stage_holds(found, folder, n_rank):  # noqa: F811
     assert found(n_rank)["perplexity"] == pytest.approx(score(folder), rel=1e-4)
 
 
+def test_bytes_of_a_token(found):
+    """A hidden row of bfloat16 from stage to stage; the last tells its best candidates, each a logit and its id."""
+    row, drawn = ARGS.dim * 2, 8
+    assert found(2)["bytes"] == {
+        "greedy": {"to the next stage": row, "broadcast": 8},
+        "top-k": {"to the next stage": row, "broadcast": 20 * 8 + drawn},
+        "all": {"to the next stage": row, "broadcast": 2 * ARGS.vocab_size + drawn},
+    }
+
+
 def test_layers_are_dealt_out_in_order():
     assert [Stage(replace(ARGS, n_layer=8), i, 3).layers for i in range(3)] == [range(0, 3), range(3, 6), range(6, 8)]
 

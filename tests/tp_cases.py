@@ -192,6 +192,7 @@ def score(folder: Path, ranks=None) -> float:
 
 
 def bytes_sent(folder: Path, ranks) -> dict:
+    """Of a step, by rank 0."""
     samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
     engine = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
     return {name: bytes_of_a_step(engine.model, sampling) for name, sampling in samplings.items()}
@@ -221,7 +222,8 @@ def all_staged(folder: Path, ranks) -> dict:
     model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
     weights = on_all(sum(tensor.nbytes for tensor in model.state_dict().values()))
     cache = on_all(sum(tensor.nbytes for tensor in model.new_cache(3, 64).layers.buffers()))
-    return found | {"weights": weights, "cache": cache, "perplexity": score(folder, ranks)}
+    sizes = {"weights": weights, "cache": cache, "bytes": bytes_sent(folder, ranks)}
+    return found | sizes | {"perplexity": score(folder, ranks)}
 
 
 def families(folder: Path, ranks) -> dict:

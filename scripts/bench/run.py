@@ -35,6 +35,7 @@ TABLES = {
     "experts": "a mixture of experts, against the memory's rate and a dense model",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
+    "pipeline": "two pipeline stages, with batches cut and uncut",
 }
 
 
