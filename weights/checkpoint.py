@@ -337,13 +337,14 @@ def random_model(
     """
     args, name = (size, "random weights") if isinstance(size, ModelArgs) else (args_from_name(size), size)
     device, layout = torch.device(device), Layout(args)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, numbers = torch.Generator(device).manual_seed(seed), {key: i for i, key in enumerate(layout.tensors, 1)}
     pool = 0.02 * torch.randn(1 << 22, device=device, generator=generator)  # drawing billions takes minutes on a CPU
 
     def draw(key: str, shape: torch.Size) -> Tensor:
         if len(shape) == 1:
             return torch.full(shape, float(key.endswith("weight")), dtype=dtype, device=device)  # norms, biases
         tensor = torch.empty(shape, dtype=dtype, device=device)
+        generator.manual_seed(seed + numbers[key])  # of its own: a pipeline stage draws only some tensors
         for part in tensor.view(-1).split(pool.numel()):
             shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))
             part.copy_(pool.roll(shift)[: part.numel()])
