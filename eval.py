@@ -26,6 +26,7 @@ from flags import (
     model_flags,
     place_flags,
     say_device,
+    stages_flag,
     template_flags,
 )
 from measure.machine import run_facts
@@ -45,7 +46,7 @@ TASK_FLAGS = ("limit", "num_fewshot", "include_path", "apply_chat_template", *TE
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
-    with init_tp() as ranks:
+    with init_tp(flags["pipeline_stages"]) as ranks:
         args = argparse.Namespace(**flags)
         device = check_run(args, ranks)
         asked = read_text_or_tasks(args, ranks)
@@ -153,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     place_flags(where)
     cache_flag(where)
     budget_flag(where)
+    stages_flag(where)
     text = "compile the model; pays from some hundred questions on (default: off)"
     where.add_argument("--compile", action="store_true", help=text)
     evaluation_flags(parser.add_argument_group("evaluation"))

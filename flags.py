@@ -55,6 +55,11 @@ def place_flags(group, dtype: str = "", threads: str = "") -> None:
     group.add_argument("--threads", type=int, help=f"CPU threads (default: PyTorch's choice{threads})")
 
 
+def stages_flag(group) -> None:
+    text = "under torchrun: groups of ranks that each have some of the layers, and hand rows on (default: 1)"
+    group.add_argument("--pipeline_stages", type=int, metavar="N", help=text)
+
+
 def cache_flag(group) -> None:
     text = "int8: keys and values in about half of the memory (default: the model's dtype)"
     group.add_argument("--cache_dtype", choices=["int8"], help=text)
@@ -131,7 +136,10 @@ def generation_flags(group) -> None:
 
 def say_device(device: torch.device, ranks: Ranks | None) -> None:
     isa = f", isa={cpu.isa()}" if device.type == "cpu" else ""
-    say(f"Using device={device}{isa}" if ranks is None else f"Using device={device.type}{isa} on {ranks.size} ranks")
+    if ranks is None:
+        return say(f"Using device={device}{isa}")
+    stages = f" in {ranks.n_stage} pipeline stages" if ranks.n_stage > 1 else ""
+    say(f"Using device={device.type}{isa} on {ranks.size} ranks{stages}")
 
 
 def check_counts(flags: dict, *names: str) -> None:

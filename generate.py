@@ -43,6 +43,7 @@ from flags import (
     number_or_text,
     place_flags,
     say_device,
+    stages_flag,
     template_flags,
 )
 from interactive import talk
@@ -67,7 +68,7 @@ INTERACTIVE_CONTEXT = 8192  # cache slots in interactive mode, unless --max_seq_
 
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
-    with init_tp() as ranks:
+    with init_tp(flags["pipeline_stages"]) as ranks:
         args = argparse.Namespace(**flags)
         if args.max_new_tokens is None and not args.interactive:
             args.max_new_tokens = NEW_TOKENS
@@ -378,6 +379,7 @@ def build_parser() -> argparse.ArgumentParser:
     place_flags(where)
     cache_flag(where)
     budget_flag(where)
+    stages_flag(where)
     prompt_flags(parser.add_argument_group("prompt"))
     generation = parser.add_argument_group("generation")
     generation_flags(generation)

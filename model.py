@@ -394,11 +394,11 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tok_embeddings.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.tok_embeddings.weight.device
+        return self.norm.weight.device
 
     def new_cache(self, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:
         """A cache beside the weights, see `layer_caches`."""

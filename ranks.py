@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,21 +24,56 @@ MEET_S = 60  # within which all ranks must reach each other
 SILENT_S = 15  # after which a rank without a sign of life is dead
 GRACE_S = 3  # for the ranks to agree on what is wrong before they end
 TICK_S = 0.2  # between two signs of life
+MOST_ON_THE_WAY = 16  # messages to the next stage: a stage that is far ahead waits
+FOREVER = timedelta(days=365)  # a person may take hours to type the next line, and the watch notices dead ranks
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """This process and the others that hold parts of its model; all must call the methods in the same order."""
+    """This process and the others that hold parts of its model; all must call the methods in the same order.
+
+    group: these ranks, where they are not all. n_stage: the pipeline stages in which the ranks stand, neighbours
+    together; beside: those of this rank's stage, who share its blocks, or None for all.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     watch: "Watch"
+    group: dist.ProcessGroup | None = None
+    n_stage: int = 1
+    beside: "Ranks | None" = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of this rank, from 0."""
+        return self.rank // (self.size // self.n_stage)
+
+    @property
+    def of_stage(self) -> "Ranks":
+        """The ranks that share the blocks of this one's stage."""
+        return self.beside or self
+
+    def in_stages(self, n_stage: int) -> "Ranks":
+        """The same ranks, standing in so many pipeline stages."""
+        if n_stage < 1 or self.size % n_stage:
+            fits = [n for n in range(1, self.size + 1) if self.size % n == 0]
+            raise ValueError(
+                f"{n_stage} pipeline stages cannot share {self.size} ranks; use --pipeline_stages {listed(fits)}"
+            )
+        if n_stage == 1:
+            return self
+        size = self.size // n_stage
+        members = [list(range(first, first + size)) for first in range(0, self.size, size)]
+        groups = [dist.new_group(each, timeout=FOREVER) for each in members]  # every rank must make each of them
+        stage, rank = divmod(self.rank, size)
+        beside = replace(self, rank=rank, size=size, group=groups[stage])
+        return replace(self, n_stage=n_stage, beside=beside)
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on rank 0, which alone calls it; a ValueError there is raised on every rank."""
@@ -53,15 +89,29 @@ class Ranks:
         return value[0]
 
     def sum(self, x: Tensor) -> Tensor:
-        return ready(collectives.all_reduce(x, "sum", dist.group.WORLD))
+        return x if self.size == 1 else ready(collectives.all_reduce(x, "sum", self.group or dist.group.WORLD))
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values."""
-        return ready(collectives.broadcast(x, 0, dist.group.WORLD))
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """The values of rank `source`."""
+        return ready(collectives.broadcast(x, source, self.group or dist.group.WORLD))
 
     def gather(self, x: Tensor) -> Tensor:  # [...] -> [ranks, ...]
-        parts = collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD)
+        if self.size == 1:
+            return x[None]
+        parts = collectives.all_gather_single(x.contiguous(), 0, self.group or dist.group.WORLD)
         return ready(parts).view(self.size, *x.shape)
+
+    def from_last_stage(self, x: Tensor) -> Tensor:
+        """The values of the last stage, which alone has logits."""
+        return x if self.n_stage == 1 else self.broadcast(x.contiguous(), self.size - self.of_stage.size)
+
+    def receive(self, like: Tensor) -> Tensor:
+        """What this rank's peer of the stage before has handed on, a tensor like this one."""
+        return torch.ops.gpt_faster_ranks.receive(like, self.rank - self.of_stage.size)
+
+    def hand_on(self, x: Tensor) -> None:
+        """Give x to this rank's peer of the next stage, without waiting until it takes it."""
+        torch.ops.gpt_faster_ranks.hand_on(x, self.rank + self.of_stage.size)
 
     def place(self, kind: str) -> torch.device:
         """The device of this rank, connected to those of the others."""
@@ -79,6 +129,31 @@ class Ranks:
         with self.watch.deadline("GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the network interface"):
             dist.all_reduce(torch.zeros(1, device=device))
         return device
+
+
+_on_the_way: deque[tuple[dist.Work, Tensor]] = deque()  # to the next stage
+
+
+@torch.library.custom_op("gpt_faster_ranks::receive", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _receive(like: Tensor, source: int) -> Tensor:
+    x = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dist.recv(x, source)
+    return x
+
+
+@torch.library.custom_op("gpt_faster_ranks::hand_on", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _hand_on(x: Tensor, target: int) -> Tensor:
+    x = x.contiguous()
+    _on_the_way.append((dist.isend(x, target), x))
+    while _on_the_way and (_on_the_way[0][0].is_completed() or len(_on_the_way) > MOST_ON_THE_WAY):
+        _on_the_way.popleft()[0].wait()
+    return x.new_empty(0)
+
+
+_receive.register_fake(lambda like, source: torch.empty_like(like, memory_format=torch.contiguous_format))
+_hand_on.register_fake(lambda x, target: x.new_empty(0))
+for _op in (_receive, _hand_on):
+    _op.register_effect(torch.library.EffectType.ORDERED)  # the compiler must neither leave one out nor move it
 
 
 def ready(x: Tensor) -> Tensor:
@@ -102,14 +177,19 @@ def from_first(ranks: Ranks | None, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def init_tp() -> Iterator[Ranks | None]:
+def init_tp(n_stage: int | None = None) -> Iterator[Ranks | None]:
     """The ranks that torchrun started, for the length of a `with` block; None where this process is alone.
+
+    n_stage: the pipeline stages in which they stand (None: one).
 
     An error in the block ends every rank, with one message, from rank 0: a person's mistake with exit code 2, another
     error with 1. A rank that dies ends the others too.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
+        if n_stage is not None:
+            start = f"torchrun --standalone --nproc_per_node {max(n_stage, 2)} generate.py --pipeline_stages ..."
+            raise ValueError(f"--pipeline_stages {n_stage} needs processes that torchrun starts, such as: {start}")
         yield None
         return
     rank = int(os.environ["RANK"])
@@ -118,10 +198,10 @@ def init_tp() -> Iterator[Ranks | None]:
         store = watch.meet()
         with watch.deadline("GLOO_SOCKET_IFNAME can name the network interface"):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            # no timeout: a person may take hours to type the next line, and the watch notices dead ranks
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=365))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)
         local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        yield Ranks(rank, size, *local, watch)
+        ranks = Ranks(rank, size, *local, watch)
+        yield ranks if n_stage is None else ranks.in_stages(n_stage)
         dist.barrier()
     except Exception as error:
         if "Connection closed by peer" in str(error) or isinstance(error, dist.DistNetworkError):

@@ -34,6 +34,7 @@ from flags import (
     number_or_text,
     place_flags,
     say_device,
+    stages_flag,
     template_flags,
 )
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
@@ -53,7 +54,7 @@ KEY = "GPT_FASTER_API_KEY"
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
     require_packages()
-    with init_tp() as ranks:
+    with init_tp(flags["pipeline_stages"]) as ranks:
         args = argparse.Namespace(**flags)
         device = check_run(args, ranks)
         bound = bind(args.host, args.port) if speaks(ranks) else None
@@ -180,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     place_flags(where)
     cache_flag(where)
     budget_flag(where)
+    stages_flag(where)
     template_flags(where)
     server_flags(parser.add_argument_group("server"))
     speed_flags(parser.add_argument_group("speed"))

@@ -186,19 +186,20 @@ def full_logits(model: Transformer, logits: Tensor, best: int | None = None) -> 
 
     best: how many of the largest are needed; only these are sent, and the others may be -inf. None: all.
     """
-    ranks, vocab_size = model.ranks, model.args.vocab_size
-    if ranks is None:
+    if model.ranks is None:
         return logits
-    n_row = logits.shape[-1]
+    ranks, vocab_size, n_row = model.ranks.of_stage, model.args.vocab_size, logits.shape[-1]
     if ranks.size * n_row > vocab_size:  # padding
         ids = ranks.rank * n_row + torch.arange(n_row, device=logits.device)
         logits = logits.masked_fill(ids >= vocab_size, float("-inf"))
     if best is None or 2 * best >= n_row:
-        return ranks.gather(logits).movedim(0, -2).flatten(-2)[..., :vocab_size]
+        whole = ranks.gather(logits).movedim(0, -2).flatten(-2)[..., :vocab_size]
+        return model.ranks.from_last_stage(whole)
     # max: the first of equal ones, as argmax
     values, ids = logits.max(-1, keepdim=True) if best == 1 else logits.topk(best)
     ids = ids + ranks.rank * n_row
     pairs = ranks.gather(torch.stack((values.float(), ids.float())))  # exact: no vocabulary has more than 2^24
+    pairs = model.ranks.from_last_stage(pairs)
     values, ids = (part.movedim(0, -2).flatten(-2) for part in pairs.unbind(1))  # [..., ranks * best]
     whole = logits.new_full((*logits.shape[:-1], ranks.size * n_row), float("-inf"))
     return whole.scatter(-1, ids.long(), values.to(logits.dtype))[..., :vocab_size]
@@ -249,6 +250,8 @@ def apply_tp(model: Transformer, args: ModelArgs, ranks: Ranks) -> None:
     assert not any(isinstance(layer, GpuBlock) for layer in model.layers), "these blocks do not sum over ranks"
     model.args = replace(rank_args(args, ranks.size), vocab_size=args.vocab_size)
     model.ranks = ranks
+    if ranks.size == 1:  # of a pipeline stage
+        return
     mixtures = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts))
     for name, layer in list(model.named_modules()):
         split = split_of(name, args)

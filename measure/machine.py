@@ -83,6 +83,7 @@ def run_facts(flags: dict, device: torch.device, ranks: Ranks | None) -> dict:
         "args": flags,
         "device": str(device),
         "ranks": 1 if ranks is None else ranks.size,
+        "pipeline_stages": 1 if ranks is None else ranks.n_stage,
         "dtype": flags["dtype"],
         "cache_dtype": flags["cache_dtype"] or flags["dtype"],
         "torch": torch.__version__,

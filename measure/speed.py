@@ -90,7 +90,10 @@ def report(index: int, timing: Timing, engine: Engine) -> None:
 
 def say_summary(summary: dict, engine: Engine) -> None:
     """The lines after all samples, on standard error."""
-    bandwidth = "of this machine" if engine.model.ranks is None else "that each rank can have"
+    model, ranks = engine.model, engine.model.ranks
+    bandwidth = "of this machine" if ranks is None else "that each rank can have"
     say(f"Average tokens/sec: {summary['decode_tok_s'] or 0:.2f}")
     say(f"Bandwidth {bandwidth}: {summary['measured_bandwidth_gb_s'] or 0:.1f} GB/s (measured just now)")
-    say(f"Memory used{by_each(engine.model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
+    say(f"Memory used{by_each(model)}: {(summary['peak_memory_gb'] or 0):.2f} GB")
+    if ranks is not None and ranks.n_stage > 1:
+        say(f"Network: {model.args.dim * model.dtype.itemsize} bytes a token from each stage to the next")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A file imports only from its own room and from those before it; measure and compress stand on one floor.
-ROOMS = ["cli", "mixers", "kernels", "model", "layers", "ranks", "tp", "weights", "text", "engine", "serving"]
+ROOMS = ["cli", "mixers", "kernels", "model", "layers", "ranks", "tp", "stages", "weights", "text", "engine", "serving"]
 FLOORS = [*([room] for room in ROOMS), ["measure", "compress"], ["flags", "interactive", "answers"]]
 FLOORS += [["generate", "serve", "quantize", "sparsify", "distill", "eval"], ["gpt_faster"], ["scripts"], ["tests"]]
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -130,6 +130,9 @@ def test_torchrun(command, run_cli, tmp_path):
         args = replaced(replaced(args, "--num_samples", 1), "--max_new_tokens", 8)
     if "--speculate" in args:
         args = replaced(args, "--speculate_k", 2)
+    if "--prompt_file" in args:
+        (tmp_path / "prompts.txt").write_text("One\nTwo and three\n", encoding="utf-8")
+        args = replaced(args, "--prompt_file", tmp_path / "prompts.txt")
     done = run_cli("-m", "torch.distributed.run", *args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -310,9 +310,15 @@ def decoding_has_begun(process):
     raise AssertionError("it ended early")
 
 
-@pytest.mark.parametrize("n_machine, victim", [(1, 0), (1, 1), (2, 0), (2, 1)])
-def test_a_rank_killed_while_decoding_ends_all(n_machine, victim):
-    launchers = [torchrun(2, *FOREVER)] if n_machine == 1 else two_machines(*FOREVER)
+STAGES = ("--pipeline_stages", 2)
+
+
+@pytest.mark.parametrize(
+    "n_machine, victim, flags", [(1, 0, ()), (1, 1, ()), (2, 0, ()), (2, 1, ()), (1, 0, STAGES), (2, 1, STAGES)]
+)
+def test_a_rank_killed_while_decoding_ends_all(n_machine, victim, flags):
+    command = [*FOREVER, *flags]
+    launchers = [torchrun(2, *command)] if n_machine == 1 else two_machines(*command)
     first, pid = (pid_of_rank(launchers, rank) for rank in (0, victim))
     decoding_has_begun(next(launcher for launcher in launchers if launcher.pid == parent_of(first)))
     os.kill(pid, signal.SIGKILL)
@@ -388,6 +394,7 @@ def test_ranks_that_do_not_come_are_named():
     [
         ("generate.py --no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("generate.py --random_weights stories15M --prompt_file none.txt", "cannot read the prompt file none.txt"),
+        ("generate.py --random_weights stories15M --pipeline_stages 3", "3 pipeline stages cannot share 2 ranks"),
         ("quantize.py --checkpoint_path none.pth", "quantise without torchrun"),
     ],
 )

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+import stages
 from engine.compile import compile_step
 from engine.engine import Engine, build_engine, generate
 from engine.sampling import Sampling
@@ -191,6 +192,7 @@ def score(folder: Path, ranks=None) -> float:
 
 
 def bytes_sent(folder: Path, ranks) -> dict:
+    """Of a step, by rank 0."""
     samplings = {"greedy": Sampling(0), "top-k": Sampling(1.0, 20), "all": Sampling(1.0, 0)}
     engine = ready(folder / "float.pth", torch.bfloat16, ranks=CountingRanks.of(ranks))
     return {name: bytes_of_a_step(engine.model, sampling) for name, sampling in samplings.items()}
@@ -202,6 +204,26 @@ def bytes_sent(folder: Path, ranks) -> dict:
 def all_cases(folder: Path, ranks) -> dict:
     found = {str(case): on_all(run(case, folder, ranks)) for case in cases(ranks.size)}
     return found | {"bytes": bytes_sent(folder, ranks), "perplexity": score(folder, ranks)}
+
+
+STAGED = ("float", "tied", "tied-int8", "capped", "experts", "experts-int4", "latent", "delta", "int4.g32", "int4.g64")
+
+
+def staged_cases(n_rank: int) -> list[Case]:
+    """What two pipeline stages run; only stages of one rank compile."""
+    return [case for case in cases(n_rank) if case.file in STAGED and case.dtype == "float32"]
+
+
+def all_staged(folder: Path, ranks) -> dict:
+    """The cases in two stages, whose micro-batches are single rows; bytes of a step; memory of a stage."""
+    stages.LEAST_TOKENS = 1
+    ranks = ranks.in_stages(2)
+    found = {str(case): on_all(run(case, folder, ranks)) for case in staged_cases(ranks.size)}
+    model = load_model(folder / "float.pth", dtype=torch.float32, ranks=ranks)
+    weights = on_all(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    cache = on_all(sum(tensor.nbytes for tensor in model.new_cache(3, 64).layers.buffers()))
+    sizes = {"weights": weights, "cache": cache, "bytes": bytes_sent(folder, ranks)}
+    return found | sizes | {"perplexity": score(folder, ranks)}
 
 
 def families(folder: Path, ranks) -> dict:
@@ -254,7 +276,7 @@ REFUSED = [
 def printed(ranks, program: str, flags: list, input: str = "") -> str:
     """What a command prints on standard output."""
     command = importlib.import_module(program)
-    command.init_tp = lambda: contextlib.nullcontext(ranks)  # these processes have met already
+    command.init_tp = lambda n_stage: contextlib.nullcontext(ranks)  # these processes have met already
     sys.stdin = io.StringIO(input)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         command.main(**vars(command.build_parser().parse_args(list(map(str, flags)))))
@@ -275,7 +297,7 @@ def on_all(value) -> list:
     return values
 
 
-WORKS = {"cases": all_cases, "families": families, "commands": commands}
+WORKS = {"cases": all_cases, "stages": all_staged, "families": families, "commands": commands}
 
 
 def main(work: str, folder: str, *others: str) -> None:

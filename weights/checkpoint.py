@@ -17,6 +17,7 @@ from layers.quantized import QuantSpec, linear_table, quantize_weight, replace_,
 from layers.sparse import Thresholded
 from model import ModelArgs, Transformer
 from ranks import Ranks
+from stages import Stage, StageBlocks
 from tp import apply_tp, rank_args, require_split, shard, split_of
 from weights.device import DTYPES, free_memory, require_memory
 from weights.files import WEIGHTS, forget, read_json, write_torch
@@ -159,26 +160,40 @@ def read_tensors(
     """Fetch every tensor, one at a time, onto `device`: floats as `dtype`, quantised layers as they are stored.
 
     what: the title of the progress bar. quantize: float layers to round to nearest on the way. ranks: keep this rank's
-    part only. A wrong shape, NaN and infinite values are refused.
+    part only, by the names of its stage. A wrong shape, NaN and infinite values are refused.
     """
+    stage = stage_of(opened.args, ranks)
 
     def part(name: str, tensor: Tensor) -> Tensor:
-        return tensor if ranks is None else shard(name, tensor, opened.args, ranks.rank, ranks.size).contiguous()
+        if ranks is None:
+            return tensor
+        return shard(name, tensor, opened.args, ranks.of_stage.rank, ranks.of_stage.size).contiguous()
 
     quantize, layout, state = quantize or {}, opened.layout, {}
     for name, read in progress(opened.tensors.items(), desc=what, unit="tensor"):
-        tensor = checked(name, read, layout.tensors[name])
         module, _, leaf = name.rpartition(".")
-        layers = [module, "output"] if module == layout.head_source != "output" else [module]  # those with this weight
-        for layer in (each for each in layers if each in quantize and leaf == "weight"):
-            check_finite(name, tensor)
-            rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
-            state |= {f"{layer}.{key}": part(f"{layer}.{key}", value) for key, value in rounded.items()}
-        if module not in quantize or leaf != "weight":
-            kept = part(name, tensor)
-            state[name] = kept.to(device=device, dtype=kept.dtype if layout.keeps_dtype(name) else dtype, copy=True)
-            check_finite(name, state[name])
+        is_tied = module == layout.head_source != "output"  # then two layers have this weight
+        layers = [each for each in ([module, "output"] if is_tied else [module]) if stage.own_name(each)]
+        if not layers:
+            continue
+        tensor = checked(name, read, layout.tensors[name])
+        for layer in layers:
+            own = stage.own_name(layer)
+            if layer in quantize and leaf == "weight":
+                check_finite(name, tensor)
+                rounded = quantize_weight(tensor.to(device), quantize[layer], layer)
+                state |= {f"{own}.{key}": part(f"{layer}.{key}", value) for key, value in rounded.items()}
+            elif layer == module or stage.count > 1:  # alone, a tied head takes the embedding itself
+                kept = part(name, tensor)
+                kept = kept.to(device=device, dtype=kept.dtype if layout.keeps_dtype(name) else dtype, copy=True)
+                state[f"{own}.{leaf}"] = kept
+                check_finite(name, kept)
     return state
+
+
+def stage_of(args: ModelArgs, ranks: Ranks | None) -> Stage:
+    """This process's pipeline stage of a model."""
+    return Stage(args, 0, 1) if ranks is None else Stage(args, ranks.stage, ranks.n_stage)
 
 
 def checked(name: str, read: Callable[[], Tensor], expected: Tensor) -> Tensor:
@@ -213,7 +228,16 @@ def build(
 
     table: the layers that are quantised in `state`. ranks: the tensors are one rank's part.
     """
-    return fill(Layout(args if ranks is None else rank_args(args, ranks.size), table), state, args, ranks)
+    return fill(own_layout(Layout(args, table), ranks), state, args, ranks)
+
+
+def own_layout(layout: Layout, ranks: Ranks | None) -> Layout:
+    """The layout of this rank's part of a model."""
+    if ranks is None:
+        return layout
+    stage = stage_of(layout.args, ranks)
+    args = rank_args(stage.own_args(), ranks.of_stage.size)
+    return Layout(args, stage.own(layout.table), stage.meta_model(args))
 
 
 def assigned(layout: Layout, state: dict[str, Tensor]) -> Transformer:
@@ -236,7 +260,7 @@ def fill(
 ) -> Transformer:
     """The meta model of the layout with these tensors. args: of the whole model, of which a rank has its part.
 
-    beside: adapters, by the layers that they are added to.
+    beside: adapters, by the layers that they are added to. The blocks of a pipeline stage stand between its messages.
     """
     model = assigned(layout, state)
     del state  # frees each tensor once `pack_` has made another form of it
@@ -246,8 +270,11 @@ def fill(
         if spec.threshold is not None:
             replace_(model, name, Thresholded(model.get_submodule(name), spec.threshold))
     if ranks is not None:
-        apply_tp(model, args, ranks)
+        apply_tp(model, stage_of(args, ranks).own_args(), ranks.of_stage)
+        model.ranks = ranks
     pack_(model, free_memory(torch.device("cpu")))  # copies are made on CPUs only
+    if ranks is not None and ranks.n_stage > 1:
+        model.layers = StageBlocks(model.layers, ranks, model.dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -284,15 +311,17 @@ def fetch(
     """The model in an open file, whose float layers in `table` are rounded, once it is sure that it fits."""
     layout = opened.layout.quantized(table)
     if ranks is not None:
-        require_split(opened.args, layout.table, ranks.size)
-        layout = Layout(rank_args(opened.args, ranks.size), layout.table)
+        require_split(opened.args, layout.table, ranks.of_stage.size)
+        layout = own_layout(layout, ranks)
     tiers = [Tier(opened, device, table)]
     if budget is None:
         require_weights_fit(layout, dtype, device, name)
     else:
         read = partial(read_tensors, device=torch.device("cpu"), dtype=dtype, what="Packing", quantize=table)
         tiers = place(opened, layout, dtype, tiers[0], budget, name, read)
-    beside = {name: part_of(name, read(), opened.args, ranks) for name, read in opened.beside.items()}
+    stage = stage_of(opened.args, ranks)
+    here = {name: read for name, read in opened.beside.items() if stage.own_name(name)}
+    beside = {stage.own_name(name): part_of(name, read(), opened.args, ranks) for name, read in here.items()}
     beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
     # not a name here: `fill` frees what it packs
     model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside)
@@ -315,7 +344,8 @@ def part_of(name: str, pair: Pair, args: ModelArgs, ranks: Ranks | None) -> Pair
     if split is None:
         return pair
     a, b = pair
-    own = shard(f"{name}.weight", a if split.dim == -1 else b, args, ranks.rank, ranks.size).contiguous()
+    own = shard(f"{name}.weight", a if split.dim == -1 else b, args, ranks.of_stage.rank, ranks.of_stage.size)
+    own = own.contiguous()
     return (own, b) if split.dim == -1 else (a, own)
 
 
@@ -340,7 +370,7 @@ def random_model(
     """
     args, name = (size, "random weights") if isinstance(size, ModelArgs) else (args_from_name(size), size)
     device, layout = torch.device(device), Layout(args)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, numbers = torch.Generator(device).manual_seed(seed), {key: i for i, key in enumerate(layout.tensors, 1)}
     pool = 0.02 * torch.randn(1 << 22, device=device, generator=generator)  # drawing billions takes minutes on a CPU
 
     def draw(key: str, shape: torch.Size) -> Tensor:
@@ -348,6 +378,7 @@ def random_model(
             is_factor = key.endswith(("weight", "scale", "scalar"))  # of a norm, an expert, a layer; else a bias
             return torch.full(shape, float(is_factor), dtype=dtype, device=device)
         tensor = torch.empty(shape, dtype=dtype, device=device)
+        generator.manual_seed(seed + numbers[key])  # of its own: a pipeline stage draws only some tensors
         for part in tensor.view(-1).split(pool.numel()):
             shift = int(torch.randint(pool.numel(), (1,), device=device, generator=generator))
             part.copy_(pool.roll(shift)[: part.numel()])

@@ -36,6 +36,7 @@ TABLES = {
     "families": "decoding of each kind of family, against the rate of one large matrix",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
+    "pipeline": "two pipeline stages, with batches cut and uncut",
 }
 
 

@@ -101,13 +101,17 @@ class CountingRanks(Ranks):
         self.sent["sum"] += x.nbytes
         return super().sum(x)
 
-    def broadcast(self, x):
+    def broadcast(self, x, source=0):
         self.sent["broadcast"] += x.nbytes
-        return super().broadcast(x)
+        return super().broadcast(x, source)
 
     def gather(self, x):
         self.sent["gather"] += x.nbytes
         return super().gather(x)
+
+    def hand_on(self, x):
+        self.sent["to the next stage"] += x.nbytes
+        super().hand_on(x)
 
 
 @torch.inference_mode()
