@@ -26,10 +26,10 @@ struct DeltaNet {
   float eps;
   Threads threads;
 
-  static constexpr int kVectors = 2;                 // of a row of a state that are worked on together ...
+  static constexpr int kVectors = 2;                  // of a row of a state that are worked on together ...
   static constexpr int64_t kColumns = 16 * kVectors;  // ... whose sums for a token stay in registers
-  static constexpr int64_t kAhead = 12;              // rows of a state that are asked of the memory early
-  static constexpr int64_t kTokens = 64;             // between two of whose convolution and rule threads wait
+  static constexpr int64_t kAhead = 12;               // rows of a state that are requested of the memory early
+  static constexpr int64_t kTokens = 64;              // between two of whose convolution and rule threads wait
 
   // What a token does to a state. q and k are not normalised: their scales are.
   struct Token {
