@@ -205,9 +205,6 @@ def open_gguf(path: Path, keep_codes: bool = True) -> ModelFile:
         order = rope_order(args, architecture.interleaved)
         return ModelFile(layout, rename(layout, raw, modules, path, order, architecture.rows(args)), file.paths)
 
-    def read_guesses(tensors: dict[str, GGUFTensor]) -> ModelFile:
-        return opened(guess_layout(args), tensors)
-
     model = opened(Layout(args), without_guesses(file.tensors, args.n_layer, n_guess))
     guesses = guesses_in(file.tensors, args.n_layer) if n_guess else {}
-    return replace(model, gguf=file.path, guesses=partial(read_guesses, guesses) if guesses else None)
+    return replace(model, gguf=file.path, guesses=(lambda: opened(guess_layout(args), guesses)) if guesses else None)

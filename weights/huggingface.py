@@ -201,12 +201,9 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         order, rows = rope_order(args, interleaved), rows_in_file(args, model_type)
         return ModelFile(layout, rename(layout, raw, modules, where, order, rows), tuple(paths))
 
-    def read_guesses(tensors: Readers) -> ModelFile:
-        return opened(guess_layout(args), tensors)
-
     model = opened(Layout(args), without_guesses(raw, args.n_layer, n_guess))
     guesses = guesses_in(raw, args.n_layer)
-    return replace(model, guesses=partial(read_guesses, guesses) if guesses else None)
+    return replace(model, guesses=(lambda: opened(guess_layout(args), guesses)) if guesses else None)
 
 
 def with_rows_of_outputs(raw: Readers) -> Readers:

@@ -13,6 +13,7 @@ from engine.sampling import Sampling
 from engine.speculation.guess_length import LENGTHS, Costs
 from engine.speculation.own_layer import OwnLayer, load_guesses
 from engine.speculation.speculative import Speculation
+from layers.quantized import QuantSpec
 from tests.tiny import GREEDY, SIZES, ids_of, random_prompts, save_tiny
 from weights.checkpoint import load_model
 
@@ -159,9 +160,11 @@ def test_guesses_that_are_always_right_are_all_accepted(k, tmp_path):
 
 
 def test_a_text_that_is_drawn_and_one_that_goes_on(tmp_path):
+    """With guesses of a layer that is rounded."""
     with_guesses(tmp_path, "qwen3_5")
     model = load_model(tmp_path, dtype=torch.float32)
-    engine = Engine(model, speculation=Speculation(OwnLayer(load_guesses(tmp_path, model)), 3))
+    layer = load_guesses(tmp_path, model, QuantSpec(8))
+    engine = Engine(model, speculation=Speculation(OwnLayer(layer), 3))
     (prompt,) = random_prompts(12)
     [drawn], _ = speculated(engine, [prompt], 30, sampling=Sampling(top_k=20), seeds=[5])
     assert len(drawn) == 30 and set(drawn) <= set(range(SIZES["vocab_size"]))
