@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """near, far: units of the first tier, the hottest first, and of the second. n_slot: units that `near` takes.
+    """near, far: units of the first tier, the hottest first, and of the second.
 
     must: bytes of what has to lie in the first tier, by what it is. sizes: bytes of each unit. use: the share of tokens
     that uses each. is_known: whether that was counted.
@@ -110,9 +110,8 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
         ),
         "caches": budget.cache_bytes(layout.args),
     }
-    spread = {unit: unit.expert + i * GOLDEN % 1 for i, unit in enumerate(sizes)}
-    spread |= {unit: i * GOLDEN % 1 for i, unit in enumerate(sizes) if not layout.args.n_expert}
-    order = sorted(sizes, key=lambda unit: (-use[unit], spread[unit]))
+    layer_of = {module: i for i, module in enumerate(modules)}
+    order = sorted(sizes, key=lambda unit: (-use[unit], unit.expert, layer_of[unit.module] * GOLDEN % 1))
     free = budget.size - sum(must.values())
     near = hottest(order, sizes, free)
     if len(near) < len(order) and budget.second is None:
@@ -152,12 +151,13 @@ def hottest(order: list[Unit], sizes: dict[Unit, int], room: int) -> list[Unit]:
 
 
 def even_use(args: ModelArgs, units: dict[Unit, int]) -> dict[Unit, float]:
+    """The share of tokens that uses each unit, where nothing better is known."""
     share = args.n_expert_used / args.n_expert if args.n_expert else 1.0
     return dict.fromkeys(units, share)
 
 
 def fingerprint(layout: Layout) -> str:
-    """What a profile says of the model that it belongs to: its sizes."""
+    """What a profile says of the model that it belongs to: all that `ModelArgs` does."""
     return repr(sorted(layout.args.to_dict().items()))
 
 
