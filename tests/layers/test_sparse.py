@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 
 from engine.engine import Engine
 from kernels import cpu
@@ -11,8 +12,9 @@ from layers.packed import FEW
 from layers.quantized import QuantSpec, quantize_, quantize_weight
 from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
 from model import FeedForward, ModelArgs, Transformer
-from tests.tiny import ids_of, random_ids, tiny_model
-from weights.checkpoint import build
+from tests.tiny import SIZES as FAMILY_SIZES
+from tests.tiny import ids_of, random_ids, random_prompts, save_tiny, tiny_model
+from weights.checkpoint import build, load_model
 
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="the CPU operators cannot be built")
 SPECS = {"float": None, "int8": QuantSpec(8), "int8.g16": QuantSpec(8, 16), "int4": QuantSpec(4, 32)}
@@ -185,3 +187,15 @@ def test_only_relu_units_whose_rows_operators_take():
     assert not ReluFeedForward.fits(*relu_unit("silu", None, F32))
     assert not ReluFeedForward.fits(*relu_unit("relu", QuantSpec(4, 16), F32))
     assert not ReluFeedForward.fits(*relu_unit("relu", None, torch.float16))
+
+
+@needs_operators
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_a_llama_with_a_relu_is_that_of_transformers(activation, tmp_path):
+    config = transformers.LlamaConfig(**FAMILY_SIZES, hidden_act=activation)
+    theirs, ours = save_tiny(config, tmp_path), load_model(tmp_path, dtype=F32)
+    assert all(type(block.feed_forward) is ReluFeedForward for block in ours.layers)
+    tokens, cache = torch.tensor([random_prompts(12)[0]]), ours.new_cache(1, 64)
+    steps = [ours(tokens[:, i : i + 1], torch.tensor([[i]]), cache.view()) for i in range(12)]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(steps, 1), theirs(tokens).logits, rtol=1e-3, atol=1e-3)
