@@ -20,15 +20,12 @@ import cli
 from answers import Answers, Row, batches_of, check_logits, limits_of, logits_flags, needs_tasks, read_processors
 from cli import say, write
 from engine.cache import check_fit, context_length
-from engine.compile import compile_step, require_compiler
+from engine.compile import require_compiler
 from engine.conversation import Conversation
-from engine.decode import forward_chunk
 from engine.engine import Engine, build_engine
 from engine.sampling import Sampling
-from engine.speculation.drafters import Drafter, DraftModel, PromptLookup, draft_one_token
-from engine.speculation.guess_length import check_length, longest
-from engine.speculation.own_layer import OwnLayer, load_guesses, require_guesses
-from engine.speculation.speculative import Speculation, build_speculation
+from engine.speculation.drafters import PromptLookup
+from engine.speculation.guess_length import longest
 from flags import (
     NEW_TOKENS,
     PLANNED_CONTEXT,
@@ -36,7 +33,6 @@ from flags import (
     cache_flag,
     check_counts,
     check_threads,
-    checkpoint_path,
     generation_flags,
     memory_budget,
     model_flags,
@@ -46,18 +42,18 @@ from flags import (
     stages_flag,
     template_flags,
 )
+from guesses import check_speculation, choose_speculation, speculates, speculation_flags
 from interactive import talk
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from measure.machine import run_facts
 from measure.speed import report, say_summary, summarise
-from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
 from serving.scheduler import Scheduler
 from text.chat import start_rendering
 from text.files import require_utf8
 from text.prompts import IdTokenizer, encode_prompt, has_standard_input, read_prompt_file, read_standard_input
 from text.results import Results
-from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary
+from text.tokenizer import Tokenizer, load_tokenizer
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint, load_model, open_model, random_model
 from weights.device import parse_cache_dtype, parse_dtype, pick_device
 from weights.files import atomic_path, require_writable
@@ -86,7 +82,7 @@ def main(**flags) -> None:
         engine, tokenizer = load(args, device, ranks)
         facts = run_facts(vars(args), device, ranks) | {"seed": seed, "load_s": time.perf_counter() - began}
         say(f"Time to load model: {facts['load_s']:.2f} seconds")
-        engine.speculation = choose_speculation(args, engine.model, tokenizer)
+        engine.speculation = choose_speculation(args, model_path(args), engine.model, tokenizer)
         torch.manual_seed(seed)
         if args.interactive:
             converse(engine, tokenizer, sampling, args)
@@ -102,7 +98,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks | None) -> tuple[Sampling, 
     check_request(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     device = pick_device(args.device, ranks)
-    check_speculation(args, device, ranks)
+    check_speculation(args, model_path(args), device, ranks)
     parse_dtype(args.dtype)
     quant_spec(args.quantize, args.groupsize)
     if args.compile or args.compile_prefill:
@@ -148,32 +144,6 @@ def check_request(args: argparse.Namespace) -> None:
         require_writable(args.output_jsonl, [*inputs, args.output_json])
     if args.profile is not None:
         require_writable(trace_path(args.profile))
-
-
-def check_speculation(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> None:
-    """Refuse arguments of speculation that cannot work."""
-    if args.draft_checkpoint_path is not None and args.speculate is not None:
-        raise ValueError("--draft_checkpoint_path and --speculate are both given; give one source of guesses")
-    if args.draft_checkpoint_path is not None and args.random_weights:
-        raise ValueError(
-            "--random_weights has no tokenizer that a draft could share; leave out --draft_checkpoint_path"
-        )
-    if args.speculate == "mtp":
-        if args.random_weights or ranks is not None:
-            raise ValueError("--speculate mtp needs a model from a file, and one process; or use --speculate ngram")
-        require_guesses(model_path(args))
-    if args.draft_device is not None:
-        if args.draft_checkpoint_path is None:
-            raise ValueError("--draft_device needs --draft_checkpoint_path")
-        pick_device(args.draft_device)
-    if args.speculate_k is not None:
-        if not speculates(args):
-            raise ValueError("--speculate_k needs --draft_checkpoint_path or --speculate ngram or mtp")
-        check_length(args.speculate_k, device)
-
-
-def speculates(args: argparse.Namespace) -> bool:
-    return args.speculate is not None or args.draft_checkpoint_path is not None
 
 
 def model_path(args: argparse.Namespace) -> Path:
@@ -239,30 +209,6 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
             say("This model has a chat template: with --chat it answers, without it continues the text")
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)
     return build_engine(model, args.compile, args.compile_prefill), tokenizer
-
-
-def choose_speculation(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Speculation | None:
-    """Who guesses ahead, as asked for, and the function that verifies the guesses, compiled as asked."""
-    if not speculates(args):
-        return None
-    if args.speculate == "mtp":
-        spec = quant_spec(args.quantize, args.groupsize)
-        drafter = OwnLayer(load_guesses(model_path(args), model, spec, args.dequantize))
-    else:
-        drafter = PromptLookup() if args.speculate else load_draft(args, model, tokenizer)
-    return build_speculation(model, drafter, args.speculate_k, args.compile)
-
-
-def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Drafter:
-    """The draft model, checked to have the tokenizer of the model."""
-    device = model.device if args.draft_device is None else pick_device(args.draft_device)  # on every rank
-    path = Path(args.draft_checkpoint_path)
-    draft = load_model(path, device, parse_dtype(args.dtype), dequantize=args.dequantize)
-    draft.cache_dtype = model.cache_dtype
-    require_same_vocabulary(tokenizer, load_tokenizer(path, draft.args.vocab_size))
-    step = compile_step(draft_one_token, device) if args.compile else draft_one_token
-    forward = compile_step(forward_chunk, device, any_length=True) if args.compile_prefill else forward_chunk
-    return DraftModel(draft, step, forward)
 
 
 def prepare(warm_up: Callable[[], None], engine: Engine, args: argparse.Namespace) -> float:
@@ -411,20 +357,6 @@ def speed_flags(group) -> None:
     group.add_argument("--output_json", metavar="PATH", help="write prompts, texts, token ids and timings; - is stdout")
     text = "append a line for each prompt of --prompt_file that ends; a second run goes on where the first stopped"
     group.add_argument("--output_jsonl", metavar="PATH", help=text)
-
-
-def speculation_flags(group) -> None:
-    text = "a smaller model that guesses; same tokenizer"
-    group.add_argument("--draft_checkpoint_path", metavar="PATH", type=checkpoint_path, help=text)
-    group.add_argument("--draft_device", help="where it runs (default: where the model does)")
-    text = "ngram: guess what followed the same words before; mtp: by the layer that the model itself brings"
-    group.add_argument("--speculate", choices=["ngram", "mtp"], help=text)
-    group.add_argument(
-        "--speculate_k",
-        type=number_or_text,
-        metavar="K",
-        help="tokens to guess at a time, to 32 on a CPU and 63 on CUDA, or auto: as many as pay (default: auto)",
-    )
 
 
 if __name__ == "__main__":

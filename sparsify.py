@@ -18,7 +18,7 @@ import cli
 from cli import say
 from compress.activations import PROJECTIONS, find_thresholds, require_projections, skippable_
 from compress.calibration import calibration_text, calibration_windows
-from compress.hotness import count_uses, fingerprint, in_words
+from compress.hotness import count_uses, in_words
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from flags import check_counts, check_threads, model_flags, place_flags
@@ -32,6 +32,7 @@ from weights.checkpoint import load_model, open_model, read_tensors, save_checkp
 from weights.device import parse_dtype, pick_device
 from weights.files import require_space, require_writable, size_text, write_json
 from weights.layout import ModelFile
+from weights.tiers.placement import fingerprint
 
 MOST = 0.9  # of a block's weights that can be skipped
 TIMED = 48  # tokens that are decoded to time it

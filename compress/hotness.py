@@ -15,11 +15,6 @@ PAYS = 1.5  # times the coverage of units that are used alike, from which a plan
 TOP = 0.1  # of a token's neurons: those of most magnitude count as active where no activation is 0
 
 
-def fingerprint(args: ModelArgs) -> str:
-    """What a profile says of the model that it belongs to: its sizes."""
-    return repr(sorted(args.to_dict().items()))
-
-
 @torch.no_grad()
 def count_uses(model: Transformer, windows: Tensor) -> dict:
     """{"experts": {layer: [counts]}, "neurons": {layer: [counts]}} of the tokens in windows, int64 [n, S].

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A file imports only from its own room and from those before it; measure and compress stand on one floor.
 ROOMS = ["cli", "mixers", "kernels", "model", "layers", "ranks", "tp", "stages", "weights", "text", "engine", "serving"]
-FLOORS = [*([room] for room in ROOMS), ["measure", "compress"], ["flags", "interactive", "answers"]]
+FLOORS = [*([room] for room in ROOMS), ["measure", "compress"], ["flags", "interactive", "answers", "guesses"]]
 FLOORS += [["generate", "serve", "quantize", "sparsify", "distill", "eval"], ["gpt_faster"], ["scripts"], ["tests"]]
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = ("generate", "serve", "quantize", "sparsify", "distill", "eval")

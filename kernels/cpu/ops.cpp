@@ -12,6 +12,8 @@
 
 namespace {
 
+using namespace gpt_faster;
+
 // ---------------------------------------------------------------- linear layers
 
 // x [..., in] -> [..., out]. The last dimension but one is that of the tokens of a request.

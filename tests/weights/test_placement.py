@@ -97,7 +97,7 @@ def test_without_a_profile_each_layer_gets_as_many(path):
 
 def write_profile(path, **changes):
     counts = {str(layer): [100 if e == layer else 10 + e for e in range(8)] for layer in range(3)}
-    profile = {"model": fingerprint(open_model(path).layout), "tokens": 100, "experts": counts} | changes
+    profile = {"model": fingerprint(open_model(path).args), "tokens": 100, "experts": counts} | changes
     beside(path, "profile.json").write_text(json.dumps(profile))
 
 

@@ -64,7 +64,8 @@ def adapted(opened: ModelFile, adapter: Path, base: Path) -> ModelFile:
             tensors[f"{module}.weight"] = partial(merged, tensors[f"{module}.weight"], pair)
     if unused:
         raise ValueError(no_place(folder, sorted(unused), args))
-    return replace(opened, tensors=tensors, beside=beside)
+    paths = (*opened.paths, *sorted(folder.glob("adapter_*")))
+    return replace(opened, tensors=tensors, beside=beside, paths=paths)
 
 
 def no_place(folder: Path, unused: list[str], args: ModelArgs) -> str:

@@ -156,9 +156,9 @@ def even_use(args: ModelArgs, units: dict[Unit, int]) -> dict[Unit, float]:
     return dict.fromkeys(units, share)
 
 
-def fingerprint(layout: Layout) -> str:
-    """What a profile says of the model that it belongs to: all that `ModelArgs` does."""
-    return repr(sorted(layout.args.to_dict().items()))
+def fingerprint(args: ModelArgs) -> str:
+    """What a profile says of the model that it belongs to: all that its args do."""
+    return repr(sorted(args.to_dict().items()))
 
 
 def read_profile(path: Path, layout: Layout, modules: dict[str, int]) -> dict[Unit, float] | None:
@@ -169,7 +169,7 @@ def read_profile(path: Path, layout: Layout, modules: dict[str, int]) -> dict[Un
     if not path.exists() or not layout.args.n_expert:
         return None
     profile = read_json(path)
-    if profile.get("model") != fingerprint(layout):
+    if profile.get("model") != fingerprint(layout.args):
         raise ValueError(f"{path} is the profile of another model; make one of this, or remove it")
     use, tokens, counts = {}, profile.get("tokens"), profile.get("experts")
     for module, n_expert in modules.items():
