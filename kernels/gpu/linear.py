@@ -287,6 +287,8 @@ def launch(
     # one scale a row, without a zero, multiplies the sums
     group = None if bits == 16 or (bits == 8 and zeros is None and scales.shape[1] == 1) else K // scales.shape[1]
     sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
+    if table is not None and sizes["BM"] > 16:  # look-ups would be prefetched too: more memory than small GPUs have
+        sizes |= {"STAGES": 1}
     y = x.new_empty(rows, N if activation is None else N // 2)
     tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "table": table, "bias": bias, "norm": norm}
     tensors |= {"residual": None if residual is None else residual.contiguous()}
