@@ -139,6 +139,9 @@ def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     if job.target.resolve() in taken or job.target.suffix != ".pth":
         why = "the model is read from it" if job.target.suffix == ".pth" else "its name must end in .pth"
         raise ValueError(f"cannot write {job.target}: {why}")
+    tensors = job.student.layout.tensors
+    if any(spec.has_codes and tensors[f"{name}.weight"].ndim == 3 for name, spec in job.student.table.items()):
+        raise ValueError(f"{args.finetune} has quantised experts, which cannot be taught; start from the float file")
     require_writable(job.target)
     require_space(job.target, job.student.layout.bytes(torch.bfloat16))
     if job.student.args.n_layer > job.teacher.args.n_layer:

@@ -157,6 +157,8 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
     sizes, apart = job.source.args, ("n_reusing_layer", "layer_input_size")
     if args.mode == GPTQ and any(getattr(sizes, name) for name in apart):
         raise ValueError(f"--mode {GPTQ} is not supported for models with {listed(apart)}; use --mode int4")
+    if args.mode == GPTQ and any(spec.threshold is not None for spec in job.source.table.values()):
+        raise ValueError(f"{path} skips inputs; --mode {GPTQ} the file that it was made of, then use sparsify.py")
     length, context = args.calibration_seq_length, sizes.max_seq_length
     if args.mode == GPTQ and length > context:
         raise ValueError(f"--calibration_seq_length {length} is more than the model's context of {context}")
@@ -201,7 +203,7 @@ def rounded_tensors(job: Job, windows: Tensor | None, args: argparse.Namespace) 
     """Every tensor of the quantised file: the layers in the table rounded to nearest or, with windows, by GPTQ."""
     if windows is None:
         return read_tensors(job.source, job.device, job.dtype, "Quantising", job.layout.table)
-    read = {"dequantize": args.dequantize, "adapter": args.adapter}
+    read = {"dequantize": args.dequantize, "adapter": args.adapter, "apart": True}
     model = load_model(job.path, job.device, job.dtype, job.model_name, **read)
     how = {name: getattr(args, name) for name in ("percdamp", "blocksize", "act_order")}
     state = model.state_dict() | gptq_(model, windows, job.layout.table, **how)

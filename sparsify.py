@@ -83,6 +83,8 @@ def check_request(args: argparse.Namespace) -> None:
 def open_job(args: argparse.Namespace) -> Job:
     path, device, dtype = Path(args.checkpoint_path), pick_device(args.device), parse_dtype(args.dtype)
     source = open_model(path, args.model_name, args.dequantize, args.adapter)
+    if source.beside:
+        raise ValueError(f"{args.adapter} goes beside codes, which no file holds; leave it out, or give --dequantize")
     if any(spec.threshold is not None for spec in source.table.values()):
         raise ValueError(f"{path} skips inputs already; start from the file that it was made of")
     if args.mode == "profile" and source.table:
@@ -116,11 +118,12 @@ def encoded(text: str, path: Path, source: ModelFile) -> list[int]:
     return checked_ids(tokenizer.encode(text), tokenizer)
 
 
-def load(job: Job, args: argparse.Namespace, path: Path | None = None):
-    """The model in the source, or in another file that was made of it."""
+def load(job: Job, args: argparse.Namespace, path: Path | None = None, apart: bool = False):
+    """The model in the source, or in another file that was made of it. apart: see `layers.fastest.pack_`."""
     if path is not None:
         return load_model(path, job.device, job.dtype)
-    return load_model(job.path, job.device, job.dtype, args.model_name, None, None, args.dequantize, args.adapter)
+    how = {"dequantize": args.dequantize, "adapter": args.adapter, "apart": apart}
+    return load_model(job.path, job.device, job.dtype, args.model_name, **how)
 
 
 # ---------------------------------------------------------------- modes
@@ -133,7 +136,7 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     ids = None if args.check is None else encoded(read_text(args.check), job.path, job.source)
     if ids is not None and len(ids) < 2:
         raise ValueError(f"the text {args.check} is one token long; perplexity needs 2 or more")
-    model = load(job, args)
+    model = load(job, args, apart=True)
     layers = skippable_(model)
     shapes = [projection_size(job.source, name) for name in PROJECTIONS]
     found, uniform = find_thresholds(model, shapes, job.windows, args.sparsity)
@@ -196,7 +199,7 @@ def report(quality: dict[str, float], rates: tuple[float, float], sparsity: floa
 
 def profile(job: Job, args: argparse.Namespace) -> None:
     """Count the uses of experts and neurons, write them beside the checkpoint, and say whether hotness can pay."""
-    found = count_uses(load(job, args), job.windows)
+    found = count_uses(load(job, args, apart=True), job.windows)
     write_json(job.target, {"model": fingerprint(job.source.args), "tokens": job.windows.numel(), **found})
     say(f"Wrote {job.target}: {job.windows.numel()} tokens")
     for kind, layers in found.items():

@@ -34,6 +34,9 @@ class Stage:
             raise ValueError(
                 f"{self.count} pipeline stages are more than the model's {self.args.n_layer} layers; use fewer"
             )
+        delta = self.args.delta and set(self.args.delta.layers)
+        if delta and not all(delta.intersection(self.layers_of(i)) for i in range(self.count)):
+            raise ValueError(f"{self.count} pipeline stages leave one without gated DeltaNet, which is not supported")
         if self.count > 1 and (self.args.n_reusing_layer or self.args.layer_input_size):
             raise ValueError(
                 "pipeline stages are not supported for a model whose layers use keys of earlier ones or have inputs of "
@@ -50,10 +53,14 @@ class Stage:
 
     @property
     def layers(self) -> range:
-        """The numbers of its layers in the whole model; the first stages have one more where they do not divide."""
+        """The numbers of its layers in the whole model."""
+        return self.layers_of(self.number)
+
+    def layers_of(self, number: int) -> range:
+        """Those of one of the stages; the first ones have a layer more where they do not divide."""
         size, more = divmod(self.args.n_layer, self.count)
-        first = self.number * size + min(self.number, more)
-        return range(first, first + size + (self.number < more))
+        first = number * size + min(number, more)
+        return range(first, first + size + (number < more))
 
     def own_args(self) -> ModelArgs:
         """The args of a model of this stage's layers alone."""

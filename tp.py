@@ -130,6 +130,8 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
 
     table: its quantised layers; a row-wise split must not cut their groups.
     """
+    if n_rank == 1:
+        return
     if not divides(args, n_rank):
         fits = [n for n in range(1, args.n_head + 1) if divides(args, n)]
         sizes = " and ".join(str(each) for each in widths(args) if each)

@@ -120,27 +120,34 @@ def copy_as_float_(model: nn.Module, memory: int | None) -> None:
         replace_(model, name, float_copy(layers.pop(name), model.dtype))
 
 
-def pack_(model: nn.Module, memory: int | None = None) -> None:
+JOINED = (Attention, FeedForward, MixtureOfExperts, TransformerBlock, Blocks)  # what consists of layers
+
+
+def pack_(model: nn.Module, memory: int | None = None, apart: bool = False) -> None:
     """Give every layer of a model its fastest form; once, after the weights are in place.
 
-    memory: bytes that are free, as in `copy_as_float_`.
+    memory: bytes that are free, as in `copy_as_float_`. apart: only each layer by itself, so that one can be watched,
+    or another put in its place.
     """
     for name, layer in list(model.named_modules()):  # an attention before its layers, whose weights it needs
         if type(layer) is LatentAttention:
             replace_(model, name, AbsorbedAttention(layer))
         if isinstance(layer, QuantizedLinear) and layer.order is not None:
             replace_(model, name, Permuted(layer))
-        if type(layer) in (Thresholded, FeedForward) and (fast := fastest(layer, model)):
+    for name in [name for name, layer in model.named_modules() if type(layer) in (Thresholded, FeedForward)]:
+        layer = model.get_submodule(name)
+        if not (apart and type(layer) in JOINED) and (fast := fastest(layer, model)):
             replace_(model, name, fast(layer))
+            del layer
     if model.device.type == "cpu" and not cpu.available():
         copy_as_float_(model, memory)
     # names, not layers: a layer that is replaced is freed. Backwards: blocks are packed after what they consist of
     names = [name for name, _ in model.named_modules() if name]
     for name in progress(names[::-1], desc="Packing", unit="layer"):
         layer = model.get_submodule(name)
-        fast = fastest(layer, model)
+        fast = None if apart and type(layer) in JOINED else fastest(layer, model)
         if fast is not None:
             replace_(model, name, fast(layer))
-    join = fastest(model, model)
+    join = None if apart else fastest(model, model)
     if join is not None:
         join(model)

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.gpu.linear import NormedLinear
 from mixers.norms import block_norm
 from model import CacheView, ModelArgs, Transformer
 
@@ -41,7 +42,10 @@ class GuessLayer(Transformer):
 
     def share(self, model: Transformer) -> None:
         """Guess for `model`, with its embedding and its head, of what its last norm returns."""
-        self.tok_embeddings, self.output, self.of_model = model.tok_embeddings, model.output, model.norm
+        head = model.output
+        joined = isinstance(head, NormedLinear)  # on a GPU the last norm is a part of the head
+        self.of_model, self.output = (head.norm, head.layer) if joined else (model.norm, head)
+        self.tok_embeddings = model.tok_embeddings
         self.cache_dtype = model.cache_dtype
 
     def read(self, hidden: Tensor, tokens: Tensor, pos: Tensor, cache: CacheView) -> Tensor:

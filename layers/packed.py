@@ -21,11 +21,14 @@ HAS_HALF = {  # whether a CPU has instructions for products in a dtype
 }
 
 
-@torch.compiler.assume_constant_result  # a guard on the table stops the compiler where layers of a model differ
 def has_half(dtype: torch.dtype) -> bool | None:
     """As `HAS_HALF`; None of a dtype that is no half precision."""
     return HAS_HALF.get(dtype)
 
+
+# A guard on the table stops the compiler where layers of a model differ. This is all that
+# torch.compiler.assume_constant_result does, but for importing the compiler, which takes a second.
+has_half._dynamo_marked_constant = True
 
 FEW = 16  # queries a row, or tokens in all, that an operator for few takes at most
 

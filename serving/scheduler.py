@@ -96,8 +96,10 @@ class Scheduler:
         if engine.is_compiled:  # on a CPU one form serves any number of rows, on a GPU each is a graph
             self.step_rows = compile_step(step_rows, device, any_length=not self.is_cuda)
         self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
-        # alone, a prompt is read faster in larger chunks, if that does not change it
-        self.chunk_alone = max(self.chunk, PREFILL_CHUNK) if rounds_each_row(engine.model.layers) else self.chunk
+        # alone, a prompt is read faster in larger chunks, if that changes it in no stage
+        ranks = engine.model.ranks
+        is_exact = rounds_each_row(engine.model.layers) and (ranks is None or ranks.n_stage == 1)
+        self.chunk_alone = max(self.chunk, PREFILL_CHUNK) if is_exact else self.chunk
         self.waiting: deque[Task] = deque()
         self.reading: Task | None = None
         self.running: list[Task] = []

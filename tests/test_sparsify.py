@@ -82,6 +82,21 @@ def test_a_sparse_checkpoint_is_read_like_any_other(mode, folder, call):
     assert plain.strip() and guessed == plain
 
 
+def test_what_is_skipped_is_measured_in_bfloat16_too(folder, call):
+    """Where all blocks are one operator, if nothing is skipped."""
+    path, target = make_tiny_checkpoint(folder / "fused", head_dim=64), folder / "fused_sparse.pth"
+    options = ("--checkpoint_path", path, "--dtype", "bfloat16", "--mode", "activations", "--sparsity", 0.5)
+    out = call("sparsify.py", *flags(folder, *options, "--output", target, "--check", folder / "text.txt")).out
+    whole, uniform, found = map(float, out.partition("perplexity")[2].split()[:3])
+    assert whole not in (uniform, found)
+    with pytest.raises(ValueError, match="15 tokens can be guessed"):
+        call("generate.py", "--checkpoint_path", target, "--speculate", "ngram", "--speculate_k", 20, "--prompt", "a")
+    with pytest.raises(ValueError, match="then use sparsify.py"):
+        call(
+            "quantize.py", "--checkpoint_path", target, "--mode", "int4-gptq", "--calibration_file", folder / "text.txt"
+        )
+
+
 def test_a_sparse_float_file_can_be_quantised_and_codes_become_floats(folder, call):
     options = ("--mode", "activations", "--sparsity", 0.25)
     call("sparsify.py", *flags(folder, *options))

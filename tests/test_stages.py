@@ -11,7 +11,7 @@ from model import ModelArgs
 from stages import Stage, n_micro_batch
 from tests.test_tp import alone, folder  # noqa: F401  a fixture
 from tests.tiny import ran
-from tests.tp_cases import ARGS, CAPPED, DELTA, EXPERTS, TIED, score, staged_cases
+from tests.tp_cases import ARGS, CAPPED, DELTA, DELTAS, EXPERTS, TIED, score, staged_cases
 from weights.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,7 @@ def test_layers_are_dealt_out_in_order():
 
 
 @pytest.mark.parametrize(
-    "args", [ARGS, TIED, CAPPED, EXPERTS, DELTA, replace(EXPERTS, dense_layers=(0,), dense_size=64)]
+    "args", [ARGS, TIED, CAPPED, EXPERTS, DELTAS, replace(EXPERTS, dense_layers=(0,), dense_size=64)]
 )
 def test_stages_together_are_the_model(args):
     """Each layer stands in one stage, of the same shapes there; the names map one to one."""
@@ -99,7 +99,8 @@ REUSING = ModelArgs(**SIZES, max_seq_length=64, n_reusing_layer=2, sliding_windo
 
 
 @pytest.mark.parametrize(
-    "args, count, message", [(ARGS, 3, "more than the model's 2 layers"), (REUSING, 2, "keys of earlier")]
+    "args, count, message",
+    [(ARGS, 3, "more than the model's 2 layers"), (REUSING, 2, "keys of earlier"), (DELTA, 2, "leave one without")],
 )
 def test_what_stages_refuse(args, count, message):
     with pytest.raises(ValueError, match=message):

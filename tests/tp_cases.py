@@ -66,7 +66,8 @@ EXPERTS = replace(ARGS, intermediate_size=256, n_expert=4, n_expert_used=2, shar
 LATENT = replace(ARGS, qk_norm=False, n_kv_head=8, kv_latent=64, q_latent=32, value_dim=16, rope_dim=16)
 DELTA = replace(ARGS, attention_gate=True, delta=DeltaSizes((0,), 4, 8, key_dim=16, value_dim=16, n_tap=4))
 MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS}
-MODELS |= {"latent": LATENT, "delta": DELTA}
+DELTAS = replace(DELTA, n_layer=4, delta=replace(DELTA.delta, layers=(0, 2)))
+MODELS |= {"latent": LATENT, "delta": DELTA, "deltas": DELTAS}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -109,6 +110,7 @@ CASES = [
     Case("delta", "float32", 3, speculate="ngram"),
     Case("delta", "bfloat16", 3),
     Case("delta-int4", "float32", 3),
+    Case("deltas", "float32", 3, speculate="ngram"),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
@@ -206,7 +208,7 @@ def all_cases(folder: Path, ranks) -> dict:
     return found | {"bytes": bytes_sent(folder, ranks), "perplexity": score(folder, ranks)}
 
 
-STAGED = ("float", "tied", "tied-int8", "capped", "experts", "experts-int4", "latent", "delta", "int4.g32", "int4.g64")
+STAGED = ("float", "tied", "tied-int8", "capped", "experts", "experts-int4", "latent", "deltas", "int4.g32", "int4.g64")
 
 
 def staged_cases(n_rank: int) -> list[Case]:

@@ -257,10 +257,12 @@ def fill(
     args: ModelArgs,
     ranks: Ranks | None,
     beside: dict[str, Pair] | None = None,
+    apart: bool = False,
 ) -> Transformer:
     """The meta model of the layout with these tensors. args: of the whole model, of which a rank has its part.
 
-    beside: adapters, by the layers that they are added to. The blocks of a pipeline stage stand between its messages.
+    beside: adapters, by the layers that they are added to. apart: see `pack_`. The blocks of a pipeline stage stand
+    between its messages.
     """
     model = assigned(layout, state)
     del state  # frees each tensor once `pack_` has made another form of it
@@ -272,7 +274,7 @@ def fill(
     if ranks is not None:
         apply_tp(model, stage_of(args, ranks).own_args(), ranks.of_stage)
         model.ranks = ranks
-    pack_(model, free_memory(torch.device("cpu")))  # copies are made on CPUs only
+    pack_(model, free_memory(torch.device("cpu")), apart)  # copies are made on CPUs only
     if ranks is not None and ranks.n_stage > 1:
         model.layers = StageBlocks(model.layers, ranks, model.dtype)
     return model.requires_grad_(False).eval()
@@ -288,14 +290,17 @@ def load_model(
     dequantize: bool = False,
     adapter: str | Path | None = None,
     budget: MemoryBudget | None = None,
+    apart: bool = False,
 ) -> Transformer:
     """The model in `path`: our .pth, a gpt-fast or llama2.c one, a Hugging Face folder or a GGUF file.
 
     model_name, dequantize, adapter: see `open_model`. quantize: round the linear layers of a float file to nearest.
     ranks: those that share the model, each with its part of the weights. budget: what does not fit lies elsewhere.
+    apart: see `pack_`.
     """
     opened = open_model(path, model_name, dequantize, adapter)
-    return fetch(opened, path, torch.device(device), dtype, new_table(opened, quantize, path), "Loading", ranks, budget)
+    table = new_table(opened, quantize, path)
+    return fetch(opened, path, torch.device(device), dtype, table, "Loading", ranks, budget, apart)
 
 
 def fetch(
@@ -307,6 +312,7 @@ def fetch(
     what: str,
     ranks: Ranks | None,
     budget: MemoryBudget | None = None,
+    apart: bool = False,
 ) -> Transformer:
     """The model in an open file, whose float layers in `table` are rounded, once it is sure that it fits."""
     layout = opened.layout.quantized(table)
@@ -324,7 +330,7 @@ def fetch(
     beside = {stage.own_name(name): part_of(name, read(), opened.args, ranks) for name, read in here.items()}
     beside = {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in beside.items()}
     # not a name here: `fill` frees what it packs
-    model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside)
+    model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside, apart)
     if budget is not None:
         forget(opened.paths)
     return model

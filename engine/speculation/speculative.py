@@ -19,6 +19,8 @@ from engine.decode import Chunk
 from engine.sampling import Sampling, choose, logits_to_probs, sample, uniforms_at, valid
 from engine.speculation.drafters import Drafter
 from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
+from layers.packed import FEW
+from layers.sparse import SparseLinear, Thresholded
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
@@ -90,7 +92,7 @@ class Speculation:
     verify: Callable = verify
     costs: dict[int, Costs] = field(default_factory=dict)  # of each batch size, once measured
     device: torch.device = torch.device("cpu")  # of the model that verifies
-    has_states: bool = False  # whether it has layers that keep a state for each token of a round
+    most: int | None = None  # proposals where as many are made as pay; None: as the device takes
 
     def __post_init__(self):
         check_length(self.k, self.device)
@@ -113,8 +115,8 @@ class Speculation:
 
     @property
     def longest(self) -> int:
-        """The largest k where as many are proposed as pay: states take memory, of which ten are enough."""
-        return max(LENGTHS) if self.has_states else longest(self.device)
+        """The largest k where as many are proposed as pay."""
+        return self.most or longest(self.device)
 
     def chooser(
         self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
@@ -166,8 +168,14 @@ def build_speculation(
     model: Transformer, drafter: Drafter, k: int | str | None = None, compile: bool = False
 ) -> Speculation:
     """Guesses for a model, k at a time (None: as many as pay), and what verifies them, compiled as asked."""
-    check = compile_step(verify, model.device) if compile else verify
-    return Speculation(drafter, k or "auto", check, device=model.device, has_states=model.args.delta is not None)
+    check, most = compile_step(verify, model.device) if compile else verify, None
+    if model.args.delta is not None:
+        most = max(LENGTHS)  # each token more is a state more, which takes memory
+    elif any(isinstance(layer, Thresholded | SparseLinear) for layer in model.modules()):
+        most = FEW - 1  # of more tokens at once no input is skipped
+        if isinstance(k, int) and k > most:
+            raise ValueError(f"speculate_k is {k}; of a model that skips inputs at most {most} tokens can be guessed")
+    return Speculation(drafter, k or "auto", check, device=model.device, most=most)
 
 
 class Text(NamedTuple):

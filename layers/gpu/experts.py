@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.gpu.linear import KERNEL_ACTIVATIONS
 from layers.packed import KINDS, has_triton
 from layers.quantized import LAYERS, Table4Linear
 from mixers.activations import ACTIVATIONS
@@ -33,7 +34,9 @@ class GpuExperts(MixtureOfExperts):
 
     @staticmethod
     def fits(mixture: MixtureOfExperts, args: ModelArgs) -> bool:
-        return has_triton() and {kind_of(mixture.w13), kind_of(mixture.w2)} <= READ
+        activations = [ACTIVATIONS[name] for name in (*KERNEL_ACTIVATIONS, "clamped_swiglu")]
+        read = {kind_of(mixture.w13), kind_of(mixture.w2)} <= READ
+        return has_triton() and read and mixture.activation in activations
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         tensors = [

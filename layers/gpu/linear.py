@@ -142,4 +142,6 @@ def has_head_for_gpu(model: Transformer, _: ModelArgs) -> bool:
 
 def join_head_(model: Transformer) -> None:
     """Make the last norm a part of the head's kernel."""
-    model.norm, model.output = nn.Identity(), NormedLinear(model.norm, on_gpu(model.output))
+    norm = model.norm
+    model.norm, model.output = nn.Identity(), NormedLinear(norm, on_gpu(model.output))
+    model.norm.weight = norm.weight  # which tells the model's dtype and device

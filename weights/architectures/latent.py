@@ -65,7 +65,7 @@ def latent_experts(file: GGUFFile, values: dict) -> dict:
     unsaid = SIGMOID if values["vocab_size"] == UNSAID[0] and values["num_hidden_layers"] in UNSAID[1] else SOFTMAX
     scored = of_file("expert_gating_func") or unsaid
     if scored not in (SOFTMAX, SIGMOID):
-        raise ValueError(f"{file.path}: deepseek2.expert_gating_func {scored!r} is not supported; 1 and 2 are")
+        raise ValueError(f"{file.path}: expert_gating_func {scored!r} is not supported; 1 and 2 are")
     groups = of_file("expert_group_count", 1)
     return {
         "model_type": "deepseek_v3" if scored == SIGMOID else "deepseek_v2",

@@ -60,12 +60,10 @@ def state_of(name: str, raw: Readers, kind: str) -> dict:
     called = f"{name}.weight.quant_state.bitsandbytes__{kind}"
     try:
         state = json.loads(bytes(fetch(raw, called).tolist()))
-        sizes = [
-            *state["shape"],
-            state["blocksize"],
-            *([state["nested_blocksize"]] if "nested_blocksize" in state else []),
-        ]
+        nested = [state["nested_blocksize"]] if f"{name}.weight.nested_absmax" in raw else []
+        sizes = [*state["shape"], state["blocksize"], *nested]
         whole = all(type(size) is int and size > 0 for size in sizes) and len(state["shape"]) == 2
+        whole = whole and (not nested or isinstance(state["nested_offset"], float | int))
     except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError):
         whole = False
     if not whole:
