@@ -363,9 +363,12 @@ def table_to_json(table: dict[str, QuantSpec]) -> dict:
 def table_from_json(value) -> dict[str, QuantSpec]:
     """The inverse of `table_to_json`; None is an empty table."""
     try:
-        return {name: QuantSpec(**spec) for name, spec in (value or {}).items()}
+        table = {name: QuantSpec(**spec) for name, spec in (value or {}).items()}
     except (TypeError, AttributeError):
         raise ValueError("the table of layers is damaged") from None
+    if QuantSpec() in table.values():
+        raise ValueError("the table of layers is damaged: it has one with neither codes nor a threshold")
+    return table
 
 
 def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
