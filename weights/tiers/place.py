@@ -142,7 +142,8 @@ def offload_(
         say(f"Writing {packed.path}, {size_text(packed.size)}, once: feed-forwards in the order in which they are read")
         packed.write(packed_units(opened, layout, dtype, numbers, read))
     packed.open()
-    away = numbers if layout.args.n_expert else {unit.module: 1 for unit in plan.far}
+    far = {unit.module for unit in plan.far}
+    away = numbers if layout.args.n_expert else {name: 1 for name in numbers if name in far}  # as they run
     kinds = {}
     for name in away:
         shapes = [(key, t.dtype, t.shape) for key, t in forms[name].state_dict().items()]
@@ -183,13 +184,14 @@ def filled_slots(form: nn.Module, names: set[str], plan: Plan, layout: Layout, p
 def replace_all_(layout: Layout, names: list[str], slots: dict[str, Slots]) -> None:
     """Give the model the forms of the feed-forwards `names` that find their units in slots, the last one first."""
     following = ()
-    for i, name in reversed(list(enumerate(names))):
+    for name in reversed(names):
         layer = layout.model.get_submodule(name)
         if layout.args.n_expert:
             new = OffloadedExperts(layer, name, slots[name], following)
             following = (new,)
         else:
-            new = OffloadedFeedForward(layer, name, slots[name], names[(i + 1) % len(names)])
+            alike = [other for other in names if slots[other] is slots[name]]
+            new = OffloadedFeedForward(layer, name, slots[name], alike[(alike.index(name) + 1) % len(alike)])
         replace_(layout.model, name, new)
 
 

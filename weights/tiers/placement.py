@@ -116,7 +116,8 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
     near = hottest(order, sizes, free)
     if len(near) < len(order) and budget.second is None:
         largest = max(sizes.values())
-        slots = 0 if layout.args.n_expert else AHEAD * largest  # experts are read to where others were
+        # experts are read to where others were; feed-forwards of each form, which differ in size, to slots of their own
+        slots = 0 if layout.args.n_expert else AHEAD * sum(set(sizes.values()))
         must["to read into, and the page cache"] = slots + AHEAD * min(PIECE, largest)
         free = budget.size - sum(must.values())
         near = hottest(order, sizes, free)
