@@ -18,7 +18,7 @@ from engine.compile import compile_step
 from engine.decode import Chunk
 from engine.sampling import Sampling, choose, logits_to_probs, sample, uniforms_at, valid
 from engine.speculation.drafters import Drafter
-from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
+from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, look_ahead
 from model import CacheView, KVCache, Transformer
 from ranks import from_first, shared
 from tp import full_logits
@@ -108,13 +108,8 @@ class Speculation:
 
     @property
     def look_ahead(self) -> int:
-        """Cache slots that a round may use beyond the text's last."""
-        return (self.longest if self.adapts else self.k) + 1
-
-    @property
-    def longest(self) -> int:
-        """The largest k where as many are proposed as pay: states take memory, of which ten are enough."""
-        return max(LENGTHS) if self.has_states else longest(self.device)
+        """See `guess_length.look_ahead`."""
+        return look_ahead(self.k, self.device, self.has_states)
 
     def chooser(
         self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
@@ -155,7 +150,7 @@ class Speculation:
         # ranks must choose alike, so theirs stay as they are
         costs = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
         if self.adapts and costs.drift:  # rounds will tell what longer ones cost
-            costs = costs.with_longer(self.longest)
+            costs = costs.with_longer(self.look_ahead - 1)
         if self.device.type == "cuda":  # Triton builds its kernels for them here, so that no text waits for that
             for k in costs.rounds.keys() - seconds.keys():
                 self.round(model, cache, text, k, sampling)
