@@ -147,6 +147,8 @@ class Slots:
 class Offloaded(nn.Module):
     """A feed-forward that hides in an operator. key [1]: the number by which the operator finds it."""
 
+    waits_for_host = True  # see `MixtureOfExperts`
+
     def hide(self) -> None:
         number = next(_NUMBERS)
         _OFFLOADED[number] = self
@@ -263,6 +265,8 @@ class SplitExperts(OffloadedMixture):
 
 class FarFeedForward(FeedForward):
     """A feed-forward without experts that lies, and is computed, on a second device."""
+
+    waits_for_host = True
 
     def __init__(self, layer: FeedForward, second: torch.device):
         nn.Module.__init__(self)

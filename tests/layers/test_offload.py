@@ -7,6 +7,7 @@ from torch import nn
 from engine.engine import Engine, build_engine
 from engine.speculation.drafters import PromptLookup
 from engine.speculation.speculative import Speculation
+from layers.blocks import RegionBlocks
 from layers.offload import FarFeedForward, OffloadedExperts, OffloadedFeedForward, Slots, SplitExperts, Unit
 from layers.quantized import QuantSpec, quant_spec
 from mixers.experts import ExpertLinear
@@ -66,6 +67,14 @@ def test_tokens_are_those_without_a_budget(paths, kind, dtype, quantize, form):
     tokens, pos = torch.tensor(random_ids(20)), torch.arange(20)[None]
     if dtype == torch.float32:
         torch.testing.assert_close(model(tokens, pos), whole(tokens, pos), rtol=0, atol=0 if form == "disk" else 1e-5)
+
+
+@pytest.mark.parametrize("second", [None, torch.device("cpu")])
+@pytest.mark.parametrize("kind", ["experts", "dense"])
+def test_what_waits_for_the_host_is_in_no_cuda_graph(paths, kind, second):
+    model, whole = within(paths[kind], 0.2, second, dtype=torch.float32)
+    assert not RegionBlocks.fits_cuda_graph(model.layers, None)
+    assert RegionBlocks.fits_cuda_graph(whole.layers, None) == (kind == "dense")
 
 
 @pytest.mark.parametrize("kind", ["experts", "dense"])
