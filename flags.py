@@ -3,15 +3,16 @@
 import argparse
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from cli import in_words, say
 from engine.cache import planned_bytes
+from engine.speculation.guess_length import look_ahead
 from kernels import cpu
 from measure.machine import disk_rate, measured_bandwidth
+from model import ModelArgs
 from ranks import Ranks
 from weights.checkpoint import DEFAULT_CHECKPOINT, find_checkpoint
 from weights.device import DTYPES, parse_cache_dtype, parse_dtype
@@ -87,12 +88,12 @@ def memory_budget(
     ranks: Ranks | None,
     n_rows: int | None,
     length: int = PLANNED_CONTEXT,
-    ahead: int = 0,
+    guesses: bool = False,
 ) -> MemoryBudget | None:
     """The budget asked for, with what this machine's tiers were measured to read.
 
     Prompts are not read yet: the caches of n_rows (1 if None) sequences are planned, of --max_seq_length or else
-    `length` tokens, or of the model's context if that is less. ahead: guesses.
+    `length` tokens, or of the model's context if that is less. guesses: whether --speculate_k are made ahead.
     """
     if args.memory_budget is None:
         return None
@@ -101,7 +102,13 @@ def memory_budget(
     if device.type == "mps":
         raise ValueError("--memory_budget does not go with --device mps, which has no other memory; use --device cpu")
     dtype = parse_cache_dtype(args.cache_dtype) or parse_dtype(args.dtype)
-    caches = partial(planned_bytes, dtype=dtype, n_rows=n_rows or 1, length=args.max_seq_length or length, ahead=ahead)
+    n_rows = (n_rows or 1) + (device.type == "cuda")  # where a scheduler has a row for padding
+    length, k = args.max_seq_length or length, guesses and (args.speculate_k or "auto")
+
+    def caches(sizes: ModelArgs) -> int:
+        ahead = look_ahead(k, device, sizes.delta is not None) if k else 0
+        return planned_bytes(sizes, dtype, n_rows, length, ahead)
+
     if not Path(path).exists():
         return MemoryBudget(args.memory_budget, caches)  # what is missing is said where it is opened
     second = None if device.type == "cpu" else torch.device("cpu")

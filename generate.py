@@ -25,7 +25,6 @@ from engine.conversation import Conversation
 from engine.engine import Engine, build_engine
 from engine.sampling import Sampling
 from engine.speculation.drafters import PromptLookup
-from engine.speculation.guess_length import longest
 from flags import (
     NEW_TOKENS,
     PLANNED_CONTEXT,
@@ -122,8 +121,10 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError("--output_jsonl needs --prompt_file; for a single prompt use --output_json")
     if args.random_weights and args.checkpoint_path is not None:
         raise ValueError("--random_weights and --checkpoint_path are both given; give one")
-    if args.memory_budget is not None and (args.random_weights or args.draft_checkpoint_path is not None):
-        raise ValueError("--memory_budget goes with one model in a file; leave out --random_weights and draft models")
+    others = (args.random_weights, args.draft_checkpoint_path, args.speculate == "mtp")
+    if args.memory_budget is not None and any(others):
+        what = "--random_weights, draft models and --speculate mtp"
+        raise ValueError(f"--memory_budget goes with one model in a file; leave out {what}")
     if args.random_weights and (args.dequantize or args.adapter is not None):
         raise ValueError("--random_weights are floats of no trained model; leave out --dequantize and --adapter")
     for name in ("system", "chat_template", "template_vars", "hide_thinking"):
@@ -201,7 +202,7 @@ def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) ->
     else:
         path = model_path(args)
         sizes = (args.batch_size, INTERACTIVE_CONTEXT if args.interactive else PLANNED_CONTEXT)
-        budget = memory_budget(args, path, device, ranks, *sizes, longest(device) + 1 if speculates(args) else 0)
+        budget = memory_budget(args, path, device, ranks, *sizes, speculates(args))
         how = {"dequantize": args.dequantize, "adapter": args.adapter, "budget": budget}
         model = load_model(path, device, dtype, args.model_name, spec, ranks, **how)
         tokenizer = load_tokenizer(path, model.args.vocab_size, args.chat_template, args.template_vars)

@@ -22,7 +22,7 @@ from engine.cache import MOST_ROWS, context_length
 from engine.compile import require_compiler
 from engine.engine import Engine, build_engine
 from engine.speculation.drafters import PromptLookup
-from engine.speculation.guess_length import check_length, longest
+from engine.speculation.guess_length import check_length
 from engine.speculation.speculative import build_speculation
 from flags import (
     budget_flag,
@@ -119,8 +119,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def load(args: argparse.Namespace, device: torch.device, ranks: Ranks | None) -> tuple[Engine, Tokenizer]:
     dtype, spec = parse_dtype(args.dtype), quant_spec(args.quantize, args.groupsize)
-    path, ahead = args.checkpoint_path, longest(device) + 1 if args.speculate else 0
-    budget = memory_budget(args, path, device, ranks, args.max_batch, sys.maxsize, ahead)
+    path = args.checkpoint_path
+    budget = memory_budget(args, path, device, ranks, args.max_batch, sys.maxsize, args.speculate is not None)
     how = {"dequantize": args.dequantize, "adapter": args.adapter, "budget": budget}
     model = load_model(path, device, dtype, args.model_name, spec, ranks, **how)
     model.cache_dtype = parse_cache_dtype(args.cache_dtype)

@@ -88,7 +88,7 @@ def open_job(args: argparse.Namespace) -> Job:
     if any(spec.threshold is not None for spec in source.table.values()):
         raise ValueError(f"{path} skips inputs already; start from the file that it was made of")
     if args.mode == "profile" and source.table:
-        raise ValueError(f"{path} is quantised; profile the float file, or give --dequantize")
+        raise ValueError(f"{path} is quantised; give --dequantize, and its profile stands beside it")
     target = Path(args.output) if args.output else default_target(path, args)
     inputs = [path, path / "model.pth", *(Path(each) for each in (args.calibration_file, args.check) if each)]
     if target.exists() and target.resolve() in (each.resolve() for each in inputs):

@@ -48,10 +48,11 @@ def rows_that_fit(model: Transformer, length: int, rewind: int = 0) -> int:
 
     Where a plan has left room for caches, in that.
     """
-    free = free_memory(model.device)
-    free = free if model.cache_room is None else 2 * model.cache_room
-    fit = MOST_ROWS if free is None else free // 2 // row_bytes(model, slots_for(model.args, length) + rewind, rewind)
-    return max(1, min(fit, MOST_ROWS))
+    free = free_memory(model.device) if model.cache_room is None else 2 * model.cache_room
+    if free is None:
+        return MOST_ROWS
+    fit = free // 2 // row_bytes(model, slots_for(model.args, length) + rewind, rewind)
+    return max(1, min(fit - (model.device.type == "cuda"), MOST_ROWS))  # there a scheduler has a row for padding
 
 
 def allocate(model: Transformer, n_rows: int, n_slots: int, rewind: int = 0) -> KVCache:

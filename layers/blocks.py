@@ -10,7 +10,6 @@ from torch import Tensor
 from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
 from layers.sparse import COLUMNS, SparseLinear
 from mixers.compiled import surely_few
-from mixers.experts import MixtureOfExperts
 from mixers.norms import RMSNorm
 from model import Blocks, CacheView, Context, FeedForward, KVCache, ModelArgs, TransformerBlock
 
@@ -38,7 +37,7 @@ class RegionBlocks(Blocks):
     @staticmethod
     def fits_cuda_graph(blocks: Blocks, _: ModelArgs | None) -> bool:
         """Whether nothing here reads values on the host: inductor cannot leave a part of a region uncaptured."""
-        return not any(type(layer) is MixtureOfExperts for layer in blocks.modules())
+        return not any(getattr(layer, "waits_for_host", False) for layer in blocks.modules())
 
     def run(self, block: TransformerBlock, *inputs) -> Tensor:
         return _region(block, *inputs)

@@ -147,6 +147,8 @@ class Slots:
 class Offloaded(nn.Module):
     """A feed-forward that hides in an operator. key [1]: the number by which the operator finds it."""
 
+    waits_for_host = True  # see `MixtureOfExperts`
+
     def hide(self) -> None:
         number = next(_NUMBERS)
         _OFFLOADED[number] = self
@@ -205,8 +207,8 @@ class OffloadedExperts(OffloadedMixture):
         return y
 
     def likely(self, x: Tensor) -> list[Unit]:
-        """What the next mixture would choose for this input, the most wanted first."""
-        if not self.following:
+        """What the next mixture, if its units are of the same form, would choose for this input; most wanted first."""
+        if not self.following or self.following[0].slots is not self.slots:
             return []
         [other] = self.following
         _, chosen = other.choose(other.gate(x).float())
@@ -215,7 +217,7 @@ class OffloadedExperts(OffloadedMixture):
 
 
 class OffloadedFeedForward(Offloaded):
-    """A feed-forward without experts that is read whole. following: the name of that which is read while this runs."""
+    """A feed-forward without experts that is read whole. following: the name of one in `slots` to be read meanwhile."""
 
     def __init__(self, layer: FeedForward, name: str, slots: Slots, following: str):
         super().__init__()
@@ -263,6 +265,8 @@ class SplitExperts(OffloadedMixture):
 
 class FarFeedForward(FeedForward):
     """A feed-forward without experts that lies, and is computed, on a second device."""
+
+    waits_for_host = True
 
     def __init__(self, layer: FeedForward, second: torch.device):
         nn.Module.__init__(self)

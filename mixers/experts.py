@@ -76,6 +76,8 @@ class MixtureOfExperts(nn.Module):
     not. The weight of each expert may be times a number of its own (Gemma 4). args: a `model.ModelArgs`.
     """
 
+    waits_for_host = True  # which reads the choice of experts, so that no CUDA graph can hold this
+
     def __init__(self, args, shared: nn.Module | None):
         super().__init__()
         self.activation, self.shared = ACTIVATIONS[args.activation], shared

@@ -460,6 +460,7 @@ BAD_FLAGS = {  # and what the error says
     "--device tpu": "device 'tpu' is unknown; use one of cuda, mps, cpu",
     "--dtype int8": "dtype 'int8' is unknown; use one of bfloat16",
     "--stop ''": "--stop is empty",
+    "--memory_budget 1GB --speculate mtp": "goes with one model in a file; leave out --random_weights, draft models",
     "--system x": "--system needs --chat",
     "--chat_template x": "--chat_template needs --chat",
     "--hide_thinking": "--hide_thinking needs --chat",

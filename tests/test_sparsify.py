@@ -161,5 +161,5 @@ def test_models_that_are_refused(folder, call):
     with pytest.raises(ValueError, match="not supported for models with n_expert"):
         call("sparsify.py", *flags(folder, "--checkpoint_path", path, "--mode", "activations", "--sparsity", 0.4))
     call("quantize.py", "--checkpoint_path", folder / "model.pth", "--mode", "int8")
-    with pytest.raises(ValueError, match="is quantised; profile the float file"):
+    with pytest.raises(ValueError, match="is quantised; give --dequantize"):
         call("sparsify.py", *flags(folder, "--checkpoint_path", folder / "model_int8.pth", "--mode", "profile"))

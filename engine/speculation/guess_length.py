@@ -17,6 +17,16 @@ def longest(device: torch.device) -> int:
     return 63 if device.type == "cuda" else 32  # on CUDA attention takes 64 tokens a row
 
 
+def look_ahead(k: int | str, device: torch.device, has_states: bool) -> int:
+    """Cache slots that a round may use beyond the text's last.
+
+    k: "auto" for as many as pay; states, kept for each token of a round, take memory, of which ten are enough.
+    """
+    if k == "auto":
+        k = max(LENGTHS) if has_states else longest(device)
+    return k + 1
+
+
 def check_length(k: int | str, device: torch.device) -> None:
     """Refuse all but a number of tokens to propose and "auto"."""
     if k != "auto" and not (isinstance(k, int) and 1 <= k <= longest(device)):

@@ -18,7 +18,7 @@ from engine.compile import compile_step
 from engine.decode import Chunk
 from engine.sampling import Sampling, choose, logits_to_probs, sample, uniforms_at, valid
 from engine.speculation.drafters import Drafter
-from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, longest
+from engine.speculation.guess_length import LENGTHS, AdaptiveLength, Costs, FixedLength, check_length, look_ahead
 from layers.packed import FEW
 from layers.sparse import SparseLinear, Thresholded
 from model import CacheView, KVCache, Transformer
@@ -92,7 +92,8 @@ class Speculation:
     verify: Callable = verify
     costs: dict[int, Costs] = field(default_factory=dict)  # of each batch size, once measured
     device: torch.device = torch.device("cpu")  # of the model that verifies
-    most: int | None = None  # proposals where as many are made as pay; None: as the device takes
+    has_states: bool = False  # whether it has layers that keep a state for each token of a round
+    most: int | None = None  # proposals that change nothing; None: any number
 
     def __post_init__(self):
         check_length(self.k, self.device)
@@ -110,13 +111,9 @@ class Speculation:
 
     @property
     def look_ahead(self) -> int:
-        """Cache slots that a round may use beyond the text's last."""
-        return (self.longest if self.adapts else self.k) + 1
-
-    @property
-    def longest(self) -> int:
-        """The largest k where as many are proposed as pay."""
-        return self.most or longest(self.device)
+        """See `guess_length.look_ahead`."""
+        ahead = look_ahead(self.k, self.device, self.has_states)
+        return ahead if self.most is None else min(ahead, self.most + 1)
 
     def chooser(
         self, model: Transformer, cache: KVCache, text: "Text", sampling: Sampling
@@ -157,7 +154,7 @@ class Speculation:
         # ranks must choose alike, so theirs stay as they are
         costs = shared(model.ranks, lambda: Costs(seconds, behind, drift=model.ranks is None))
         if self.adapts and costs.drift:  # rounds will tell what longer ones cost
-            costs = costs.with_longer(self.longest)
+            costs = costs.with_longer(self.look_ahead - 1)
         if self.device.type == "cuda":  # Triton builds its kernels for them here, so that no text waits for that
             for k in costs.rounds.keys() - seconds.keys():
                 self.round(model, cache, text, k, sampling)
@@ -168,14 +165,14 @@ def build_speculation(
     model: Transformer, drafter: Drafter, k: int | str | None = None, compile: bool = False
 ) -> Speculation:
     """Guesses for a model, k at a time (None: as many as pay), and what verifies them, compiled as asked."""
-    check, most = compile_step(verify, model.device) if compile else verify, None
-    if model.args.delta is not None:
-        most = max(LENGTHS)  # each token more is a state more, which takes memory
-    elif any(isinstance(layer, Thresholded | SparseLinear) for layer in model.modules()):
-        most = FEW - 1  # of more tokens at once no input is skipped
-        if isinstance(k, int) and k > most:
-            raise ValueError(f"speculate_k is {k}; of a model that skips inputs at most {most} tokens can be guessed")
-    return Speculation(drafter, k or "auto", check, device=model.device, most=most)
+    check = compile_step(verify, model.device) if compile else verify
+    skips = any(isinstance(layer, Thresholded | SparseLinear) for layer in model.modules())
+    most = FEW - 1 if skips else None  # of more tokens at once no input is skipped
+    if skips and isinstance(k, int) and k > most:
+        raise ValueError(f"speculate_k is {k}; of a model that skips inputs at most {most} tokens can be guessed")
+    return Speculation(
+        drafter, k or "auto", check, device=model.device, has_states=model.args.delta is not None, most=most
+    )
 
 
 class Text(NamedTuple):

@@ -21,6 +21,8 @@ def kind_of(layer: nn.Module) -> str:
 class GpuExperts(MixtureOfExperts):
     """A mixture of experts as three kernels: nothing waits for the choice of experts, so CUDA graphs stay whole."""
 
+    waits_for_host = False
+
     def __init__(self, mixture: MixtureOfExperts):
         nn.Module.__init__(self)
         import kernels.gpu.experts  # noqa: F401  registers the operator; it needs Triton

@@ -211,3 +211,5 @@ def test_lengths_out_of_range_are_refused(device, longest):
             Speculation(PromptLookup(), k, device=device)
     for k, slots in ((1, 2), (longest, longest + 1), ("auto", longest + 1)):
         assert Speculation(PromptLookup(), k, device=device).look_ahead == slots
+    for k, slots in ((12, 13), ("auto", 9)):
+        assert Speculation(PromptLookup(), k, device=device, has_states=True).look_ahead == slots

@@ -7,8 +7,9 @@ from torch import nn
 from engine.engine import Engine, build_engine
 from engine.speculation.drafters import PromptLookup
 from engine.speculation.speculative import Speculation
+from layers.blocks import RegionBlocks
 from layers.offload import FarFeedForward, OffloadedExperts, OffloadedFeedForward, Slots, SplitExperts, Unit
-from layers.quantized import quant_spec
+from layers.quantized import QuantSpec, quant_spec
 from mixers.experts import ExpertLinear
 from tests.tiny import ids_of, make_tiny_checkpoint, pairwise, random_ids
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
@@ -66,6 +67,14 @@ def test_tokens_are_those_without_a_budget(paths, kind, dtype, quantize, form):
     tokens, pos = torch.tensor(random_ids(20)), torch.arange(20)[None]
     if dtype == torch.float32:
         torch.testing.assert_close(model(tokens, pos), whole(tokens, pos), rtol=0, atol=0 if form == "disk" else 1e-5)
+
+
+@pytest.mark.parametrize("second", [None, torch.device("cpu")])
+@pytest.mark.parametrize("kind", ["experts", "dense"])
+def test_what_waits_for_the_host_is_in_no_cuda_graph(paths, kind, second):
+    model, whole = within(paths[kind], 0.2, second, dtype=torch.float32)
+    assert not RegionBlocks.fits_cuda_graph(model.layers, None)
+    assert RegionBlocks.fits_cuda_graph(whole.layers, None) == (kind == "dense")
 
 
 @pytest.mark.parametrize("kind", ["experts", "dense"])
@@ -171,3 +180,21 @@ def test_scales_keep_the_dtype_of_the_file(tmp_path):
     model, whole = within(path, 0.6, dtype=torch.float32)
     tokens, pos = torch.tensor(random_ids(20)), torch.arange(20)[None]
     torch.testing.assert_close(model(tokens, pos), whole(tokens, pos), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["experts", "dense"])
+def test_each_form_is_read_into_slots_of_its_own(tmp_path, kind):
+    """Files often have more bits for w2 in some layers; what is read ahead is the next one of the same form."""
+    path = make_tiny_checkpoint(tmp_path, **KINDS[kind] | {"n_layer": 10})
+    opened = open_model(path)
+    table = new_table(opened, quant_spec("int4", None), path)
+    table |= {name: QuantSpec(8) for name in table if name.endswith("feed_forward.w2") and int(name.split(".")[1]) % 2}
+    save_checkpoint(path, opened.args, read_tensors(opened, torch.device("cpu"), torch.float32, "", table), table)
+    model, whole = within(path, 0.4, dtype=torch.float32)
+    prompts = random_ids(20)
+    assert ids_of(model, prompts, 12) == ids_of(whole, prompts, 12)
+    away = [layer for layer in model.modules() if isinstance(layer, OffloadedFeedForward)]
+    for layer in away:
+        alike = [other.name for other in away if other.slots is layer.slots]  # in the order in which they run
+        assert layer.following == alike[(alike.index(layer.name) + 1) % len(alike)]
+    assert len({id(layer.slots) for layer in model.modules() if hasattr(layer, "slots")}) == 2

@@ -3,14 +3,17 @@
 import json
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.cache import planned_bytes, rows_that_fit
+from flags import memory_budget
 from layers.offload import Unit
-from layers.quantized import quant_spec
+from layers.quantized import QuantSpec, quant_spec
 from tests.tiny import make_tiny_checkpoint
-from weights.checkpoint import load_model, open_model
+from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.tiers.packed_copy import PackedCopy
 from weights.tiers.place import beside
 from weights.tiers.placement import MemoryBudget, Plan, fingerprint, hottest, make_plan, parse_size
@@ -136,6 +139,42 @@ def test_what_cannot_be_placed_is_refused(path, monkeypatch):
             "weights.tiers.place.require_memory", lambda size, _, what, __: "third" in what and refuse(what)
         )
         load_model(path, budget=replace(GPU, size=400_000))
+
+
+def test_a_file_that_skips_inputs_is_refused(tmp_path):
+    opened = open_model(make_tiny_checkpoint(tmp_path))
+    table = {"layers.0.feed_forward.w13": QuantSpec(threshold=0.5)}
+    tensors = {name: read() for name, read in opened.tensors.items()}
+    save_checkpoint(tmp_path / "sparse.pth", opened.args, tensors, table)
+    with pytest.raises(ValueError, match="which skips inputs; leave it out, or use the file that it was made of"):
+        load_model(tmp_path / "sparse.pth", budget=MemoryBudget(10**9))
+
+
+@pytest.mark.parametrize(("device", "n_row"), [("cpu", 3), ("cuda", 4)])
+def test_as_many_rows_as_were_planned_fit(path, device, n_row):
+    """On CUDA a scheduler has one more, for padding."""
+    args, device = open_model(path).args, torch.device(device)
+    flags = SimpleNamespace(memory_budget=1, cache_dtype=None, dtype="bfloat16", max_seq_length=None, speculate_k=12)
+    room = memory_budget(flags, "nowhere", device, None, 3, guesses=True).cache_bytes(args)
+    assert room == n_row * planned_bytes(args, torch.bfloat16, 1, 2048, ahead=13)
+    model = SimpleNamespace(args=args, cache_dtype=None, dtype=torch.bfloat16, device=device, cache_room=room)
+    assert rows_that_fit(model, args.max_seq_length, 13) == 3
+
+
+def test_copies_of_latent_attention_are_planned(tmp_path, monkeypatch):
+    latent = {"kv_latent": 32, "value_dim": 24, "rope_dim": 8, "n_kv_head": 4}
+    path, plans = make_tiny_checkpoint(tmp_path, **EXPERTS, **latent), []
+    monkeypatch.setattr("weights.tiers.place.make_plan", lambda *given: plans.append(make_plan(*given)) or plans[-1])
+    model = load_model(path, dtype=torch.float32, budget=replace(GPU, size=10**9))
+    assert sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) == plans[0].near_bytes
+
+
+def test_a_profile_of_the_floats_of_a_tied_head_is_that_of_its_codes(tmp_path):
+    opened = open_model(path := make_tiny_checkpoint(tmp_path, **EXPERTS))
+    table = new_table(opened, quant_spec("int4", None), path)
+    save_checkpoint(path, opened.args, read_tensors(opened, torch.device("cpu"), torch.float32, "", table), table)
+    codes, floats = open_model(path).args, open_model(path, dequantize=True).args
+    assert codes != floats and fingerprint(codes) == fingerprint(floats)
 
 
 def refuse(what):

@@ -64,6 +64,11 @@ def place(
         what = "an adapter beside codes" if opened.beside else "weights that are in no file"
         raise ValueError(f"--memory_budget does not go with {what}; leave out one of them")
     modules, on_disk = units_of(layout), budget.second is None
+    if on_disk and any(spec.threshold is not None for spec in layout.table.values()):
+        raise ValueError(
+            f"--memory_budget does not go with {path}, which skips inputs; leave it out, or use the file that "
+            "it was made of"
+        )
     if on_disk:
         forms = empty_forms(opened, layout, modules, dtype)
         sizes = {Unit(name, e): state_bytes(forms[name]) for name, n in modules.items() for e in range(n)}
@@ -105,10 +110,12 @@ def packed_unit(layer: nn.Module, tensors: dict[str, Tensor], layout: Layout, dt
 def empty_forms(opened: ModelFile, layout: Layout, modules: dict[str, int], dtype: torch.dtype) -> dict[str, nn.Module]:
     """For each feed-forward, what `packed_unit` makes of a unit of zeros; like ones share it, because it takes time."""
 
+    is_torch = opened.gguf is None and all(path.suffix != ".safetensors" for path in opened.paths)
+
     def zeros(name: str, tensor: Tensor) -> Tensor:
         kept = tensor.dtype if layout.keeps_dtype(name) else dtype
-        if opened.layout.is_coded(name) and name.endswith(("scales", "zeros")):  # in the dtype of the file
-            kept = opened.tensors[name]().dtype
+        if is_torch and opened.layout.is_coded(name) and name.endswith(("scales", "zeros")):
+            kept = opened.tensors[name]().dtype  # which files of older versions do not tell; the tensor is mapped
         shape = (1, *tensor.shape[1:]) if layout.args.n_expert else tensor.shape
         return torch.zeros(shape, dtype=kept, device=CPU)
 
@@ -136,13 +143,15 @@ def offload_(
     """Replace the feed-forwards of which units stay in the packed copy, made if need be; the file without them."""
     numbers = units_of(layout)
     how = (str(dtype), repr(sorted((name, str(spec)) for name, spec in layout.table.items())))
-    facts = source_facts(opened.paths, *how, torch.__version__, "ours" if cpu.available() else "torch")
+    packer = "ours" if cpu.available() else torch.backends.cpu.get_cpu_capability()  # by which torch packs
+    facts = source_facts(opened.paths, *how, torch.__version__, packer)
     packed = PackedCopy(beside(path, "packed"), facts, numbers, forms)
     if not packed.is_there():
         say(f"Writing {packed.path}, {size_text(packed.size)}, once: feed-forwards in the order in which they are read")
         packed.write(packed_units(opened, layout, dtype, numbers, read))
     packed.open()
-    away = numbers if layout.args.n_expert else {unit.module: 1 for unit in plan.far}
+    far = {unit.module for unit in plan.far}
+    away = numbers if layout.args.n_expert else {name: 1 for name in numbers if name in far}  # as they run
     kinds = {}
     for name in away:
         shapes = [(key, t.dtype, t.shape) for key, t in forms[name].state_dict().items()]
@@ -183,13 +192,14 @@ def filled_slots(form: nn.Module, names: set[str], plan: Plan, layout: Layout, p
 def replace_all_(layout: Layout, names: list[str], slots: dict[str, Slots]) -> None:
     """Give the model the forms of the feed-forwards `names` that find their units in slots, the last one first."""
     following = ()
-    for i, name in reversed(list(enumerate(names))):
+    for name in reversed(names):
         layer = layout.model.get_submodule(name)
         if layout.args.n_expert:
             new = OffloadedExperts(layer, name, slots[name], following)
             following = (new,)
         else:
-            new = OffloadedFeedForward(layer, name, slots[name], names[(i + 1) % len(names)])
+            alike = [other for other in names if slots[other] is slots[name]]
+            new = OffloadedFeedForward(layer, name, slots[name], alike[(alike.index(name) + 1) % len(alike)])
         replace_(layout.model, name, new)
 
 

@@ -5,7 +5,7 @@ The first tier is the GPU's memory with main memory behind it or, without a GPU,
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,8 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
     must = {
         "weights outside of feed-forwards": sum(
             t.numel() * (t.itemsize if layout.keeps_dtype(name) else dtype.itemsize) for name, t in others.items()
-        ),
+        )
+        + (layout.loaded_bytes(dtype) - layout.bytes(dtype)),  # copies
         "caches": budget.cache_bytes(layout.args),
     }
     layer_of = {module: i for i, module in enumerate(modules)}
@@ -116,7 +117,8 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
     near = hottest(order, sizes, free)
     if len(near) < len(order) and budget.second is None:
         largest = max(sizes.values())
-        slots = 0 if layout.args.n_expert else AHEAD * largest  # experts are read to where others were
+        # experts are read to where others were; feed-forwards of each form, which differ in size, to slots of their own
+        slots = 0 if layout.args.n_expert else AHEAD * sum(set(sizes.values()))
         must["to read into, and the page cache"] = slots + AHEAD * min(PIECE, largest)
         free = budget.size - sum(must.values())
         near = hottest(order, sizes, free)
@@ -157,8 +159,11 @@ def even_use(args: ModelArgs, units: dict[Unit, int]) -> dict[Unit, float]:
 
 
 def fingerprint(args: ModelArgs) -> str:
-    """What a profile says of the model that it belongs to: all that its args do."""
-    return repr(sorted(args.to_dict().items()))
+    """What a profile says of the model that it belongs to: all that its args do, but for a tied head.
+
+    Once turned into floats, codes of a tied head's own are a head of its own.
+    """
+    return repr(sorted(replace(args, tie_embeddings=False).to_dict().items()))
 
 
 def read_profile(path: Path, layout: Layout, modules: dict[str, int]) -> dict[Unit, float] | None:
