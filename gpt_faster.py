@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ROOMS = ("mixers", "kernels", "layers", "weights", "text", "engine", "serving", "measure", "compress")
-NAMES = (*ROOMS, "cli", "model", "ranks", "tp")
+NAMES = (*ROOMS, "cli", "model", "ranks", "tp", "stages")
 
 
 class Loader(SourceFileLoader):

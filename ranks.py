@@ -109,9 +109,12 @@ class Ranks:
         """What this rank's peer of the stage before has handed on, a tensor like this one."""
         return torch.ops.gpt_faster_ranks.receive(like, self.rank - self.of_stage.size)
 
-    def hand_on(self, x: Tensor) -> None:
-        """Give x to this rank's peer of the next stage, without waiting until it takes it."""
-        torch.ops.gpt_faster_ranks.hand_on(x, self.rank + self.of_stage.size)
+    def hand_on(self, x: Tensor) -> Tensor:
+        """Give x to this rank's peer of the next stage, without waiting until it takes it.
+
+        Returns zeros of its shape: what depends on them, as later collectives must, comes after it when compiled too.
+        """
+        return torch.ops.gpt_faster_ranks.hand_on(x, self.rank + self.of_stage.size).expand(x.shape)
 
     def place(self, kind: str) -> torch.device:
         """The device of this rank, connected to those of the others."""
@@ -147,11 +150,11 @@ def _hand_on(x: Tensor, target: int) -> Tensor:
     _on_the_way.append((dist.isend(x, target), x))
     while _on_the_way and (_on_the_way[0][0].is_completed() or len(_on_the_way) > MOST_ON_THE_WAY):
         _on_the_way.popleft()[0].wait()
-    return x.new_empty(0)
+    return x.new_zeros(1)
 
 
 _receive.register_fake(lambda like, source: torch.empty_like(like, memory_format=torch.contiguous_format))
-_hand_on.register_fake(lambda x, target: x.new_empty(0))
+_hand_on.register_fake(lambda x, target: x.new_empty(1))
 for _op in (_receive, _hand_on):
     _op.register_effect(torch.library.EffectType.ORDERED)  # the compiler must neither leave one out nor move it
 

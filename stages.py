@@ -129,7 +129,7 @@ class NoHead(nn.Module):
         self.vocab_size = vocab_size
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V'] that nothing reads
-        return x.new_zeros(1).expand(*x.shape[:-1], self.vocab_size)
+        return x[..., :1].expand(*x.shape[:-1], self.vocab_size)
 
 
 class StageBlocks(nn.Module):
@@ -160,9 +160,7 @@ class StageBlocks(nn.Module):
         if self.ranks.stage > 0:
             x = self.ranks.receive(x.to(self.dtype))
         x = self.blocks(x, pos, contexts, cache)
-        if self.ranks.stage < self.ranks.n_stage - 1:
-            self.ranks.hand_on(x)
-        return x
+        return x if self.ranks.stage == self.ranks.n_stage - 1 else self.ranks.hand_on(x)
 
 
 def n_micro_batch(n_row: int, length: int, n_stage: int, least_tokens: int) -> int:

@@ -127,6 +127,9 @@ def linear_pairs(x, weight, scales, zeros, bias, table, order, ends, y, n_expert
     if ACTIVATION == "clamped_swiglu":
         made = tl.minimum(made, 7.0)
         made *= tl.sigmoid(1.702 * made) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1)
+    if ACTIVATION == "relu" or ACTIVATION == "relu2":
+        gate = tl.maximum(made, 0.0)
+        made = gate * up if ACTIVATION == "relu" else gate * gate * up
     if ACTIVATION == "silu":
         made *= tl.sigmoid(made) * up
     if ACTIVATION == "gelu_tanh":

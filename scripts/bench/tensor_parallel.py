@@ -111,7 +111,7 @@ class CountingRanks(Ranks):
 
     def hand_on(self, x):
         self.sent["to the next stage"] += x.nbytes
-        super().hand_on(x)
+        return super().hand_on(x)
 
 
 @torch.inference_mode()

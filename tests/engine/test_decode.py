@@ -13,6 +13,7 @@ from engine.compile import compile_step
 from engine.decode import decode, decode_one_token, forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, argmax, choose, logits_to_probs, place_of, sample, seed_row
 from engine.speculation.speculative import accept
+from ranks import Ranks
 from tests.tiny import CPU, GREEDY, continuation, random_ids, tiny_model
 from tp import full_logits
 
@@ -57,7 +58,7 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(sampling, value):
 
 
 def test_ranks_hand_on_logits_that_are_not_finite():
-    alone = SimpleNamespace(rank=0, size=1, gather=lambda x: x[None])
+    alone = Ranks(0, 1, 0, 1, watch=None)
     model, logits = SimpleNamespace(ranks=alone, args=SimpleNamespace(vocab_size=50)), torch.zeros(1, 50)
     logits[0, 7] = math.nan
     for best, sampling in ((1, GREEDY), (5, Sampling(1.0, 5)), (None, Sampling(1.0, 0))):
