@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from layers.low_rank import WithAdapter
 from layers.quantized import QuantSpec
 from model import Transformer
+from ranks import Ranks
 from tests.tiny import CPU, SIZES, save_tiny
 from tp import shard
 from weights.checkpoint import load_model, new_table, open_model, part_of, read_tensors, save_checkpoint
@@ -95,7 +95,7 @@ def test_ranks_have_their_parts_of_an_adapter(module):
     name, layer = f"layers.0.{module}", Transformer(args).get_submodule(f"layers.0.{module}")
     a, b = torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3)
     for rank in range(2):
-        own_a, own_b = part_of(name, (a, b), args, SimpleNamespace(rank=rank, size=2))
+        own_a, own_b = part_of(name, (a, b), args, Ranks(rank, 2, rank, 2, watch=None))
         torch.testing.assert_close(own_b @ own_a, shard(f"{name}.weight", b @ a, args, rank, 2))
 
 
