@@ -32,8 +32,8 @@ IGNORED = re.compile(
 class Layout:
     """What the file of a model holds: its tensors, as meta tensors by name, and the table of layers with a spec.
 
-    model: the meta model, of class `kind`, which `fill` gives its tensors. head_source: the module whose weight the
-    output head has.
+    model: the meta model, of class `kind` (None: `Transformer`), which `fill` gives its tensors. head_source: the module
+    whose weight the output head has.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Layout:
         args: ModelArgs,
         table: dict[str, QuantSpec] | None = None,
         model: Transformer | None = None,
-        kind: type[Transformer] = Transformer,
+        kind: type[Transformer] | None = None,
     ) -> None:
         if model is None:
             with torch.device("meta"):
-                model = kind(args)
+                model = (kind or Transformer)(args)
         self.args = args = model.args
         self.table, self.model = table or {}, model
         quantize_(model, self.table)
