@@ -32,7 +32,7 @@ IGNORED = re.compile(
 class Layout:
     """What the file of a model holds: its tensors, as meta tensors by name, and the table of layers with a spec.
 
-    model: the meta model, of class `kind` (None: `Transformer`), which `fill` gives its tensors. head_source: the module
+    model: the meta model, of class `kind` (None: `Transformer`), which `fill` gives its tensors. head_source: that
     whose weight the output head has.
     """
 
