@@ -67,10 +67,8 @@ def cache_flag(group) -> None:
 
 
 def budget_flag(group) -> None:
-    text = (
-        "such as 6GB or 6GiB: weights and caches in fast memory, at most; feed-forwards beyond it are computed on the "
-    )
-    text += "CPU or, without a GPU, read from the disk (default: all has to fit)"
+    text = "such as 6GB or 6GiB: weights and caches in fast memory, at most; feed-forwards beyond it are computed on "
+    text += "the CPU or, without a GPU, read from the disk (default: all has to fit)"
     group.add_argument("--memory_budget", type=memory_size, metavar="SIZE", help=text)
 
 

@@ -24,9 +24,9 @@ from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
 from measure.perplexity import WINDOW, perplexity
 from ranks import init_tp
-from text.files import read_text, require_utf8
-from text.prompts import checked_ids
-from text.tokenizer import load_tokenizer, tokenizer_saved
+from text.files import require_utf8
+from text.prompts import ids_of, ids_to_measure
+from text.tokenizer import tokenizer_saved
 from tp import inputs_split
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
@@ -48,7 +48,7 @@ def main(**flags) -> None:
     check_request(args)
     job = open_job(args)
     check_job(job, args)
-    text = None if args.check is None else check_text(args.check, job)
+    text = None if args.check is None else ids_to_measure(args.check, job.path, job.source.args.vocab_size)
     windows = read_windows(job, args) if args.mode == GPTQ else None
     n_thread = args.threads or torch.get_num_threads()
     # rounding waits for memory: more threads gain little, and on a busy machine they wait for each other
@@ -164,20 +164,6 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
         raise ValueError(f"--calibration_seq_length {length} is more than the model's context of {context}")
 
 
-def encode(text: str, job: Job) -> list[int]:
-    """The ids of a text with the tokenizer of the model."""
-    tokenizer = load_tokenizer(job.path, job.source.args.vocab_size)
-    return checked_ids(tokenizer.encode(text), tokenizer)
-
-
-def check_text(file: str, job: Job) -> list[int]:
-    """The ids of the text to measure perplexity on."""
-    ids = encode(read_text(file), job)
-    if len(ids) < 2:
-        raise ValueError(f"the text {file} is one token long; perplexity needs 2 or more")
-    return ids
-
-
 def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
     """The windows of text to calibrate with."""
     if args.calibration_file is not None:
@@ -188,7 +174,7 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
         text = "\n\n".join(task_texts(tasks, args.include_path))
     widths = [job.source.args.dim, *(width or 0 for width in inputs_split(job.source.args).values())]
     return calibration_windows(
-        encode(text, job),
+        ids_of(text, job.path, job.source.args.vocab_size),
         limit=args.calibration_limit,
         seq_length=args.calibration_seq_length,
         needed=max(widths),  # inputs of the widest layer

@@ -25,13 +25,13 @@ from flags import check_counts, check_threads, model_flags, place_flags
 from layers.quantized import QuantSpec
 from measure.perplexity import WINDOW, perplexity
 from ranks import init_tp
-from text.files import read_text
-from text.prompts import checked_ids
-from text.tokenizer import load_tokenizer, tokenizer_saved
+from text.prompts import ids_of, ids_to_measure
+from text.tokenizer import tokenizer_saved
 from weights.checkpoint import load_model, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device
 from weights.files import require_space, require_writable, size_text, write_json
 from weights.layout import ModelFile
+from weights.tiers.place import beside
 from weights.tiers.placement import fingerprint
 
 MOST = 0.9  # of a block's weights that can be skipped
@@ -98,7 +98,7 @@ def open_job(args: argparse.Namespace) -> Job:
     if length > context:
         raise ValueError(f"--calibration_seq_length {length} is more than the model's context of {context}")
     windows = calibration_windows(
-        encoded(calibration_text(args.calibration_file), path, source),
+        ids_of(calibration_text(args.calibration_file), path, source.args.vocab_size),
         limit=args.calibration_limit, seq_length=length, needed=length, seed=args.seed,
     )  # fmt: skip
     return Job(path, source, windows, device, dtype, target)
@@ -107,15 +107,9 @@ def open_job(args: argparse.Namespace) -> Job:
 def default_target(path: Path, args: argparse.Namespace) -> Path:
     """Beside the checkpoint, called after it and what was done."""
     if args.mode == "profile":
-        return path.with_name(f"{path.resolve().name}.profile.json")
+        return beside(path, "profile.json")
     folder, stem = (path, "model") if path.is_dir() else (path.parent, path.stem)
     return folder / f"{stem}_sparse-{args.sparsity:g}.pth"
-
-
-def encoded(text: str, path: Path, source: ModelFile) -> list[int]:
-    """The ids of a text with the tokenizer of the model."""
-    tokenizer = load_tokenizer(path, source.args.vocab_size)
-    return checked_ids(tokenizer.encode(text), tokenizer)
 
 
 def load(job: Job, args: argparse.Namespace, path: Path | None = None, apart: bool = False):
@@ -133,9 +127,7 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     """Find thresholds, write the checkpoint that has them, and say what they cost and bring."""
     require_projections(job.source.args)
     require_space(job.target, job.source.layout.bytes(job.dtype))
-    ids = None if args.check is None else encoded(read_text(args.check), job.path, job.source)
-    if ids is not None and len(ids) < 2:
-        raise ValueError(f"the text {args.check} is one token long; perplexity needs 2 or more")
+    ids = None if args.check is None else ids_to_measure(args.check, job.path, job.source.args.vocab_size)
     model = load(job, args, apart=True)
     layers = skippable_(model)
     shapes = [projection_size(job.source, name) for name in PROJECTIONS]

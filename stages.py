@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from mixers.compiled import is_fixed
+from mixers.layer_kinds import args_of_layers
 from model import Blocks, CacheView, KVCache, ModelArgs, Transformer
 from ranks import Ranks
 
@@ -66,23 +67,7 @@ class Stage:
         """The args of a model of this stage's layers alone."""
         if self.count == 1:
             return self.args
-
-        def moved(layers: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(layer - self.layers[0] for layer in layers if layer in self.layers)
-
-        args = self.args
-        changes = {"n_layer": len(self.layers), "tie_embeddings": False}
-        changes |= {name: moved(getattr(args, name)) for name in ("full_layers", "unrotated_layers")}
-        if args.delta is not None:
-            layers = moved(args.delta.layers)
-            changes["delta"] = replace(args.delta, layers=layers) if layers else None
-        dense = moved(args.dense_layers)
-        if len(dense) == len(self.layers):  # no layer with experts
-            changes |= {"intermediate_size": args.dense_size, "dense_layers": (), "dense_size": None}
-            changes |= dict.fromkeys(("n_expert", "n_expert_used", "shared_size", "n_expert_group", "n_group_used"))
-        else:
-            changes |= {"dense_layers": dense, "dense_size": args.dense_size if dense else None}
-        return replace(args, **changes)
+        return replace(args_of_layers(self.args, list(self.layers)), tie_embeddings=False)
 
     def own_name(self, name: str) -> str | None:
         """The name that a tensor or layer of the whole model has here; None: it is not here."""

@@ -8,11 +8,11 @@ import torch.nn as nn
 
 from cli import listed
 from layers.quantized import QuantizedLinear
-from model import ModelArgs, Transformer
+from mixers.layer_kinds import args_of_layers
+from model import Transformer
 from weights.checkpoint import assigned, read_tensors
 from weights.layout import EXACT, Layout, ModelFile
 
-PER_LAYER = ("full_layers", "unrotated_layers", "dense_layers")  # fields of ModelArgs that number layers
 NOT_CUT = ("n_reusing_layer", "layer_input_size", "delta")  # what ties a layer to others, or to its number
 
 
@@ -34,14 +34,9 @@ def student_of(teacher: ModelFile, n_layer: int) -> ModelFile:
     if apart:
         raise ValueError(f"--layers is not supported for models with {listed(apart)}; give a student with --finetune")
     kept = kept_layers(args.n_layer, n_layer)
-    layout = Layout(cut_args(args, kept))
+    layout = Layout(args_of_layers(args, kept))
     tensors = {name: teacher.tensors[name_in(name, kept)] for name in layout.tensors}
     return replace(teacher, layout=layout, tensors=tensors)
-
-
-def cut_args(args: ModelArgs, kept: list[int]) -> ModelArgs:
-    numbers = {name: tuple(i for i, layer in enumerate(kept) if layer in getattr(args, name)) for name in PER_LAYER}
-    return replace(args, n_layer=len(kept), **numbers)
 
 
 def name_in(name: str, kept: list[int]) -> str:

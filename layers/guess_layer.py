@@ -32,14 +32,6 @@ class GuessLayer(Transformer):
         self.hidden_norm, self.embedding_norm = block_norm(args), block_norm(args)
         self.joined = nn.Linear(2 * args.dim, args.dim, bias=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.norm.weight.device
-
     def share(self, model: Transformer) -> None:
         """Guess for `model`, with its embedding and its head, of what its last norm returns."""
         head = model.output

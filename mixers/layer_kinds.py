@@ -1,6 +1,7 @@
 """How layers of one model differ, and what each keeps of a row of the cache. args: a `model.ModelArgs`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,25 @@ def projected_heads(args, layer: int) -> tuple[int, int, int, int]:
     if source_layers(args)[layer] != layer:
         return args.n_head, 0, 0, n_gate
     return args.n_head, n_kv_head, 0 if args.keys_as_values and is_full else n_kv_head, n_gate
+
+
+def args_of_layers(args, layers: list[int]):
+    """The args of a model of some layers alone, which lie one after another there."""
+
+    def moved(numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(layers) if layer in numbers)
+
+    changes = {name: moved(getattr(args, name)) for name in ("full_layers", "unrotated_layers")}
+    if args.delta is not None:
+        own = moved(args.delta.layers)
+        changes["delta"] = replace(args.delta, layers=own) if own else None
+    dense = moved(args.dense_layers)
+    if len(dense) == len(layers):  # no layer with experts
+        changes |= {"intermediate_size": args.dense_size, "dense_layers": (), "dense_size": None}
+        changes |= dict.fromkeys(("n_expert", "n_expert_used", "shared_size", "n_expert_group", "n_group_used"))
+    else:
+        changes |= {"dense_layers": dense, "dense_size": args.dense_size if dense else None}
+    return replace(args, n_layer=len(layers), **changes)
 
 
 def check_layer_kinds(args) -> None:

@@ -4,11 +4,12 @@ import os
 import re
 import stat
 import sys
+from pathlib import Path
 
 import torch
 
-from text.files import array_texts, numbered_lines, read_utf8, require_utf8, text_fields
-from text.tokenizer import Tokenizer
+from text.files import array_texts, numbered_lines, read_text, read_utf8, require_utf8, text_fields
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 class IdTokenizer:
@@ -82,6 +83,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | int, chat: bool = False, s
         return checked_ids(tokenizer.encode(prompt), tokenizer)
     messages = [{"role": "system", "content": system}] if system is not None else []
     return checked_ids(tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}]), tokenizer)
+
+
+def ids_of(text: str, path: str | Path, vocab_size: int) -> list[int]:
+    """The ids of a text with the tokenizer of the model at `path`."""
+    tokenizer = load_tokenizer(path, vocab_size)
+    return checked_ids(tokenizer.encode(text), tokenizer)
+
+
+def ids_to_measure(file: str, path: str | Path, vocab_size: int) -> list[int]:
+    """The ids of the text in a file, of which perplexity can be measured."""
+    ids = ids_of(read_text(file), path, vocab_size)
+    if len(ids) < 2:
+        raise ValueError(f"the text {file} is one token long; perplexity needs 2 or more")
+    return ids
 
 
 def checked_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:

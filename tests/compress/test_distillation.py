@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from compress.distillation import class_logprobs, distillation_loss, rate_at
-from compress.student import cut_args, keep_zeros_, kept_layers, stored_tensors, student_of, trainable
+from compress.student import keep_zeros_, kept_layers, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, full_windows, split_off
 from engine.engine import Engine, generate
 from engine.speculation.drafters import DraftModel
 from engine.speculation.speculative import Speculation
 from layers.quantized import QuantSpec, linear_table, quantize_weight
 from measure.acceptance import greedy_texts, mean_accepted
+from mixers.layer_kinds import args_of_layers
 from model import Transformer
 from tests.compress.distillation_cases import ARGS, CPU, PLAN, opened, training
 from tests.tiny import GREEDY, ran, random_ids, tiny_model
@@ -87,7 +88,7 @@ def test_kept_layers_are_evenly_spread_from_the_first_to_the_last():
 
 def test_layers_are_numbered_anew():
     args = replace(ARGS, n_layer=6, sliding_window=4, full_layers=(0, 3, 5), unrotated_layers=(4,))
-    cut = cut_args(args, [0, 2, 3, 5])
+    cut = args_of_layers(args, [0, 2, 3, 5])
     assert (cut.n_layer, cut.full_layers, cut.unrotated_layers) == (4, (0, 2, 3), ())
 
 
