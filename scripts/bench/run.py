@@ -32,15 +32,18 @@ TABLES = {
     "quality": "size, perplexity and time to make of each quantisation",
     "speculation": "speculative decoding against plain decoding",
     "serving": "serve.py under load, against other servers on the same weights",
+    "waits": "what clients of serve.py wait for: prompts beside rows that run, the next turn",
     "experts": "a mixture of experts, against the memory's rate and a dense model",
     "families": "decoding of each kind of family, against the rate of one large matrix",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
     "pipeline": "two pipeline stages, with batches cut and uncut",
+    "long_context": "steps at late positions, with keys and values in bf16 and int8",
 }
 
 
-FOLDERS = {"serving": "serving.table", "experts": "random_weights.experts", "families": "random_weights.families"}
+FOLDERS = {"serving": "serving.table", "waits": "serving.waits"}
+FOLDERS |= {name: f"random_weights.{name}" for name in ("experts", "families")}
 
 
 def module_of(table: str) -> ModuleType:

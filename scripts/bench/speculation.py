@@ -28,7 +28,8 @@ PARTS, SAME = ("texts",), ("threads", "model", "new_tokens", "ways")
 
 def add_flags(parser) -> None:
     shared_flags(parser, "benchmarks/speculation.json", rounds=5)
-    kinds = "a drafter (ngram, the precision of the same weights, or useless: random weights of that size) and its k"
+    kinds = "a drafter and its k: ngram, a precision of the same weights, a precision and a checkpoint (int4:PATH), or "
+    kinds += "useless, which is random weights of that size"
     parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"{kinds} (default: {WAYS})")
     parser.add_argument("--new_tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
 
@@ -47,7 +48,7 @@ def make_engines(plain: Engine, model: str, ways: list[str]) -> dict[str, Engine
     # one for all: a second compiled form of the same function would make each call look through both
     check, drafters, engines = compile_step(verify, plain.model.device), {}, {}
     for way in ways:
-        name, _, k = way.partition(" ")
+        name, _, k = way.rpartition(" ")
         if name not in drafters:
             drafters[name] = make_drafter(name, plain, model)
         speculation = Speculation(drafters[name], k if k == "auto" else int(k), check, device=plain.model.device)
@@ -61,7 +62,9 @@ def make_drafter(name: str, plain: Engine, model: str) -> Drafter:
     if name == "useless":
         draft = random_model(plain.model.args, quantize=quant_spec("int4", None))
     else:
-        draft = load_model(model, quantize=quant_spec(name, None))
+        precision, _, path = name.partition(":")
+        mode = None if precision == "bf16" else precision
+        draft = load_model(path or model, quantize=quant_spec(mode, None))
     return DraftModel(draft, compile_step(draft_one_token, draft.device))
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from scripts.bench import report, run, speed
+from scripts.bench import long_context, report, run, speed
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
 from scripts.bench.sides import SIDES, start_side
@@ -245,3 +245,13 @@ def test_every_table_explains_itself(table, capsys):
         run.build_parser([table]).parse_args([table, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "--output" in text and "--fresh" in text and "--threads" in text
+
+
+def test_late_steps_stand_beside_their_bytes():
+    bf16, int8 = (long_context.name_of(8000, dtype) for dtype in (None, "int8"))
+    early = long_context.name_of(108, None)
+    steps = {name: {"median": {"step_ms": ms}} for name, ms in ((early, 4.0), (bf16, 12.0), (int8, 10.0))}
+    found = {"bytes": {early: 100, bf16: 200, int8: 160}, "steps": steps}
+    table = long_context.table({"model": "a", "threads": 2, "found": {"int4": found}})
+    assert "| int4 weights, position 8000, bf16 cache | 12.00 ms | 3.00 (2.00) |  |" in table
+    assert "| int4 weights, position 8000, int8 cache | 10.00 ms | 2.50 (1.60) | 1.20 (1.25) |" in table

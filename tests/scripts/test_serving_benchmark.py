@@ -10,7 +10,7 @@ import pytest
 from scripts.bench.peers import load
 from scripts.bench.peers.load import Answer, Load, figures
 from scripts.bench.report import Report
-from scripts.bench.serving import clients, servers, table
+from scripts.bench.serving import clients, servers, table, waits
 from scripts.bench.serving.openvino import ContinuousBatching
 from tests.tiny import make_tiny_checkpoint
 
@@ -105,7 +105,7 @@ def test_our_server_is_measured_and_others_that_are_missing_or_fail_are_named(tm
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     result = {part: {} for part in table.PARTS} | {"model": "tiny", "threads": 1}
     report = Report(str(tmp_path / "out.json"), result)
-    fill = partial(table.fill, report, model=str(path), quick=True, rounds=1, threads=1)
+    fill = partial(table.fill, report, model=str(path), quick=True, loads=None, rounds=1, threads=1)
     with pytest.raises(ValueError, match="--servers lacks gpt-faster"):
         fill(servers=["llama-server"])
     fill(servers=[*some])
@@ -116,6 +116,21 @@ def test_our_server_is_measured_and_others_that_are_missing_or_fail_are_named(tm
         assert [*sides] == ["gpt-faster"] and all(value > 0 for value in sides["gpt-faster"]["median"].values())
     written = table.table(result)
     assert written.count("| gpt-faster |") == 2 and "\nLeft out: int8, 3 clients, failing: too much." in written
+
+
+def test_waits_are_measured_beside_rows_that_run(tmp_path, monkeypatch):
+    pytest.importorskip("starlette")
+    path = make_tiny_checkpoint(tmp_path)
+    sizes = {"PROMPT": 9, "FIRST_TURN": 9, "ANSWER": 3, "QUESTION": 2, "RUNNING": 60, "OUR_FLAGS": ["int8"]}
+    for name, value in sizes.items():
+        monkeypatch.setattr(waits, name, value)
+    monkeypatch.setattr(servers, "CONTEXT", 128)
+    monkeypatch.setattr(servers, "COMPILED", [])
+    result = {"found": {}, "model": "tiny", "threads": 1}
+    waits.fill(Report(str(tmp_path / "out.json"), result), model=str(path), rounds=1, threads=1)
+    [found] = result["found"].values()
+    assert all(value > 0 for value in found.values())
+    assert f"(x{found['second_turn_s'] / found['first_turn_s']:.2f})" in waits.table(result)
 
 
 def test_flags():

@@ -56,15 +56,22 @@ def add_flags(parser) -> None:
     text = f"of {'; '.join(SERVERS)} (default: all)"
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=[*SERVERS], metavar="SERVER", help=text)
     parser.add_argument("--quick", action="store_true", help="1 and 16 clients (default: all loads)")
+    text = f"of {'; '.join(LOADS)} (default: all)"
+    parser.add_argument("--loads", nargs="+", choices=LOADS, metavar="LOAD", help=text)
 
 
-def fill(report: Report, *, model: str, servers: list[str], quick: bool, rounds: int, threads: int) -> None:
+def fill(
+    report: Report, *, model: str, servers: list[str], quick: bool, loads: list[str] | None, rounds: int, threads: int
+) -> None:
     if OURS not in servers:
         raise ValueError(f"--servers lacks {OURS}, which the others are compared with")
+    if quick and loads:
+        raise ValueError("--quick names the loads; leave it or --loads out")
+    asked = QUICK if quick else {name: LOADS[name] for name in loads or LOADS}
     for precision in OUR_FLAGS:
         with ExitStack() as stack:
             started = start_all(report, stack, servers, model, precision, threads)
-            for name, load in (QUICK if quick else LOADS).items():
+            for name, load in asked.items():
                 key = f"{precision}, {name}"
                 report.once(report.result["loads"], key, partial(compare, report, key, started, load, rounds))
 
