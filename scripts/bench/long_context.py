@@ -37,25 +37,23 @@ def fill(report: Report, *, model: str, rounds: int, **_) -> None:
         report.once(report.result["found"], precision, partial(measure, model, mode, rounds))
 
 
+@torch.inference_mode()  # as decode runs: a tensor made outside is another form to the compiler
 def measure(model: str, mode: str | None, rounds: int) -> dict:
     """A step at each position with each cache, in milliseconds, and the bytes that it reads."""
-    load = random_model if model in REGISTRY else load_model
-    path = model if model in REGISTRY else Path(model)
-    engine = build_engine(load(path, quantize=quant_spec(mode, None)), compile=True)
-    positions = [each for each in POSITIONS if each + STEPS < engine.model.args.max_seq_length]
-    caches, read = {}, {}
+    path, load = (model, random_model) if model in REGISTRY else (Path(model), load_model)
+    read, sides = {}, {}
     for cache_dtype in CACHES:
-        engine.model.cache_dtype = parse_cache_dtype(cache_dtype)
-        caches[cache_dtype] = allocate(engine.model, 1, slots_for(engine.model.args, positions[-1] + STEPS))
-        for buffer in (each for layer in set(caches[cache_dtype].layers) for each in layer.buffers()):
+        loaded = load(path, quantize=quant_spec(mode, None))
+        loaded.cache_dtype = parse_cache_dtype(cache_dtype)
+        engine = build_engine(loaded, compile=True)  # one for each: a step is compiled for its first cache
+        positions = [each for each in POSITIONS if each + STEPS < loaded.args.max_seq_length]
+        cache = allocate(loaded, 1, slots_for(loaded.args, positions[-1] + STEPS))
+        for buffer in (each for layer in set(cache.layers) for each in layer.buffers()):
             buffer.normal_() if buffer.is_floating_point() else buffer.random_(-100, 100)
         for position in positions:
-            read[name_of(position, cache_dtype)] = weight_bytes(engine.model) + row_bytes(engine.model, position)
-    sides = {
-        name_of(position, dtype): partial(step, engine, caches[dtype], position)
-        for position in positions
-        for dtype in CACHES
-    }
+            name = name_of(position, cache_dtype)
+            read[name] = weight_bytes(loaded) + row_bytes(loaded, position)
+            sides[name] = partial(step, engine, cache, position)
     return {"bytes": read, "steps": take_turns(rounds, sides)}
 
 

@@ -2,8 +2,10 @@
 
 Each has the widths of a real model, but fewer layers and experts and a vocabulary of 32,000, so that it takes at most
 2 GB. Weights that a token uses, states and caches count as read. Wanted: 80 % of the rate in bf16, 70 % in 4 bits.
+Prompts of gated DeltaNet, in bf16, stand beside those of a dense model of as many weights, and transformers'.
 """
 
+import time
 from functools import partial
 
 import torch
@@ -52,11 +54,13 @@ FAMILIES = {
     "DeepSeek-V2-Lite": LATENT,
     "GLM-4.5-Air": GLM,
 }
-SPECS = {"bf16": None, "int4": QuantSpec(4, 32)}
+SPECS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
 SPECS |= {"MXFP4": QuantSpec(4, 32, "float4"), "FP8": QuantSpec(8, 128, "float8")}
 ROWS = [(family, precision) for family in FAMILIES for precision in ("bf16", "int4")]
-ROWS += [("gpt-oss", "MXFP4"), ("Llama", "MXFP4"), ("Llama", "FP8")]
-PARTS, SAME = ("found",), ("threads", "new_tokens")
+ROWS += [("gpt-oss", "MXFP4"), ("Llama", "MXFP4"), ("Llama", "FP8"), ("Llama", "int8")]
+PROMPT = 2048  # tokens
+AS_LARGE = DENSE | {"num_hidden_layers": 9}  # as many weights as the model of gated DeltaNet has
+PARTS, SAME = ("found", "prompts"), ("threads", "new_tokens")
 
 
 def add_flags(parser) -> None:
@@ -73,10 +77,36 @@ def fill(report: Report, *, families: list[str], precisions: list[str], rounds: 
             report.once(
                 report.result["found"], f"{family}, {precision}", partial(measure, args, SPECS[precision], case, rounds)
             )
+    if "Qwen3.5" in families and "bf16" in precisions:
+        report.once(report.result, "prompts", partial(measure_prompts, rounds))
 
 
 def args_of(family: str) -> ModelArgs:
     return args_from_config(Config(FAMILIES[family] | SMALL))
+
+
+@torch.inference_mode()
+def measure_prompts(rounds: int) -> dict:
+    """A prompt through gated DeltaNet, through attention in every layer, and through transformers' gated DeltaNet."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = torch.arange(PROMPT)[None] * 7 % SMALL["vocab_size"]
+    config = AutoConfig.for_model(**DELTA | SMALL)
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    delta = build_engine(random_model(args_of("Qwen3.5")))
+    dense = build_engine(random_model(args_from_config(Config(AS_LARGE | SMALL))))
+
+    def read(forward) -> dict[str, float]:
+        began = time.perf_counter()
+        forward()
+        return {"prefill_tok_s": PROMPT / (time.perf_counter() - began)}
+
+    def engine_reads(engine) -> dict[str, float]:
+        return {"prefill_tok_s": measure_case(engine, Case(1, PROMPT, 2))["prefill_tok_s"]}
+
+    sides = {"gated DeltaNet": partial(engine_reads, delta), "attention": partial(engine_reads, dense)}
+    sides["transformers' gated DeltaNet"] = partial(read, lambda: theirs(tokens, use_cache=True, logits_to_keep=1))
+    return take_turns(rounds, sides)
 
 
 def measure(args: ModelArgs, spec: QuantSpec | None, case: Case, rounds: int) -> dict:
@@ -100,4 +130,9 @@ def table(result: dict) -> str:
         rate, share = facts["median"]["decode_tok_s"], facts["median"]["share"]
         rows.append([name, f"{rate:.1f} tok/s", f"{facts['weights_gb']:.3f} GB", f"{facts['cache_gb'] * 1e3:.1f} MB"])
         rows[-1].append(f"{share:.0%}")
-    return markdown(["shape of", "decode", "weights a token", "state and cache", "of a large matrix's rate"], rows)
+    parts = [markdown(["shape of", "decode", "weights a token", "state and cache", "of a large matrix's rate"], rows)]
+    if result["prompts"]:
+        rates = {side: facts["median"]["prefill_tok_s"] for side, facts in result["prompts"].items()}
+        rows = [[side, f"{rate:.0f} tok/s (x{rates['gated DeltaNet'] / rate:.2f})"] for side, rate in rates.items()]
+        parts.append(markdown([f"prompt of {PROMPT}, as many weights, bf16", "prefill"], rows))
+    return "\n\n".join(parts)

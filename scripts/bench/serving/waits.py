@@ -50,7 +50,7 @@ async def all_waits(server: Server, rounds: int) -> dict[str, float]:
         alone = [(await asked(ids(PROMPT), 4)).first_s for _ in range(rounds)]
         turns = [await two_turns(asked, ids) for _ in range(rounds)]
         rows = [asyncio.create_task(asked(ids(16), RUNNING)) for _ in range(ROWS - 1)]
-        await asyncio.sleep(1)
+        await asked(ids(16), 1)  # prompts are read in turn, so all rows run now
         beside = []
         while not any(row.done() for row in rows):
             beside.append((await asked(ids(PROMPT), 4)).first_s)
