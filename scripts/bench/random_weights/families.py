@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from engine.cache import row_bytes
-from engine.engine import build_engine
+from engine.engine import Engine, build_engine
 from layers.quantized import QuantSpec
 from measure.machine import measured_bandwidth
 from model import ModelArgs
@@ -60,7 +60,8 @@ ROWS = [(family, precision) for family in FAMILIES for precision in ("bf16", "in
 ROWS += [("gpt-oss", "MXFP4"), ("Llama", "MXFP4"), ("Llama", "FP8"), ("Llama", "int8")]
 PROMPT = 2048  # tokens
 AS_LARGE = DENSE | {"num_hidden_layers": 9}  # as many weights as the model of gated DeltaNet has
-PARTS, SAME = ("found", "prompts"), ("threads", "new_tokens")
+SHIPPED = {"MXFP4": "int4", "FP8": "int8"}  # formats beside ours of about as many bytes
+PARTS, SAME = ("found", "prompts", "formats"), ("threads", "new_tokens")
 
 
 def add_flags(parser) -> None:
@@ -77,12 +78,26 @@ def fill(report: Report, *, families: list[str], precisions: list[str], rounds: 
             report.once(
                 report.result["found"], f"{family}, {precision}", partial(measure, args, SPECS[precision], case, rounds)
             )
+    if "Llama" in families and set(SHIPPED) <= set(precisions):
+        report.once(report.result, "formats", partial(measure_formats, Case(1, 8, new_tokens), rounds))
     if "Qwen3.5" in families and "bf16" in precisions:
         report.once(report.result, "prompts", partial(measure_prompts, rounds))
 
 
 def args_of(family: str) -> ModelArgs:
     return args_from_config(Config(FAMILIES[family] | SMALL))
+
+
+def measure_formats(case: Case, rounds: int) -> dict:
+    """Decoding of one model in each shipped format and in ours, in turn."""
+    names = [name for pair in SHIPPED.items() for name in pair]
+    engines = {name: build_engine(random_model(args_of("Llama"), quantize=SPECS[name]), compile=True) for name in names}
+
+    def run(engine: Engine) -> dict[str, float]:
+        rate = measure_case(engine, case)["decode_tok_s"]
+        return {"decode_tok_s": rate, "weights_gb": weight_bytes(engine.model) / GB}
+
+    return take_turns(rounds, {name: partial(run, engine) for name, engine in engines.items()})
 
 
 @torch.inference_mode()
@@ -131,6 +146,13 @@ def table(result: dict) -> str:
         rows.append([name, f"{rate:.1f} tok/s", f"{facts['weights_gb']:.3f} GB", f"{facts['cache_gb'] * 1e3:.1f} MB"])
         rows[-1].append(f"{share:.0%}")
     parts = [markdown(["shape of", "decode", "weights a token", "state and cache", "of a large matrix's rate"], rows)]
+    if result["formats"]:
+        found = {name: facts["median"] for name, facts in result["formats"].items()}
+        read = {name: facts["decode_tok_s"] * facts["weights_gb"] for name, facts in found.items()}
+        rows = [[f"{a}, against {b}"] for a, b in SHIPPED.items()]
+        for row, (a, b) in zip(rows, SHIPPED.items(), strict=True):
+            row += [f"{found[name]['decode_tok_s']:.1f} tok/s" for name in (a, b)] + [f"x{read[a] / read[b]:.2f}"]
+        parts.append(markdown(["shape of Llama", "decode", "ours", "bytes a second, to ours"], rows))
     if result["prompts"]:
         rates = {side: facts["median"]["prefill_tok_s"] for side, facts in result["prompts"].items()}
         rows = [[side, f"{rate:.0f} tok/s (x{rates['gated DeltaNet'] / rate:.2f})"] for side, rate in rates.items()]
