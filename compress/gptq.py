@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import progress
-from layers.quantized import LAYERS, QuantSpec, quantize_weight, scales_and_zeros, stored, to_codes
+from layers.formats import scales_and_zeros, stored, to_codes
+from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from model import Transformer
 
 EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time

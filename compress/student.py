@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from cli import listed
-from layers.quantized import QuantizedLinear
+from layers.formats import QuantizedLinear
 from mixers.layer_kinds import args_of_layers
 from model import Transformer
 from weights.checkpoint import assigned, read_tensors

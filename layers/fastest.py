@@ -9,11 +9,13 @@ import torch.nn as nn
 from cli import progress, say
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
+from layers.formats import Int4Linear, Int8Linear, QuantizedLinear
 from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
 from layers.gpu.linear import CodesOnGpu, GpuBlock, codes_on_gpu, has_head_for_gpu, join_head_
-from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.low_rank import WithAdapter
+from layers.mixers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
+from layers.mixers.recurrent import OperatorDeltaNet
 from layers.packed import (
     AnyExperts,
     CodesLinear,
@@ -27,8 +29,7 @@ from layers.packed import (
     fits_torch,
     float_copy,
 )
-from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
-from layers.recurrent import OperatorDeltaNet
+from layers.quantized import LAYERS, replace_
 from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.latent import LatentAttention

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.formats import Int4Linear, Int8Linear, QuantizedLinear
 from layers.packed import FEW, product
-from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.compiled import surely_few
 from model import FeedForward, ModelArgs
 

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import surely_few
-from layers.quantized import QuantizedLinear
+from layers.formats import QuantizedLinear
 from mixers.latent import LatentAttention
 from model import Attend
 
