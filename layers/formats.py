@@ -242,3 +242,12 @@ class OtherFloat4Linear(Table4Linear):
 
     MAGNITUDES = tuple(each / 12 for each in (0, 0.0625, 8, 12, 4, 6, 2, 3))
     CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))
+
+
+def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of these tensors, which takes no gradients."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    layer.out_features, layer.in_features = weight.shape
+    return layer

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from layers.formats import (
     OtherFloat4Linear,
     QuantizedLinear,
 )
+from layers.two_four import UNIT, TwoFourLinear, compress
 from mixers.experts import ExpertLinear, Gate
 
 GROUPSIZES = (16, 32, 64, 128, 256)
@@ -28,6 +29,7 @@ GROUPSIZE_HELP = "inputs that share a scale: 16, 32, 64, 128 or 256 (default: in
 NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
 NAMED |= {"nf4": NormalFloat4Linear, "fp4": OtherFloat4Linear}
 LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
+PATTERNS = {"2:4": TwoFourLinear}
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class QuantSpec:
     ordered: bool = False  # whether the layer holds the order in which its codes take the inputs
     scale_dtype: str = "bfloat16"  # of its scales and zeros; what is rounded here has this one
     threshold: float | None = None  # inputs of at most this magnitude count as 0, see `layers.sparse`; None: all count
+    pattern: str | None = None  # one of `PATTERNS`, by which some weights are not stored; None: all are
 
     def __post_init__(self):
         supported = ", ".join(map(str, GROUPSIZES))
         if self.threshold is not None and not (type(self.threshold) is float and 0 <= self.threshold < math.inf):
             raise ValueError(f"threshold is {self.threshold!r}; it must be a number from 0 on")
+        if self.pattern not in (None, *PATTERNS):
+            raise ValueError(f"pattern is {self.pattern!r}; supported: {', '.join(PATTERNS)}")
         if self.bits is None:
             if (self.groupsize, self.format, self.ordered) != (None, None, False):
                 raise ValueError("a layer of floats has neither groupsize nor format nor order")
@@ -57,14 +62,18 @@ class QuantSpec:
             raise ValueError(f"groupsize {self.groupsize!r} is not supported; use one of {supported}")
         if self.format is not None and self.format not in NAMED:
             raise ValueError(f"format {self.format!r} is not supported; supported: {', '.join(NAMED)}")
-        if self.layer.bits != self.bits or type(self.ordered) is not bool:
+        if LAYERS[self.format or self.bits].bits != self.bits or type(self.ordered) is not bool:
             raise ValueError(f"there is no format {self.format!r} of {self.bits} bits, ordered: {self.ordered!r}")
+        if self.pattern is not None and (self.bits, self.format, self.ordered) != (8, None, False):
+            kinds = "floats and for int8 as it is made here"
+            raise ValueError(f"the pattern {self.pattern} is for {kinds}, not for {replace(self, pattern=None)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scales of {self.scale_dtype!r} are not supported; supported: {', '.join(SCALE_DTYPES)}")
 
     @property
     def has_codes(self) -> bool:
-        return self.bits is not None
+        """Whether other tensors than a float weight are stored: codes, or kept values and their positions."""
+        return self.bits is not None or self.pattern is not None
 
     def as_floats(self) -> "QuantSpec":
         """The same with floats in the place of codes."""
@@ -73,15 +82,19 @@ class QuantSpec:
     @property
     def layer(self) -> type["QuantizedLinear"]:
         """The class of such a layer of codes."""
-        return LAYERS[self.format or self.bits]
+        return LAYERS[self.format or self.bits] if self.pattern is None else PATTERNS[self.pattern]
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """Names of the tensors that stand for a weight, but for an order of inputs."""
-        return ("weight", "scales", "zeros") if self.layer.has_zeros else ("weight", "scales")
+        parts = {"positions": self.pattern is not None, "scales": self.bits is not None, "zeros": self.layer.has_zeros}
+        return ("weight", *(name for name, is_there in parts.items() if is_there))
 
     def groups(self, in_features: int, name: str) -> int:
         """Groups in a row of layer `name`; a ValueError names the groupsizes that divide it, if this one does not."""
+        if self.pattern is not None and in_features % UNIT:
+            advice = f"the positions of {UNIT} inputs share a byte; leave the layer as it is"
+            raise ValueError(f"the pattern {self.pattern} does not fit the {in_features} inputs of {name}: {advice}")
         if self.groupsize is None:
             return 1
         if in_features % self.groupsize:
@@ -92,8 +105,10 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group, order = f".g{self.groupsize}" if self.groupsize else "", ".ordered" if self.ordered else ""
+        pattern = "" if self.pattern is None else f".{self.pattern.replace(':', '-')}"
         sparse = "" if self.threshold is None else ".sparse"
-        return f"{self.format or (f'int{self.bits}' if self.has_codes else 'float')}{group}{order}{sparse}"
+        kind = self.format or ("float" if self.bits is None else f"int{self.bits}")
+        return f"{kind}{group}{order}{pattern}{sparse}"
 
 
 def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
@@ -107,6 +122,9 @@ def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
 
 def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") -> dict[str, Tensor]:
     """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `LAYERS`."""
+    if spec.pattern is not None:
+        codes = {"weight": weight} if spec.bits is None else quantize_weight(weight, replace(spec, pattern=None), name)
+        return compress(codes)
     rows, n_group = weight.flatten(0, -2), spec.groups(weight.shape[-1], name)
     parts = [
         spec.layer.rounded(part.float().unflatten(1, (n_group, -1)))
@@ -141,7 +159,7 @@ def table_from_json(value) -> dict[str, QuantSpec]:
     except (TypeError, AttributeError):
         raise ValueError("the table of layers is damaged") from None
     if QuantSpec() in table.values():
-        raise ValueError("the table of layers is damaged: it has one with neither codes nor a threshold")
+        raise ValueError("the table of layers is damaged: it has one with neither codes nor a pattern nor a threshold")
     return table
 
 
@@ -155,8 +173,9 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
         layer = layers.get(name)
         if not can_be_rounded(layer):
             raise ValueError(f"the table of layers names {name!r}, not a linear layer of the model")
-        if spec.threshold is not None and layer.weight.ndim == 3:
-            raise ValueError(f"{name} has a threshold, which is not supported for experts")
+        if (spec.threshold, spec.pattern) != (None, None) and layer.weight.ndim == 3:
+            what = "a threshold" if spec.pattern is None else f"the pattern {spec.pattern}"
+            raise ValueError(f"{name} has {what}, which is not supported for experts")
         if not spec.has_codes:
             continue
         spec.groups(layer.weight.shape[-1], name)

@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from layers.packed import surely_few
 from layers.formats import QuantizedLinear
+from layers.packed import surely_few
 from mixers.latent import LatentAttention
 from model import Attend
 
