@@ -275,10 +275,11 @@ def test_fused_blocks_take_two_four_layers(spec, dtype, fields):
     cache = model.new_cache(2, 50)
     model(tokens[:, :30], pos[:, :30], cache.view())
     alone = [model(tokens[:, i : i + 1], pos[:, i : i + 1], cache.view()) for i in range(30, 40)]
-    together = found[0][:, 30:]  # the head, float32, is a product of matrices
-    assert torch.equal(torch.cat(alone, 1), together) or (
-        dtype == F32 and torch.allclose(torch.cat(alone, 1), together)
-    )
+    alone, together = torch.cat(alone, 1), found[0][:, 30:]
+    if dtype == BF16:
+        assert torch.equal(alone, together)
+    else:  # the head is a product of matrices
+        assert (alone - together).norm() < 1e-5 * together.norm()
 
 
 @needs_operators
