@@ -4,19 +4,15 @@ A layer's columns are rounded one by one. Each column's error is compensated by 
 inputs seen in calibration allow: the second moments of these inputs are the Hessian H of the squared output error.
 """
 
-import sys
+from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
-from cli import progress
+from compress.walk import Visited, walk_
 from layers.formats import scales_and_zeros, stored, to_codes
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from model import Transformer
-
-EXPERT_BYTES = 1 << 30  # of the Hessians of experts that are collected at a time
 
 
 def damped(H: Tensor, percdamp: float) -> Tensor:
@@ -78,106 +74,25 @@ def gptq_weight(
     return stored(codes[:, order.argsort()], scales[..., 0], zeros[..., 0], spec.bits)
 
 
-class Reached(Exception):
-    """Ends a forward at a module, and carries the module's arguments."""
-
-
-def arguments_of(module: nn.Module, block: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What `block(*batch)` calls `module` with; neither the module nor what comes after it is computed."""
-
-    def stop(_, arguments):
-        raise Reached(*arguments)
-
-    with module.register_forward_pre_hook(stop):
-        try:
-            block(*batch)
-        except Reached as reached:
-            return reached.args
-    raise AssertionError(f"{module} was not called")
-
-
-def gptq_linear(
-    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], spec: QuantSpec, *, name: str, **how
-) -> dict[str, Tensor]:
-    """`gptq_weight` of a linear layer, for the mean of 2 x x^T over its inputs x, all tokens of all batches."""
-    H = torch.zeros(2 * [layer.weight.shape[1]], device=layer.weight.device)
-    n_tokens = sum(x.shape[0] * x.shape[1] for x, *_ in batches)
-    for batch in batches:
-        (x,) = arguments_of(layer, block, batch)
-        x = x.flatten(0, -2).float()  # [tokens, in]
-        H.addmm_(x.T, x, alpha=2 / n_tokens)
-    require_finite(H, name)
-    return gptq_weight(layer.weight, H, spec, name=name, **how)
-
-
-def require_finite(H: Tensor, name: str) -> None:
-    if not H.isfinite().all():
-        raise ValueError(f"the inputs of {name} are NaN or infinite; use --dtype float32 or another calibration text")
-
-
-def gptq_experts(
-    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], spec: QuantSpec, *, name: str, **how
-) -> dict[str, Tensor]:
-    """`gptq_weight` of each expert, for the inputs that are sent to it: tensors [E, ...].
-
-    An expert that gets no input is rounded to nearest, and named on standard error.
-    """
-    n_expert, _, n_in = layer.weight.shape
-    rounded, unreached = [], []
-    for experts in torch.arange(n_expert).split(max(1, EXPERT_BYTES // (4 * n_in * n_in))):
-        for e, H in zip(experts.tolist(), expert_hessians(layer, block, batches, experts, name), strict=True):
-            if H.any():
-                rounded.append(gptq_weight(layer.weight[e], H, spec, name=f"{name}, expert {e}", **how))
-            else:
-                unreached.append(e)
-                rounded.append(quantize_weight(layer.weight[e], spec, name))
-    if unreached:
-        listed = ", ".join(map(str, unreached))
-        tqdm.write(f"{name}: no token reached experts {listed}; they are rounded to nearest", file=sys.stderr)
-    return {key: torch.stack([tensors[key] for tensors in rounded]) for key in rounded[0]}
-
-
-def expert_hessians(
-    layer: nn.Module, block: nn.Module, batches: list[tuple[Tensor, ...]], experts: Tensor, name: str
-) -> Tensor:
-    """The mean of 2 x x^T over the inputs x of each of some experts: [len(experts), in, in] float32."""
-    n_in = layer.weight.shape[2]
-    H, n_row = torch.zeros(len(experts), n_in, n_in, device=layer.weight.device), [0] * len(experts)
-    for batch in batches:
-        x, chosen = arguments_of(layer, block, batch)  # [T, K or 1, in], [T, K]
-        x = x.expand(-1, chosen.shape[1], -1)
-        for i, e in enumerate(experts.tolist()):
-            rows = x[chosen == e].float()
-            H[i].addmm_(rows.T, rows, alpha=2)
-            n_row[i] += len(rows)
-    H /= torch.tensor(n_row, device=H.device).clamp(min=1)[:, None, None]
-    require_finite(H, name)
-    return H
-
-
 @torch.no_grad()
 def gptq_(
     model: Transformer, windows: Tensor, table: dict[str, QuantSpec], *, batch_size: int = 8, **how
 ) -> dict[str, Tensor]:
     """Round the layers in `table`, those in blocks by GPTQ, others to nearest: their tensors by name, as in our files.
 
-    windows: the calibration text, int64 [n, S]. how: percdamp, blocksize, act_order of `gptq_weight`. Each layer of a
-    block is rounded for the inputs that it gets once all layers before it are rounded; so its weight in `model` is
-    overwritten with the rounded one; layers outside of blocks keep theirs.
+    windows: the calibration text, int64 [n, S]. how: percdamp, blocksize, act_order of `gptq_weight`. The weight of a
+    layer of a block is overwritten with the rounded one in `model`, by `walk_`; layers outside of blocks keep theirs.
+    Experts that get no input are rounded to nearest, and named on standard error.
     """
     rounded = {}
-    pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
-    hidden = [model.embed(tokens) for tokens in windows.to(model.device).split(batch_size)]  # updated block by block
-    contexts = model.contexts(pos, None)
-    for i, block in enumerate(progress(model.layers, desc="Quantising", unit="block")):
-        batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
-        for name, layer in block.named_modules(prefix=f"layers.{i}"):  # in the order in which they run
-            if name in table:
-                round_layer = gptq_experts if layer.weight.ndim == 3 else gptq_linear
-                rounded[name] = round_layer(layer, block, batches, table[name], name=name, **how)
-                layer.weight.copy_(LAYERS[table[name].bits](**rounded[name]).dequantize())
-        for x, *others in batches:
-            x.copy_(block(x, *others))
+
+    def change(visited: Visited) -> Tensor:
+        spec, name = table[visited.name], visited.name
+        to_nearest = partial(quantize_weight, spec=spec, name=name)
+        rounded[name] = visited.changed(partial(gptq_weight, spec=spec, **how), to_nearest, "rounded to nearest")
+        return LAYERS[spec.bits](**rounded[name]).dequantize()
+
+    walk_(model, windows, table, change, title="Quantising", batch_size=batch_size)
     for name in table.keys() - rounded:
         rounded[name] = quantize_weight(model.get_submodule(name).weight, table[name], name)
     return {f"{name}.{key}": tensor for name in table for key, tensor in rounded[name].items()}
