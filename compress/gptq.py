@@ -4,6 +4,8 @@ A layer's columns are rounded one by one. Each column's error is compensated by 
 inputs seen in calibration allow: the second moments of these inputs are the Hessian H of the squared output error.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,17 +32,43 @@ def inverse_root(H: Tensor, name: str) -> Tensor:
     return torch.linalg.solve_triangular(R, torch.eye(len(H), device=H.device), upper=True)
 
 
-def round_columns(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round the columns of W [out, n] in turn, each after it has compensated the errors of those before it.
+@dataclass(frozen=True)
+class Grid:
+    """The numbers to which columns are rounded: code x scale + zero, each [out, n]."""
 
-    U [n, n] is their part of `inverse_root`; scales, zeros [out, n]. Returns codes, and errors / diag(U): [out, n].
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+
+    def nearest(self, w: Tensor, i: int) -> Tensor:  # [out] -> [out]
+        """The numbers of column i that are nearest to w."""
+        scales, zeros = self.scales[:, i], self.zeros[:, i]
+        return to_codes(w, scales, zeros, self.bits) * scales + zeros
+
+
+def settle_columns(
+    W: Tensor,
+    U: Tensor,
+    grid: Grid | None,
+    prune: Callable[[Tensor, Tensor], Tensor] | None = None,
+    width: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Give the columns of W [out, n] their last values, each after it has compensated the errors of those before it.
+
+    U [n, n] is their part of `inverse_root`. prune: whether each of the next `width` columns becomes 0, bool
+    [out, width], for their values now and their part of diag(U). grid: None keeps floats. Returns the values, and
+    errors / diag(U): [out, n].
     """
-    codes, errors = torch.empty_like(W), torch.empty_like(W)
+    settled, errors, is_pruned = torch.empty_like(W), torch.empty_like(W), None
     for i in range(W.shape[1]):
+        if prune is not None and i % width == 0:
+            group = slice(i, i + width)
+            is_pruned = prune(W[:, group] - errors[:, :i] @ U[:i, group], U.diagonal()[group])
         w = W[:, i] - errors[:, :i] @ U[:i, i]
-        codes[:, i] = to_codes(w, scales[:, i], zeros[:, i], bits)
-        errors[:, i] = (w - (codes[:, i] * scales[:, i] + zeros[:, i])) / U[i, i]
-    return codes, errors
+        kept = w if is_pruned is None else w.masked_fill(is_pruned[:, i % width], 0)
+        settled[:, i] = kept if grid is None else grid.nearest(kept, i)
+        errors[:, i] = (w - settled[:, i]) / U[i, i]
+    return settled, errors
 
 
 def gptq_weight(
@@ -60,7 +88,6 @@ def gptq_weight(
     W = weight.float().masked_fill(energy == 0, 0)
     scales, zeros = scales_and_zeros(W.unflatten(1, (n_group, -1)), spec.bits)  # [out, n_group, 1]
     W, group = W[:, order], order // groupsize
-    codes = torch.empty_like(W)
     for g in range(n_group):
         begin, end = g * groupsize, (g + 1) * groupsize
         if not act_order:
@@ -68,9 +95,10 @@ def gptq_weight(
         for i in range(begin, end, blocksize):
             j = min(i + blocksize, end)
             block = slice(i, j)
-            s, z = scales[:, group[block], 0], zeros[:, group[block], 0]
-            codes[:, block], errors = round_columns(W[:, block], U[block, block], s, z, spec.bits)
+            grid = Grid(scales[:, group[block], 0], zeros[:, group[block], 0], spec.bits)
+            W[:, block], errors = settle_columns(W[:, block], U[block, block], grid)
             W[:, j:] -= errors @ U[block, j:]
+    codes = to_codes(W, scales[:, group, 0], zeros[:, group, 0], spec.bits)
     return stored(codes[:, order.argsort()], scales[..., 0], zeros[..., 0], spec.bits)
 
 

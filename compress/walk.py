@@ -74,10 +74,10 @@ class Visited:
     batches: list[tuple[Tensor, ...]]  # what the block is called with
 
     def moments(self, experts: list[int | None], of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Twice the mean of x x^T, or of its diagonal, over the inputs x of each of some experts; 0 where there are none.
+        """Twice the mean of x x^T, or of its diagonal, over the inputs x of each of some experts; of no inputs, 0.
 
-        experts: [None] for a layer without experts. of: `products` or `squares`. This is the Hessian of the layer's
-        squared output error. A ValueError refuses inputs that are NaN or infinite.
+        It is the Hessian of the layer's squared output error. experts: [None] for a layer without experts. of:
+        `products` or `squares`. Inputs that are NaN or infinite are a ValueError.
         """
         totals, counts = [0.0] * len(experts), [0] * len(experts)
         for batch in self.batches:
@@ -130,7 +130,7 @@ def walk_(
     title: str,
     batch_size: int = 8,
 ) -> None:
-    """Give each layer of a block whose name is in `names` the weight that `change` returns, in the order in which they run.
+    """Give each layer of a block whose name is in `names` the weight that `change` returns, in the order of running.
 
     windows: the calibration text, int64 [n, S]. title: of the progress bar.
     """
