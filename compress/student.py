@@ -1,15 +1,19 @@
-"""Who learns: a model of some of its teacher's blocks, or one that is given; its numbers in float32, with gradients."""
+"""Models of some of another's blocks; what each block changes; a model that learns: float32, with gradients."""
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from cli import listed
+from cli import listed, progress
 from layers.formats import QuantizedLinear
+from layers.quantized import QuantSpec
 from mixers.layer_kinds import args_of_layers
-from model import Transformer
+from model import ModelArgs, Transformer
 from weights.checkpoint import assigned, read_tensors
 from weights.layout import EXACT, Layout, ModelFile
 
@@ -25,22 +29,63 @@ def kept_layers(n_layer: int, n_kept: int) -> list[int]:
     return [round(i * (n_layer - 1) / max(n_kept - 1, 1)) for i in range(n_kept)]
 
 
+@torch.no_grad()
+def block_influences(model: Transformer, windows: Tensor) -> list[float]:
+    """How much each block changes its input: 1 - the cosine of what it takes and returns, mean of all tokens.
+
+    windows: text, int64 [n, S]. Of Men et al. (2024, arXiv 2403.03853), who remove the blocks of least influence.
+    """
+    sums = torch.zeros(len(model.layers), dtype=torch.float64)
+
+    def add(i: int, _: nn.Module, inputs: tuple, output: Tensor) -> None:
+        sums[i] += F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).sum().item()
+
+    hooks = [block.register_forward_hook(partial(add, i)) for i, block in enumerate(model.layers)]
+    try:
+        for tokens in progress(windows.to(model.device), desc="Comparing", unit="window"):
+            model.hidden(tokens[None], torch.arange(len(tokens), device=model.device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (1 - sums / windows.numel()).tolist()
+
+
 def student_of(teacher: ModelFile, n_layer: int) -> ModelFile:
     """The open file of a teacher with float weights, as that of a model of n_layer of its blocks."""
-    args = teacher.args
-    if not 1 <= n_layer <= args.n_layer:
-        raise ValueError(f"--layers is {n_layer}; the teacher has {args.n_layer}, and a student has from 1 to all")
+    if not 1 <= n_layer <= teacher.args.n_layer:
+        has = f"the teacher has {teacher.args.n_layer}, and a student has from 1 to all"
+        raise ValueError(f"--layers is {n_layer}; {has}")
+    require_cut(teacher.args, "--layers", "give a student with --finetune")
+    return cut(teacher, kept_layers(teacher.args.n_layer, n_layer))
+
+
+def require_cut(args: ModelArgs, flag: str, advice: str) -> None:
+    """Refuse a model that `cut` cannot cut."""
     apart = [name for name in NOT_CUT if getattr(args, name)]
     if apart:
-        raise ValueError(f"--layers is not supported for models with {listed(apart)}; give a student with --finetune")
-    kept = kept_layers(args.n_layer, n_layer)
-    layout = Layout(args_of_layers(args, kept))
-    tensors = {name: teacher.tensors[name_in(name, kept)] for name in layout.tensors}
-    return replace(teacher, layout=layout, tensors=tensors)
+        raise ValueError(f"{flag} is not supported for models with {listed(apart)}; {advice}")
+
+
+def cut(opened: ModelFile, kept: list[int], table: dict[str, QuantSpec] | None = None) -> ModelFile:
+    """An open file, as that of a model of some of its blocks, in their order. table: of the layers that are left."""
+    layout = Layout(args_of_layers(opened.args, kept), table)
+    tensors = {name: opened.tensors[name_in(name, kept)] for name in layout.tensors}
+    return replace(opened, layout=layout, tensors=tensors)
+
+
+def table_of(table: dict[str, QuantSpec], kept: list[int]) -> dict[str, QuantSpec]:
+    """What a model's table of layers says of some of its blocks, and of what stands outside of blocks."""
+    own = {f"layers.{layer}": f"layers.{i}" for i, layer in enumerate(kept)}
+    left = {}
+    for name, spec in table.items():
+        block = re.match(r"layers\.\d+|", name)[0]
+        if block in own or not block:
+            left[own.get(block, "") + name.removeprefix(block)] = spec
+    return left
 
 
 def name_in(name: str, kept: list[int]) -> str:
-    """The teacher's name of a student's tensor."""
+    """The name that a tensor of a model of some blocks has in the whole one."""
     return re.sub(r"(?<=^layers\.)\d+", lambda number: str(kept[int(number[0])]), name)
 
 
@@ -70,7 +115,7 @@ def keep_zeros_(model: Transformer) -> None:
             weight.register_hook(lambda gradient, kept=kept: gradient * kept)
 
 
-def stored_tensors(model: Transformer, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_tensors(model: Transformer, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a trained student as its file holds them: floats in `dtype`, scales and zeros as they were."""
     state = model.state_dict()
     return {
