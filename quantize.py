@@ -20,7 +20,7 @@ from compress.calibration import calibration_text, calibration_windows, task_tex
 from compress.gptq import gptq_
 from compress.walk import require_walk
 from engine.engine import Engine
-from flags import check_counts, check_threads, model_flags, place_flags
+from flags import check_counts, check_damping, check_threads, model_flags, place_flags
 from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
 from measure.perplexity import WINDOW, perplexity
@@ -111,8 +111,7 @@ def check_request(args: argparse.Namespace) -> None:
         if args.calibration_file is not None and getattr(args, name) is not None:
             raise ValueError(f"--calibration_file and --{name} are both given; give one")
     check_counts(vars(args), "calibration_limit", "calibration_seq_length", "blocksize")
-    if not 0 < args.percdamp < math.inf:
-        raise ValueError(f"--percdamp is {args.percdamp}; it must be above 0, and 0.01 is common")
+    check_damping(args.percdamp)
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     check_threads(args.threads)
