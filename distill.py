@@ -142,9 +142,6 @@ def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     tensors = job.student.layout.tensors
     if any(spec.has_codes and tensors[f"{name}.weight"].ndim == 3 for name, spec in job.student.table.items()):
         raise ValueError(f"{args.finetune} has quantised experts, which cannot be taught; start from the float file")
-    if any(spec.pattern is not None for spec in job.student.table.values()):
-        why = "whose kept values cannot learn; teach the file with all weights, of which those that are 0 stay 0"
-        raise ValueError(f"{args.finetune} has 2:4 layers, {why}")
     require_writable(job.target)
     require_space(job.target, job.student.layout.bytes(torch.bfloat16))
     if job.student.args.n_layer > job.teacher.args.n_layer:

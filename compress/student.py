@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cli import listed, progress
 from layers.formats import QuantizedLinear
-from layers.quantized import QuantSpec
+from layers.quantized import QuantSpec, replace_
+from layers.two_four import TwoFourLinear, compress
 from mixers.layer_kinds import args_of_layers
 from model import ModelArgs, Transformer
 from weights.checkpoint import assigned, read_tensors
-from weights.layout import EXACT, Layout, ModelFile
+from weights.layout import EXACT, LEAVES, Layout, ModelFile
 
 NOT_CUT = ("n_reusing_layer", "layer_input_size", "delta")  # what ties a layer to others, or to its number
 
@@ -47,7 +48,7 @@ def block_influences(model: Transformer, windows: Tensor) -> list[float]:
     finally:
         for hook in hooks:
             hook.remove()
-    return (1 - sums / windows.numel()).tolist()
+    return (1 - sums / windows.numel()).clamp(min=0).tolist()  # rounding: a cosine is at most 1
 
 
 def student_of(teacher: ModelFile, n_layer: int) -> ModelFile:
@@ -92,14 +93,18 @@ def name_in(name: str, kept: list[int]) -> str:
 def trainable(opened: ModelFile, device: torch.device) -> Transformer:
     """The model in an open file, every layer in its plain form, with float32 parameters that take gradients.
 
-    Of a quantised layer the codes stay as they are, and its scales and zeros learn (Kim et al. 2023, PEQA).
+    Of a quantised layer the codes stay as they are, and its scales and zeros learn (Kim et al. 2023, PEQA). A 2:4 layer
+    has all its weights here, and `keep_zeros_` keeps its pattern.
     """
     state = read_tensors(opened, device, torch.float32, "Loading the student")
     model = assigned(opened.layout, state)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, TwoFourLinear):
+            replace_(model, name, layer.dense())
     for layer in model.modules():
         for leaf in ("scales", "zeros") if isinstance(layer, QuantizedLinear) else ():
             value = getattr(layer, leaf)
-            if value is not None:
+            if value is not None and (leaf == "scales" or value.any()):  # zeros of 0 keep pruned weights at 0
                 delattr(layer, leaf)
                 setattr(layer, leaf, nn.Parameter(value.float()))
     for name, parameter in model.named_parameters():
@@ -118,8 +123,12 @@ def keep_zeros_(model: Transformer) -> None:
 def stored_tensors(model: Transformer, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a trained student as its file holds them: floats in `dtype`, scales and zeros as they were."""
     state = model.state_dict()
+    for name, spec in layout.table.items():
+        if spec.pattern is not None:
+            own = {leaf: state[f"{name}.{leaf}"] for leaf in LEAVES if f"{name}.{leaf}" in state}
+            state |= {f"{name}.{leaf}": value for leaf, value in compress(own).items()}
     return {
-        name: state[name].to("cpu", shape.dtype if layout.is_coded(name) else dtype)
+        name: state[name].to("cpu", shape.dtype if layout.keeps_dtype(name) else dtype)
         if not name.endswith(EXACT)
         else state[name].cpu()
         for name, shape in layout.tensors.items()
