@@ -30,6 +30,7 @@ from scripts.bench.report import open_report
 TABLES = {
     "speed": "decoding and prefill, against llama.cpp and transformers on the same weights",
     "quality": "size, perplexity and time to make of each quantisation",
+    "pruning": "perplexity without half of the weights, or without some blocks",
     "speculation": "speculative decoding against plain decoding",
     "serving": "serve.py under load, against other servers on the same weights",
     "experts": "a mixture of experts, against the memory's rate and a dense model",
@@ -41,6 +42,7 @@ TABLES = {
 
 
 FOLDERS = {"serving": "serving.table", "experts": "random_weights.experts", "families": "random_weights.families"}
+FOLDERS |= {"quality": "compressed.quality", "pruning": "compressed.pruning"}
 
 
 def module_of(table: str) -> ModuleType:
