@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -158,6 +159,12 @@ def check_threads(threads: int | None) -> None:
     """Refuse a number of threads that cannot be started."""
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"--threads is {threads}; it must be from 1 to 1024 (processors here: {os.cpu_count()})")
+
+
+def check_damping(percdamp: float) -> None:
+    """Refuse a damping that does nothing, or is no number."""
+    if not 0 < percdamp < math.inf:
+        raise ValueError(f"--percdamp is {percdamp}; it must be above 0, and 0.01 is common")
 
 
 def json_object(argument: str) -> dict:

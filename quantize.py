@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import cli
-from cli import listed, say
-from compress.calibration import calibration_text, calibration_windows, task_texts
+from cli import say
+from compress.calibration import calibration_text, calibration_windows, task_texts, widest
 from compress.gptq import gptq_
+from compress.walk import require_walk
 from engine.engine import Engine
-from flags import check_counts, check_threads, model_flags, place_flags
+from flags import check_counts, check_damping, check_threads, model_flags, place_flags
 from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
 from measure.perplexity import WINDOW, perplexity
@@ -27,7 +28,6 @@ from ranks import init_tp
 from text.files import require_utf8
 from text.prompts import ids_of, ids_to_measure
 from text.tokenizer import tokenizer_saved
-from tp import inputs_split
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
 from weights.device import parse_dtype, pick_device, require_memory
 from weights.files import GB, dropping_page_cache, require_space, require_writable, size_text, write_json
@@ -111,8 +111,7 @@ def check_request(args: argparse.Namespace) -> None:
         if args.calibration_file is not None and getattr(args, name) is not None:
             raise ValueError(f"--calibration_file and --{name} are both given; give one")
     check_counts(vars(args), "calibration_limit", "calibration_seq_length", "blocksize")
-    if not 0 < args.percdamp < math.inf:
-        raise ValueError(f"--percdamp is {args.percdamp}; it must be above 0, and 0.01 is common")
+    check_damping(args.percdamp)
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     check_threads(args.threads)
@@ -154,12 +153,11 @@ def check_job(job: Job, args: argparse.Namespace) -> None:
         require_writable(args.output_json, [path, args.check, args.calibration_file])
     size = job.bytes_after + (job.bytes_before if args.mode == GPTQ else 0)
     require_memory(size, job.device, f"the weights of {path}", "use a smaller model")
-    sizes, apart = job.source.args, ("n_reusing_layer", "layer_input_size")
-    if args.mode == GPTQ and any(getattr(sizes, name) for name in apart):
-        raise ValueError(f"--mode {GPTQ} is not supported for models with {listed(apart)}; use --mode int4")
+    if args.mode == GPTQ:
+        require_walk(job.source.args, GPTQ, "use --mode int4")
     if args.mode == GPTQ and any(spec.threshold is not None for spec in job.source.table.values()):
         raise ValueError(f"{path} skips inputs; --mode {GPTQ} the file that it was made of, then use sparsify.py")
-    length, context = args.calibration_seq_length, sizes.max_seq_length
+    length, context = args.calibration_seq_length, job.source.args.max_seq_length
     if args.mode == GPTQ and length > context:
         raise ValueError(f"--calibration_seq_length {length} is more than the model's context of {context}")
 
@@ -172,12 +170,11 @@ def read_windows(job: Job, args: argparse.Namespace) -> Tensor:  # [n, S]
         tasks = args.calibration_tasks or ["wikitext"]
         say(f"Reading the calibration text: {', '.join(tasks)} ...")
         text = "\n\n".join(task_texts(tasks, args.include_path))
-    widths = [job.source.args.dim, *(width or 0 for width in inputs_split(job.source.args).values())]
     return calibration_windows(
         ids_of(text, job.path, job.source.args.vocab_size),
         limit=args.calibration_limit,
         seq_length=args.calibration_seq_length,
-        needed=max(widths),  # inputs of the widest layer
+        needed=widest(job.source.args),
         seed=args.seed,
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cli import listed
 from layers.gpu.linear import GpuBlock
 from layers.quantized import GROUPSIZES, QuantSpec, replace_
+from layers.two_four import UNIT
 from mixers.experts import MixtureOfExperts
 from mixers.layer_kinds import key_heads, projected_heads
 from mixers.norms import HeadsNorm
@@ -128,7 +129,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs, rank: int, n_rank: int) ->
 def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> None:
     """Refuse a number of ranks that does not divide the model, with the numbers that do.
 
-    table: its quantised layers; a row-wise split must not cut their groups.
+    table: its quantised layers; a row-wise split must not cut their groups, nor bytes of positions.
     """
     if n_rank == 1:
         return
@@ -147,6 +148,11 @@ def require_split(args: ModelArgs, table: dict[str, QuantSpec], n_rank: int) -> 
                 "give --dequantize, or use one process"
             )
         width = next((width for name, width in inputs.items() if module.endswith(name)), None)
+        if width is not None and spec.pattern and width // n_rank % UNIT:
+            raise ValueError(
+                f"{n_rank} ranks split the {width} inputs of {module} into parts of {width // n_rank}, which would cut "
+                f"the positions of {UNIT} inputs of the pattern {spec.pattern}; use fewer ranks, or give --dequantize"
+            )
         if width is not None and spec.groupsize and width // n_rank % spec.groupsize:
             fits = [size for size in GROUPSIZES if width // n_rank % size == 0]
             advice = f"quantise with --groupsize {listed(fits)}" if fits else "use int8 without groups, or fewer ranks"

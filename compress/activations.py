@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from cli import listed, progress
-from compress.gptq import arguments_of
+from compress.walk import arguments_of
 from layers.quantized import replace_
 from layers.sparse import Thresholded
 from model import ModelArgs, Transformer

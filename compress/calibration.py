@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from measure.tasks import data_of, load_tasks, require_harness
+from model import ModelArgs
 from text.files import is_json_object, numbered_lines, read_text, text_fields
+from tp import inputs_split
 
 
 def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: int, seed: int) -> Tensor:
@@ -30,6 +32,11 @@ def calibration_windows(ids: list[int], *, limit: int, seq_length: int, needed: 
     windows = torch.tensor(ids[: len(ids) // seq_length * seq_length]).view(-1, seq_length)
     drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:limit]
     return windows[drawn.sort().values]
+
+
+def widest(args: ModelArgs) -> int:
+    """The inputs of a model's widest layer."""
+    return max(args.dim, *(width or 0 for width in inputs_split(args).values()))
 
 
 def calibration_text(path: str) -> str:

@@ -1,17 +1,22 @@
-"""Who learns: a model of some of its teacher's blocks, or one that is given; its numbers in float32, with gradients."""
+"""Models of some of another's blocks; what each block changes; a model that learns: float32, with gradients."""
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from cli import listed
-from layers.quantized import QuantizedLinear
+from cli import listed, progress
+from layers.formats import QuantizedLinear
+from layers.quantized import QuantSpec, replace_
+from layers.two_four import TwoFourLinear, compress
 from mixers.layer_kinds import args_of_layers
-from model import Transformer
+from model import ModelArgs, Transformer
 from weights.checkpoint import assigned, read_tensors
-from weights.layout import EXACT, Layout, ModelFile
+from weights.layout import EXACT, LEAVES, Layout, ModelFile
 
 NOT_CUT = ("n_reusing_layer", "layer_input_size", "delta")  # what ties a layer to others, or to its number
 
@@ -25,36 +30,81 @@ def kept_layers(n_layer: int, n_kept: int) -> list[int]:
     return [round(i * (n_layer - 1) / max(n_kept - 1, 1)) for i in range(n_kept)]
 
 
+@torch.no_grad()
+def block_influences(model: Transformer, windows: Tensor) -> list[float]:
+    """How much each block changes its input: 1 - the cosine of what it takes and returns, mean of all tokens.
+
+    windows: text, int64 [n, S]. Of Men et al. (2024, arXiv 2403.03853), who remove the blocks of least influence.
+    """
+    sums = torch.zeros(len(model.layers), dtype=torch.float64)
+
+    def add(i: int, _: nn.Module, inputs: tuple, output: Tensor) -> None:
+        sums[i] += F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).sum().item()
+
+    hooks = [block.register_forward_hook(partial(add, i)) for i, block in enumerate(model.layers)]
+    try:
+        for tokens in progress(windows.to(model.device), desc="Comparing", unit="window"):
+            model.hidden(tokens[None], torch.arange(len(tokens), device=model.device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (1 - sums / windows.numel()).clamp(min=0).tolist()  # rounding: a cosine is at most 1
+
+
 def student_of(teacher: ModelFile, n_layer: int) -> ModelFile:
     """The open file of a teacher with float weights, as that of a model of n_layer of its blocks."""
-    args = teacher.args
-    if not 1 <= n_layer <= args.n_layer:
-        raise ValueError(f"--layers is {n_layer}; the teacher has {args.n_layer}, and a student has from 1 to all")
+    if not 1 <= n_layer <= teacher.args.n_layer:
+        has = f"the teacher has {teacher.args.n_layer}, and a student has from 1 to all"
+        raise ValueError(f"--layers is {n_layer}; {has}")
+    require_cut(teacher.args, "--layers", "give a student with --finetune")
+    return cut(teacher, kept_layers(teacher.args.n_layer, n_layer))
+
+
+def require_cut(args: ModelArgs, flag: str, advice: str) -> None:
+    """Refuse a model that `cut` cannot cut."""
     apart = [name for name in NOT_CUT if getattr(args, name)]
     if apart:
-        raise ValueError(f"--layers is not supported for models with {listed(apart)}; give a student with --finetune")
-    kept = kept_layers(args.n_layer, n_layer)
-    layout = Layout(args_of_layers(args, kept))
-    tensors = {name: teacher.tensors[name_in(name, kept)] for name in layout.tensors}
-    return replace(teacher, layout=layout, tensors=tensors)
+        raise ValueError(f"{flag} is not supported for models with {listed(apart)}; {advice}")
+
+
+def cut(opened: ModelFile, kept: list[int], table: dict[str, QuantSpec] | None = None) -> ModelFile:
+    """An open file, as that of a model of some of its blocks, in their order. table: of the layers that are left."""
+    layout = Layout(args_of_layers(opened.args, kept), table)
+    tensors = {name: opened.tensors[name_in(name, kept)] for name in layout.tensors}
+    return replace(opened, layout=layout, tensors=tensors)
+
+
+def table_of(table: dict[str, QuantSpec], kept: list[int]) -> dict[str, QuantSpec]:
+    """What a model's table of layers says of some of its blocks, and of what stands outside of blocks."""
+    own = {f"layers.{layer}": f"layers.{i}" for i, layer in enumerate(kept)}
+    left = {}
+    for name, spec in table.items():
+        block = re.match(r"layers\.\d+|", name)[0]
+        if block in own or not block:
+            left[own.get(block, "") + name.removeprefix(block)] = spec
+    return left
 
 
 def name_in(name: str, kept: list[int]) -> str:
-    """The teacher's name of a student's tensor."""
+    """The name that a tensor of a model of some blocks has in the whole one."""
     return re.sub(r"(?<=^layers\.)\d+", lambda number: str(kept[int(number[0])]), name)
 
 
 def trainable(opened: ModelFile, device: torch.device) -> Transformer:
     """The model in an open file, every layer in its plain form, with float32 parameters that take gradients.
 
-    Of a quantised layer the codes stay as they are, and its scales and zeros learn (Kim et al. 2023, PEQA).
+    Of a quantised layer the codes stay as they are, and its scales and zeros learn (Kim et al. 2023, PEQA). A 2:4 layer
+    has all its weights here, and `keep_zeros_` keeps its pattern.
     """
     state = read_tensors(opened, device, torch.float32, "Loading the student")
     model = assigned(opened.layout, state)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, TwoFourLinear):
+            replace_(model, name, layer.dense())
     for layer in model.modules():
         for leaf in ("scales", "zeros") if isinstance(layer, QuantizedLinear) else ():
             value = getattr(layer, leaf)
-            if value is not None:
+            if value is not None and (leaf == "scales" or value.any()):  # zeros of 0 keep pruned weights at 0
                 delattr(layer, leaf)
                 setattr(layer, leaf, nn.Parameter(value.float()))
     for name, parameter in model.named_parameters():
@@ -70,11 +120,15 @@ def keep_zeros_(model: Transformer) -> None:
             weight.register_hook(lambda gradient, kept=kept: gradient * kept)
 
 
-def stored_tensors(model: Transformer, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_tensors(model: Transformer, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a trained student as its file holds them: floats in `dtype`, scales and zeros as they were."""
     state = model.state_dict()
+    for name, spec in layout.table.items():
+        if spec.pattern is not None:
+            own = {leaf: state[f"{name}.{leaf}"] for leaf in LEAVES if f"{name}.{leaf}" in state}
+            state |= {f"{name}.{leaf}": value for leaf, value in compress(own).items()}
     return {
-        name: state[name].to("cpu", shape.dtype if layout.is_coded(name) else dtype)
+        name: state[name].to("cpu", shape.dtype if layout.keeps_dtype(name) else dtype)
         if not name.endswith(EXACT)
         else state[name].cpu()
         for name, shape in layout.tensors.items()

@@ -22,6 +22,7 @@ from cli import cache_folder, in_words, one_line, scratch
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
 HEAD_UNIT = 32  # of which `attend` takes every multiple for few queries a row
+TILE = 16  # outputs of a tile of `linear_two_four`
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def available() -> bool:
         return False
     torch.library.register_fake("gpt_faster::linear_bf16")(_linear_bf16_shape)
     torch.library.register_fake("gpt_faster::linear_codes")(_linear_codes_shape)
+    torch.library.register_fake("gpt_faster::linear_two_four")(_linear_two_four_shape)
     torch.library.register_fake("gpt_faster::linear_experts")(_linear_experts_shape)
     torch.library.register_fake("gpt_faster::delta_net")(_delta_net_shape)
     torch.library.register_fake("gpt_faster::linear_sparse")(_linear_sparse_shape)
@@ -177,6 +179,10 @@ def _linear_bf16_shape(x, weight, bias):
 
 def _linear_codes_shape(x, weight, scales, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0] * scales.shape[3])
+
+
+def _linear_two_four_shape(x, weight, scales, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] * TILE)
 
 
 def _linear_sparse_shape(x, weight, scales, bias, out, threshold):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
 from layers.sparse import COLUMNS, SparseLinear
+from layers.two_four import PackedTwoFour
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
 from model import Blocks, CacheView, Context, FeedForward, KVCache, ModelArgs, TransformerBlock
@@ -47,7 +48,7 @@ def is_joinable(layer: nn.Module) -> bool:
     """Whether `join_blocks` takes a layer, which is no rank's part."""
     if type(layer) is SparseLinear:
         return layer.out_features % COLUMNS == 0 and layer.weight.dtype != torch.float32
-    return type(layer) in (FewRowsLinear, CodesLinear)
+    return type(layer) in (FewRowsLinear, CodesLinear, PackedTwoFour)
 
 
 def linear_layers(block: TransformerBlock) -> tuple[nn.Module, ...]:

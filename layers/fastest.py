@@ -9,11 +9,13 @@ import torch.nn as nn
 from cli import progress, say
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
+from layers.formats import Int4Linear, Int8Linear, QuantizedLinear
 from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
 from layers.gpu.linear import CodesOnGpu, GpuBlock, codes_on_gpu, has_head_for_gpu, join_head_
-from layers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.low_rank import WithAdapter
+from layers.mixers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
+from layers.mixers.recurrent import OperatorDeltaNet
 from layers.packed import (
     AnyExperts,
     CodesLinear,
@@ -27,9 +29,9 @@ from layers.packed import (
     fits_torch,
     float_copy,
 )
-from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantizedLinear, replace_
-from layers.recurrent import OperatorDeltaNet
+from layers.quantized import LAYERS, replace_
 from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
+from layers.two_four import PackedTwoFour, TwoFourLinear
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.latent import LatentAttention
 from mixers.recurrent.delta_net import DeltaNet
@@ -61,6 +63,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row(CODES,                  "cpu",  BF16,  False,     fits_torch,          by_torch),
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row(ALL,                    "cuda", None,  False,     CodesOnGpu.fits,     codes_on_gpu),
+    Row((TwoFourLinear,),       "cpu",  None,  True,      PackedTwoFour.fits,  PackedTwoFour),
     Row((Thresholded,),         "cpu",  None,  True,      SparseLinear.fits,   SparseLinear),
     Row((FeedForward,),         "cpu",  None,  True,      ReluFeedForward.fits, ReluFeedForward),
     Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),
@@ -101,8 +104,8 @@ def rounds_each_row(blocks: nn.Module) -> bool:
     if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
         return False
     others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
-    others |= {*LAYERS.values(), Thresholded, SparseLinear, ReluFeedForward}
-    return {CodesLinear, ManyAttend} <= kinds and not kinds & others
+    others |= {*LAYERS.values(), TwoFourLinear, Thresholded, SparseLinear, ReluFeedForward}
+    return ManyAttend in kinds and bool(kinds & {CodesLinear, PackedTwoFour}) and not kinds & others
 
 
 def copy_as_float_(model: nn.Module, memory: int | None) -> None:
@@ -120,6 +123,18 @@ def copy_as_float_(model: nn.Module, memory: int | None) -> None:
         replace_(model, name, float_copy(layers.pop(name), model.dtype))
 
 
+def expand_(model: nn.Module) -> None:
+    """Replace each 2:4 layer that nothing here reads as it is by one with all weights, and say their size."""
+    layers, size = model.named_modules(), 0
+    names = [name for name, layer in layers if type(layer) is TwoFourLinear and fastest(layer, model) is None]
+    for name in names:
+        dense = model.get_submodule(name).dense()
+        size += dense.weight.nbytes
+        replace_(model, name, dense)
+    if names:
+        say(f"Nothing here reads 2:4 layers as they are: {len(names)} with all weights take {size / 1e9:.1f} GB")
+
+
 JOINED = (Attention, FeedForward, MixtureOfExperts, TransformerBlock, Blocks)  # what consists of layers
 
 
@@ -129,6 +144,7 @@ def pack_(model: nn.Module, memory: int | None = None, apart: bool = False) -> N
     memory: bytes that are free, as in `copy_as_float_`. apart: only each layer by itself, so that one can be watched,
     or another put in its place.
     """
+    expand_(model)
     for name, layer in list(model.named_modules()):  # an attention before its layers, whose weights it needs
         if type(layer) is LatentAttention:
             replace_(model, name, AbsorbedAttention(layer))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from layers.quantized import LAYERS, PART, Float8Linear, Int8Linear, QuantizedLinear, Table4Linear
+from layers.formats import PART, Float8Linear, Int8Linear, QuantizedLinear, Table4Linear
+from layers.quantized import LAYERS
 from mixers.compiled import surely_few
 from mixers.experts import ExpertLinear, by_expert
 from mixers.layer_kinds import Vectors

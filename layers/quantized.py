@@ -1,28 +1,35 @@
-"""Formats of quantised linear layers and their arithmetic.
-
-A weight is w = code * scale + zero, with one scale for each group of inputs of each output row: int8 is symmetric
-(codes -128..127, no zero; by default one group a row), int4 is not (codes -8..7). Formats with a name are not made
-here: a file that another program has quantised keeps them. Files hold the logical layout of the classes below;
-`layers.fastest.pack_` makes what a device's kernels read, once, after loading. A new format is a class here, a row of
-`LAYERS` and, where it has a fast form, a row of `layers.fastest.TABLE`."""
+"""Which layers of a model are quantised, and how: the table that a file has beside its tensors."""
 
 import functools
-import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.experts import ExpertLinear, Gate, by_expert
+from layers.formats import (
+    PART,
+    Float4Linear,
+    Float8Linear,
+    Int4Linear,
+    Int8Linear,
+    Int8ZerosLinear,
+    NormalFloat4Linear,
+    OtherFloat4Linear,
+    QuantizedLinear,
+)
+from layers.two_four import UNIT, TwoFourLinear, compress
+from mixers.experts import ExpertLinear, Gate
 
 GROUPSIZES = (16, 32, 64, 128, 256)
 MODES = ("int8", "int4")
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GROUPSIZE_HELP = "inputs that share a scale: 16, 32, 64, 128 or 256 (default: int4 32; int8 one scale a row)"
-PART = 1 << 20  # weights rounded at a time: bounds the float32 temporaries
+NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
+NAMED |= {"nf4": NormalFloat4Linear, "fp4": OtherFloat4Linear}
+LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
+PATTERNS = {"2:4": TwoFourLinear}
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,14 @@ class QuantSpec:
     ordered: bool = False  # whether the layer holds the order in which its codes take the inputs
     scale_dtype: str = "bfloat16"  # of its scales and zeros; what is rounded here has this one
     threshold: float | None = None  # inputs of at most this magnitude count as 0, see `layers.sparse`; None: all count
+    pattern: str | None = None  # one of `PATTERNS`, by which some weights are not stored; None: all are
 
     def __post_init__(self):
         supported = ", ".join(map(str, GROUPSIZES))
         if self.threshold is not None and not (type(self.threshold) is float and 0 <= self.threshold < math.inf):
             raise ValueError(f"threshold is {self.threshold!r}; it must be a number from 0 on")
+        if self.pattern not in (None, *PATTERNS):
+            raise ValueError(f"pattern is {self.pattern!r}; supported: {', '.join(PATTERNS)}")
         if self.bits is None:
             if (self.groupsize, self.format, self.ordered) != (None, None, False):
                 raise ValueError("a layer of floats has neither groupsize nor format nor order")
@@ -52,14 +62,18 @@ class QuantSpec:
             raise ValueError(f"groupsize {self.groupsize!r} is not supported; use one of {supported}")
         if self.format is not None and self.format not in NAMED:
             raise ValueError(f"format {self.format!r} is not supported; supported: {', '.join(NAMED)}")
-        if self.layer.bits != self.bits or type(self.ordered) is not bool:
+        if LAYERS[self.format or self.bits].bits != self.bits or type(self.ordered) is not bool:
             raise ValueError(f"there is no format {self.format!r} of {self.bits} bits, ordered: {self.ordered!r}")
+        if self.pattern is not None and (self.bits, self.format, self.ordered) != (8, None, False):
+            kinds = "floats and for int8 as it is made here"
+            raise ValueError(f"the pattern {self.pattern} is for {kinds}, not for {replace(self, pattern=None)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scales of {self.scale_dtype!r} are not supported; supported: {', '.join(SCALE_DTYPES)}")
 
     @property
     def has_codes(self) -> bool:
-        return self.bits is not None
+        """Whether other tensors than a float weight are stored: codes, or kept values and their positions."""
+        return self.bits is not None or self.pattern is not None
 
     def as_floats(self) -> "QuantSpec":
         """The same with floats in the place of codes."""
@@ -68,15 +82,19 @@ class QuantSpec:
     @property
     def layer(self) -> type["QuantizedLinear"]:
         """The class of such a layer of codes."""
-        return LAYERS[self.format or self.bits]
+        return LAYERS[self.format or self.bits] if self.pattern is None else PATTERNS[self.pattern]
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """Names of the tensors that stand for a weight, but for an order of inputs."""
-        return ("weight", "scales", "zeros") if self.layer.has_zeros else ("weight", "scales")
+        parts = {"positions": self.pattern is not None, "scales": self.bits is not None, "zeros": self.layer.has_zeros}
+        return ("weight", *(name for name, is_there in parts.items() if is_there))
 
     def groups(self, in_features: int, name: str) -> int:
         """Groups in a row of layer `name`; a ValueError names the groupsizes that divide it, if this one does not."""
+        if self.pattern is not None and in_features % UNIT:
+            advice = f"the positions of {UNIT} inputs share a byte; leave the layer as it is"
+            raise ValueError(f"the pattern {self.pattern} does not fit the {in_features} inputs of {name}: {advice}")
         if self.groupsize is None:
             return 1
         if in_features % self.groupsize:
@@ -87,8 +105,10 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group, order = f".g{self.groupsize}" if self.groupsize else "", ".ordered" if self.ordered else ""
+        pattern = "" if self.pattern is None else f".{self.pattern.replace(':', '-')}"
         sparse = "" if self.threshold is None else ".sparse"
-        return f"{self.format or (f'int{self.bits}' if self.has_codes else 'float')}{group}{order}{sparse}"
+        kind = self.format or ("float" if self.bits is None else f"int{self.bits}")
+        return f"{kind}{group}{order}{pattern}{sparse}"
 
 
 def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
@@ -100,245 +120,17 @@ def quant_spec(mode: str | None, groupsize: int | None) -> QuantSpec | None:
     return QuantSpec(8, groupsize) if mode == "int8" else QuantSpec(4, 32 if groupsize is None else groupsize)
 
 
-def scales_and_zeros(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:  # [..., g] -> two of [..., 1]
-    """Scale and zero of each group, chosen before the codes as float32 values that bfloat16 holds exactly."""
-    if bits == 8:
-        scales = groups.abs().amax(-1, keepdim=True) / 127
-        return scales.bfloat16().float(), torch.zeros_like(scales)
-    return asymmetric_scales(groups, bits)
-
-
-def asymmetric_scales(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """As `scales_and_zeros`, where the codes reach from the least weight of each group to its largest."""
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scales = ((high - low) / ((1 << bits) - 1)).bfloat16().float()
-    return scales, (low + (1 << (bits - 1)) * scales).bfloat16().float()
-
-
-def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """The nearest code of each weight, in float32. A group of equal weights has scale 0, and every code is right."""
-    limit = 1 << (bits - 1)
-    codes = ((weight - zeros) / scales.where(scales > 0, 1)).round()
-    return codes.clamp(-limit, limit - 1)
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:  # -8..7 [..., n] -> uint8 [..., n/2]
-    """Two codes a byte, plus 8 each: the even input in the low nibble."""
-    unsigned = (codes + 8).to(torch.uint8)
-    return unsigned[..., 0::2] | unsigned[..., 1::2] << 4
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:  # uint8 [..., n/2] -> int8 -8..7 [..., n]
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-
-
-def stored(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str, Tensor]:
-    """The tensors of a layer, from codes [out, in] and scales and zeros [out, groups]."""
-    if bits == 8:
-        return {"weight": codes.to(torch.int8), "scales": scales.bfloat16()}
-    return {"weight": pack_nibbles(codes), "scales": scales.bfloat16(), "zeros": zeros.bfloat16()}
-
-
 def quantize_weight(weight: Tensor, spec: QuantSpec, name: str = "the layer") -> dict[str, Tensor]:
     """Round weight [out, in] or, of experts, [E, out, in] to nearest: the tensors of its class in `LAYERS`."""
+    if spec.pattern is not None:
+        codes = {"weight": weight} if spec.bits is None else quantize_weight(weight, replace(spec, pattern=None), name)
+        return compress(codes)
     rows, n_group = weight.flatten(0, -2), spec.groups(weight.shape[-1], name)
     parts = [
         spec.layer.rounded(part.float().unflatten(1, (n_group, -1)))
         for part in rows.split(max(1, PART // rows.shape[1]))
     ]
     return {key: torch.cat([part[key] for part in parts]).unflatten(0, weight.shape[:-1]) for key in parts[0]}
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer of codes, or one for each of E experts: every tensor is then [E, ...].
-
-    weight: codes as the format stores them. scales, and zeros or None: [out, groups]. bias: [out] or None. order: int64
-    [in] or None: column i of the codes, scales and zeros is for input order[i].
-    """
-
-    bits: int
-    has_zeros = False
-
-    def __init__(
-        self,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None = None,
-        bias: Tensor | None = None,
-        order: Tensor | None = None,
-    ):
-        super().__init__()
-        tensors = {"weight": weight, "scales": scales, "zeros": zeros, "bias": bias, "order": order}
-        for name, tensor in tensors.items():  # detached, because loading turns a buffer that is a parameter into one
-            self.register_buffer(name, None if tensor is None else tensor.detach())
-
-    @classmethod
-    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
-        """The tensors of float32 groups [out, groups, g], rounded to nearest."""
-        scales, zeros = scales_and_zeros(groups, cls.bits)
-        codes = to_codes(groups, scales, zeros, cls.bits)
-        return stored(codes.flatten(1), scales[..., 0], zeros[..., 0], cls.bits)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[-1] * self.weight.itemsize * 8 // self.bits
-
-    def codes(self) -> Tensor:
-        """Numbers that float32 holds exactly, int8 where they are whole: [out, in]"""
-        raise NotImplementedError
-
-    @classmethod
-    def packed(cls, codes: Tensor) -> Tensor:
-        """The weight whose codes, int8, these are."""
-        return codes
-
-    def unsigned(self) -> tuple[Tensor, int]:
-        """The codes as uint8 [out, in], and the one that stands for 0."""
-        middle = 1 << (self.bits - 1)
-        return self.codes().view(torch.uint8) + middle, middle  # bytes wrap: -1 + 8 is 7
-
-    def dequantize(self) -> Tensor:
-        """The weight in float32 [out, in]."""
-        groups = self.codes().unflatten(-1, (self.scales.shape[-1], -1)).float() * self.scales.float()[..., None]
-        weight = (groups if self.zeros is None else groups + self.zeros.float()[..., None]).flatten(-2)
-        if self.order is None:
-            return weight
-        return weight.gather(-1, self.order.argsort()[..., None, :].expand_as(weight))
-
-    def expert(self, e: int) -> "QuantizedLinear":
-        return type(self)(**{name: tensor[e] for name, tensor in self.named_buffers()})
-
-    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """x [..., in] -> [..., out]; of experts as `ExpertLinear`."""
-        return self.linear(x) if chosen is None else by_expert(self, x, chosen)
-
-    def linear(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
-
-
-class Int8Linear(QuantizedLinear):
-    """weight int8 [out, in], scales [out, 1] or [out, in/g], no zeros."""
-
-    bits = 8
-
-    def codes(self) -> Tensor:
-        return self.weight
-
-    def linear(self, x: Tensor) -> Tensor:
-        if self.scales.shape[1] > 1 or x.dtype == torch.float16:  # float16 sums of unscaled codes overflow
-            return super().linear(x)
-        # the sums are scaled, not the weight: inductor then reads int8 codes in the fused product of one row
-        # float32 scales: with bfloat16 scales inductor uses a naive kernel for several rows on CUDA
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scales.float().T
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-class Int4Linear(QuantizedLinear):
-    """weight uint8 [out, in/2] (`pack_nibbles`), scales and zeros [out, in/g]."""
-
-    bits, has_zeros = 4, True
-
-    def codes(self) -> Tensor:
-        return unpack_nibbles(self.weight)
-
-    @classmethod
-    def packed(cls, codes: Tensor) -> Tensor:
-        return pack_nibbles(codes)
-
-
-class Int8ZerosLinear(Int8Linear):
-    """weight int8 [out, in], scales and zeros [out, 1] or [out, in/g]."""
-
-    has_zeros = True
-
-    @classmethod
-    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
-        scales, zeros = asymmetric_scales(groups, cls.bits)
-        codes = to_codes(groups, scales, zeros, cls.bits).to(torch.int8)
-        return {"weight": codes.flatten(1), "scales": scales[..., 0].bfloat16(), "zeros": zeros[..., 0].bfloat16()}
-
-    def linear(self, x: Tensor) -> Tensor:
-        return QuantizedLinear.linear(self, x)
-
-
-class Float8Linear(QuantizedLinear):
-    """weight uint8 [out, in], the bits of float8_e4m3fn; scales [out, 1] or [out, in/g], no zeros."""
-
-    bits = 8
-
-    @classmethod
-    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        scales = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
-        codes = (groups / scales.where(scales > 0, 1)).clamp(-largest, largest).to(torch.float8_e4m3fn)
-        return {"weight": codes.view(torch.uint8).flatten(1), "scales": scales[..., 0].bfloat16()}
-
-    def codes(self) -> Tensor:
-        # by their bits, because MPS and older GPUs lack the dtype: a float32 with these bits is 2^-120 of the number
-        bits = self.weight.int()
-        return ((bits & 127) << 20 | (bits & 128) << 24).view(torch.float32) * 2.0**120
-
-    def unsigned(self) -> tuple[Tensor, int]:
-        return self.weight, 0
-
-
-class Table4Linear(QuantizedLinear):
-    """weight uint8 [out, in/2], the even input in the low nibble; scales [out, in/g], no zeros. CODES: of nibbles."""
-
-    bits = 4
-    CODES: tuple[float, ...]
-
-    @classmethod
-    def rounded(cls, groups: Tensor) -> dict[str, Tensor]:
-        scales = (groups.abs().amax(-1, keepdim=True) / max(cls.CODES)).bfloat16().float()
-        numbers = groups / scales.where(scales > 0, 1)
-        return {"weight": cls.packed(numbers.flatten(1)), "scales": scales[..., 0].bfloat16()}
-
-    @classmethod
-    def packed(cls, codes: Tensor) -> Tensor:  # the nearest code of each number, if they are none
-        known = sorted(set(cls.CODES))
-        between = torch.tensor([sum(pair) / 2 for pair in itertools.pairwise(known)], device=codes.device)
-        nibbles = torch.tensor([cls.CODES.index(code) for code in known], device=codes.device)
-        return pack_nibbles(nibbles[torch.bucketize(codes.float(), between)] - 8)
-
-    @classmethod
-    def table(cls) -> Tensor:
-        """What the nibbles stand for: int8 or float32 [16]."""
-        return torch.tensor(cls.CODES, dtype=torch.int8 if isinstance(cls.CODES[-1], int) else torch.float32)
-
-    def codes(self) -> Tensor:
-        return self.table().to(self.weight.device)[self.unsigned()[0].int()]
-
-    def unsigned(self) -> tuple[Tensor, int]:
-        return (unpack_nibbles(self.weight) + 8).view(torch.uint8), 0
-
-
-class Float4Linear(Table4Linear):
-    """e2m1 numbers. Doubled, they are integers, which are the codes: a scale is half of that for the numbers."""
-
-    MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
-    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))
-
-
-class NormalFloat4Linear(Table4Linear):
-    """nf4: quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
-
-    CODES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
-    CODES += (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
-    CODES += (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
-    CODES += (0.7229568362236023, 1.0)
-
-
-class OtherFloat4Linear(Table4Linear):
-    """fp4 of bitsandbytes: a sign, and numbers of two bits of exponent and one of mantissa in an order of their own."""
-
-    MAGNITUDES = tuple(each / 12 for each in (0, 0.0625, 8, 12, 4, 6, 2, 3))
-    CODES = (*MAGNITUDES, *(-each for each in MAGNITUDES))
-
-
-NAMED = {"int8.zeros": Int8ZerosLinear, "float8": Float8Linear, "float4": Float4Linear}
-NAMED |= {"nf4": NormalFloat4Linear, "fp4": OtherFloat4Linear}
-LAYERS = {8: Int8Linear, 4: Int4Linear} | NAMED
 
 
 def linear_table(model: nn.Module, spec: QuantSpec, head: QuantSpec | None) -> dict[str, QuantSpec]:
@@ -367,7 +159,7 @@ def table_from_json(value) -> dict[str, QuantSpec]:
     except (TypeError, AttributeError):
         raise ValueError("the table of layers is damaged") from None
     if QuantSpec() in table.values():
-        raise ValueError("the table of layers is damaged: it has one with neither codes nor a threshold")
+        raise ValueError("the table of layers is damaged: it has one with neither codes nor a pattern nor a threshold")
     return table
 
 
@@ -381,8 +173,9 @@ def quantize_(model: nn.Module, table: dict[str, QuantSpec]) -> None:
         layer = layers.get(name)
         if not can_be_rounded(layer):
             raise ValueError(f"the table of layers names {name!r}, not a linear layer of the model")
-        if spec.threshold is not None and layer.weight.ndim == 3:
-            raise ValueError(f"{name} has a threshold, which is not supported for experts")
+        if (spec.threshold, spec.pattern) != (None, None) and layer.weight.ndim == 3:
+            what = "a threshold" if spec.pattern is None else f"the pattern {spec.pattern}"
+            raise ValueError(f"{name} has {what}, which is not supported for experts")
         if not spec.has_codes:
             continue
         spec.groups(layer.weight.shape[-1], name)

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.formats import Int4Linear, Int8Linear, QuantizedLinear, float_linear
 from layers.packed import FEW, product
-from layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from mixers.compiled import surely_few
 from model import FeedForward, ModelArgs
 
@@ -145,8 +145,4 @@ def some_rows(layer: nn.Module, rows: slice) -> nn.Module:
     """A layer with some of the outputs of a linear one."""
     if isinstance(layer, QuantizedLinear):
         return type(layer)(**{name: tensor[rows] for name, tensor in layer.named_buffers()})
-    part = nn.Linear(1, 1, bias=False, device="meta")
-    part.weight = nn.Parameter(layer.weight.detach()[rows], requires_grad=False)
-    part.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[rows], requires_grad=False)
-    part.out_features, part.in_features = part.weight.shape
-    return part
+    return float_linear(layer.weight[rows], None if layer.bias is None else layer.bias[rows])

@@ -155,6 +155,35 @@ def test_finetuning_keeps_the_pattern(teach, made, tmp_path):
     assert all(torch.equal(after[name] == 0, value == 0) for name, value in state.items() if name.startswith("layers."))
 
 
+@pytest.mark.parametrize("others", [(), ("--quantize", "int8"), ("--quantize", "int4")], ids=str)
+def test_a_two_of_four_student_keeps_its_pattern(teach, call, made, tmp_path, others):
+    source, student = made / "teacher/2-4.pth", tmp_path / "student.pth"
+    where = ("--checkpoint_path", made / "teacher/model.pth", "--calibration_file", made / "text.txt")
+    how = ("--mode", "wanda", "--pattern", "2:4", "--calibration_seq_length", 32, "--dtype", "float32", *others)
+    call("sparsify.py", *where, *how, "--output", source)
+    facts = teach("--finetune", source, "--steps", 20)
+    assert facts["curve"][-1]["loss"] < facts["curve"][1]["loss"]
+    assert open_model(student).table == open_model(source).table
+    before, after = tensors(source), tensors(student)
+    learnt = "layers.1.attention.wqkv.scales" if others else "layers.1.attention.wqkv.weight"
+    assert not before[learnt].bfloat16().equal(after[learnt].bfloat16())
+    for name in before:
+        if name.endswith((".positions", ".zeros")) and name != "output.zeros":
+            assert before[name].equal(after[name])
+    dense = {name: read() for name, read in open_model(student, dequantize=True).tensors.items()}
+    pruned = [name for name in dense if name.startswith("layers.") and dense[name].ndim == 2]
+    assert all((dense[name].unflatten(1, (-1, 4)) == 0).sum(-1).ge(2).all() for name in pruned)
+
+
+def test_a_student_begins_without_the_blocks_that_change_least(teach, call, made, tmp_path):
+    source = made / "teacher/model_drop-1.pth"
+    where = ("--checkpoint_path", made / "teacher/model.pth", "--calibration_file", made / "text.txt")
+    call("sparsify.py", *where, "--mode", "layers", "--drop", 1, "--calibration_seq_length", 32)
+    facts = teach("--finetune", source, "--steps", 10)
+    assert open_model(tmp_path / "student.pth").args.n_layer == 2
+    assert facts["curve"][-1]["loss"] < facts["curve"][1]["loss"]
+
+
 def test_an_int4_student_keeps_its_codes_and_runs(teach, made, tmp_path):
     source = open_model(made / "teacher/model.pth")
     table = new_table(source, QuantSpec(4, 32), "x")

@@ -1,6 +1,7 @@
-"""sparsify.py: thresholds that skip what was asked, better than the same share everywhere; profiles; bad input."""
+"""sparsify.py: thresholds that skip what was asked, better than one share everywhere; pruning; profiles; bad input."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from compress.activations import PROJECTIONS, Projection, error, find_thresholds
 from compress.hotness import count_uses, coverage, in_words
 from layers.quantized import QuantSpec
 from layers.sparse import Thresholded
-from tests.tiny import make_tiny_checkpoint, tiny_model
-from weights.checkpoint import load_model, open_model
+from tests.tiny import DIFFERING, make_tiny_checkpoint, tiny_model
+from weights.checkpoint import load_model, open_model, save_checkpoint
 
 TEXT = "the cat sat on the mat and the dog ate the hat, he said; the hat ate the dog and the mat. " * 40
 
@@ -135,7 +136,112 @@ def test_coverage_by_hand():
     assert "cannot pay: neurons that are used alike would do 20%" in in_words("neurons", {"0": [3] * 10})
 
 
+METHODS = [  # mode, pattern, flags, the file's name, and the table of a layer
+    ("wanda", "2:4", (), "wanda-2-4", QuantSpec(pattern="2:4")),
+    ("wanda", "0.5", (), "wanda-0.5", None),
+    ("wanda", "0.5", ("--quantize", "int4"), "wanda-0.5_int4.g32", QuantSpec(4, 32)),
+    ("sparsegpt", "2:4", ("--quantize", "int8"), "sparsegpt-2-4_int8", QuantSpec(8, pattern="2:4")),
+    ("wanda", "2:4", ("--quantize", "int8", "--groupsize", 32), "wanda-2-4_int8.g32", QuantSpec(8, 32, pattern="2:4")),
+    ("sparsegpt", "2:4", ("--quantize", "int4"), "sparsegpt-2-4_int4.g32", QuantSpec(4, 32)),
+]
+
+
+@pytest.mark.parametrize("mode, pattern, others, name, spec", METHODS, ids=lambda value: str(value))
+def test_a_pruned_checkpoint_is_read_like_any_other(mode, pattern, others, name, spec, folder, call):
+    options = ("--mode", mode, "--pattern", pattern, *others, "--check", folder / "text.txt")
+    printed = call("sparsify.py", *flags(folder, *options))
+    target = folder / f"model_{name}.pth"
+    header, weights, perplexity, nats, *_ = printed.out.splitlines()
+    assert header.split() == ["dense", "magnitude", mode] and weights.startswith("weights")
+    numbers, losses = ([float(each) for each in line.split()[-3:]] for line in (perplexity, nats))
+    assert losses[1:] == pytest.approx([math.log(each / numbers[0]) for each in numbers[1:]], abs=2e-3)
+    assert ("zeros of 8 layers of 8 are stored as numbers" in printed.err) == (spec is None or spec.pattern is None)
+    opened, source = open_model(target, dequantize=True), open_model(folder / "model.pth")
+    assert open_model(target).table.get("layers.1.attention.wo") == spec
+    for layer in ("layers.0.attention.wqkv", "layers.1.feed_forward.w2"):
+        weight = opened.tensors[f"{layer}.weight"]()
+        zeros = (weight == 0).unflatten(1, (-1, 4)).sum(-1)
+        assert zeros.ge(2).all() if pattern == "2:4" else zeros.sum() >= weight.numel() // 2
+        if mode == "wanda" and not others:
+            kept = weight != 0
+            assert weight[kept].equal(source.tensors[f"{layer}.weight"]()[kept])
+    where = ("--checkpoint_path", target, "--dtype", "float32", "--temperature", 0, "--num_samples", 1)
+    assert call("generate.py", *where, "--prompt", "the cat", "--max_new_tokens", 8).out.strip()
+
+
+def test_two_of_four_is_smaller_and_computes_as_its_dense_form(folder, call):
+    target = folder / "packed.pth"
+    call("sparsify.py", *flags(folder, "--mode", "wanda", "--pattern", "2:4", "--output", target))
+    models = [load_model(target, dtype=torch.float32, dequantize=dense) for dense in (False, True)]
+    tokens, pos = torch.arange(40)[None], torch.arange(40)[None]
+    torch.testing.assert_close(*(model(tokens, pos) for model in models), rtol=1e-3, atol=1e-3)
+    sizes = [open_model(path).layout.bytes(torch.bfloat16) for path in (target, folder / "model.pth")]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_what_a_share_leaves_can_be_rounded_and_two_of_four_is_refused(folder, call):
+    names = {pattern: folder / f"later-{i}.pth" for i, pattern in enumerate(("0.5", "2:4"))}
+    for pattern, path in names.items():
+        call("sparsify.py", *flags(folder, "--mode", "wanda", "--pattern", pattern, "--output", path))
+    call("quantize.py", "--checkpoint_path", names["0.5"], "--mode", "int8")
+    before, after = open_model(names["0.5"]), open_model(folder / "later-0_int8.pth")
+    name = "layers.0.feed_forward.w13.weight"
+    assert not after.tensors[name]()[before.tensors[name]() == 0].any()
+    with pytest.raises(ValueError, match="is pruned already"):
+        call("quantize.py", "--checkpoint_path", names["2:4"], "--mode", "int8")
+    with pytest.raises(ValueError, match="is pruned; give --dequantize"):
+        call("sparsify.py", *flags(folder, "--checkpoint_path", names["2:4"], "--mode", "wanda", "--pattern", "2:4"))
+
+
+def test_the_blocks_of_least_influence_go(folder, call):
+    source = make_tiny_checkpoint(folder / "deep", n_layer=4)
+    opened = open_model(source)
+    tensors = {name: read().clone() for name, read in opened.tensors.items()}
+    for i, size in ((1, 0.01), (2, 0.0)):
+        for name in ("attention.wo", "feed_forward.w2"):
+            tensors[f"layers.{i}.{name}.weight"] *= size
+    save_checkpoint(source, opened.args, tensors)
+    options = ("--checkpoint_path", source, "--mode", "layers", "--drop", 2, "--check", folder / "text.txt")
+    out = call("sparsify.py", *flags(folder, *options)).out
+    assert "without block   1, of influence" in out and "without block   2, of influence 0.0000" in out
+    target = source.parent / "model_drop-2.pth"
+    left = {name: read() for name, read in open_model(target).tensors.items()}
+    assert open_model(target).args.n_layer == 2
+    for i, before in enumerate((0, 3)):
+        for name in ("attention.wqkv", "feed_forward.w13"):
+            assert left[f"layers.{i}.{name}.weight"].equal(tensors[f"layers.{before}.{name}.weight"])
+    all_blocks, fewer = map(float, out.partition("perplexity")[2].split()[:2])
+    assert fewer == pytest.approx(all_blocks, rel=0.05)
+    where = ("--checkpoint_path", target, "--dtype", "float32", "--temperature", 0, "--num_samples", 1)
+    assert call("generate.py", *where, "--prompt", "the cat", "--max_new_tokens", 8).out.strip()
+
+
+def test_blocks_of_codes_keep_their_codes(folder, call):
+    source = make_tiny_checkpoint(folder / "coded", n_layer=3)
+    call("quantize.py", "--checkpoint_path", source, "--mode", "int4")
+    coded = source.parent / "model_int4.g32.pth"
+    call("sparsify.py", *flags(folder, "--checkpoint_path", coded, "--mode", "layers", "--drop", 1))
+    before, after = open_model(coded), open_model(source.parent / "model_int4.g32_drop-1.pth")
+    assert after.table == {name: spec for name, spec in before.table.items() if not name.startswith("layers.2.")}
+    assert after.tensors["layers.1.feed_forward.w2.zeros"]().shape == (64, 3)
+
+
 BAD = [
+    (("--mode", "wanda"), "--mode wanda needs --pattern, such as 2:4"),
+    (("--mode", "wanda", "--pattern", "3:4"), "--pattern is 3:4; it must be 2:4, or the share of weights"),
+    (("--mode", "wanda", "--pattern", "0.95"), "--pattern is 0.95; it must be 2:4"),
+    (("--mode", "wanda", "--pattern", "nan"), "--pattern is nan; it must be 2:4"),
+    (("--mode", "wanda", "--pattern", "2:4", "--sparsity", 0.5), "--sparsity is for --mode activations; leave it out"),
+    (("--mode", "wanda", "--pattern", "2:4", "--percdamp", 0.1), "--percdamp is for --mode sparsegpt"),
+    (("--mode", "sparsegpt", "--pattern", "2:4", "--percdamp", 0), "--percdamp is 0.0; it must be above 0"),
+    (("--mode", "sparsegpt", "--pattern", "2:4", "--groupsize", 32), "--groupsize needs --quantize int8 or int4"),
+    (("--mode", "sparsegpt", "--pattern", "2:4", "--calibration_limit", 2), "raise it to at least 3"),
+    (("--mode", "wanda", "--pattern", "0", "--quantize", "int4", "--groupsize", 256), "does not divide the 64 inputs"),
+    (("--mode", "layers"), "--mode layers needs --drop, such as 6"),
+    (("--mode", "layers", "--drop", 0), "--drop is 0; it must be at least 1"),
+    (("--mode", "layers", "--drop", 2), "--drop is 2; the model has 2 blocks, of which 1 to 1 can go"),
+    (("--mode", "layers", "--drop", 1, "--pattern", "2:4"), "--pattern is for --mode wanda or sparsegpt"),
+    (("--mode", "profile", "--output", "x.pth"), "--output is for --mode activations, wanda, sparsegpt or layers"),
     (("--mode", "activations"), "--mode activations needs --sparsity"),
     (("--mode", "activations", "--sparsity", 0.95), "--sparsity is 0.95; it must be from 0 to 0.9"),
     (("--mode", "activations", "--sparsity", -0.1), "--sparsity is -0.1"),
@@ -163,3 +269,13 @@ def test_models_that_are_refused(folder, call):
     call("quantize.py", "--checkpoint_path", folder / "model.pth", "--mode", "int8")
     with pytest.raises(ValueError, match="is quantised; give --dequantize"):
         call("sparsify.py", *flags(folder, "--checkpoint_path", folder / "model_int8.pth", "--mode", "profile"))
+    pruning = ("--mode", "wanda", "--pattern", "2:4")
+    with pytest.raises(ValueError, match="is quantised; give --dequantize"):
+        call("sparsify.py", *flags(folder, "--checkpoint_path", folder / "model_int8.pth", *pruning))
+    path = make_tiny_checkpoint(folder / "narrow", intermediate_size=100)
+    with pytest.raises(ValueError, match="layers.0.feed_forward.w2 has 100; give a share, such as 0.5"):
+        call("sparsify.py", *flags(folder, "--checkpoint_path", path, *pruning))
+    path = make_tiny_checkpoint(folder / "differing", **DIFFERING)
+    for mode in (pruning, ("--mode", "layers", "--drop", 1)):
+        with pytest.raises(ValueError, match="is not supported for models with n_reusing_layer or layer_input_size"):
+            call("sparsify.py", *flags(folder, "--checkpoint_path", path, *mode))

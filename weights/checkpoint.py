@@ -142,7 +142,8 @@ def new_table(opened: ModelFile, spec: QuantSpec | None, path: str | Path, head:
     coded = {str(each) for each in opened.table.values() if each.has_codes}
     if coded:
         specs = ", ".join(sorted(coded))
-        raise ValueError(f"{path} is quantised already ({specs}); start from the float file, or give --dequantize")
+        what = "quantised" if any(each.bits for each in opened.table.values()) else "pruned"
+        raise ValueError(f"{path} is {what} already ({specs}); start from the float file, or give --dequantize")
     heads = {"int8": QuantSpec(8), "float": None, "int4": spec}
     table = linear_table(opened.layout.model, spec, heads[head])
     thresholds = {name: each.threshold for name, each in opened.table.items()}

@@ -20,7 +20,7 @@ Readers = dict[str, Callable[[], Tensor]]  # tensors by name, each as a function
 TURNED = ("wqkv", "q_norm", "k_norm", ".wq", ".wq_b", ".wkv_a")  # ends of the modules whose rows rope turns
 Pair = tuple[Tensor, Tensor]  # of an adapter: A [r, in], and B [out, r] times the scale
 
-LEAVES = ("weight", "scales", "zeros", "order")  # of a quantised layer, but its bias
+LEAVES = ("weight", "positions", "scales", "zeros", "order")  # of a quantised layer, but its bias
 EXACT = (".e_score_correction_bias", ".A_log", ".dt_bias")  # rounded, a bias would choose others, a decay add up
 # left in files by older versions of their writers: rope tables and masks
 IGNORED = re.compile(
@@ -64,13 +64,15 @@ class Layout:
         return self.head_source if module == "output" else module
 
     def is_coded(self, name: str) -> bool:
-        """Whether a tensor is part of what stands for a quantised weight: codes, scales, zeros, an order of inputs."""
+        """Whether a tensor is part of what stands for a weight: codes, scales, zeros, an order of inputs, positions."""
         module, _, leaf = name.rpartition(".")
         return module in self.table and self.table[module].has_codes and leaf != "bias"
 
     def keeps_dtype(self, name: str) -> bool:
         """Whether a tensor is not converted on loading."""
-        return self.is_coded(name) or name.endswith(EXACT)
+        module, _, leaf = name.rpartition(".")
+        is_float = leaf == "weight" and module in self.table and self.table[module].bits is None  # kept values
+        return (self.is_coded(name) and not is_float) or name.endswith(EXACT)
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors if the floats are `dtype`."""

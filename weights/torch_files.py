@@ -1,9 +1,11 @@
 """Files of torch.save: ours, gpt-fast's, llama2.c's."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 from layers.quantized import QuantSpec, linear_table, table_from_json
+from layers.two_four import checked_positions
 from model import ModelArgs
 from weights.families.table import args_from_config
 from weights.files import Config, read_json, read_torch
@@ -65,7 +67,10 @@ def open_ours(content: dict, path: Path) -> ModelFile:
         layout = Layout(args, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return ModelFile(layout, rename(layout, raw, {}, path), (path,))
+    tensors = rename(layout, raw, {}, path)
+    for name in [name for name in tensors if name.endswith(".positions")]:
+        tensors[name] = partial(checked_positions, name, tensors[name])
+    return ModelFile(layout, tensors, (path,))
 
 
 def open_bare(layout: Layout, raw: Readers, path: Path) -> ModelFile:

@@ -177,6 +177,17 @@ INLINE Floats entries_of(Floats table, Bytes codes, int c) {
   return {entries(codes.low), entries(codes.high)};
 }
 
+// Number k of each 16 that share four bytes, 2 bits each, as `at_places` takes it.
+INLINE Ints place_of(Bytes places, int k) {
+  return {_mm256_srli_epi32(places.low, 2 * k), _mm256_srli_epi32(places.high, 2 * k)};
+}
+
+// In each lane, that of four values which has its place.
+INLINE Floats at_places(const float* four, Ints places) {
+  const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(four));
+  return {_mm256_permutevar_ps(all, places.low), _mm256_permutevar_ps(all, places.high)};
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

@@ -125,6 +125,14 @@ INLINE Floats entries_of(Floats table, Bytes codes, int c) {
   return _mm512_permutexvar_ps((__m512i)((Ints)codes >> 8 * c), table);
 }
 
+// Number k of each 16 that share four bytes, 2 bits each, as `at_places` takes it.
+INLINE Ints place_of(Bytes places, int k) { return (Ints)places >> 2 * k; }
+
+// In each lane, that of four values which has its place.
+INLINE Floats at_places(const float* four, Ints places) {
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), (__m512i)places);
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

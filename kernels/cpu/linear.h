@@ -1,10 +1,11 @@
-// A linear layer of either kind, and scratch memory.
+// A linear layer of any kind, and scratch memory.
 #pragma once
 
 #include <memory>
 
 #include "linear_unpacked.h"
 #include "sparse.h"
+#include "two_four.h"
 
 namespace gpt_faster {
 
@@ -56,6 +57,7 @@ struct Linear {
   ManyRowsProduct many_rows_product;  // for bfloat16 weights
   const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
   SparseWeight sparse = {};           // which has a weight if the layer has neither of the others; few rows only
+  TwoFourWeight two_four = {};         // which has tiles if the layer has none of the others
 
   // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
   bool takes_floats(int64_t S) const {
@@ -89,6 +91,7 @@ struct Linear {
   template <class Element>
   void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
     if (sparse.weight) return multiply_sparse(sparse, x, y, M, outputs);
+    if (two_four.tiles) return multiply_two_four(two_four, x, y, M, {outputs.begin / kLanes, outputs.end / kLanes});
     if (has_codes) {
       const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};
       return multiply_few(codes, activations<Element>(scratch, M), y, dtype_of<Element>, tiles);
@@ -100,6 +103,7 @@ struct Linear {
   template <class Element>
   void multiply_many_rows(const Element* x, Element* y, int64_t M, int64_t S, void* scratch,
                           const Threads& threads) const {
+    if (two_four.tiles) return multiply_two_four(two_four, x, y, M, threads);
     if (!takes_floats(S)) {
       return multiply_many(codes, activations<Element>(scratch, M), y, dtype_of<Element>, threads);
     }
@@ -113,6 +117,7 @@ struct Linear {
   // All outputs of any number of rows, S of each request, by all threads.
   template <class Element>
   void multiply(const Element* x, Element* y, int64_t M, int64_t S, const Threads& threads) const {
+    if (two_four.tiles) return multiply_two_four(two_four, x, y, M, threads);
     Scratch scratch(false);
     const int64_t bytes = takes_floats(S) ? 0 : Activations::bytes(M, in, codes.multiplies_floats(dtype_of<Element>));
     char* quantised = scratch.take<char>(bytes);

@@ -233,6 +233,21 @@ INLINE Floats entries_of(Floats table, Bytes codes, int c) {
   }, code_of(codes, c));
 }
 
+// Number k of each 16 that share four bytes, 2 bits each, as `at_places` takes it: the places of its four bytes.
+INLINE Ints place_of(Bytes places, int k) {
+  const int32x4_t right = vdupq_n_s32(-2 * k);
+  return each<Ints>([&](auto places) {
+    const uint32x4_t place = vandq_u32(vshlq_u32((uint32x4_t)places, right), vdupq_n_u32(3));
+    return (int32x4_t)vmlaq_n_u32(vdupq_n_u32(0x03020100), place, 0x04040404);
+  }, places);
+}
+
+// In each lane, that of four values which has its place.
+INLINE Floats at_places(const float* four, Ints places) {
+  const uint8x16_t bytes = (uint8x16_t)vld1q_f32(four);
+  return each<Floats>([&](auto places) { return (float32x4_t)vqtbl1q_u8(bytes, (uint8x16_t)places); }, places);
+}
+
 // Number c of each four, of numbers in e4m3: sign, exponent and mantissa in the places of float32, whose exponent has
 // another bias.
 INLINE Floats e4m3_of(Bytes codes, int c) {

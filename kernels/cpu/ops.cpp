@@ -47,6 +47,13 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const Tensor& scales,
   return linear(x, weight, scales, bias, "linear_codes");
 }
 
+// A linear layer of which 2 of 4 weights are kept: x [..., in], weight int8 [tiles, bytes] as `TwoFourWeight` has it, of x's
+// dtype or with scales bfloat16 [tiles, groups, 1, 16] int8, bias float32 [tiles * 16] or none -> [..., tiles * 16].
+Tensor linear_two_four(const Tensor& x, const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias) {
+  TORCH_CHECK(weight.scalar_type() == at::kChar, "linear_two_four: wrong dtype");
+  return linear(x, weight, scales, bias, "linear_two_four");
+}
+
 // A linear layer of few rows: x [..., in], weight by input, see `SparseWeight` -> [..., out].
 Tensor linear_sparse(const Tensor& x, const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias,
                      int64_t out, double threshold) {
@@ -232,7 +239,7 @@ Block joined_block(OptionalTensor* t, const c10::List<double>& thresholds, size_
 
 // The blocks of a model as one handle for run_blocks, which keeps the tensors it is made of. Of each block, in this order:
 // attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2. A linear layer is its weight, scales and bias,
-// as linear_codes takes them, or linear_bf16 if there are no scales. attended: inputs of wo; eps: of the norms; scale: of
+// as linear_codes or linear_two_four takes them, or linear_bf16. attended: inputs of wo; eps: of the norms; scale: of
 // q k. thresholds: of its four layers, see `joined_layer`.
 Tensor join_blocks(const c10::List<OptionalTensor>& tensors, const c10::List<double>& thresholds, int64_t attended,
                    double eps, double scale) {
@@ -322,6 +329,7 @@ Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, co
 TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
+  m.def("linear_two_four(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor? k_scales, Tensor v, Tensor? v_scales, Tensor? cache_rows, Tensor mask, "
         "float scale) -> Tensor");
@@ -340,6 +348,7 @@ TORCH_LIBRARY(gpt_faster, m) {
 TORCH_LIBRARY_IMPL(gpt_faster, CPU, m) {
   m.impl("linear_bf16", &linear_bf16);
   m.impl("linear_codes", &linear_codes);
+  m.impl("linear_two_four", &linear_two_four);
   m.impl("linear_experts", &linear_experts);
   m.impl("linear_sparse", &linear_sparse);
   m.impl("linear_wanted", &linear_wanted);

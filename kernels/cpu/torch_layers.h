@@ -17,11 +17,30 @@ inline void check_queries(int64_t S, Dtype dtype, const char* op) {
   TORCH_CHECK(can_attend(S, dtype), op, ": more than ", kFewRows, " queries a row are for bfloat16");
 }
 
-// A layer of codes if there are scales, of bfloat16 if not. The tensors must be kept as long as the layer.
+// A layer of which 2 of 4 weights are kept: weight int8 [tiles, bytes], scales of int8 weights, float32 bias.
+inline Linear two_four_of(const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias, int64_t in,
+                          Dtype dtype, const char* op) {
+  const int64_t tiles = weight.size(0), groups = scales && tiles ? scales->numel() / (tiles * kLanes) : 1;
+  const int64_t blocks = divide_up(in, kGroup), value = scales ? 1 : dtype == Dtype::float32 ? 4 : 2;
+  TORCH_CHECK(weight.size(1) == blocks * kLanes * kGroup / 8 * (1 + 4 * value), op, ": weight takes other than ", in,
+              " features, or another dtype");
+  TORCH_CHECK((!scales || (scales->scalar_type() == at::kBFloat16 && scales->is_contiguous() && groups > 0 &&
+                           blocks % groups == 0 && scales->numel() == tiles * groups * kLanes)) &&
+              (!bias || (bias->scalar_type() == at::kFloat && bias->numel() == tiles * kLanes)), op,
+              ": scales or bias do not fit the weight");
+  const TwoFourWeight two_four{.tiles = data<uint8_t>(weight), .scales = data<BFloat16>(scales),
+                               .bias = data<float>(bias), .in = in, .n_tile = tiles, .groups = groups};
+  return {.has_codes = false, .codes = {}, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
+          .matrix_unit = nullptr, .two_four = two_four};
+}
+
+// A layer of int8 bytes as `two_four_of`, else of codes if there are scales, of bfloat16 if not. The tensors must be kept as
+// long as it.
 inline Linear layer_of(const Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias, int64_t in,
                        Dtype dtype, const char* op) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && (!bias || bias->is_contiguous()), op,
               ": a weight is not contiguous [out, in] or [tiles, bytes], or a bias is not contiguous");
+  if (weight.scalar_type() == at::kChar) return two_four_of(weight, scales, bias, in, dtype, op);
   if (!scales) {
     const bool all_bf16 = dtype == Dtype::bfloat16 && weight.scalar_type() == at::kBFloat16 &&
                           (!bias || bias->scalar_type() == at::kBFloat16);

@@ -176,7 +176,7 @@ def experts(x: Tensor, chosen: Tensor, w13: Tensor, scales13: Tensor | None, zer
             table2: Tensor | None = None) -> Tensor:  # fmt: skip
     """x [T, dim] through the feed-forwards chosen [T, K] of E experts -> [T, K, dim].
 
-    w13 [E, 2 * size, dim] and w2 [E, dim, size] are of x's dtype, or codes with scales and zeros as `layers.quantized`
+    w13 [E, 2 * size, dim] and w2 [E, dim, size] are of x's dtype, or codes with scales and zeros as `layers.formats`
     stores them. activation: a key of `mixers.activations.ACTIVATIONS`. bias13 [E, 2 * size], bias2 [E, dim]. table13
     and table2 float32 [16]: what nibbles stand for, but those of int4.
     """

@@ -4,8 +4,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.formats import Table4Linear
 from layers.packed import KINDS, has_triton
-from layers.quantized import LAYERS, Table4Linear
+from layers.quantized import LAYERS
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear, MixtureOfExperts
 from model import ModelArgs

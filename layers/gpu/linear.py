@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.blocks import HONOURED, honours
+from layers.formats import QuantizedLinear, Table4Linear
 from layers.packed import has_triton
-from layers.quantized import LAYERS, QuantizedLinear, Table4Linear
+from layers.quantized import LAYERS
 from mixers.activations import ACTIVATIONS
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm

@@ -30,6 +30,7 @@ from scripts.bench.report import open_report
 TABLES = {
     "speed": "decoding and prefill, against llama.cpp and transformers on the same weights",
     "quality": "size, perplexity and time to make of each quantisation",
+    "pruning": "perplexity without half of the weights, or without some blocks",
     "speculation": "speculative decoding against plain decoding",
     "serving": "serve.py under load, against other servers on the same weights",
     "waits": "what clients of serve.py wait for: prompts beside rows that run, the next turn",
@@ -42,8 +43,9 @@ TABLES = {
 }
 
 
-FOLDERS = {"serving": "serving.table", "waits": "serving.waits"}
-FOLDERS |= {name: f"random_weights.{name}" for name in ("experts", "families")}
+FOLDERS = {"serving": "serving.table", "waits": "serving.waits", "sparse": "skipping.table"}
+FOLDERS |= {name: f"random_weights.{name}" for name in ("experts", "families", "placement")}
+FOLDERS |= {name: f"compressed.{name}" for name in ("quality", "pruning")}
 
 
 def module_of(table: str) -> ModuleType:

@@ -9,7 +9,8 @@ from compress.calibration import calibration_text, calibration_windows
 from compress.gptq import gptq_, gptq_weight
 from kernels import cpu
 from layers.blocks import FusedBlocks
-from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight, scales_and_zeros, to_codes
+from layers.formats import scales_and_zeros, to_codes
+from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_weight
 from model import Blocks, ModelArgs
 from tests.tiny import dequantised
 from weights.checkpoint import build, load_model, save_checkpoint

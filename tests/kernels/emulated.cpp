@@ -26,7 +26,7 @@ Number read() {
   return number;
 }
 
-constexpr Dtype kFloat8{3};  // of emulated.py
+constexpr Dtype kFloat8{3}, kInt8{4};  // of emulated.py
 
 struct Tensor {
   Dtype dtype = Dtype::float32;  // of numbers that are neither integers nor bytes
@@ -98,6 +98,13 @@ constexpr const MatrixUnit* kMatrixUnit = nullptr;
 
 // Weight and scales may be those of the first of several experts.
 Linear layer_of(Tensor& weight, Tensor& scales, Tensor& bias, int64_t in, Dtype dtype) {
+  if (weight.dtype == kInt8) {
+    const int64_t tiles = weight.size(0), groups = scales.bytes.empty() ? 1 : scales.size(-3);
+    const TwoFourWeight two_four{.tiles = weight.data<uint8_t>(), .scales = scales.data<BFloat16>(),
+                                 .bias = bias.data<float>(), .in = in, .n_tile = tiles, .groups = groups};
+    return {.has_codes = false, .codes = {}, .bf16 = {}, .in = in, .out = tiles * kLanes, .many_rows_product = nullptr,
+            .matrix_unit = nullptr, .two_four = two_four};
+  }
   if (scales.bytes.empty()) {
     const int64_t out = weight.size(-2);
     const Bf16Weight bf16{.weight = weight.data<BFloat16>(), .bias = bias.data<BFloat16>(), .N = out, .K = in};

@@ -10,7 +10,7 @@ from kernels import cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LINEAR, EXPERTS, ATTEND, BLOCKS, DELTA = range(5)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
 class EmulatedOperators:
@@ -42,6 +42,9 @@ class EmulatedOperators:
 
     def linear_codes(self, x, weight, scales, bias):
         return self.call(LINEAR, [x, weight, scales, bias], [cpu._linear_codes_shape(x, weight, scales, bias)])
+
+    def linear_two_four(self, x, weight, scales, bias):
+        return self.call(LINEAR, [x, weight, scales, bias], [cpu._linear_two_four_shape(x, weight, scales, bias)])
 
     def linear_experts(self, x, chosen, weight, scales):
         y = cpu._linear_experts_shape(x, chosen, weight, scales)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.gpu.experts import experts, sort_pairs
-from layers.quantized import QuantSpec, Table4Linear, quantize_weight
+from layers.formats import Table4Linear
+from layers.quantized import QuantSpec, quantize_weight
 from mixers.activations import ACTIVATIONS
 from mixers.experts import ExpertLinear
 from tests.tiny import pairwise

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gpu import linear as gpu
+from layers.formats import Table4Linear
 from layers.gpu.linear import GpuBlock, codes_on_gpu
-from layers.quantized import LAYERS, QuantSpec, Table4Linear, quantize_weight, replace_
+from layers.quantized import LAYERS, QuantSpec, quantize_weight, replace_
 from mixers.norms import RMSNorm
 from model import ModelArgs, Transformer
 

@@ -13,6 +13,7 @@ from tests.kernels import test_fused_blocks as blocks
 from tests.kernels import test_operators as operators
 from tests.kernels.emulated import EmulatedOperators
 from tests.layers import test_packed as layers
+from tests.layers import test_two_four as two_four
 
 FLOAT32, FLOAT16, BFLOAT16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 FORMS = [(QuantSpec(8), BFLOAT16), (QuantSpec(8, 64), FLOAT16), (QuantSpec(4, 32), BFLOAT16)]
@@ -23,6 +24,7 @@ FORMS += [
     (QuantSpec(4, 32, "float4"), BFLOAT16),
     (QuantSpec(4, 64, "nf4"), BFLOAT16),
 ]
+TWO_FOUR = [(two_four.SPECS[0], BFLOAT16), (two_four.SPECS[0], FLOAT32), (two_four.SPECS[2], FLOAT16)]
 CASES = [  # a test, and the arguments for it
     *((operators.test_linear_equals_float64, M, 37, 30, True) for M in (1, 5)),
     *((operators.test_linear_equals_float64, M, 576, 101, False) for M in (1, 2, 16)),
@@ -30,6 +32,9 @@ CASES = [  # a test, and the arguments for it
     *((layers.test_a_row_does_not_depend_on_the_rows_beside_it, *form) for form in FORMS),
     (layers.test_operator_with_inputs_that_are_no_multiple, 33, BFLOAT16),
     (layers.test_operator_on_zeros_nan_infinity_no_rows_and_strided_inputs,),
+    *((two_four.test_two_four_equals_float64, *form) for form in TWO_FOUR),
+    (two_four.test_no_row_of_a_two_four_layer_depends_on_those_beside_it, two_four.SPECS[0]),
+    (two_four.test_fused_blocks_take_two_four_layers, two_four.SPECS[1], BFLOAT16, {}),
     *((operators.test_experts_equal_float64, 7, 3, 4, 96, 40, bits) for bits in (None, 8, 4)),
     *((operators.test_experts_equal_float64, 40, 2, 3, 64, 32, bits) for bits in (8, 4)),
     *((operators.test_experts_of_codes_are_exact_in_float32, bits) for bits in (8, 4)),

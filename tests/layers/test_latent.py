@@ -5,7 +5,7 @@ import torch
 
 from engine.cache import copy_prefix, row_bytes
 from layers.fastest import pack_
-from layers.latent import AbsorbedAttention, OperatorHeadLinear
+from layers.mixers.latent import AbsorbedAttention, OperatorHeadLinear
 from layers.quantized import QuantSpec, linear_table, quantize_
 from model import ModelArgs, Transformer
 from tests.layers.test_fastest import needs_operators

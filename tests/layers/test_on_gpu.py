@@ -8,9 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from layers.formats import Int4Linear, Int8Linear
 from layers.gpu.attention import GpuAttention
 from layers.gpu.linear import BLOCK_FIELDS, ON_GPU, FloatOnGpu, GpuBlock, NormedLinear, OnGpu
-from layers.quantized import LAYERS, Int4Linear, Int8Linear, QuantSpec, quantize_weight
+from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from mixers.norms import RMSNorm
 from model import Blocks
 from tests.layers.test_fastest import REFUSED, SIZES, TAKEN, TINY, quantised

@@ -14,19 +14,17 @@ from compress.gptq import gptq_
 from engine.compile import compile_step
 from engine.decode import decode_one_token, forward_chunk
 from kernels import cpu
+from layers.formats import Int4Linear, pack_nibbles, unpack_nibbles
 from layers.packed import FloatLinear, Permuted
 from layers.quantized import (
     GROUPSIZES,
-    Int4Linear,
     QuantSpec,
     linear_table,
-    pack_nibbles,
     quant_spec,
     quantize_,
     quantize_weight,
     table_from_json,
     table_to_json,
-    unpack_nibbles,
 )
 from model import ModelArgs
 from tests import tiny

@@ -1,6 +1,7 @@
 """scripts/bench: what it measures with, goes on from and writes; the peers themselves are not installed here."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from scripts.bench import long_context, report, run, speed
+from scripts.bench.compressed import pruning
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
 from scripts.bench.sides import SIDES, start_side
@@ -15,6 +17,15 @@ from scripts.bench.speed_tables import GRID, PRECISIONS, QUICK, SHORT, compare_s
 from tests.tiny import make_tiny_checkpoint
 
 SPEED = {"gpt-faster": 150.0, "llama.cpp": 100.0, "transformers": 25.0}
+
+
+def test_the_table_of_pruning_by_hand():
+    bf16, pruned = {"bytes": 4e6, "perplexity": 10.0}, {"bytes": 3e6, "perplexity": 10 * math.e, "made_s": 61.4}
+    variants = {"bf16": bf16, "2:4, magnitude": {"perplexity": 100.0}, "2:4, Wanda": pruned}
+    *_, dense, magnitude, wanda = pruning.table({"model": "tiny", "variants": variants}).splitlines()
+    assert dense == "| bf16 | 4 MB | 10.00 |  |  |"
+    assert magnitude == "| 2:4, magnitude |  | 100.00 | +2.30 |  |"
+    assert wanda == "| 2:4, Wanda | 3 MB | 27.18 | +1.00 | 61 s |"
 
 
 def test_rates_by_hand():

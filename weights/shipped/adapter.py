@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from cli import listed
-from layers.quantized import QuantizedLinear
+from layers.formats import QuantizedLinear
 from model import ModelArgs
 from weights.files import read_json, read_torch
 from weights.huggingface import INTERLEAVED, hf_modules, safetensors_file, with_usual_names

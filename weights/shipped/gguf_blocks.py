@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layers.quantized import SCALE_DTYPES, Float4Linear, QuantSpec
+from layers.formats import Float4Linear
+from layers.quantized import SCALE_DTYPES, QuantSpec
 from weights.gguf_file import GGUFTensor
 from weights.shipped.float4 import half_power
 

@@ -33,13 +33,18 @@ def add_flags(parser) -> None:
 
 
 def fill(report: Report, *, model: str, threads: int) -> None:
-    text = "\n".join(topics.values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
-        (folder / "second.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+        write_halves(folder)
         for variant, how in VARIANTS.items():
             report.once(report.result["variants"], variant, partial(measure, Path(model), how, threads, folder))
+
+
+def write_halves(folder: Path, most: int | None = None) -> None:
+    """first.txt, to calibrate with, and second.txt, to measure: the first `most` characters of the second half."""
+    text = "\n".join(topics.values())
+    (folder / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
+    (folder / "second.txt").write_text(text[len(text) // 2 :][:most], encoding="utf-8")
 
 
 def measure(checkpoint: Path, how: list | None, threads: int, folder: Path) -> dict:

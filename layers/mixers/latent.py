@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from layers.formats import QuantizedLinear
 from layers.packed import surely_few
-from layers.quantized import QuantizedLinear
 from mixers.latent import LatentAttention
 from model import Attend
 
