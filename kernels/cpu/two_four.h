@@ -30,7 +30,7 @@ struct TwoFourProduct {
   int64_t M;
   static constexpr int64_t kKept = kGroup / 2, kPlaces = kLanes * kGroup / 8;  // of a block of 32 inputs: weights an
   static constexpr int64_t kBlock = kPlaces + kKept * kLanes * sizeof(Value);  // output; bytes of places, and of all
-  static constexpr int kRows = 4, kStreams = 2;  // at a time; tiles that one row reads at a time
+  static constexpr int kRows = 4;  // at a time
 
   int64_t bytes_a_tile() const { return weight.K() / kGroup * kBlock; }
 
