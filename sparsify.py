@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +16,20 @@ from torch import Tensor
 
 import cli
 from cli import say
-from compress.activations import PROJECTIONS, find_thresholds, require_projections, skippable_
+from compress.activations import (
+    PROJECTIONS,
+    find_thresholds,
+    projection_sizes,
+    require_projections,
+    set_thresholds,
+    skippable_,
+    with_thresholds,
+)
 from compress.calibration import calibration_text, calibration_windows
 from compress.hotness import count_uses, in_words
 from engine.engine import Engine, generate
 from engine.sampling import Sampling
 from flags import check_counts, check_threads, model_flags, place_flags
-from layers.quantized import QuantSpec
 from measure.perplexity import WINDOW, perplexity
 from ranks import init_tp
 from text.prompts import ids_of, ids_to_measure
@@ -130,8 +137,7 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     ids = None if args.check is None else ids_to_measure(args.check, job.path, job.source.args.vocab_size)
     model = load(job, args, apart=True)
     layers = skippable_(model)
-    shapes = [projection_size(job.source, name) for name in PROJECTIONS]
-    found, uniform = find_thresholds(model, shapes, job.windows, args.sparsity)
+    found, uniform = find_thresholds(model, projection_sizes(job.source.layout), job.windows, args.sparsity)
     write(job, found)
     forms = {"all inputs": [[0.0] * len(PROJECTIONS)] * len(found), "uniform": uniform, "found": found}
     quality = {} if ids is None else {name: perplexity_of(model, layers, each, ids) for name, each in forms.items()}
@@ -139,18 +145,8 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     report(quality, decode_rates(job, args), args.sparsity)
 
 
-def projection_size(source: ModelFile, name: str) -> int:
-    """Weights of a projection, which is as large in every block."""
-    layer = source.layout.model.get_submodule(f"layers.0.{name}")
-    return layer.weight.shape[0] * layer.in_features
-
-
 def write(job: Job, thresholds: list[list[float]]) -> None:
-    table = dict(job.source.table)
-    for i, of_block in enumerate(thresholds):
-        for name, threshold in zip(PROJECTIONS, of_block, strict=True):
-            module = f"layers.{i}.{name}"
-            table[module] = replace(table.get(module, QuantSpec()), threshold=threshold)
+    table = with_thresholds(job.source.table, thresholds)
     tensors = read_tensors(job.source, torch.device("cpu"), job.dtype, "Copying")
     with tokenizer_saved(job.source.gguf, job.target.parent):
         save_checkpoint(job.target, job.source.args, tensors, table)
@@ -159,9 +155,7 @@ def write(job: Job, thresholds: list[list[float]]) -> None:
 
 def perplexity_of(model, layers: list, thresholds: list[list[float]], ids: list[int]) -> float:
     """Of a model that skips in every token, as decoding does."""
-    for of_block, values in zip(layers, thresholds, strict=True):
-        for layer, threshold in zip(of_block, values, strict=True):
-            layer.threshold = threshold
+    set_thresholds(layers, thresholds)
     return perplexity(Engine(model), ids, window=min(WINDOW, model.args.max_seq_length)).perplexity
 
 

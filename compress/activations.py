@@ -6,7 +6,7 @@ for the weights that it saves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cli import listed, progress
 from compress.gptq import arguments_of
-from layers.quantized import replace_
+from layers.quantized import QuantSpec, replace_
 from layers.sparse import Thresholded
 from model import ModelArgs, Transformer
+from weights.layout import Layout
 
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 STEP, MOST = 0.05, 0.95  # share of a projection's inputs that are skipped more at a time, and at most
@@ -29,6 +30,22 @@ def require_projections(args: ModelArgs) -> None:
     apart = ("n_expert", "kv_latent", "delta", "layer_input_size", "n_reusing_layer")
     if any(getattr(args, name) for name in apart):
         raise ValueError(f"--mode activations is not supported for models with {listed(apart)}")
+
+
+def projection_sizes(layout: Layout) -> list[int]:
+    """Weights of each of the `PROJECTIONS`, which are as large in every block."""
+    layers = [layout.model.get_submodule(f"layers.0.{name}") for name in PROJECTIONS]
+    return [layer.weight.shape[0] * layer.in_features for layer in layers]
+
+
+def with_thresholds(table: dict[str, QuantSpec], thresholds: list[list[float]]) -> dict[str, QuantSpec]:
+    """The table of a file's layers, once each block's projections have these thresholds."""
+    named = {
+        f"layers.{i}.{name}": threshold
+        for i, of_block in enumerate(thresholds)
+        for name, threshold in zip(PROJECTIONS, of_block, strict=True)
+    }
+    return table | {name: replace(table.get(name, QuantSpec()), threshold=each) for name, each in named.items()}
 
 
 @dataclass
@@ -55,6 +72,13 @@ def skippable_(model: Transformer) -> list[list[Thresholded]]:
             replace_(model, f"layers.{i}.{name}", layer)
         blocks.append(layers)
     return blocks
+
+
+def set_thresholds(layers: list[list[Thresholded]], thresholds: list[list[float]]) -> None:
+    """Give the layers of `skippable_` these thresholds."""
+    for of_block, values in zip(layers, thresholds, strict=True):
+        for layer, threshold in zip(of_block, values, strict=True):
+            layer.threshold = threshold
 
 
 @torch.no_grad()
