@@ -91,7 +91,7 @@ def find_thresholds(
     that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
     """
     pos = torch.arange(windows.shape[1], device=model.device)[None]
-    hidden = [model.embed(tokens[None]) for tokens in windows.to(model.device)]
+    hidden = [model.embed(tokens[None], pos) for tokens in windows.to(model.device)]
     contexts = model.contexts(pos, None)
     found, uniform = [], []
     for i, block in enumerate(progress(model.layers, desc="Finding thresholds", unit="block")):

@@ -43,7 +43,7 @@ def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(spars
     layers = skippable_(model)
     found, uniform = find_thresholds(model, sizes, windows, sparsity)
     pos = torch.arange(24)[None].expand(4, 24)
-    batch = (model.embed(windows), pos, *model.contexts(pos, None)[0])
+    batch = (model.embed(windows, pos), pos, *model.contexts(pos, None)[0])
     block, skipped, errors = model.layers[0], [], {}
     wanted = block(*batch)
 
