@@ -121,10 +121,15 @@ def magnitudes(layer: nn.Module, block: nn.Module, batches: list[tuple]) -> Tens
 
 
 def error(block: nn.Module, batches: list[tuple], exact: list[Tensor]) -> float:
-    """The squared distance of what a block returns from what it returned."""
-    return sum(
-        (block(*batch) - wanted).float().square().sum().item() for batch, wanted in zip(batches, exact, strict=True)
-    )
+    """The squared distance of what a block returns from what it returned, in shares of each token's own numbers.
+
+    Many models make those of a text's first token a hundred times larger, beside which no other token would count.
+    """
+    total = 0.0
+    for batch, wanted in zip(batches, exact, strict=True):
+        distance = (block(*batch) - wanted).float().square().sum(-1)
+        total += (distance / wanted.float().square().sum(-1).clamp(min=1e-30)).sum().item()
+    return total
 
 
 def skip_greedily(parts: list[Projection], error: Callable[[], float], sparsity: float) -> None:
