@@ -52,9 +52,7 @@ def fill_thresholds(
     calibration, held_out = ids[: len(ids) // 2], ids[len(ids) // 2 :][:HELD_OUT]
     quality = report.result["quality"]
     for sparsity in SPARSITIES:
-        report.once(
-            quality, f"{sparsity:.0%}", partial(teal.measure_quality, path, sparsity, calibration, held_out)
-        )
+        report.once(quality, f"{sparsity:.0%}", partial(teal.measure_quality, path, sparsity, calibration, held_out))
     thresholds = {name: quality[name]["thresholds"] for name in quality}
     for precision in precisions:
         how = (path, PRECISIONS[precision], thresholds, held_out[: teal.PROMPT], new_tokens, rounds)
