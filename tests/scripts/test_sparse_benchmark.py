@@ -75,7 +75,7 @@ def test_decoding_of_a_model_whose_neurons_are_inactive(eager, monkeypatch):
 def test_thresholds_are_found_measured_and_timed(eager, monkeypatch, tmp_path):
     monkeypatch.setattr(teal, "LENGTH", 32)
     path = make_tiny_checkpoint(tmp_path)
-    ids = torch.randint(300, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     quality = teal.measure_quality(path, 0.4, ids[:200], ids[200:])
     assert quality["all inputs"] != quality["found"] and quality["calibration_tokens"] == 128
     rates = teal.measure_decode(path, QuantSpec(4, 32), {"40%": quality["thresholds"]}, ids[:8], 6, 2)
