@@ -38,6 +38,15 @@ INLINE void load_two(const Nibbles* row, int64_t o, Floats (&to)[2]) {
   load_nibbles(&row[o / 2].both, to[0], to[1]);
 }
 
+// Whether n of so many rows are nearly all: then the processor's own prefetcher, which follows rows in order, is better than
+// fetching by hand, which is better where rows between are left out.
+inline bool nearly_all(int64_t n, int64_t of) { return 10 * n > 9 * of; }
+
+template <class Code>
+INLINE void fetch(const Code* row, int64_t bits) {
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + bits / 8);
+}
+
 // Calls work with a value of the C++ type of the weight's codes.
 template <class Work>
 void with_code_of(const SparseWeight& weight, const Work& work) {
@@ -104,9 +113,9 @@ struct SparseProduct {
     return static_cast<const Code*>(weight.weight) + active.index[k] * weight.columns() / (kIsInt4 ? 2 : 1);
   }
 
-  // To the sums of one row of x [outputs], the products of the inputs k, k + stride ..., R of them; those `ahead` of each
-  // are fetched meanwhile.
-  template <int R>
+  // To the sums of one row of x [outputs], the products of the inputs k, k + stride ..., R of them. Meanwhile, if asked to,
+  // it fetches those `ahead` of each.
+  template <int R, bool FETCH>
   void add_inputs(int64_t k, int64_t stride, int64_t ahead, float* sums) const {
     const int64_t last = active.ends.back() - 1;
     const Code *rows[R], *next[R];
@@ -118,7 +127,7 @@ struct SparseProduct {
     for (int64_t o = outputs.begin; o < outputs.end; o += kColumns, sums += kColumns) {
       Floats sum[2] = {load(sums), load(sums + 16)};
       UNROLL for (int r = 0; r < R; r++) {
-        __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + o * kColumnBits / 8);
+        if constexpr (FETCH) fetch(next[r], o * kColumnBits);
         Floats codes[2];
         load_two(rows[r], o, codes);
         UNROLL for (int i = 0; i < 2; i++) sum[i] = multiply_add(codes[i], x[r], sum[i]);
@@ -150,11 +159,17 @@ struct SparseProduct {
       for (; k < end; k += 2) add_two_inputs(k, end, sums);
       return;
     }
+    if (nearly_all(active.ends.back(), weight.in)) add_streams<false>(k, end, sums);
+    else add_streams<true>(k, end, sums);
+  }
+
+  template <bool FETCH>
+  void add_streams(int64_t k, int64_t end, float* sums) const {
     const int64_t n = end - k, stream = n / kAtOnce, ahead = weight.groups > 1 ? n : 1;  // in the next group; the next
-    for (int64_t i = 0; i < stream; i++) add_inputs<kAtOnce>(k + i, stream, ahead, sums);
+    for (int64_t i = 0; i < stream; i++) add_inputs<kAtOnce, FETCH>(k + i, stream, ahead, sums);
     k += stream * kAtOnce;
-    for (; k + 2 <= end; k += 2) add_inputs<2>(k, 1, ahead, sums);
-    if (k < end) add_inputs<1>(k, 1, ahead, sums);
+    for (; k + 2 <= end; k += 2) add_inputs<2, FETCH>(k, 1, ahead, sums);
+    if (k < end) add_inputs<1, FETCH>(k, 1, ahead, sums);
   }
 
   // Scales the sums of group g's codes [M, outputs] and adds them to those of all groups.
@@ -258,8 +273,8 @@ struct WantedProduct {
     return reduce_add(rest) + (weight.bias ? weight.bias[n] : 0.0f);
   }
 
-  // Output m of the rows *n, n[stride] ..., R of them; those after each, up to *last, are fetched meanwhile.
-  template <int R>
+  // Output m of the rows *n, n[stride] ..., R of them. Meanwhile, if asked to, it fetches those after each, up to *last.
+  template <int R, bool FETCH = true>
   void dots(const int32_t* n, int64_t stride, const int32_t* last, int64_t m) const {
     const int64_t groupsize = weight.in / weight.groups, padded = round_up(weight.groups, 16);
     thread_local std::vector<float> scales;  // [R, padded]
@@ -278,7 +293,7 @@ struct WantedProduct {
       for (int64_t i = g * groupsize; i < (g + 1) * groupsize; i += kColumns) {
         const Floats first = load(x + m * weight.in + i), second = load(x + m * weight.in + i + 16);
         UNROLL for (int r = 0; r < R; r++) {
-          __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + i * kBits / 8);
+          if constexpr (FETCH) fetch(next[r], i * kBits);
           Floats two[2];
           load_two(codes[r], i, two);
           sum[r] = multiply_add(two[0], first, multiply_add(two[1], second, sum[r]));
@@ -318,7 +333,10 @@ struct WantedProduct {
     }
     const int32_t* last = found.data() + std::max<int64_t>(n, 1) - 1;
     if (M == 1) {
-      for (int64_t i = 0; i < stream; i++) dots<kAtOnce>(&found[i], stream, last, 0);
+      const bool by_hand = !nearly_all(n, outputs.end - outputs.begin);
+      for (int64_t i = 0; i < stream; i++) {
+        by_hand ? dots<kAtOnce>(&found[i], stream, last, 0) : dots<kAtOnce, false>(&found[i], stream, last, 0);
+      }
       for (int64_t i = stream * kAtOnce; i < n; i++) dots<1>(&found[i], 1, last, 0);
     } else {
       for (int64_t i = 0; i < n; i++) for (int64_t m = 0; m < M; m++) {  // a row of the weight serves all rows of x
