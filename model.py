@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.activations import ACTIVATIONS
+from mixers.activations import ACTIVATIONS, activated
 from mixers.experts import MixtureOfExperts, SeparateExperts, check_experts
 from mixers.fields import check_fields, check_sizes
 from mixers.latent import LatentAttention, check_latent
@@ -31,7 +31,7 @@ from mixers.layer_kinds import (
 )
 from mixers.norms import block_norm, head_norm
 from mixers.recurrent.delta_net import DeltaNet, DeltaSizes, is_delta
-from mixers.rope import RopeScaling, has_finite_rope, rope_table, rotate
+from mixers.rope import LearnedPositions, RopeScaling, has_finite_rope, rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ class ModelArgs:
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
     attention_gate: bool = False  # the output's numbers are weighed, by gates whose rows in wqkv are the last
     delta: DeltaSizes | None = None  # of the layers that have gated DeltaNet in the place of attention
+    learned_positions: bool = False  # an embedding of its position is added to that of each token
     activation: str = "silu"
+    gated: bool = True  # feed-forwards have a gate; else the activation takes the up projection
     ffn_bias: bool = False  # of all layers of feed-forwards, and of the gate that chooses among them
     norm_offset: bool = False  # norms multiply by 1 + weight
     mean_norm: bool = False  # the norms of blocks and the last subtract the mean first
+    norm_bias: bool = False  # ... and add a bias
     parallel: bool = False  # the feed-forward takes what attention takes, not its result
     pre_norm: bool = True  # norms before attention and feed-forward
     post_norm: bool = False  # norms after them, before the sum
@@ -274,17 +277,19 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated linear unit (Shazeer 2020). w13 holds the rows of the gate (w1) and of the up projection (w3)."""
+    """Gated linear unit (Shazeer 2020), or one without a gate.
+
+    w13 holds the rows of the gate (w1), if there is one, and of the up projection (w3).
+    """
 
     def __init__(self, args: ModelArgs, size: int):
         super().__init__()
-        self.activation = ACTIVATIONS[args.activation]
-        self.w13 = nn.Linear(args.dim, 2 * size, bias=args.ffn_bias)
+        self.activation, self.gated = ACTIVATIONS[args.activation], args.gated
+        self.w13 = nn.Linear(args.dim, (1 + args.gated) * size, bias=args.ffn_bias)
         self.w2 = nn.Linear(size, args.dim, bias=args.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(self.activation(gate, up))
+        return self.w2(activated(self.w13(x), self.activation, self.gated))
 
 
 def mixer(args: ModelArgs, layer: int) -> nn.Module:
@@ -377,6 +382,7 @@ class Transformer(nn.Module):
         self.args = args
         # its own drawing of values imports the compiler, even on the meta device: a second of start-up
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
+        self.positions = LearnedPositions(args) if args.learned_positions else None
         self.layer_inputs = LayerInputs(args) if args.layer_input_size else None
         block = ScaledBlock if args.layer_scales else TransformerBlock
         self.layers = Blocks(block(args, layer) for layer in range(args.n_layer))
@@ -419,7 +425,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: CacheView | None = None) -> Tensor:
         """What the blocks make of the tokens [B, S, dim], before the last norm and the head."""
-        x, contexts = self.embed(tokens), self.contexts(pos, cache)
+        x, contexts = self.embed(tokens, pos), self.contexts(pos, cache)
         if self.layer_inputs is not None:
             contexts = [(own, *each) for own, each in zip(self.layer_inputs(tokens, x), contexts, strict=True)]
         if cache is None and self.args.n_reusing_layer:
@@ -432,8 +438,9 @@ class Transformer(nn.Module):
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
         return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
 
-    def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
-        return _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
+    def embed(self, tokens: Tensor, pos: Tensor) -> Tensor:  # [B, S], [B, S] -> [B, S, dim]
+        x = _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))
+        return x if self.positions is None else x + self.positions(pos)
 
     def contexts(self, pos: Tensor, cache: CacheView | None) -> list[tuple]:
         """The `Context` of each layer, for queries at pos [B, S]; of gated DeltaNet the count of own tokens [B]."""

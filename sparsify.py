@@ -9,7 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,15 @@ from torch import Tensor
 
 import cli
 from cli import listed, say
-from compress.activations import PROJECTIONS, find_thresholds, require_projections, skippable_
+from compress.activations import (
+    PROJECTIONS,
+    find_thresholds,
+    projection_sizes,
+    require_projections,
+    set_thresholds,
+    skippable_,
+    with_thresholds,
+)
 from compress.calibration import calibration_text, calibration_windows, widest
 from compress.hotness import count_uses, in_words
 from compress.pruning import METHODS, by_magnitude, packed, parse_pattern, prune_, require_fit
@@ -257,13 +265,8 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     require_space(job.target, job.source.layout.bytes(job.dtype))
     model = load(job, args, apart=True)
     layers = skippable_(model)
-    shapes = [projection_size(job.source, name) for name in PROJECTIONS]
-    found, uniform = find_thresholds(model, shapes, job.windows, args.sparsity)
-    table = dict(job.source.table)
-    for i, of_block in enumerate(found):
-        for name, threshold in zip(PROJECTIONS, of_block, strict=True):
-            module = f"layers.{i}.{name}"
-            table[module] = replace(table.get(module, QuantSpec()), threshold=threshold)
+    found, uniform = find_thresholds(model, projection_sizes(job.source.layout), job.windows, args.sparsity)
+    table = with_thresholds(job.source.table, found)
     save(job, job.source.args, read_tensors(job.source, CPU, job.dtype, "Copying"), table)
     forms = {"all inputs": [[0.0] * len(PROJECTIONS)] * len(found), "uniform": uniform, "found": found}
     measured = {} if job.ids is None else forms
@@ -272,17 +275,9 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     report_skipping(quality, decode_rates(job, args), args.sparsity)
 
 
-def projection_size(source: ModelFile, name: str) -> int:
-    """Weights of a projection, which is as large in every block."""
-    layer = source.layout.model.get_submodule(f"layers.0.{name}")
-    return layer.weight.shape[0] * layer.in_features
-
-
 def perplexity_skipping(job: Job, model: Transformer, layers: list, thresholds: list[list[float]]) -> float:
     """Of a model that skips in every token, as decoding does."""
-    for of_block, values in zip(layers, thresholds, strict=True):
-        for layer, threshold in zip(of_block, values, strict=True):
-            layer.threshold = threshold
+    set_thresholds(layers, thresholds)
     return quality_of(job, model).perplexity
 
 

@@ -65,10 +65,12 @@ JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
     "layers.#.attention.k_norm": Split(-1, ("n_kv_head",)),
 }
 
+UNGATED = {"layers.#.feed_forward.w13": Split(-2, ("intermediate_size",))}
+
 
 def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    plan = PLAN | JOINT_NORMS if args.joint_qk_norm else PLAN
+    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | ({} if args.gated else UNGATED)
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 

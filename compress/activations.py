@@ -6,7 +6,7 @@ for the weights that it saves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cli import listed, progress
 from compress.walk import arguments_of
-from layers.quantized import replace_
+from layers.quantized import QuantSpec, replace_
 from layers.sparse import Thresholded
 from model import ModelArgs, Transformer
+from weights.layout import Layout
 
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 STEP, MOST = 0.05, 0.95  # share of a projection's inputs that are skipped more at a time, and at most
@@ -29,6 +30,22 @@ def require_projections(args: ModelArgs) -> None:
     apart = ("n_expert", "kv_latent", "delta", "layer_input_size", "n_reusing_layer")
     if any(getattr(args, name) for name in apart):
         raise ValueError(f"--mode activations is not supported for models with {listed(apart)}")
+
+
+def projection_sizes(layout: Layout) -> list[int]:
+    """Weights of each of the `PROJECTIONS`, which are as large in every block."""
+    layers = [layout.model.get_submodule(f"layers.0.{name}") for name in PROJECTIONS]
+    return [layer.weight.shape[0] * layer.in_features for layer in layers]
+
+
+def with_thresholds(table: dict[str, QuantSpec], thresholds: list[list[float]]) -> dict[str, QuantSpec]:
+    """The table of a file's layers, once each block's projections have these thresholds."""
+    named = {
+        f"layers.{i}.{name}": threshold
+        for i, of_block in enumerate(thresholds)
+        for name, threshold in zip(PROJECTIONS, of_block, strict=True)
+    }
+    return table | {name: replace(table.get(name, QuantSpec()), threshold=each) for name, each in named.items()}
 
 
 @dataclass
@@ -57,6 +74,13 @@ def skippable_(model: Transformer) -> list[list[Thresholded]]:
     return blocks
 
 
+def set_thresholds(layers: list[list[Thresholded]], thresholds: list[list[float]]) -> None:
+    """Give the layers of `skippable_` these thresholds."""
+    for of_block, values in zip(layers, thresholds, strict=True):
+        for layer, threshold in zip(of_block, values, strict=True):
+            layer.threshold = threshold
+
+
 @torch.no_grad()
 def find_thresholds(
     model: Transformer, weights: list[int], windows: Tensor, sparsity: float
@@ -67,7 +91,7 @@ def find_thresholds(
     that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
     """
     pos = torch.arange(windows.shape[1], device=model.device)[None]
-    hidden = [model.embed(tokens[None]) for tokens in windows.to(model.device)]
+    hidden = [model.embed(tokens[None], pos) for tokens in windows.to(model.device)]
     contexts = model.contexts(pos, None)
     found, uniform = [], []
     for i, block in enumerate(progress(model.layers, desc="Finding thresholds", unit="block")):
@@ -97,10 +121,15 @@ def magnitudes(layer: nn.Module, block: nn.Module, batches: list[tuple]) -> Tens
 
 
 def error(block: nn.Module, batches: list[tuple], exact: list[Tensor]) -> float:
-    """The squared distance of what a block returns from what it returned."""
-    return sum(
-        (block(*batch) - wanted).float().square().sum().item() for batch, wanted in zip(batches, exact, strict=True)
-    )
+    """The squared distance of what a block returns from what it returned, in shares of each token's own numbers.
+
+    Many models make those of a text's first token a hundred times larger, beside which no other token would count.
+    """
+    total = 0.0
+    for batch, wanted in zip(batches, exact, strict=True):
+        distance = (block(*batch) - wanted).float().square().sum(-1)
+        total += (distance / wanted.float().square().sum(-1).clamp(min=1e-30)).sum().item()
+    return total
 
 
 def skip_greedily(parts: list[Projection], error: Callable[[], float], sparsity: float) -> None:

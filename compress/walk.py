@@ -135,7 +135,8 @@ def walk_(
     windows: the calibration text, int64 [n, S]. title: of the progress bar.
     """
     pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
-    hidden = [model.embed(tokens) for tokens in windows.to(model.device).split(batch_size)]  # updated block by block
+    parts = windows.to(model.device).split(batch_size)
+    hidden = [model.embed(tokens, pos[: len(tokens)]) for tokens in parts]  # updated block by block
     contexts = model.contexts(pos, None)
     for i, block in enumerate(progress(model.layers, desc=title, unit="block")):
         batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]

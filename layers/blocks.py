@@ -19,7 +19,7 @@ from model import Blocks, CacheView, Context, FeedForward, KVCache, ModelArgs, T
 HONOURED = {"dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size", "max_seq_length"}
 HONOURED |= {"norm_eps", "rope_base", "rope_scaling", "rope_dim", "sliding_window", "window_rope_base", "qk_norm"}
 HONOURED |= {"qkv_bias", "wo_bias", "ffn_bias", "attention_scale", "embedding_scale", "logit_scale", "logit_softcap"}
-HONOURED |= {"tie_embeddings"}
+HONOURED |= {"tie_embeddings", "learned_positions"}
 
 
 def honours(args: ModelArgs, names: set[str]) -> bool:

@@ -46,5 +46,5 @@ class GuessLayer(Transformer):
         hidden [B, S, dim]: what the model, or this layer, made of the tokens at pos [B, S], after its last norm, which
         are `of_model` and `norm`; tokens [B, S]: those that follow.
         """
-        pairs = torch.cat((self.embedding_norm(self.embed(tokens)), self.hidden_norm(hidden)), -1)
+        pairs = torch.cat((self.embedding_norm(self.embed(tokens, pos)), self.hidden_norm(hidden)), -1)
         return self.layers(self.joined(pairs), pos, self.contexts(pos, cache), cache)

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mixers.activations import activated
 from mixers.experts import MixtureOfExperts
 from model import FeedForward
 
@@ -200,9 +201,9 @@ class OffloadedExperts(OffloadedMixture):
                 self.slots.read_ahead(later)
             [layers], places = self.slots.layers, table[chosen]
             if y is None:
-                return _feed_forward(layers, self.activation, x[:, None], places)
+                return _experts(layers, self.activation, x[:, None], places)
             tokens, ranks = (places >= 0).nonzero(as_tuple=True)
-            own = _feed_forward(layers, self.activation, x[tokens, None], places[tokens, ranks, None])
+            own = _experts(layers, self.activation, x[tokens, None], places[tokens, ranks, None])
             y[tokens, ranks] = own[:, 0]
         return y
 
@@ -221,7 +222,7 @@ class OffloadedFeedForward(Offloaded):
 
     def __init__(self, layer: FeedForward, name: str, slots: Slots, following: str):
         super().__init__()
-        self.activation = layer.activation
+        self.activation, self.gated = layer.activation, layer.gated
         self.name, self.slots, self.following = name, slots, following
         self.bytes_away = slots.nbytes // slots.n_slot
         self.hide()
@@ -232,7 +233,8 @@ class OffloadedFeedForward(Offloaded):
     def compute(self, x: Tensor, _: None) -> Tensor:
         [slot] = self.slots.take([Unit(self.name, 0)])
         self.slots.read_ahead([Unit(self.following, 0)])
-        return _feed_forward(self.slots.layers[slot], self.activation, x)
+        layers = self.slots.layers[slot]
+        return layers.w2(activated(layers.w13(x), self.activation, self.gated))
 
 
 class SplitExperts(OffloadedMixture):
@@ -258,7 +260,7 @@ class SplitExperts(OffloadedMixture):
                 at = places[tokens, ranks, None]
                 at = torch.where(at < 0, -1 - at, at).to(rows_there.device)
                 part = rows_there[tokens.to(rows_there.device), None]
-                part = _feed_forward(layers, self.activation, part, at)[:, 0]
+                part = _experts(layers, self.activation, part, at)[:, 0]
                 y[tokens.to(x.device), ranks.to(x.device)] = part.to(x.device)
         return y
 
@@ -277,9 +279,8 @@ class FarFeedForward(FeedForward):
         return super().forward(x.to(self.second)).to(x.device)
 
 
-def _feed_forward(layers: nn.Module, activation: Callable, x: Tensor, *chosen: Tensor) -> Tensor:
-    gate, up = layers.w13(x, *chosen).chunk(2, dim=-1)
-    return layers.w2(activation(gate, up), *chosen)
+def _experts(layers: nn.Module, activation: Callable, x: Tensor, chosen: Tensor) -> Tensor:
+    return layers.w2(activated(layers.w13(x, chosen), activation), chosen)
 
 
 def _run(x: Tensor, chosen: Tensor | None, key: Tensor) -> Tensor:

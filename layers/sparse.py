@@ -119,26 +119,29 @@ class WantedLinear(RowsLinear):
 
 
 class ReluFeedForward(nn.Module):
-    """A gated linear unit whose gate, a ReLU, is 0 for most neurons: few tokens read the weights of the others only."""
+    """A feed-forward whose gate, a ReLU, is 0 for most neurons: few tokens read the weights of the others only.
+
+    Without a gate the up projection is in its place, and only the down projection has weights that are not read.
+    """
 
     def __init__(self, plain: FeedForward):
         super().__init__()
         self.activation, half = plain.activation, len(plain.w13.weight) // 2
-        self.gate = some_rows(plain.w13, slice(0, half))
-        self.up = WantedLinear(some_rows(plain.w13, slice(half, None)))
+        self.gate = some_rows(plain.w13, slice(0, half)) if plain.gated else plain.w13
+        self.up = WantedLinear(some_rows(plain.w13, slice(half, None))) if plain.gated else None
         self.down = SparseLinear(Thresholded(plain.w2, 0.0))
 
     @staticmethod
     def fits(plain: FeedForward, args: ModelArgs) -> bool:
-        w13, w2 = plain.w13, plain.w2
-        if not args.activation.startswith("relu") or not (RowsLinear.takes(w13) and RowsLinear.takes(w2)):
+        if not args.activation.startswith("relu") or not RowsLinear.takes(plain.w2):
             return False
-        groups = 1 if type(w13) is nn.Linear else w13.scales.shape[1]
-        return w13.in_features % (COLUMNS * groups) == 0
+        w13 = plain.w13
+        groups = 1 if not isinstance(w13, QuantizedLinear) else w13.scales.shape[1]
+        return not plain.gated or (RowsLinear.takes(w13) and w13.in_features % (COLUMNS * groups) == 0)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, dim] -> [B, S, dim]
         gate = self.gate(x)
-        return self.down(self.activation(gate, self.up(x, F.relu(gate))))
+        return self.down(self.activation(gate, 1 if self.up is None else self.up(x, F.relu(gate))))
 
 
 def some_rows(layer: nn.Module, rows: slice) -> nn.Module:

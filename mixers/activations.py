@@ -1,4 +1,4 @@
-"""Activations of gated linear units: what becomes of gate and up projection before the down projection."""
+"""Activations of feed-forwards: what becomes of gate and up projection before the down projection."""
 
 from collections.abc import Callable
 
@@ -21,3 +21,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "clamped_swiglu": clamped_swiglu,
 }
+
+
+def activated(x: Tensor, activation: Callable[[Tensor, Tensor | int], Tensor], gated: bool = True) -> Tensor:
+    """What the down projection takes [..., size]; x: gate and up projection [..., 2 * size] or, without a gate, one."""
+    return activation(*x.chunk(2, dim=-1)) if gated else activation(x, 1)

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.activations import ACTIVATIONS
+from mixers.activations import ACTIVATIONS, activated
 from mixers.norms import RMSNorm
 
 
@@ -24,6 +24,8 @@ def check_experts(args) -> None:
         raise ValueError(f"dense_layers {args.dense_layers} need dense_size, {args.dense_size}, and other layers")
     if bool(groups) != bool(args.n_group_used):
         raise ValueError(f"n_expert_group {groups} needs n_group_used")
+    if n and not args.gated:
+        raise ValueError("gated is False, which is not supported for a model with n_expert, a mixture of experts")
     if args.separate_experts and (not args.shared_size or args.shared_gate or args.dense_layers):
         raise ValueError("separate_experts need shared_size, and neither shared_gate nor dense_layers")
     if groups and (
@@ -132,8 +134,7 @@ class MixtureOfExperts(nn.Module):
 
     def run(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [T, dim] through the experts chosen [T, K] -> [T, K, dim]."""
-        gate, up = self.w13(x[:, None], chosen).chunk(2, dim=-1)
-        return self.w2(self.activation(gate, up), chosen)
+        return self.w2(activated(self.w13(x[:, None], chosen), self.activation), chosen)
 
 
 class SeparateExperts(nn.Module):

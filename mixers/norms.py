@@ -25,11 +25,16 @@ class RMSNorm(nn.Module):
 
 
 class MeanNorm(RMSNorm):
-    """Layer normalisation without a bias (Ba et al. 2016)."""
+    """Layer normalisation, with or without a bias (Ba et al. 2016)."""
+
+    def __init__(self, dim: int, args):
+        super().__init__(dim, args)
+        self.bias = nn.Parameter(torch.zeros(dim)) if args.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        return super().forward(h - h.mean(-1, keepdim=True)).to(x.dtype)
+        h = super().forward(h - h.mean(-1, keepdim=True))
+        return (h if self.bias is None else h + self.bias).to(x.dtype)
 
 
 class HeadsNorm(RMSNorm):

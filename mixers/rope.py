@@ -1,9 +1,13 @@
-"""Rotary position embedding (Su et al. 2021), and how its frequencies are stretched beyond the trained context."""
+"""Rotary position embedding (Su et al. 2021), and how its frequencies are stretched beyond the trained context.
+
+Or, in the place of it, an embedding of each position.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -113,3 +117,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x [B, S, H, D]; co
     """Rotary position embedding over half-split pairs (Su et al. 2021; the layout of Hugging Face)."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """An embedding of each position of the context. args: a `model.ModelArgs`."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(args.max_seq_length, args.dim))
+
+    def forward(self, pos: Tensor) -> Tensor:  # [B, S] -> [B, S, dim]
+        return F.embedding(pos.clamp(max=len(self.weight) - 1), self.weight)  # guesses may lie beyond the context

@@ -40,6 +40,8 @@ NAMES = {  # what the families of these model types are called, and what their m
     "minicpm3": "MiniCPM3 (latent attention, scales)",
     "seed_oss hunyuan_v1_dense": "Seed-OSS (biases), Hunyuan dense (norms after rope)",
     "exaone4 cohere2": "EXAONE 4, Cohere 2 (rope in layers with a window only; layer norm, parallel blocks)",
+    "nemotron": "Nemotron, Minitron (no gate, squared ReLU, layer norms with biases, partial rope)",
+    "opt": "OPT (no gate, ReLU, learned positions), but for 350M",
     "olmo2 olmo3 olmoe": "OLMo 2 and 3 (norms after, YaRN), OLMoE",
     "granite granitemoe": "Granite 3 (scales), Granite MoE",
 }

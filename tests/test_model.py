@@ -56,6 +56,16 @@ VARIANTS = {
         TINY, rope_scaling=RopeScaling("longrope", 1.0, 1.0, 4.0, 16, (1.0,) * 4, (1.0, 1.5, 2.0, 3.0))
     ),
     "norms last": replace(TINY, qk_norm=True, qk_norm_last=True, mean_norm=True, parallel=True),
+    "no gate, learned positions": replace(
+        TINY,
+        gated=False,
+        activation="relu2",
+        mean_norm=True,
+        norm_bias=True,
+        ffn_bias=True,
+        learned_positions=True,
+        unrotated_layers=(0, 1),
+    ),
     "sinks and biases": replace(TINY, attention_sinks=True, wo_bias=True, ffn_bias=True, n_expert=3, n_expert_used=2),
     "latent attention": replace(TINY, n_kv_head=4, kv_latent=28, q_latent=12, value_dim=6, rope_dim=4),
     "experts scored alone": replace(

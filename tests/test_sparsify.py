@@ -37,6 +37,12 @@ def test_greedy_steps_by_hand():
     assert [part.layer.threshold for part in parts] == pytest.approx([0.2, 0.6])
 
 
+def test_a_token_of_large_numbers_counts_as_any_other():
+    """Of two tokens, one of numbers a thousand times larger, both are wrong by a tenth of their own."""
+    exact = torch.tensor([[[1.0, 2.0], [1000.0, 2000.0]]])
+    assert error(lambda x: 1.1 * x, [(exact,)], [exact]) == pytest.approx(2 * 0.1**2)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
 def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(sparsity):
     model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -44,7 +50,7 @@ def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(spars
     layers = skippable_(model)
     found, uniform = find_thresholds(model, sizes, windows, sparsity)
     pos = torch.arange(24)[None].expand(4, 24)
-    batch = (model.embed(windows), pos, *model.contexts(pos, None)[0])
+    batch = (model.embed(windows, pos), pos, *model.contexts(pos, None)[0])
     block, skipped, errors = model.layers[0], [], {}
     wanted = block(*batch)
 

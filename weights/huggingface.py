@@ -119,6 +119,16 @@ LAST_NORMS = {
     "layers.#.attention.k_norm": ("model.layers.#.self_attn.key_layernorm",),
 }
 FUSED_GATE = {"layers.#.feed_forward.w13": FUSED["layers.#.feed_forward.w13"]}
+UNGATED = {"layers.#.feed_forward.w13": ("model.layers.#.mlp.up_proj",)}
+OPT = {
+    "positions": ("model.embed_positions",),
+    "layers.#.attention.wo": ("model.layers.#.self_attn.out_proj",),
+    "layers.#.feed_forward.w13": ("model.layers.#.fc1",),
+    "layers.#.feed_forward.w2": ("model.layers.#.fc2",),
+    "layers.#.attention_norm": ("model.layers.#.self_attn_layer_norm",),
+    "layers.#.ffn_norm": ("model.layers.#.final_layer_norm",),
+    "norm": ("model.final_layer_norm",),
+}
 MIXTRAL = {
     "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.gate",),
     "layers.#.feed_forward.w13": tuple(f"model.layers.#.block_sparse_moe.experts.@.w{i}" for i in (1, 3)),
@@ -132,6 +142,8 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "qwen3_5_text": DELTA_NET,
     "qwen3_5_moe_text": EXPERTS | DELTA_NET,
     "phi3": FUSED,
+    "nemotron": UNGATED,
+    "opt": OPT,
     "olmo2": POST_NORMS,
     "olmo3": POST_NORMS,
     "gemma2": FOUR_NORMS,
@@ -157,7 +169,8 @@ INTERLEAVED = {"glm4", "cohere2", "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4
 STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_(bias|blocks|scales))?")
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
-PREFIXES = re.compile(r"^((model|language_model)\.)*(?=(embed_tokens\w*|layers|norm|per_layer_\w+|(lm_head))\.)")
+OWN = r"embed_tokens\w*|embed_positions|layers|(final_layer_)?norm|per_layer_\w+|(?P<head>lm_head)"
+PREFIXES = re.compile(rf"^((model|language_model|decoder)\.)*(?=({OWN})\.)")
 VISION = re.compile(r"(model\.)?(vision_tower|visual|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.")
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
 
@@ -199,6 +212,8 @@ def open_hf(folder: Path, file: Path | None = None) -> ModelFile | None:
         if read_layer is not None:
             layout, raw = kept_layers(layout, raw, modules, read_layer, where)
         order, rows = rope_order(args, interleaved), rows_in_file(args, model_type)
+        if args.learned_positions:  # the first two in a file are those of no position
+            rows["positions"] = 2 + torch.arange(args.max_seq_length)
         return ModelFile(layout, rename(layout, raw, modules, where, order, rows), tuple(paths))
 
     model = opened(Layout(args), without_guesses(raw, args.n_layer, n_guess))
@@ -233,7 +248,7 @@ def text_config(config: dict) -> dict:
 
 def with_usual_names(raw: Readers, where: Path) -> Readers:
     """The tensors with `model.` before each name but the head's, as the causal model of transformers has them."""
-    usual = {PREFIXES.sub(lambda match: "" if match[4] else "model.", name): name for name in raw}
+    usual = {PREFIXES.sub(lambda match: "" if match["head"] else "model.", name): name for name in raw}
     if len(usual) < len(raw):
         twice = sorted(raw.keys() - usual.values())[0]
         raise ValueError(f"{where} holds {twice} twice, with and without a prefix, and does not say which is meant")

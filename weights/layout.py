@@ -268,7 +268,7 @@ def weight_bytes(model: Transformer, tokens: float = 1) -> int:
     """
     args = model.args
     unread = (1 - args.n_expert_used / args.n_expert) ** tokens if args.n_expert else 0.0
-    unused = re.compile(r"tok_embeddings\.weight|layer_inputs\.embeddings\.weight|.*\.wkv_b\..*")
+    unused = re.compile(r"(tok_embeddings|positions|layer_inputs\.embeddings)\.weight|.*\.wkv_b\..*")
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if not unused.fullmatch(name)}
     mixtures = [name for name, layer in model.named_modules() if isinstance(layer, MixtureOfExperts)]
     of_experts = tuple(f"{name}.{layer}." for name in mixtures for layer in ("w13", "w2", "far"))

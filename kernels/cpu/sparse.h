@@ -1,8 +1,10 @@
 // A linear layer whose weight lies by input, for few rows of which small inputs are skipped: of a weight only the rows of
-// the others are read. A row is one stream of memory, so several rows are read at a time, and the next are fetched ahead.
+// the others are read. Several rows are read side by side, of places far apart: of rows in one page the processor's own
+// prefetcher would follow one.
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -34,6 +36,15 @@ INLINE void load_two(const Code* row, int64_t o, Floats (&to)[2]) {
 }
 INLINE void load_two(const Nibbles* row, int64_t o, Floats (&to)[2]) {
   load_nibbles(&row[o / 2].both, to[0], to[1]);
+}
+
+// Whether n of so many rows are nearly all: then the processor's own prefetcher, which follows rows in order, is better than
+// fetching by hand, which is better where rows between are left out.
+inline bool nearly_all(int64_t n, int64_t of) { return 10 * n > 9 * of; }
+
+template <class Code>
+INLINE void fetch(const Code* row, int64_t bits) {
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + bits / 8);
 }
 
 // Calls work with a value of the C++ type of the weight's codes.
@@ -102,18 +113,21 @@ struct SparseProduct {
     return static_cast<const Code*>(weight.weight) + active.index[k] * weight.columns() / (kIsInt4 ? 2 : 1);
   }
 
-  // To the sums of one row of x [outputs], the products of inputs k .. k + R - 1.
-  template <int R>
-  void add_inputs(int64_t k, int64_t end, float* sums) const {
+  // To the sums of one row of x [outputs], the products of the inputs k, k + stride ..., R of them. Meanwhile, if asked to,
+  // it fetches those `ahead` of each.
+  template <int R, bool FETCH>
+  void add_inputs(int64_t k, int64_t stride, int64_t ahead, float* sums) const {
+    const int64_t last = active.ends.back() - 1;
     const Code *rows[R], *next[R];
     Floats x[R];
     UNROLL for (int r = 0; r < R; r++) {
-      rows[r] = row(k + r), next[r] = row(std::min(k + R + r, end - 1)), x[r] = every(active.values[k + r]);
+      const int64_t own = k + r * stride;
+      rows[r] = row(own), next[r] = row(std::min(own + ahead, last)), x[r] = every(active.values[own]);
     }
     for (int64_t o = outputs.begin; o < outputs.end; o += kColumns, sums += kColumns) {
       Floats sum[2] = {load(sums), load(sums + 16)};
       UNROLL for (int r = 0; r < R; r++) {
-        __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + o * kColumnBits / 8);
+        if constexpr (FETCH) fetch(next[r], o * kColumnBits);
         Floats codes[2];
         load_two(rows[r], o, codes);
         UNROLL for (int i = 0; i < 2; i++) sum[i] = multiply_add(codes[i], x[r], sum[i]);
@@ -145,9 +159,17 @@ struct SparseProduct {
       for (; k < end; k += 2) add_two_inputs(k, end, sums);
       return;
     }
-    for (; k + kAtOnce <= end; k += kAtOnce) add_inputs<kAtOnce>(k, end, sums);
-    for (; k + 2 <= end; k += 2) add_inputs<2>(k, end, sums);
-    if (k < end) add_inputs<1>(k, end, sums);
+    if (nearly_all(active.ends.back(), weight.in)) add_streams<false>(k, end, sums);
+    else add_streams<true>(k, end, sums);
+  }
+
+  template <bool FETCH>
+  void add_streams(int64_t k, int64_t end, float* sums) const {
+    const int64_t n = end - k, stream = n / kAtOnce, ahead = weight.groups > 1 ? n : 1;  // in the next group; the next
+    for (int64_t i = 0; i < stream; i++) add_inputs<kAtOnce, FETCH>(k + i, stream, ahead, sums);
+    k += stream * kAtOnce;
+    for (; k + 2 <= end; k += 2) add_inputs<2, FETCH>(k, 1, ahead, sums);
+    if (k < end) add_inputs<1, FETCH>(k, 1, ahead, sums);
   }
 
   // Scales the sums of group g's codes [M, outputs] and adds them to those of all groups.
@@ -228,44 +250,98 @@ struct WantedProduct {
   Element* y;  // [M, out]
   int64_t M;
   static constexpr bool kIsInt4 = std::is_same_v<Code, Nibbles>;
+  static constexpr int kAtOnce = 4, kParts = kIsInt4 ? 2 : 1;  // rows read side by side; scales and zeros
+  static constexpr int kBits = kIsInt4 ? 4 : 8 * sizeof(Code);
 
   const Code* row(int64_t n) const {
-    return static_cast<const Code*>(weight.weight) + n * weight.in / (kIsInt4 ? 2 : 1);
+    return static_cast<const Code*>(weight.weight) + n * weight.in / kParts;
   }
 
-  float dot(int64_t n, int64_t m) const {
-    const int64_t groupsize = weight.in / weight.groups, parts = kIsInt4 ? 2 : 1;
-    const BFloat16* scales = weight.scales + n * parts * weight.groups;
-    const Code* codes = row(n);
-    const float* from = x + m * weight.in;
-    Floats total[2] = {every(0.0f), every(0.0f)};
-    float rest = weight.bias ? weight.bias[n] : 0.0f;
-    for (int64_t g = 0; g < weight.groups; g++) {
-      Floats sum[2] = {every(0.0f), every(0.0f)}, two[2];
-      for (int64_t i = g * groupsize; i < (g + 1) * groupsize; i += kColumns) {
-        load_two(codes, i, two);
-        UNROLL for (int j = 0; j < 2; j++) sum[j] = multiply_add(two[j], load(from + i + 16 * j), sum[j]);
+  // The scales of row n as floats; returns what its bias, its zeros, and the 8 that nibbles have too much, add to output m.
+  float prepare(int64_t n, int64_t m, float* scales) const {
+    Floats rest = every(0.0f);
+    const BFloat16* from = weight.scales + n * kParts * weight.groups;
+    for (int64_t g = 0; weight.scales && g < weight.groups; g += 16) {
+      const int64_t count = std::min<int64_t>(16, weight.groups - g);
+      const Floats scale = load(from + g, count);
+      store(scales + g, scale);
+      if constexpr (kIsInt4) {
+        const Floats zero = load(from + weight.groups + g, count) - scale * every(8.0f);
+        rest = multiply_add(zero, load(sums + m * weight.groups + g, count), rest);
       }
-      const float scale = weight.scales ? to_float(scales[g]) : 1.0f;
-      if constexpr (kIsInt4) rest += (to_float(scales[weight.groups + g]) - 8 * scale) * sums[m * weight.groups + g];
-      UNROLL for (int j = 0; j < 2; j++) total[j] = multiply_add(sum[j], every(scale), total[j]);
     }
-    return reduce_add(total[0] + total[1]) + rest;
+    return reduce_add(rest) + (weight.bias ? weight.bias[n] : 0.0f);
+  }
+
+  // Output m of the rows *n, n[stride] ..., R of them. Meanwhile, if asked to, it fetches those after each, up to *last.
+  template <int R, bool FETCH = true>
+  void dots(const int32_t* n, int64_t stride, const int32_t* last, int64_t m) const {
+    const int64_t groupsize = weight.in / weight.groups, padded = round_up(weight.groups, 16);
+    thread_local std::vector<float> scales;  // [R, padded]
+    scales.resize(kAtOnce * padded);
+    const Code *codes[R], *next[R];
+    float rest[R];
+    Floats total[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      const int32_t* own = n + r * stride;
+      codes[r] = row(*own), next[r] = row(*std::min(own + 1, last)), total[r] = every(0.0f);
+      rest[r] = prepare(*own, m, &scales[r * padded]);
+    }
+    for (int64_t g = 0; g < weight.groups; g++) {
+      Floats sum[R];
+      UNROLL for (int r = 0; r < R; r++) sum[r] = every(0.0f);
+      for (int64_t i = g * groupsize; i < (g + 1) * groupsize; i += kColumns) {
+        const Floats first = load(x + m * weight.in + i), second = load(x + m * weight.in + i + 16);
+        UNROLL for (int r = 0; r < R; r++) {
+          if constexpr (FETCH) fetch(next[r], i * kBits);
+          Floats two[2];
+          load_two(codes[r], i, two);
+          sum[r] = multiply_add(two[0], first, multiply_add(two[1], second, sum[r]));
+        }
+      }
+      UNROLL for (int r = 0; r < R; r++) {
+        total[r] = weight.scales ? multiply_add(sum[r], every(scales[r * padded + g]), total[r]) : sum[r];
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      Element rounded[16];
+      store(rounded, every(reduce_add(total[r]) + rest[r]));
+      y[m * weight.out + n[r * stride]] = rounded[0];
+    }
+  }
+
+  // The rows that any row of x wants, into `found`; returns how many they are.
+  int64_t find(Range outputs, int32_t* found) const {
+    int64_t n = 0;
+    for (int64_t o = outputs.begin; o < outputs.end; o += 16) {
+      const int64_t count = std::min<int64_t>(16, outputs.end - o);
+      Floats any = every(0.0f);
+      for (int64_t m = 0; m < M; m++) any = any + abs(load(wanted + m * weight.out + o, count));
+      float values[16];
+      store(values, any);
+      for (int64_t i = 0; i < count; i++) found[n] = o + i, n += values[i] != 0;  // NaN is wanted
+    }
+    return n;
   }
 
   void multiply(Range outputs) const {
-    std::vector<int64_t> found;  // m * out + n, in the order of n: a row of the weight serves all rows of x
-    for (int64_t n = outputs.begin; n < outputs.end; n++) for (int64_t m = 0; m < M; m++) {
-      y[m * weight.out + n] = Element{};
-      if (first_float(wanted + m * weight.out + n) != 0) found.push_back(m * weight.out + n);
+    thread_local std::vector<int32_t> found;
+    found.resize(weight.out + 1);
+    const int64_t n = find(outputs, found.data()), stream = n / kAtOnce;
+    for (int64_t m = 0; m < M; m++) {
+      std::memset(y + m * weight.out + outputs.begin, 0, (outputs.end - outputs.begin) * sizeof(Element));
     }
-    for (size_t i = 0; i < found.size(); i++) {
-      const int64_t next = found[std::min(i + 1, found.size() - 1)] % weight.out;
-      const char* ahead = reinterpret_cast<const char*>(row(next));
-      for (int64_t at = 0; at < reinterpret_cast<const char*>(row(next + 1)) - ahead; at += 64) __builtin_prefetch(ahead + at);
-      Element rounded[16];
-      store(rounded, every(dot(found[i] % weight.out, found[i] / weight.out)));
-      y[found[i]] = rounded[0];
+    const int32_t* last = found.data() + std::max<int64_t>(n, 1) - 1;
+    if (M == 1) {
+      const bool by_hand = !nearly_all(n, outputs.end - outputs.begin);
+      for (int64_t i = 0; i < stream; i++) {
+        by_hand ? dots<kAtOnce>(&found[i], stream, last, 0) : dots<kAtOnce, false>(&found[i], stream, last, 0);
+      }
+      for (int64_t i = stream * kAtOnce; i < n; i++) dots<1>(&found[i], 1, last, 0);
+    } else {
+      for (int64_t i = 0; i < n; i++) for (int64_t m = 0; m < M; m++) {  // a row of the weight serves all rows of x
+        if (first_float(wanted + m * weight.out + found[i]) != 0) dots<1>(&found[i], 1, last, m);
+      }
     }
   }
 

@@ -38,6 +38,8 @@ TABLES = {
     "families": "decoding of each kind of family, against the rate of one large matrix",
     "tasks": "multiple-choice questions, against lm-evaluation-harness's own HFLM",
     "tensor_parallel": "one model shared by several ranks, and the bytes they send",
+    "sparse": "weights that decoding does not read: of inactive neurons, of small inputs",
+    "placement": "experts on the disk within a budget of memory, against what the rates of both allow",
     "pipeline": "two pipeline stages, with batches cut and uncut",
     "long_context": "steps at late positions, with keys and values in bf16 and int8",
 }

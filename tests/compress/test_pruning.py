@@ -213,7 +213,7 @@ def test_influence_is_what_a_block_turns():
     for name in ("attention.wo", "feed_forward.w2"):
         model.layers[1].get_submodule(name).weight.data.zero_()  # it returns what it takes
     pos = torch.arange(16)[None].expand(3, 16)
-    hidden, expected = [model.embed(windows)], []
+    hidden, expected = [model.embed(windows, pos)], []
     for block, context in zip(model.layers, model.contexts(pos, None), strict=True):
         hidden.append(block(hidden[-1], pos, *context))
         a, b = hidden[-2:]

@@ -54,6 +54,7 @@ TAKEN = {
     "logit_scale": {"logit_scale": 0.7},
     "logit_softcap": {"logit_softcap": 2.0},
     "tie_embeddings": {"tie_embeddings": True},
+    "learned_positions": {"learned_positions": True},
 }
 # ... and of models that they refuse
 EXPERTS = {"n_expert": 4, "n_expert_used": 2}
@@ -80,6 +81,8 @@ REFUSED = {
     "activation": {"activation": "gelu_tanh"},
     "norm_offset": {"norm_offset": True},
     "mean_norm": {"mean_norm": True},
+    "norm_bias": {"mean_norm": True, "norm_bias": True},
+    "gated": {"gated": False},
     "parallel": {"parallel": True},
     "pre_norm": {"pre_norm": False},
     "post_norm": {"post_norm": True},

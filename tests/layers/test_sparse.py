@@ -13,7 +13,7 @@ from layers.quantized import QuantSpec, quantize_, quantize_weight
 from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
 from model import FeedForward, ModelArgs, Transformer
 from tests.tiny import SIZES as FAMILY_SIZES
-from tests.tiny import ids_of, random_ids, random_prompts, save_tiny, tiny_model
+from tests.tiny import ids_of, pairwise, random_ids, random_prompts, save_tiny, tiny_model
 from weights.checkpoint import build, load_model
 
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="the CPU operators cannot be built")
@@ -142,9 +142,10 @@ def test_a_threshold_is_refused_where_there_are_experts():
 # ---------------------------------------------------------------- ReLU
 
 
-def relu_unit(activation, spec, dtype, inactive=0.9, dim=64, size=96):
-    """A gated linear unit of which so many neurons are inactive, for inputs around 1."""
-    args = ModelArgs(**SIZES | {"dim": dim, "intermediate_size": size}, max_seq_length=64, activation=activation)
+def relu_unit(activation, spec, dtype, inactive=0.9, dim=64, size=96, gated=True):
+    """A feed-forward of which so many neurons are inactive, for inputs around 1."""
+    sizes = SIZES | {"dim": dim, "intermediate_size": size, "gated": gated}
+    args = ModelArgs(**sizes, max_seq_length=64, activation=activation)
     torch.manual_seed(3)
     unit = FeedForward(args, size).requires_grad_(False)
     unit.w13.weight[: int(inactive * size)] = -unit.w13.weight[: int(inactive * size)].abs()
@@ -155,15 +156,22 @@ def relu_unit(activation, spec, dtype, inactive=0.9, dim=64, size=96):
 
 
 @needs_operators
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
-@pytest.mark.parametrize("spec", [None, QuantSpec(8), QuantSpec(4, 32)], ids=str)
-def test_inactive_neurons_change_nothing(activation, spec):
-    plain, args = relu_unit(activation, spec, F32)
+@pytest.mark.parametrize(
+    *pairwise(
+        activation=["relu", "relu2"],
+        spec=[None, QuantSpec(8), QuantSpec(8, 32), QuantSpec(4, 32)],
+        inactive=[0.9, 0.5, 0.0],
+        gated=[True, False],
+        size=[96, 160],
+    )
+)
+def test_inactive_neurons_change_nothing(activation, spec, inactive, gated, size):
+    plain, args = relu_unit(activation, spec, F32, inactive, 64, size, gated)
     assert ReluFeedForward.fits(plain, args)
     fast = ReluFeedForward(plain)
     for shape in ((1, 1), (1, 5), (4, 1), (1, FEW + 1)):
         x = torch.rand(*shape, 64, generator=torch.Generator().manual_seed(1)) + 0.5
-        assert (plain.w13(x).chunk(2, -1)[0] <= 0).float().mean() > 0.85
+        assert (plain.w13(x)[..., :size] <= 0).float().mean() > 0.95 * inactive
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-4)
     nothing = torch.full((1, 1, 64), 0.0)
     torch.testing.assert_close(fast(nothing), plain(nothing))
@@ -187,12 +195,21 @@ def test_only_relu_units_whose_rows_operators_take():
     assert not ReluFeedForward.fits(*relu_unit("silu", None, F32))
     assert not ReluFeedForward.fits(*relu_unit("relu", QuantSpec(4, 16), F32))
     assert not ReluFeedForward.fits(*relu_unit("relu", None, torch.float16))
+    assert ReluFeedForward.fits(*relu_unit("relu", QuantSpec(4, 16), F32, gated=False))
+
+
+RELU_FAMILIES = {
+    "llama, relu": transformers.LlamaConfig(**FAMILY_SIZES, hidden_act="relu"),
+    "llama, relu2": transformers.LlamaConfig(**FAMILY_SIZES, hidden_act="relu2"),
+    "nemotron": transformers.NemotronConfig(**FAMILY_SIZES),
+    "opt": transformers.OPTConfig(**FAMILY_SIZES | {"num_key_value_heads": 4, "ffn_dim": 64, "init_std": 0.3}),
+}
 
 
 @needs_operators
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_a_llama_with_a_relu_is_that_of_transformers(activation, tmp_path):
-    config = transformers.LlamaConfig(**FAMILY_SIZES, hidden_act=activation)
+@pytest.mark.parametrize("family", RELU_FAMILIES)
+def test_a_model_with_a_relu_is_that_of_transformers(family, tmp_path):
+    config = RELU_FAMILIES[family]
     theirs, ours = save_tiny(config, tmp_path), load_model(tmp_path, dtype=F32)
     assert all(type(block.feed_forward) is ReluFeedForward for block in ours.layers)
     tokens, cache = torch.tensor([random_prompts(12)[0]]), ours.new_cache(1, 64)

@@ -32,9 +32,11 @@ from transformers import (
     Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
+    OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -129,6 +131,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers"
 DELTA = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
 DELTA |= {"linear_value_head_dim": 16, "num_hidden_layers": 4}
 DELTA_EXPERTS = DELTA | EXPERTS | {"num_experts_per_tok": 3, "shared_expert_intermediate_size": 64}
+OPT = {"num_key_value_heads": 4, "ffn_dim": 64, "init_std": 0.3}
 IN_TWO = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
 
 FAMILIES = {
@@ -218,6 +221,10 @@ FAMILIES = {
             "rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": {"rope_theta": 1000.0}},
         },
     ),
+    "nemotron": (NemotronConfig, {"head_dim": 16}),
+    "nemotron, biases": (NemotronConfig, BIASES | {"norm_eps": 1e-2, "num_key_value_heads": 4}),
+    "opt": (OPTConfig, OPT),
+    "opt, no biases": (OPTConfig, OPT | {"enable_bias": False, "tie_word_embeddings": False}),
     "gemma": (GemmaConfig, {"head_dim": 12, "hidden_act": "gelu"}),
     "gemma2": (
         Gemma2Config,
@@ -576,6 +583,8 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
         (WINDOW | {"layer_types": [*MIXED, *MIXED]}, ["layer_types", "2 of full_attention"]),
         (WINDOW | {"layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention"]),
         ({"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ({"model_type": "opt", "ffn_dim": 64, "do_layer_norm_before": False}, ["do_layer_norm_before is False"]),
+        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 16}, ["word_embed_proj_dim is 16", "32"]),
         ({"num_attention_heads": 3}, ["n_head 3"]),
         ({"head_dim": 7}, ["head_dim 7"]),
     ],

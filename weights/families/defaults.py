@@ -79,6 +79,9 @@ DELTA_MOE_CONFIG |= {"shared_expert_intermediate_size": 512}
 QWEN_3_5_MOE_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 256, "num_experts_per_tok": 8}
 QWEN_3_NEXT_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True}
 QWEN_3_NEXT_CONFIG |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "intermediate_size": 5632}
+NEMOTRON_CONFIG = {"norm_eps": 1e-5, "max_position_embeddings": 4096, "hidden_act": "relu2"}
+NEMOTRON_CONFIG |= {"partial_rotary_factor": 0.5}
+OPT_CONFIG = EPS | {"tie_word_embeddings": True, "enable_bias": True}
 
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}

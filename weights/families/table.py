@@ -21,8 +21,10 @@ from weights.families.defaults import (
     MINISTRAL_CONFIG,
     MISTRAL_CONFIG,
     MIXTRAL_CONFIG,
+    NEMOTRON_CONFIG,
     OLMO_3_CONFIG,
     OLMOE_CONFIG,
+    OPT_CONFIG,
     PHI_CONFIG,
     PLAIN,
     QWEN_2_CONFIG,
@@ -37,7 +39,7 @@ from weights.families.defaults import (
     YOUTU_CONFIG,
 )
 from weights.families.delta import delta_experts, delta_net
-from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, unclipped
+from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, only, unclipped
 from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
 from weights.families.latent import (
@@ -83,6 +85,18 @@ def gemma_scales(config: Config) -> dict:
     return root_of_dim(config) | caps | {"attention_scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5}
 
 
+def opt_fields(config: Config) -> dict:
+    """Learned positions in the place of rope, and one switch for all biases."""
+    only(config, "do_layer_norm_before", True)
+    only(config, "layer_norm_elementwise_affine", True)
+    only(config, "_remove_final_layer_norm", False)
+    only(config, "activation_function", "relu")
+    only(config, "word_embed_proj_dim", config.whole("hidden_size"))
+    has_biases = bool(config.get("enable_bias"))
+    biases = dict.fromkeys(("qkv_bias", "wo_bias", "ffn_bias"), has_biases)
+    return biases | {"activation": "relu", "unrotated_layers": tuple(range(config.whole("num_hidden_layers")))}
+
+
 GEMMA_2 = {"norm_offset": True, "post_norm": True}
 GEMMA_3 = GEMMA_2 | {"qk_norm": True}
 GEMMA_4 = {"post_norm": True, "qk_norm": True, "value_norm": True, "attention_scale": 1.0, "layer_scales": True}
@@ -91,6 +105,7 @@ MOE_SIZE, CLAMPED = "moe_intermediate_size", {"silu": "clamped_swiglu"}
 GELU = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 POST_NORM = {"pre_norm": False, "post_norm": True}
 OLMO = POST_NORM | {"joint_qk_norm": True}
+UNGATED = {"gated": False, "mean_norm": True, "norm_bias": True}
 COHERE = {"mean_norm": True, "parallel": True}
 GPT_OSS = {"attention_sinks": True, "ffn_bias": True}
 DELTA = {"norm_offset": True, "qk_norm": True}
@@ -135,6 +150,8 @@ FAMILIES = {
     "hunyuan_v1_dense": Family({"qk_norm": True, "qk_norm_last": True}, defaults=EPS, biases=ATTENTION_BIAS),
     "exaone4": Family(POST_NORM | {"qk_norm": True}, exaone_fields, EXAONE_CONFIG, 4),
     "cohere2": Family(COHERE, cohere_fields, COHERE_CONFIG, 4, norm_eps="layer_norm_eps", biases=ATTENTION_BIAS),
+    "nemotron": Family(UNGATED | {"norm_offset": True}, defaults=NEMOTRON_CONFIG, norm_eps="norm_eps", biases=BIASES),
+    "opt": Family(UNGATED | {"learned_positions": True}, opt_fields, OPT_CONFIG, expert_size="ffn_dim"),
     "olmo2": Family(OLMO, defaults=EPS, biases=ATTENTION_BIAS),
     "olmo3": Family(
         OLMO, defaults=OLMO_3_CONFIG, full_layers_every=4, window_rope_base="rope_theta", biases=ATTENTION_BIAS

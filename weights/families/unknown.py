@@ -8,7 +8,7 @@ from weights.files import Config
 
 # keys that change no number: words about the file, training and generation, and what is true of a whole family
 WITHOUT_EFFECT = re.compile(
-    r"_.*|.*token(_id|_ids|izer|izer_class)|.*(dropout|pdrop|version|jitter_noise|_coef|_penalty|_ids)|initializer\w*"
+    r"_.*|.*token(_id|_ids|izer|izer_class)|.*(dropout|pdrop|version|jitter_noise|_coef|_penalty|_ids)|init(ializer\w*|_std)"
     r"|(transformers|unsloth|output|return|router|num_return|forced|suppress|id2|label)\W?\w*|architectures|auto_map"
     r"|model_type|intermediate_size|(bos|eos|pad|unk|sep|mask)_token|(\w+_)?(max|min|seq|sequence)_length|n_ctx"
     r"|gradient_checkpointing|(use_)?(flash_attn|attn_implementation)\w*|(anyres|vit|image|vision|video|audio)_\w+"
