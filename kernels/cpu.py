@@ -168,6 +168,11 @@ def available() -> bool:
     return True
 
 
+def bf16_rows_apart() -> bool:
+    """Whether rows of bfloat16 are multiplied each by itself, also where they are many; of operators that there are."""
+    return torch.ops.gpt_faster.bf16_rows_apart()
+
+
 def isa() -> str:
     """What the operators use that there are, as GPT_FASTER_ISA calls it."""
     return isa_of(level()) if available() else PLAIN

@@ -101,11 +101,13 @@ def fastest(layer: nn.Module, model: nn.Module | None = None) -> Callable | None
 def rounds_each_row(blocks: nn.Module) -> bool:
     """Whether a CPU gives a token of a prompt the same numbers, however many are read with it, by operators of ours."""
     kinds = {type(module) for module in blocks.modules()}
-    if any(issubclass(kind, LatentAttention) for kind in kinds):  # which has a form of its own for many tokens
+    # latent attention has a form of its own for many tokens, and how many an expert gets depends on the others
+    if any(issubclass(kind, LatentAttention | MixtureOfExperts) for kind in kinds):
         return False
+    ours = {CodesLinear, PackedTwoFour} | ({FewRowsLinear} if cpu.available() and cpu.bf16_rows_apart() else set())
     others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
     others |= {*LAYERS.values(), TwoFourLinear, Thresholded, SparseLinear, ReluFeedForward}
-    return ManyAttend in kinds and bool(kinds & {CodesLinear, PackedTwoFour}) and not kinds & others
+    return ManyAttend in kinds and bool(kinds & ours) and not kinds & (others - ours)
 
 
 def copy_as_float_(model: nn.Module, memory: int | None) -> None:

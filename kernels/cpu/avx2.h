@@ -18,7 +18,7 @@ struct Bytes : Whole {};  // 16 x 4: four codes for each sum
 struct Pairs : Whole {};  // 16 x 2: two bfloat16 for each sum, the first low
 
 constexpr bool kFewRegisters = true;  // whether several rows of bfloat16 are multiplied in parts
-constexpr bool kHasBf16Matrices = false;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
+constexpr bool kHasBf16Matrices = false;  // whether there are instructions for products of bfloat16 matrices
 
 // How much of a product is kept in registers at a time: rows of activations, ...
 constexpr int kCodesRows = 2, kBf16Rows = 2, kScoreRows = 2;

@@ -12,7 +12,7 @@ typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));    // 16 x 4:
 typedef uint32_t Pairs __attribute__((vector_size(64), may_alias));   // 16 x 2: two bfloat16 for each sum, the first low
 
 constexpr bool kFewRegisters = false;  // whether several rows of bfloat16 are multiplied in parts
-constexpr bool kHasBf16Matrices = true;  // whether PyTorch's product of bfloat16 matrices is as fast as one of float32
+constexpr bool kHasBf16Matrices = true;  // whether there are instructions for products of bfloat16 matrices
 
 // How much of a product is kept in registers at a time: rows of activations, ...
 constexpr int kCodesRows = 4, kBf16Rows = 4, kScoreRows = 12;

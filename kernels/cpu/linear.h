@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "linear_panels.h"
 #include "linear_unpacked.h"
 #include "sparse.h"
 #include "two_four.h"
@@ -43,10 +44,8 @@ class Scratch {
   }
 };
 
-// Up to so many rows of bfloat16 are multiplied as few are, where PyTorch would make a float32 copy of the weight.
-constexpr int64_t kMiddleRows = kHasBf16Matrices ? kFewRows : 128;
-
-// A product of a bfloat16 weight and many rows of x, into y. It is handed in: oneDNN's is the fastest.
+// A product of a bfloat16 weight and many rows of x, into y. It is handed in: where processors have instructions for it,
+// oneDNN's is the fastest.
 using ManyRowsProduct = void (*)(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M);
 
 struct Linear {
@@ -109,8 +108,8 @@ struct Linear {
     }
     if constexpr (std::is_same_v<Element, BFloat16>) {
       if (has_codes) multiply_unpacked(codes, x, y, M, *matrix_unit, threads);
-      else if (M <= kMiddleRows) Bf16Product{.layer = bf16, .x = x, .y = y, .M = M}.multiply_all(threads);
-      else many_rows_product(bf16, x, y, M);
+      else if (kHasBf16Matrices) many_rows_product(bf16, x, y, M);
+      else PanelProduct{.layer = bf16, .x = x, .y = y, .M = M}.multiply_all(threads);
     }
   }
 

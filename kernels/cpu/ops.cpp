@@ -328,6 +328,7 @@ Tensor run_blocks(const Tensor& x, const Tensor& blocks, const Tensor& cache, co
 
 TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("bf16_rows_apart() -> bool", [] { return !kHasBf16Matrices; });  // whether many rows are multiplied one by one
   m.def("linear_codes(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
   m.def("linear_two_four(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");

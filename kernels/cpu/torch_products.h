@@ -10,27 +10,14 @@
 
 namespace gpt_faster {
 
-// A linear layer: a product of bfloat16 matrices or, where processors are slow at it, of float32 copies, made of so many
-// rows of the weight at a time that they stay in the cache.
+// A linear layer: a product of bfloat16 matrices.
 inline void product_of_many_rows(const Bf16Weight& layer, const BFloat16* x, BFloat16* y, int64_t M) {
-  using at::Tensor;
   const auto tensor = [](const BFloat16* from, at::IntArrayRef sizes) {
     return at::from_blob(const_cast<BFloat16*>(from), sizes, at::kBFloat16);
   };
-  Tensor out = tensor(y, {M, layer.N});
-  const Tensor rows = tensor(x, {M, layer.K}), weight = tensor(layer.weight, {layer.N, layer.K});
+  at::Tensor out = tensor(y, {M, layer.N});
   const auto bias = layer.bias ? std::optional(tensor(layer.bias, {layer.N})) : std::nullopt;
-  if (kHasBf16Matrices) {
-    at::linear_out(out, rows, weight, bias);
-    return;
-  }
-  const Tensor wide_rows = rows.to(at::kFloat);
-  const int64_t at_once = std::max<int64_t>(1, (1 << 20) / layer.K);
-  for (int64_t n = 0; n < layer.N; n += at_once) {
-    const int64_t count = std::min(at_once, layer.N - n);
-    const auto part = bias ? std::optional(bias->narrow(0, n, count).to(at::kFloat)) : std::nullopt;
-    out.narrow(1, n, count).copy_(at::linear(wide_rows, weight.narrow(0, n, count).to(at::kFloat), part));
-  }
+  at::linear_out(out, tensor(x, {M, layer.K}), tensor(layer.weight, {layer.N, layer.K}), bias);
 }
 
 // The unit of this processor, through oneDNN. Null: the level does not use it, or oneDNN is told not to.

@@ -45,13 +45,23 @@ def assert_right(y, x, weight, bias):
 
 
 @needs_operators
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 16, 17])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 16, 17, 40, 131])
 @pytest.mark.parametrize("K, N", [(32, 8), (64, 7), (37, 30), (1, 5), (31, 1), (576, 1001), (40000, 6)])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
 def test_linear_equals_float64(M, K, N, has_bias):
     x, weight = random(M, K, seed=0), random(N, K, seed=1)
     bias = random(N, seed=2) if has_bias else None
     assert_right(torch.ops.gpt_faster.linear_bf16(x, weight, bias), x, weight, bias)
+
+
+@needs_operators
+@pytest.mark.parametrize("K, N", [(576, 50), (37, 16), (300, 7)])
+def test_a_row_of_many_does_not_depend_on_those_beside_it(K, N):
+    """Where no processor multiplies bfloat16 matrices, so that the product is ours."""
+    x, weight = random(200, K, seed=0), random(N, K, seed=1)
+    linear, whole = torch.ops.gpt_faster.linear_bf16, torch.ops.gpt_faster.linear_bf16(x, weight, None)
+    for i, j in ((0, 17), (3, 35), (50, 179), (183, 200)):
+        assert torch.equal(linear(x[i:j], weight, None), whole[i:j]) or not cpu.bf16_rows_apart()
 
 
 @needs_operators

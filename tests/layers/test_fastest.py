@@ -113,12 +113,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantised(changes, spec=INT4):
-    """A float32 model of random int8 and, by default, int4 layers, nothing packed."""
+    """A float32 model of random int8 and, by default, int4 layers, nothing packed; of floats without a spec."""
     torch.manual_seed(0)
     model = Transformer(replace(TINY, **changes)).requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) / 4 + (parameter.ndim == 1))
-    quantize_(model, linear_table(model, spec, QuantSpec(8)))
+    if spec is not None:
+        quantize_(model, linear_table(model, spec, QuantSpec(8)))
     return model
 
 
@@ -293,3 +294,16 @@ def test_whether_a_token_has_the_same_numbers_whatever_is_read_with_it(changes, 
     model = quantised({"head_dim": 64, **changes}).bfloat16()
     pack_(model)
     assert rounds_each_row(model.layers) == alone
+
+
+@needs_operators
+@torch.inference_mode()
+def test_a_bfloat16_prompt_in_parts_has_the_numbers_of_the_whole():
+    """Where its rows are multiplied each by itself; elsewhere the product of matrices may sum in another order."""
+    model = quantised({"max_seq_length": 128}, spec=None).bfloat16()
+    pack_(model)
+    assert rounds_each_row(model.layers) == cpu.bf16_rows_apart()
+    cache, tokens, pos = model.new_cache(2, 128), torch.arange(100)[None] % 50, torch.arange(100)[None]
+    whole = model(tokens, pos, cache.view(torch.tensor([0]), 128))
+    parts = [model(tokens[:, i:j], pos[:, i:j], cache.view(torch.tensor([1]), 128)) for i, j in ((0, 32), (32, 100))]
+    assert torch.equal(torch.cat(parts, 1), whole) or not cpu.bf16_rows_apart()
