@@ -198,6 +198,10 @@ FAMILIES = {
     "youtu": (YoutuConfig, LATENT),
     "minicpm3": (MiniCPM3Config, LATENT | {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 16}),
     "gpt_oss": (GptOssConfig, IN_TURN | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss, heads that operators take": (
+        GptOssConfig,
+        IN_TURN | {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "granitemoe": (GraniteMoeConfig, GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hunyuan": (
