@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cli import say_once
-from weights.families.delta import rows_in_file
+from weights.families.recurrent import rows_in_file
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order

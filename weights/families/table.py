@@ -36,7 +36,6 @@ from weights.families.defaults import (
     SMOLLM_3_CONFIG,
     YOUTU_CONFIG,
 )
-from weights.families.delta import delta_experts, delta_net
 from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, unclipped
 from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
@@ -46,6 +45,7 @@ from weights.families.latent import (
     latent_with_sigmoid_experts,
     latent_with_softmax_experts,
 )
+from weights.families.recurrent import delta_experts, delta_net
 from weights.families.rope import rope
 from weights.families.unknown import refuse_unknown
 from weights.families.windows import rope_in_some, rope_with_window, windows

@@ -1,4 +1,4 @@
-"""Gated DeltaNet layers: their fields, from a config in Hugging Face's words, and the order of rows in its files."""
+"""Layers that keep a state of all tokens: their fields, from a config in Hugging Face's words; rows in its files."""
 
 import torch
 from torch import Tensor
