@@ -30,6 +30,7 @@ from layers.fastest import fastest
 from layers.quantized import QuantSpec, linear_table, quantize_weight
 from mixers.experts import ExpertLinear
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from model import ModelArgs, Transformer
 from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import IdTokenizer
@@ -49,6 +50,7 @@ ALL_USED = replace(EXPERTS, n_expert=2)  # else rounding chooses other experts
 LLAMA_HEADS = replace(ARGS, dim=512, n_head=8, head_dim=128, qkv_bias=True)  # four query heads share a key head
 LATENT = replace(ARGS, n_kv_head=4, head_dim=96, kv_latent=128, q_latent=96, value_dim=64, rope_dim=32)
 DELTA = replace(ARGS, attention_gate=True, rope_dim=16, delta=DeltaSizes((0,), 2, 4, 64, 64, 4))
+CONVS = replace(ARGS, qk_norm=True, short_conv=ConvSizes((0,), 256, 3))
 TWO_SIZES = replace(ARGS, n_layer=4, sliding_window=20, full_layers=(1, 3), full_head_dim=128, full_kv_head=1)
 TWO_SIZES = replace(TWO_SIZES, keys_as_values=True, value_norm=True, qk_norm=True, n_reusing_layer=2)
 TWO_SIZES = replace(TWO_SIZES, layer_input_size=32, layer_scales=True, activation="gelu_tanh")
@@ -252,6 +254,7 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
     models |= {"with windows and caps": (CAPPED, None), "with Llama's heads and biases": (LLAMA_HEADS, int4)}
     models |= {"with experts": (ALL_USED, None), "with int4 experts": (ALL_USED, int4)}
     families = {"with latent attention": (LATENT, None), "with gated DeltaNet": (DELTA, None)}
+    families["with short convolutions"] = (CONVS, None)
     families |= {"with heads of two sizes": (TWO_SIZES, None), "with biased experts in FP4": (BIASED_EXPERTS, FLOAT4)}
     found = {f"graphs: {name}": partial(check_graphs, spec) for name, spec in specs.items()}
     for how, compiled in (("eager", False), ("compiled", True)):

@@ -27,6 +27,8 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniCPM3Config,
     Ministral3Config,
@@ -130,6 +132,8 @@ DELTA = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 DELTA |= {"linear_value_head_dim": 16, "num_hidden_layers": 4}
 DELTA_EXPERTS = DELTA | EXPERTS | {"num_experts_per_tok": 3, "shared_expert_intermediate_size": 64}
 IN_TWO = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+SHORT_CONVS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+SHORT_CONV_EXPERTS = EXPERTS | {"num_experts_per_tok": 3, "num_dense_layers": 1, "routed_scaling_factor": 1.5}
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -170,6 +174,13 @@ FAMILIES = {
     "qwen3_5": (Qwen3_5TextConfig, DELTA | {"tie_word_embeddings": True}),
     "qwen3_5, in two layers": (Qwen3_5TextConfig, DELTA | IN_TWO | {"linear_num_key_heads": 4}),
     "qwen3_5_moe": (Qwen3_5MoeTextConfig, DELTA_EXPERTS | IN_TWO),
+    "lfm2": (Lfm2Config, SHORT_CONVS | {"conv_bias": True, "block_multiple_of": 32}),
+    "lfm2, width as it is": (
+        Lfm2Config,
+        SHORT_CONVS | {"block_auto_adjust_ff_dim": False, "conv_L_cache": 5, "tie_word_embeddings": False},
+    ),
+    "lfm2, attention alone": (Lfm2Config, {"block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
+    "lfm2_moe": (Lfm2MoeConfig, SHORT_CONVS | SHORT_CONV_EXPERTS),
     "phi3": (Phi3Config, {"sliding_window": 16}),
     "phi3, longrope": (
         Phi3Config,

@@ -79,6 +79,12 @@ DELTA_MOE_CONFIG |= {"shared_expert_intermediate_size": 512}
 QWEN_3_5_MOE_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 256, "num_experts_per_tok": 8}
 QWEN_3_NEXT_CONFIG = DELTA_MOE_CONFIG | {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True}
 QWEN_3_NEXT_CONFIG |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "intermediate_size": 5632}
+LFM_2_CONFIG = {"norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128000, "num_key_value_heads": 8}
+LFM_2_CONFIG |= {"tie_word_embeddings": True, "layer_types": None, "conv_L_cache": 3}
+LFM_2_DENSE_CONFIG = LFM_2_CONFIG | {"intermediate_size": 12288, "block_auto_adjust_ff_dim": True}
+LFM_2_DENSE_CONFIG |= {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0}
+LFM_2_MOE_CONFIG = LFM_2_CONFIG | {"intermediate_size": 7168, "moe_intermediate_size": 1792, "num_dense_layers": 2}
+LFM_2_MOE_CONFIG |= {"num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 
 # keys that a family reads only if its defaults name them, as transformers does
 READ_BY_SOME = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"}
