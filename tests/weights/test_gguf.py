@@ -1,6 +1,7 @@
 """GGUF files written by the package `gguf` from tiny transformers models; and files that lie about themselves."""
 
 import os
+import re
 import struct
 import time
 
