@@ -28,9 +28,11 @@ from mixers.layer_kinds import (
     layer_caches,
     projected_heads,
     source_layers,
+    state_layers,
 )
 from mixers.norms import block_norm, head_norm
 from mixers.recurrent.delta_net import DeltaNet, DeltaSizes, is_delta
+from mixers.recurrent.short_conv import ConvSizes, ShortConv, is_short_conv
 from mixers.rope import LearnedPositions, RopeScaling, has_finite_rope, rope_table, rotate
 
 
@@ -74,6 +76,7 @@ class ModelArgs:
     attention_sinks: bool = False  # each head has a score of nothing, which takes its share
     attention_gate: bool = False  # the output's numbers are weighed, by gates whose rows in wqkv are the last
     delta: DeltaSizes | None = None  # of the layers that have gated DeltaNet in the place of attention
+    short_conv: ConvSizes | None = None  # ... a gated short convolution
     learned_positions: bool = False  # an embedding of its position is added to that of each token
     activation: str = "silu"
     gated: bool = True  # feed-forwards have a gate; else the activation takes the up projection
@@ -135,7 +138,7 @@ class ModelArgs:
         def with_tuples(values: dict) -> dict:
             return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-        kinds = {"rope_scaling": RopeScaling, "delta": DeltaSizes}
+        kinds = {"rope_scaling": RopeScaling, "delta": DeltaSizes, "short_conv": ConvSizes}
         given = [key for key in kinds if fields.get(key) is not None]
         try:
             parts = {key: kinds[key](**with_tuples(fields[key])) for key in given}
@@ -296,6 +299,8 @@ def mixer(args: ModelArgs, layer: int) -> nn.Module:
     """What brings the tokens of a sequence together in one layer, the first being 0."""
     if is_delta(args, layer):
         return DeltaNet(args)
+    if is_short_conv(args, layer):
+        return ShortConv(args)
     return Attention(args, layer) if args.kv_latent is None else LatentAttention(args)
 
 
@@ -443,7 +448,7 @@ class Transformer(nn.Module):
         return x if self.positions is None else x + self.positions(pos)
 
     def contexts(self, pos: Tensor, cache: CacheView | None) -> list[tuple]:
-        """The `Context` of each layer, for queries at pos [B, S]; of gated DeltaNet the count of own tokens [B]."""
+        """The `Context` of each layer, for queries at pos [B, S]; of one with states the count of own tokens [B]."""
         key_pos = pos[:, None] if cache is None else cache.slots  # [B, 1, S] or [C']
         seen = key_pos <= pos[..., None]  # [B, S, C']
 
@@ -458,11 +463,12 @@ class Transformer(nn.Module):
         windows, unrotated = self.args.windows(), self.args.unrotated_layers
         kinds = [(window is not None, i not in unrotated) for i, window in enumerate(windows)]
         made = {kind: context(*kind) for kind in sorted(set(kinds))}
-        if self.args.delta is None:
+        with_states = state_layers(self.args)
+        if not with_states:
             return [made[kind] for kind in kinds]
         counts = None if cache is None else cache.counts
         counts = torch.full_like(pos[:, 0], pos.shape[1]) if counts is None else counts
-        return [(counts,) if is_delta(self.args, i) else made[kind] for i, kind in enumerate(kinds)]
+        return [(counts,) if i in with_states else made[kind] for i, kind in enumerate(kinds)]
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -65,12 +65,18 @@ JOINT_NORMS = {  # where one norm of q, and one of k, spans all heads
     "layers.#.attention.k_norm": Split(-1, ("n_kv_head",)),
 }
 
+SHORT_CONVS = {  # in the place of the layers of gated DeltaNet
+    "layers.#.attention.wbcx": Split(-2, 3 * ("short_conv.width",)),
+    "layers.#.attention.conv": Split(-3, ("short_conv.width",)),
+    "layers.#.attention.out": Split(-1, ("short_conv.width",)),
+}
 UNGATED = {"layers.#.feed_forward.w13": Split(-2, ("intermediate_size",))}
 
 
 def split_of(module: str, args: ModelArgs) -> Split | None:
     """The plan's entry for a module; None: every rank has all of it."""
-    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | ({} if args.gated else UNGATED)
+    plan = PLAN | (JOINT_NORMS if args.joint_qk_norm else {}) | (SHORT_CONVS if args.short_conv else {})
+    plan |= {} if args.gated else UNGATED
     return plan.get(re.sub(r"(?<=layers\.)\d+", "#", module))
 
 
@@ -86,6 +92,7 @@ def rank_args(args: ModelArgs, n_rank: int) -> ModelArgs:
         full_kv_head=args.full_kv_head and max(1, args.full_kv_head // n_rank),
         reusing_size=args.reusing_size and args.reusing_size // n_rank,
         delta=args.delta and args.delta.of_rank(n_rank),
+        short_conv=args.short_conv and args.short_conv.of_rank(n_rank),
         intermediate_size=args.intermediate_size // n_rank,
         dense_size=args.dense_size and args.dense_size // n_rank,
         shared_size=args.shared_size and args.shared_size // n_rank,
@@ -175,8 +182,8 @@ def inputs_split(args: ModelArgs) -> dict[str, int | None]:
         reusing = range(args.n_layer - args.n_reusing_layer, args.n_layer)
         inputs |= {f"layers.{layer}.feed_forward.w2": args.reusing_size for layer in reusing}
     of_all = {"feed_forward.w2": args.intermediate_size, "experts.w2": args.intermediate_size}
-    delta = {"attention.out": args.delta.value_width} if args.delta else {}
-    return inputs | of_all | {"shared.w2": args.shared_size} | delta
+    state = args.short_conv.width if args.short_conv else args.delta and args.delta.value_width
+    return inputs | of_all | {"shared.w2": args.shared_size, "attention.out": state}
 
 
 def widths(args: ModelArgs) -> tuple[int | None, ...]:
@@ -185,9 +192,10 @@ def widths(args: ModelArgs) -> tuple[int | None, ...]:
 
 
 def divides(args: ModelArgs, n_rank: int) -> bool:
-    counts, delta = [args.n_kv_head, args.full_kv_head or args.n_kv_head], args.delta
+    counts = [args.n_kv_head, args.full_kv_head or args.n_kv_head]
     shared = all(n_kv_head % n_rank == 0 or n_rank % n_kv_head == 0 for n_kv_head in counts)
-    sizes = (args.n_head, *widths(args), delta and delta.n_key_head)
+    of_states = (args.delta and args.delta.n_key_head, args.short_conv and args.short_conv.width)
+    sizes = (args.n_head, *widths(args), *of_states)
     return shared and all((size or 0) % n_rank == 0 for size in sizes)
 
 

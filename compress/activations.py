@@ -27,7 +27,7 @@ SAMPLES = 1 << 20  # magnitudes of inputs that are sorted
 
 def require_projections(args: ModelArgs) -> None:
     """Refuse a model whose blocks consist of other layers."""
-    apart = ("n_expert", "kv_latent", "delta", "layer_input_size", "n_reusing_layer")
+    apart = ("n_expert", "kv_latent", "delta", "short_conv", "layer_input_size", "n_reusing_layer")
     if any(getattr(args, name) for name in apart):
         raise ValueError(f"--mode activations is not supported for models with {listed(apart)}")
 

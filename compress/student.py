@@ -18,7 +18,8 @@ from model import ModelArgs, Transformer
 from weights.checkpoint import assigned, read_tensors
 from weights.layout import EXACT, LEAVES, Layout, ModelFile
 
-NOT_CUT = ("n_reusing_layer", "layer_input_size", "delta")  # what ties a layer to others, or to its number
+# what ties a layer to others, or to its number
+NOT_CUT = ("n_reusing_layer", "layer_input_size", "delta", "short_conv")
 
 
 def kept_layers(n_layer: int, n_kept: int) -> list[int]:

@@ -16,7 +16,8 @@ from model import CacheView, ModelArgs, Transformer
 
 def guess_args(args: ModelArgs) -> ModelArgs:
     """The sizes of the layer of guesses of a model: one block with attention and, where the model has them, experts."""
-    alike = {"full_layers": (), "dense_layers": (), "dense_size": None, "unrotated_layers": (), "delta": None}
+    alike = {"full_layers": (), "dense_layers": (), "dense_size": None, "unrotated_layers": ()}
+    alike |= {"delta": None, "short_conv": None}
     return replace(args, n_layer=1, tie_embeddings=False, **alike)
 
 

@@ -59,21 +59,26 @@ class StepAttend(Attend):
 
 
 class OperatorAttend(StepAttend):
-    """Attention of few queries a row by an operator of `kernels/`."""
+    """Attention of few queries a row by an operator of `kernels/`, which takes sinks in float32."""
 
     takes_many = False
+
+    def __init__(self, attend: Attend):
+        super().__init__(attend)
+        if attend.sinks is not None:
+            self.sinks = nn.Parameter(attend.sinks.float(), requires_grad=False)
 
     def forward(self, q: Tensor, k: Vectors, v: Vectors, cache_rows: Tensor | None, mask: Tensor) -> Tensor:
         of_cache = k.data.is_contiguous() and v.data.is_contiguous()  # those of a call without a cache need not be
         if not (self.takes_many or surely_few(q.shape[1], FEW)) or not of_cache:
             return super().forward(q, k, v, cache_rows, mask)
-        return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale)
+        return torch.ops.gpt_faster.attend(q, *k, *v, cache_rows, mask, self.scale, self.sinks)
 
     @staticmethod
     def fits(attend: Attend, args: ModelArgs) -> bool:
         is_latent = args.kv_latent is not None
         fits = attend.head_dim in cpu.HEAD_DIMS or (is_latent and attend.head_dim % cpu.HEAD_UNIT == 0)
-        return attend.cap is None and attend.sinks is None and fits
+        return attend.cap is None and fits
 
 
 class ManyAttend(OperatorAttend):

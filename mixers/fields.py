@@ -50,8 +50,10 @@ def check_sizes(args) -> None:
             raise ValueError(f"{name} {getattr(args, name)} must be below n_layer, {args.n_layer}")
     needs = {"full_layers": "sliding_window", "late_query_scale": "rope_scaling", "qk_norm_last": "qk_norm"}
     needs["norm_bias"] = "mean_norm"
-    if args.delta is not None and max(args.delta.layers) >= args.n_layer:
-        raise ValueError(f"layers {args.delta.layers} of gated DeltaNet must be below n_layer, {args.n_layer}")
+    for name in ("delta", "short_conv"):
+        layers = getattr(getattr(args, name), "layers", ())
+        if max(layers, default=-1) >= args.n_layer:
+            raise ValueError(f"layers {layers} of {name} must be below n_layer, {args.n_layer}")
     for name, needed in needs.items():
         if getattr(args, name) and not getattr(args, needed):
             raise ValueError(f"{name} {getattr(args, name)} needs {needed}")

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from mixers.recurrent.delta_net import DeltaCache, is_delta
+from mixers.recurrent.short_conv import ConvCache, is_short_conv
 
 
 def key_heads(args, windowed: bool) -> tuple[int, int]:
@@ -23,6 +24,11 @@ def source_layers(args) -> list[int]:
     first, windows = args.n_layer - (args.n_reusing_layer or 0), args.windows()
     last = {window: layer for layer, window in enumerate(windows[:first])}
     return [*range(first), *(last[window] for window in windows[first:])]
+
+
+def state_layers(args) -> set[int]:
+    """The layers that keep a state of the tokens before in the place of their keys and values."""
+    return {layer for layer in range(args.n_layer) if is_delta(args, layer) or is_short_conv(args, layer)}
 
 
 def projected_heads(args, layer: int) -> tuple[int, int, int, int]:
@@ -44,9 +50,10 @@ def args_of_layers(args, layers: list[int]):
         return tuple(i for i, layer in enumerate(layers) if layer in numbers)
 
     changes = {name: moved(getattr(args, name)) for name in ("full_layers", "unrotated_layers")}
-    if args.delta is not None:
-        own = moved(args.delta.layers)
-        changes["delta"] = replace(args.delta, layers=own) if own else None
+    for name in ("delta", "short_conv"):
+        if (sizes := getattr(args, name)) is not None:
+            own = moved(sizes.layers)
+            changes[name] = replace(sizes, layers=own) if own else None
     dense = moved(args.dense_layers)
     if len(dense) == len(layers):  # no layer with experts
         changes |= {"intermediate_size": args.dense_size, "dense_layers": (), "dense_size": None}
@@ -138,6 +145,8 @@ def layer_caches(
     def made(layer: int) -> nn.Module:
         if is_delta(args, layer):
             return DeltaCache(args.delta, n_rows, rewind, device)
+        if is_short_conv(args, layer):
+            return ConvCache(args.short_conv, n_rows, rewind, device)
         if args.kv_latent is not None:
             return LayerCache((n_rows, 1, n_slots, args.kv_latent + args.rope_dim), dtype, device, names="k")
         n_head, head_dim = kinds[layer]

@@ -27,6 +27,7 @@ NAMES = {  # what the families of these model types are called, and what their m
     "qwen2_moe qwen3_moe": "Qwen1.5-MoE, Qwen2-MoE (a shared expert), Qwen3-MoE, with experts in some layers too",
     "qwen3_next qwen3_5_text qwen3_5_moe_text": "Qwen3-Next, Qwen3.5 and 3.6, with and without experts: gated DeltaNet "
     "(the part for text)",
+    "lfm2 lfm2_moe": "LFM2 and 2.5: short convolutions between gates, with and without experts",
     "gpt_oss": "gpt-oss (sinks, biases, clamped activation)",
     "gemma gemma2 gemma3_text": "Gemma 1, 2, 3: of a vision-language model, the text part (soft caps, windows in turn, "
     "four norms)",

@@ -30,6 +30,7 @@ from layers.fastest import fastest
 from layers.quantized import QuantSpec, linear_table, quantize_weight
 from mixers.experts import ExpertLinear
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from model import ModelArgs, Transformer
 from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import IdTokenizer
@@ -49,12 +50,14 @@ ALL_USED = replace(EXPERTS, n_expert=2)  # else rounding chooses other experts
 LLAMA_HEADS = replace(ARGS, dim=512, n_head=8, head_dim=128, qkv_bias=True)  # four query heads share a key head
 LATENT = replace(ARGS, n_kv_head=4, head_dim=96, kv_latent=128, q_latent=96, value_dim=64, rope_dim=32)
 DELTA = replace(ARGS, attention_gate=True, rope_dim=16, delta=DeltaSizes((0,), 2, 4, 64, 64, 4))
+CONVS = replace(ARGS, qk_norm=True, short_conv=ConvSizes((0,), 256, 3))
 TWO_SIZES = replace(ARGS, n_layer=4, sliding_window=20, full_layers=(1, 3), full_head_dim=128, full_kv_head=1)
 TWO_SIZES = replace(TWO_SIZES, keys_as_values=True, value_norm=True, qk_norm=True, n_reusing_layer=2)
 TWO_SIZES = replace(TWO_SIZES, layer_input_size=32, layer_scales=True, activation="gelu_tanh")
 BIASED_EXPERTS = replace(ALL_USED, attention_sinks=True, qkv_bias=True, ffn_bias=True, activation="clamped_swiglu")
 FLOAT4 = QuantSpec(4, 32, "float4")
-SHIPPED = [FLOAT4, QuantSpec(4, 64, "nf4"), QuantSpec(8, 128, "float8"), QuantSpec(8, 64, "int8.zeros")]
+SHIPPED = [FLOAT4, QuantSpec(4, 64, "nf4"), QuantSpec(4, 64, "fp4"), QuantSpec(8, 64, "int8.zeros")]
+SHIPPED += [QuantSpec(8, groupsize, "float8") for groupsize in (None, 128)]
 PROMPT_LENGTHS, NEW = (530, 1, 40), 4  # longer than a chunk of the prefill, a single token, and between
 GREEDY = Sampling(temperature=0)
 LAST_CASE = 60.0  # seconds that a case may take which begins in the last second
@@ -248,10 +251,12 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
     """Each case by a name that begins with its group."""
     int8, int4 = QuantSpec(8), QuantSpec(4, 32)
     specs = {"float": None, "int8": int8, "int4": int4}
+    shipped = {str(spec): spec for spec in SHIPPED}
     models = {name: (ARGS, spec) for name, spec in specs.items()}
     models |= {"with windows and caps": (CAPPED, None), "with Llama's heads and biases": (LLAMA_HEADS, int4)}
     models |= {"with experts": (ALL_USED, None), "with int4 experts": (ALL_USED, int4)}
     families = {"with latent attention": (LATENT, None), "with gated DeltaNet": (DELTA, None)}
+    families |= {"with short convolutions": (CONVS, None)} | {name: (ARGS, spec) for name, spec in shipped.items()}
     families |= {"with heads of two sizes": (TWO_SIZES, None), "with biased experts in FP4": (BIASED_EXPERTS, FLOAT4)}
     found = {f"graphs: {name}": partial(check_graphs, spec) for name, spec in specs.items()}
     for how, compiled in (("eager", False), ("compiled", True)):
@@ -262,7 +267,7 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
             found[f"model, {how}: {name} in float32"] = partial(check_model_in_float32, args, compiled)
         for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256)), *SHIPPED):
             found[f"layer, {how}: {spec}"] = partial(check_layer, spec, compiled)
-        for name, spec in (specs | {"FP4": FLOAT4}).items():
+        for name, spec in (specs | shipped).items():
             found[f"experts, {how}: {name}"] = partial(check_experts, spec, compiled)
         for name in (*specs, "with experts", "with int4 experts"):
             found[f"batches, {how}: {name}"] = partial(check_batches, *models[name], compiled)

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
     for name, spec in (("int8", QuantSpec(8)), ("int4.g32", QuantSpec(4, 32)), ("int4.g64", QuantSpec(4, 64))):
         save_checkpoint(folder / f"{name}.pth", ARGS, *rounded(ARGS, tensors, spec))
     save_checkpoint(folder / "tied-int8.pth", TIED, *rounded(TIED, tied, QuantSpec(8)))
-    for name in ("experts", "delta"):
+    for name in ("experts", "delta", "convs"):
         save_checkpoint(
             folder / f"{name}-int4.pth", MODELS[name], *rounded(MODELS[name], floats[name], QuantSpec(4, 32))
         )

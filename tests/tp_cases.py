@@ -28,6 +28,7 @@ from engine.speculation.guess_length import Costs
 from engine.speculation.speculative import Speculation, verify
 from measure.perplexity import perplexity
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from model import ModelArgs
 from ranks import init_tp
 from scripts.bench.tensor_parallel import CountingRanks, bytes_of_a_step
@@ -67,7 +68,8 @@ LATENT = replace(ARGS, qk_norm=False, n_kv_head=8, kv_latent=64, q_latent=32, va
 DELTA = replace(ARGS, attention_gate=True, delta=DeltaSizes((0,), 4, 8, key_dim=16, value_dim=16, n_tap=4))
 MODELS = {"float": ARGS, "tied": TIED, "joint": JOINT, "capped": CAPPED, "experts": EXPERTS}
 DELTAS = replace(DELTA, n_layer=4, delta=replace(DELTA.delta, layers=(0, 2)))
-MODELS |= {"latent": LATENT, "delta": DELTA, "deltas": DELTAS}
+CONVS = replace(ARGS, n_layer=4, short_conv=ConvSizes((0, 1, 3), width=128, n_tap=4, bias=True))
+MODELS |= {"latent": LATENT, "delta": DELTA, "deltas": DELTAS, "convs": CONVS}
 PROMPTS = [[5, 9, 5, 9, 5, 9, 7, 5, 9], [3], [11, 202, 13, 17, 11, 202]]
 NEW_TOKENS = 12
 
@@ -111,6 +113,9 @@ CASES = [
     Case("delta", "bfloat16", 3),
     Case("delta-int4", "float32", 3),
     Case("deltas", "float32", 3, speculate="ngram"),
+    Case("convs", "float32", 3, speculate="ngram"),
+    Case("convs", "bfloat16", 3),
+    Case("convs-int4", "float32", 3),
     Case("int8", "float32", 3, speculate="ngram"),
     Case("int8", "bfloat16", 1),
     Case("int4.g32", "float32", 1, speculate="draft"),
@@ -208,7 +213,8 @@ def all_cases(folder: Path, ranks) -> dict:
     return found | {"bytes": bytes_sent(folder, ranks), "perplexity": score(folder, ranks)}
 
 
-STAGED = ("float", "tied", "tied-int8", "capped", "experts", "experts-int4", "latent", "deltas", "int4.g32", "int4.g64")
+STAGED = ("float", "tied", "tied-int8", "capped", "experts", "experts-int4", "latent", "deltas", "convs")
+STAGED += ("int4.g32", "int4.g64")
 
 
 def staged_cases(n_rank: int) -> list[Case]:

@@ -31,6 +31,7 @@ KEYS = {  # of Hugging Face's config -> of the metadata, after the name of the a
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "layer_norm_eps": "attention.layer_norm_epsilon",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
     "sliding_window": "attention.sliding_window",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
@@ -150,7 +151,7 @@ def as_in_family(stored: GGUFTensor, name: str, args: ModelArgs) -> Tensor:
         return tensor - 1  # which is 1 + weight in these files
     if name.endswith("ssm_a"):  # the decay itself, below 0
         return torch.log(-tensor)
-    if name.endswith("ssm_conv1d.weight"):
+    if name.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
         return tensor[:, None]
     return tensor.view(1, -1) if name.endswith("gate_inp_shexp.weight") else tensor  # a matrix of one row, or a vector
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cli import say_once
-from weights.families.delta import rows_in_file
+from weights.families.recurrent import rows_in_file
 from weights.families.table import args_from_config
 from weights.files import Config, damaged, read_json, read_torch
 from weights.layout import Layout, ModelFile, Readers, head_as_stored, is_unused, readers, rename, rope_order
@@ -85,6 +85,27 @@ JOINED_DELTA_NET = DELTA_NET | {
     "layers.#.attention.wqkvz": ("model.layers.#.linear_attn.in_proj_qkvz",),
     "layers.#.attention.gates": ("model.layers.#.linear_attn.in_proj_ba",),
 }
+SHORT_CONV = {
+    "layers.#.attention.wo": ("model.layers.#.self_attn.out_proj",),
+    "layers.#.attention.q_norm": ("model.layers.#.self_attn.q_layernorm",),
+    "layers.#.attention.k_norm": ("model.layers.#.self_attn.k_layernorm",),
+    "layers.#.attention.wbcx": ("model.layers.#.conv.in_proj",),
+    "layers.#.attention.conv": ("model.layers.#.conv.conv",),
+    "layers.#.attention.out": ("model.layers.#.conv.out_proj",),
+    "layers.#.feed_forward.w13": tuple(f"model.layers.#.feed_forward.w{i}" for i in (1, 3)),
+    "layers.#.feed_forward.w2": ("model.layers.#.feed_forward.w2",),
+    "layers.#.attention_norm": ("model.layers.#.operator_norm",),
+    "layers.#.ffn_norm": ("model.layers.#.ffn_norm",),
+    "norm": ("model.embedding_norm",),
+}
+SHORT_CONV_EXPERTS = SHORT_CONV | {
+    "layers.#.feed_forward": ("model.layers.#.feed_forward.gate",),  # its bias
+    "layers.#.feed_forward.gate": ("model.layers.#.feed_forward.gate",),
+    "layers.#.feed_forward.w13": tuple(f"model.layers.#.feed_forward.experts.@.w{i}" for i in (1, 3)),
+    "layers.#.feed_forward.w2": ("model.layers.#.feed_forward.experts.@.w2",),
+    "layers.#.dense.w13": SHORT_CONV["layers.#.feed_forward.w13"],
+    "layers.#.dense.w2": SHORT_CONV["layers.#.feed_forward.w2"],
+}
 GRANITE_EXPERTS = {
     "layers.#.feed_forward.gate": ("model.layers.#.block_sparse_moe.router.layer",),
     "layers.#.feed_forward.w13": ("model.layers.#.block_sparse_moe.input_linear",),
@@ -141,6 +162,8 @@ OTHER_MODULES = {  # of a model_type, where HF_MODULES does not hold
     "qwen3_next": EXPERTS | JOINED_DELTA_NET,
     "qwen3_5_text": DELTA_NET,
     "qwen3_5_moe_text": EXPERTS | DELTA_NET,
+    "lfm2": SHORT_CONV,
+    "lfm2_moe": SHORT_CONV_EXPERTS,
     "phi3": FUSED,
     "nemotron": UNGATED,
     "opt": OPT,
@@ -169,8 +192,9 @@ INTERLEAVED = {"glm4", "cohere2", "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4
 STACKED_EXPERTS = re.compile(r"(.*?\.(mlp\.)?experts\.(gate_up|down)_proj)(_(bias|blocks|scales))?")
 
 # what may stand before a name: nothing in the file of an inner model, too much in that of a wrapped one
-OWN = r"embed_tokens\w*|embed_positions|layers|(final_layer_)?norm|per_layer_\w+|(?P<head>lm_head)"
+OWN = r"embed_tokens\w*|embed_positions|layers|\w*norm|per_layer_\w+|(?P<head>lm_head)"
 PREFIXES = re.compile(rf"^((model|language_model|decoder)\.)*(?=({OWN})\.)")
+EXPERT_BIAS = (".expert_bias", ".gate.e_score_correction_bias")  # what LFM2 calls it, and others
 VISION = re.compile(r"(model\.)?(vision_tower|visual|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.")
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # each may be an index and shards
 
@@ -252,7 +276,7 @@ def with_usual_names(raw: Readers, where: Path) -> Readers:
     if len(usual) < len(raw):
         twice = sorted(raw.keys() - usual.values())[0]
         raise ValueError(f"{where} holds {twice} twice, with and without a prefix, and does not say which is meant")
-    return {name: raw[theirs] for name, theirs in usual.items()}
+    return {name.replace(*EXPERT_BIAS): raw[theirs] for name, theirs in usual.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from engine.cache import allocate, prefix_length, shared_prefix
 from engine.decode import forward_chunk, prefill
 from engine.sampling import NO_TOKEN, Sampling, argmax, logits_to_probs, require_finite, sample, valid
 from engine.speculation.guess_length import LENGTHS
+from mixers.layer_kinds import state_layers
 from model import CacheView, KVCache, Transformer
 from ranks import from_first
 
@@ -191,8 +192,9 @@ class DraftModel(Drafter):
     """Proposes what a smaller model with the same tokenizer says."""
 
     def __init__(self, model: Transformer, step: Callable = draft_one_token, forward: Callable = forward_chunk):
-        if model.args.delta is not None:
-            raise ValueError("a draft model with gated DeltaNet layers is not supported; use --speculate ngram")
+        if state_layers(model.args):
+            kinds = "gated DeltaNet or short convolutions"
+            raise ValueError(f"a draft model with layers of {kinds} is not supported; use --speculate ngram")
         self.model, self.step, self.forward = model, step, forward
         self.ranks = None  # those that share the model that verifies
         self.cache: KVCache | None = None

@@ -60,6 +60,7 @@ struct Attention {
   int64_t B, S, H, D, group;  // group: query heads of a key head
   int64_t cache_slots, slots, mask_row, mask_query;  // C', C, strides of the mask
   float scale;                                       // of q k
+  const float* sinks;                                // [H], a score of nothing for each head, or null
   const MatrixUnit* matrix_unit;                     // for many queries; null: there is none
 
   int64_t kv_heads() const { return H / group; }
@@ -75,6 +76,9 @@ struct Attention {
     if (vectors.scales) return converted(static_cast<const int8_t*>(vectors.data) + at * D, count * D, scratch);
     return converted(static_cast<const Element*>(vectors.data) + at * D, count * D, scratch);
   }
+
+  // What takes its share of head h's softmax and has no value; without sinks its share is 0.
+  float sink(int64_t h) const { return sinks ? sinks[h] : -INFINITY; }
 
   const Element* mask_of(int64_t b, int64_t s) const { return mask + b * mask_row + s * mask_query; }
 

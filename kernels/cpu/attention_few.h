@@ -149,12 +149,14 @@ struct FewQueries {
     }
   }
 
-  // Joins what was found of query i in all parts.
+  // Joins what was found of query i in all parts, and its head's sink.
   void join(int64_t i) const {
     const int64_t stride = queries() * (all.D + 2);
     float* first = found + (i / queries() * parts() * queries() + i % queries()) * (all.D + 2);
-    float *end = first + parts() * stride, most = -INFINITY, sum = 0.0f;
+    const float sink = all.sink(query(i).h);
+    float *end = first + parts() * stride, most = sink;
     for (float* part = first; part != end; part += stride) most = std::max(most, part[all.D + 1]);
+    float sum = std::exp(sink - most);
     for (float* part = first; part != end; part += stride) {
       float& weight = part[all.D + 1];
       weight = part[all.D] == 0.0f ? 0.0f : std::exp(weight - most);  // a part in which nothing is seen has no largest

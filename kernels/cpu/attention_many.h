@@ -84,11 +84,13 @@ struct ManyQueries {
   }
 
   // The softmax of row r but for its division: e^(score - largest), which it sums, in bfloat16, in the first half of the
-  // memory of the scores. It is 0 for slots of `columns` that the row does not see. Scales multiply scores and result.
+  // memory of the scores. It is 0 for slots of `columns` that the row does not see. The sum has
+  // the sink's share too. Scales multiply scores and result.
   void softmax(Task& task, int64_t r, Range columns) const {
     float* row = task.scores.data() + r * task.width;
     BFloat16* to = reinterpret_cast<BFloat16*>(row);
     const Range seen = task.seen[r];
+    const float sink = all.sink(task.kv_head * all.group + r % all.group);
     const BFloat16* mask = all.mask_of(task.b, task.first + r / all.group);
     const int64_t start = all.cache_start(task.b, task.kv_head);
     const Floats none = every(-INFINITY);
@@ -101,14 +103,14 @@ struct ManyQueries {
       store(row + c, score);
       largest = max(largest, score);
     }
-    const float most = reduce_max(largest);
+    const float most = std::max(sink, reduce_max(largest));
     for (int64_t c = columns.begin; c < columns.end; c += 16) {
       const bool inside = seen.begin <= c && c < seen.end;
       const Floats power = inside ? exp_of(load(row + c) - every(most)) : every(0.0f);
       sum = sum + power;
       store(to + c, inside && all.v.scales ? power * load(all.v.scales + start + c, all.slots - c) : power);
     }
-    task.sums[r] = reduce_add(sum);
+    task.sums[r] = reduce_add(sum) + std::exp(sink - most);
   }
 
   // Adds softmax x values c .. end - 1 to rows r .. r + R - 1. N = D / 16.

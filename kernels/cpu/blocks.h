@@ -130,7 +130,7 @@ struct Blocks {
     return {.q = q, .k = cache.k, .v = cache.v,
             .cache_rows = cache_rows, .mask = mask, .y = attended, .B = B, .S = S, .H = n_head, .D = D,
             .group = n_head / n_kv_head, .cache_slots = cache_slots, .slots = slots, .mask_row = S * slots,
-            .mask_query = slots, .scale = scale, .matrix_unit = matrix_unit};
+            .mask_query = slots, .scale = scale, .sinks = nullptr, .matrix_unit = matrix_unit};
   }
 
   // silu(gate) * up, and its quantised form: some outputs of some rows, whole groups of them.

@@ -132,9 +132,10 @@ Vectors vectors_of(const Tensor& data, const OptionalTensor& scales, at::ScalarT
 // Queries and the filled part of the cache: q [B, S, H, D], k and v [R, Hkv, C', D], of which row b uses row cache_rows[b],
 // or b if there are no cache_rows; mask [B, S, C] of zeros and -inf over the first C slots; scale of q k -> [B, S, H, D].
 // D is 64, 96, 128 or 256, or for up to 16 queries a row any multiple of 32. More queries are bfloat16. k and v are int8 if
-// they have scales [R, Hkv, C'].
+// they have scales [R, Hkv, C']. sinks float32 [H] or none: scores of nothing, which take their shares of the softmax.
 Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, const Tensor& v,
-              const OptionalTensor& v_scales, const OptionalTensor& cache_rows, const Tensor& mask, double scale) {
+              const OptionalTensor& v_scales, const OptionalTensor& cache_rows, const Tensor& mask, double scale,
+              const OptionalTensor& sinks) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && mask.dim() == 3, "attend: q, k, v and mask have 4, 4, 4 and 3 dimensions");
   const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3), n_kv_head = k.size(1), slots = mask.size(2);
   const Dtype dtype = dtype_from(q.scalar_type(), "attend");
@@ -146,6 +147,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
               mask.size(0) == B && mask.size(1) == S && 0 < slots && slots <= k.size(2),
               "attend: sizes of q, k and mask do not fit");
   TORCH_CHECK(mask.scalar_type() == q.scalar_type(), "attend: several dtypes");
+  TORCH_CHECK(!sinks || (sinks->scalar_type() == at::kFloat && sinks->numel() == H && sinks->is_contiguous()),
+              "attend: sinks are not float32 [", H, "] and contiguous");
   const int64_t* rows = checked_rows(cache_rows, B, k.size(0), "attend");
   Tensor y = at::empty(q.sizes(), q.options());
   const Tensor qc = contiguous(q), mc = mask.stride(2) == 1 ? mask : contiguous(mask);
@@ -155,7 +158,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const OptionalTensor& k_scales, 
                               .mask = data<Element>(mc), .y = static_cast<Element*>(y.mutable_data_ptr()), .B = B, .S = S,
                               .H = H, .D = D, .group = H / n_kv_head, .cache_slots = k.size(2), .slots = slots,
                               .mask_row = mc.stride(0), .mask_query = mc.stride(1), .scale = static_cast<float>(scale),
-                              .matrix_unit = matrix_unit()},
+                              .sinks = data<float>(sinks), .matrix_unit = matrix_unit()},
            all_threads());
   });
   return y;
@@ -333,7 +336,7 @@ TORCH_LIBRARY(gpt_faster, m) {
   m.def("linear_two_four(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
   m.def("linear_experts(Tensor x, Tensor chosen, Tensor weight, Tensor? scales) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor? k_scales, Tensor v, Tensor? v_scales, Tensor? cache_rows, Tensor mask, "
-        "float scale) -> Tensor");
+        "float scale, Tensor? sinks=None) -> Tensor");
   m.def("linear_sparse(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out, float threshold) -> Tensor");
   m.def("linear_wanted(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, Tensor wanted) -> Tensor");
   m.def("join_blocks(Tensor?[] tensors, float[] thresholds, int attended, float eps, float scale) -> Tensor");

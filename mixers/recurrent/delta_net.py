@@ -14,6 +14,7 @@ from torch import Tensor
 from mixers.compiled import surely_few
 from mixers.experts import Gate
 from mixers.fields import check_fields
+from mixers.recurrent.convolution import RowStates, convolved, read_inputs, write_inputs
 
 CHUNK = 64  # tokens of a prompt whose updates of the state are worked out together
 
@@ -72,19 +73,15 @@ class States(NamedTuple):
         Where it begins, at position 0, the state is that of another, which must be forgotten.
         """
         state = self.states[rows, (first - 1) % self.states.shape[1]]
-        places = first[:, None] + torch.arange(-self.inputs.shape[1], 0, device=first.device)
-        inputs = self.inputs[rows[:, None], places % self.inputs.shape[1]]
-        return state, inputs.where((places >= 0)[..., None], 0)
+        return state, read_inputs(self.inputs, rows, first)
 
     def write(self, rows: Tensor, first: Tensor, counts: Tensor, states: Tensor, inputs: Tensor) -> None:
         """Keep states [B, n, H, K, V], those after the last n of S tokens, and of the inputs [B, W + S, C] the last.
 
         Only the first counts [B] of the tokens are the row's own; the others left the state as it was.
         """
-        n_input, n_token = self.inputs.shape[1], inputs.shape[1] - self.inputs.shape[1]
-        last = counts[:, None] + torch.arange(n_input, device=first.device)  # [B, W]
-        kept = inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1]))
-        self.inputs[rows[:, None], (first[:, None] + last) % n_input] = kept
+        write_inputs(self.inputs, rows, first, counts, inputs)
+        n_token = inputs.shape[1] - self.inputs.shape[1]
         steps = torch.arange(n_token - states.shape[1], n_token, device=first.device)
         places = first[:, None] + torch.minimum(steps, counts[:, None] - 1)  # [B, n]
         slots = places % self.states.shape[1]
@@ -94,7 +91,7 @@ class States(NamedTuple):
         self.stands[rows] = stands.scatter(1, slots, places.where(counts[:, None] > 0, stands.gather(1, slots)))
 
 
-class DeltaCache(nn.Module):
+class DeltaCache(RowStates):
     """`States` of n_rows sequences, each of which can be taken back by up to `rewind` tokens."""
 
     def __init__(self, sizes: DeltaSizes, n_rows: int, rewind: int, device: torch.device):
@@ -108,11 +105,6 @@ class DeltaCache(nn.Module):
     def view(self, cache_rows: Tensor | None) -> tuple[States, Tensor | None]:
         """What the layer takes beside its input; cache_rows as in `model.KVCache.view`."""
         return States(self.states, self.inputs, self.stands), cache_rows
-
-    def copy_prefix(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Give rows target [n] what rows source [n] hold, which must stand at the end of the prefix."""
-        for each in self.buffers():
-            each[target] = each[source]
 
     def holds(self, row: int, length: int) -> bool:
         """Whether a state after the first `length` tokens of a row is there."""
@@ -233,11 +225,7 @@ class DeltaNet(nn.Module):
 
     def heads(self, inputs: Tensor, n_token: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [B, H, S, D] of the last n_token of inputs [B, W + S, C]."""
-        sizes, n_tap, end = self.sizes, self.sizes.n_tap, inputs.shape[1]
-        taps = self.conv.weight.float()[:, 0]  # [C, n_tap], the last is that of the token itself
-        mixed = inputs[:, end - n_token :] * taps[:, -1]
-        for i in range(1, n_tap):
-            mixed = torch.addcmul(mixed, inputs[:, end - n_token - i : end - i], taps[:, n_tap - 1 - i])
+        sizes, mixed = self.sizes, convolved(inputs, self.conv.weight.float()[:, 0], n_token)
         q, k, v = F.silu(mixed).split((sizes.key_width, sizes.key_width, sizes.value_width), -1)
         q, k = (x.unflatten(-1, (-1, sizes.key_dim)) for x in (q, k))
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))

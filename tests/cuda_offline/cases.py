@@ -17,6 +17,7 @@ from engine.speculation.drafters import draft_one_token
 from engine.speculation.speculative import verify
 from layers.quantized import QuantSpec
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from model import ModelArgs, Transformer
 from ranks import Ranks
 from serving.scheduler import step_rows
@@ -78,6 +79,7 @@ OTHERS = {
         qk_norm=True,
         rope_dim=8,
     ),
+    "short convolutions": replace(PLAIN, short_conv=ConvSizes(layers=(0,), width=256, n_tap=3), qk_norm=True),
     "two head sizes": replace(
         PLAIN,
         n_layer=4,

@@ -159,7 +159,8 @@ void run_attend(Tensor* args) {
                                     .B = q.size(0), .S = q.size(1), .H = q.size(2), .D = q.size(3),
                                     .group = q.size(2) / k.size(1), .cache_slots = k.size(2), .slots = slots,
                                     .mask_row = q.size(1) * slots, .mask_query = slots,
-                                    .scale = *args[7].data<float>(), .matrix_unit = kMatrixUnit},
+                                    .scale = *args[7].data<float>(), .sinks = args[8].data<float>(),
+                                    .matrix_unit = kMatrixUnit},
                  kThreads);
   write(y.data(), y.size() * sizeof(Element));
 }

@@ -50,8 +50,8 @@ class EmulatedOperators:
         y = cpu._linear_experts_shape(x, chosen, weight, scales)
         return self.call(EXPERTS, [x, chosen, weight, scales, None], [y])
 
-    def attend(self, q, k, k_scales, v, v_scales, cache_rows, mask, scale):
-        arguments = [q, k, k_scales, v, v_scales, cache_rows, mask, scale]
+    def attend(self, q, k, k_scales, v, v_scales, cache_rows, mask, scale, sinks=None):
+        arguments = [q, k, k_scales, v, v_scales, cache_rows, mask, scale, sinks]
         return self.call(ATTEND, arguments, [torch.empty(q.shape, dtype=q.dtype)])
 
     def join_blocks(self, tensors, _, attended, eps, scale):

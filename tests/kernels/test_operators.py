@@ -19,8 +19,7 @@ from layers.fastest import fastest
 from layers.packed import FEW, AnyExperts, CodesLinear, FewRowsLinear
 from layers.quantized import LAYERS, QuantSpec, quantize_weight
 from mixers.experts import ExpertLinear
-from mixers.layer_kinds import Vectors
-from model import Attend, ModelArgs
+from model import ModelArgs
 from tests.tiny import dead_process
 from weights.checkpoint import build
 from weights.layout import Layout
@@ -177,6 +176,20 @@ def stored(*shape, seed, dtype):
     return (data, scales), data.double() * scales.double()[..., None]
 
 
+def exact_attention(q, k, v, mask, scale, sinks):
+    """In float64; a sink is the score of one more slot, whose value is zeros. k and v [B, Hkv, C, D]."""
+    k, v = (each.repeat_interleave(q.shape[2] // k.shape[1], 1) for each in (k, v))
+    scores = torch.einsum("bshd,bhcd->bhsc", q.double(), k) * scale + mask.double()[:, None]
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    return torch.einsum("bhsc,bhcd->bshd", scores.softmax(-1)[..., : k.shape[2]], v)
+
+
+def some_sinks(n_head, wanted):
+    """Some above all scores, some below."""
+    return 8 * random(n_head, seed=4).float() if wanted else None
+
+
 CACHES = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CACHES += [(dtype, torch.int8) for dtype, _ in CACHES]
 
@@ -187,8 +200,9 @@ CACHES += [(dtype, torch.int8) for dtype, _ in CACHES]
 @pytest.mark.parametrize("S", [1, 2, 5])
 def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype):
     scale = 1.5 * head_dim**-0.5
-    sizes = ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299), (1, 10, 2, 1099, 1070))
-    for B, H, n_kv_head, slots, used in sizes:
+    sizes = ((1, 1, 1, 17, 16), (2, 9, 3, 70, 33), (3, 4, 4, 300, 299), (1, 10, 2, 1099, 1070), (1, 10, 2, 1099, 1070))
+    for i, (B, H, n_kv_head, slots, used) in enumerate(sizes):
+        sinks = some_sinks(H, i % 2)
         q = random(B, S, H, head_dim, seed=0).to(dtype) * 3
         (k, exact_k), (v, exact_v) = (  # of a cache for more rows
             stored(B + 1, n_kv_head, slots, head_dim, seed=i, dtype=cache_dtype) for i in (1, 2)
@@ -199,14 +213,13 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype
                 last = row * used // B + query
                 mask[row, query, last + 1 :] = float("-inf")
                 mask[row, query, : max(0, last - 20) if B > 1 else 0] = float("-inf")
-        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale)
-        wide = [Vectors(tensor[:B, :, :used]) for tensor in (exact_k, exact_v)]
-        expected = Attend(q.shape[-1], scale, None)(q.double(), *wide, None, mask.double())
+        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale, sinks)
+        expected = exact_attention(q, exact_k[:B, :, :used], exact_v[:B, :, :used], mask, scale, sinks)
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-6)
-        parts = ((q[:, i : i + 1], mask[:, i : i + 1]) for i in range(S))
-        alone = [torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale) for q, mask in parts]
+        parts = ((q[:, s : s + 1], mask[:, s : s + 1]) for s in range(S))
+        alone = [torch.ops.gpt_faster.attend(q, *k, *v, None, mask, scale, sinks) for q, mask in parts]
         assert torch.equal(torch.cat(alone, dim=1), y)
 
 
@@ -219,8 +232,8 @@ def test_attention_of_few_queries_equals_float64(S, head_dim, dtype, cache_dtype
 )
 def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, window, cache_dtype):
     scale = 1.5 * head_dim**-0.5
-    for B, H, n_kv_head in ((1, 1, 1), (2, 9, 3), (3, 4, 4)):
-        q = random(B, S, H, head_dim, seed=0) * 3
+    for B, H, n_kv_head, has_sinks in ((1, 1, 1, False), (2, 9, 3, False), (3, 4, 4, True), (1, 6, 2, True)):
+        q, sinks = random(B, S, H, head_dim, seed=0) * 3, some_sinks(H, has_sinks)
         (k, exact_k), (v, exact_v) = (  # of a cache for more rows
             stored(B + 1, n_kv_head, slots + 9, head_dim, seed=i, dtype=cache_dtype) for i in (1, 2)
         )
@@ -230,14 +243,13 @@ def test_attention_of_many_queries_equals_float64(S, first, slots, head_dim, win
             seen &= torch.arange(slots) > last - window
         v[0 if cache_dtype == torch.bfloat16 else 1][:, :, slots:] = torch.nan  # what no query may touch
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask.bfloat16(), scale)
-        wide = [Vectors(tensor[:B, :, :slots]) for tensor in (exact_k, exact_v)]
-        expected = Attend(q.shape[-1], scale, None)(q.double(), *wide, None, mask.double())
+        y = torch.ops.gpt_faster.attend(q, *k, *v, None, mask.bfloat16(), scale, sinks)
+        expected = exact_attention(q, exact_k[:B, :, :slots], exact_v[:B, :, :slots], mask, scale, sinks)
         assert y.dtype == torch.bfloat16
         # weights below 1 and the result are rounded to 8 bits; times a scale, a weight of 1 is too
         atol = (2**-9 if cache_dtype == torch.bfloat16 else 2**-8) * expected.abs().max().item()
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=atol)
-        row = torch.ops.gpt_faster.attend(q[:1], *k, *v, None, mask[:1].bfloat16(), scale)
+        row = torch.ops.gpt_faster.attend(q[:1], *k, *v, None, mask[:1].bfloat16(), scale, sinks)
         assert torch.equal(row[0], y[0])  # no row's result depends on the rows beside it
 
 
@@ -270,6 +282,9 @@ def test_mistakes_with_attention_are_errors():
     ):
         with pytest.raises(RuntimeError, match="attend"):
             run(q, *wrong[:2], rows, mask, 1.0, *wrong[2:])
+    for sinks in (torch.ones(3), torch.ones(4).bfloat16(), torch.ones(8)[::2]):
+        with pytest.raises(RuntimeError, match="attend: sinks"):
+            torch.ops.gpt_faster.attend(q, k, None, k, None, rows, mask, 1.0, sinks)
     for wrong in (
         (q, k, k, rows + 1, mask),
         (q, k, k, rows - 1, mask),

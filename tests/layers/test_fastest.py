@@ -29,6 +29,7 @@ from layers.packed import (
 from layers.quantized import LAYERS, QuantSpec, linear_table, quantize_, quantize_weight
 from mixers.experts import ExpertLinear, Gate, MixtureOfExperts
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from mixers.rope import RopeScaling
 from model import Attention, Blocks, ModelArgs, Transformer
 
@@ -78,6 +79,7 @@ REFUSED = {
     "attention_softcap": {"attention_softcap": 2.0},
     "attention_gate": {"attention_gate": True},
     "delta": {"delta": DeltaSizes((1,), 2, 4, 16, 32, 4)},
+    "short_conv": {"short_conv": ConvSizes((1,), 64, 3, bias=True)},
     "activation": {"activation": "gelu_tanh"},
     "norm_offset": {"norm_offset": True},
     "mean_norm": {"mean_norm": True},

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter makes of gated DeltaNet and of latent attention before it writes them as GGUF."""
+"""What llama.cpp's converter makes of some layers' tensors before it writes them as GGUF."""
 
 import torch
 
@@ -60,6 +60,8 @@ def converted(config, name, weight):
     blk, _, rest = name.partition("linear_attn.")
     if rest:
         return of_delta(config, blk.replace("model.layers", "blk"), rest.removesuffix(".weight"), weight)
+    if name.endswith("conv.conv.weight"):
+        return [(name, weight.squeeze(1))]
     blk, _, rest = name.partition("self_attn.")
     blk, leaf = blk.replace("model.layers", "blk"), rest.removesuffix(".weight")
     if leaf == "kv_b_proj":

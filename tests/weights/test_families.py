@@ -27,6 +27,8 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniCPM3Config,
     Ministral3Config,
@@ -133,6 +135,8 @@ DELTA |= {"linear_value_head_dim": 16, "num_hidden_layers": 4}
 DELTA_EXPERTS = DELTA | EXPERTS | {"num_experts_per_tok": 3, "shared_expert_intermediate_size": 64}
 OPT = {"num_key_value_heads": 4, "ffn_dim": 64, "init_std": 0.3}
 IN_TWO = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+SHORT_CONVS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+SHORT_CONV_EXPERTS = EXPERTS | {"num_experts_per_tok": 3, "num_dense_layers": 1, "routed_scaling_factor": 1.5}
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -173,6 +177,13 @@ FAMILIES = {
     "qwen3_5": (Qwen3_5TextConfig, DELTA | {"tie_word_embeddings": True}),
     "qwen3_5, in two layers": (Qwen3_5TextConfig, DELTA | IN_TWO | {"linear_num_key_heads": 4}),
     "qwen3_5_moe": (Qwen3_5MoeTextConfig, DELTA_EXPERTS | IN_TWO),
+    "lfm2": (Lfm2Config, SHORT_CONVS | {"conv_bias": True, "block_multiple_of": 32}),
+    "lfm2, width as it is": (
+        Lfm2Config,
+        SHORT_CONVS | {"block_auto_adjust_ff_dim": False, "conv_L_cache": 5, "tie_word_embeddings": False},
+    ),
+    "lfm2, attention alone": (Lfm2Config, {"block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
+    "lfm2_moe": (Lfm2MoeConfig, SHORT_CONVS | SHORT_CONV_EXPERTS),
     "phi3": (Phi3Config, {"sliding_window": 16}),
     "phi3, longrope": (
         Phi3Config,
@@ -201,6 +212,10 @@ FAMILIES = {
     "youtu": (YoutuConfig, LATENT),
     "minicpm3": (MiniCPM3Config, LATENT | {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 16}),
     "gpt_oss": (GptOssConfig, IN_TURN | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss, heads that operators take": (
+        GptOssConfig,
+        IN_TURN | {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "granitemoe": (GraniteMoeConfig, GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hunyuan": (
@@ -405,10 +420,20 @@ COMMAND_R7B = {"model_type": "cohere2", "vocab_size": 256000, "hidden_size": 409
 COMMAND_R7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "layer_switch": 4}
 COMMAND_R7B |= {"order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0, "use_parallel_block": True}
 
+LFM_2 = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 65536}
+LFM_2_1_2B = LFM_2 | {"model_type": "lfm2", "block_auto_adjust_ff_dim": True, "block_dim": 2048, "block_ff_dim": 12288}
+LFM_2_1_2B |= {"block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "block_norm_eps": 1e-5, "conv_dim": 2048}
+LFM_2_1_2B |= {"block_mlp_init_scale": 1.0, "block_use_swiglu": True, "block_use_xavier_init": True, "num_heads": 32}
+LFM_2_1_2B |= {"conv_dim_out": 2048, "conv_use_xavier_init": True, "use_pos_enc": True, "num_hidden_layers": 16}
+LFM_2_1_2B |= {"conv_L_cache": 3, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+LFM_2_8B = LFM_2 | {"model_type": "lfm2_moe", "num_hidden_layers": 24, "intermediate_size": 7168, "num_experts": 32}
+LFM_2_8B |= {"moe_intermediate_size": 1792, "num_dense_layers": 2, "use_expert_bias": True, "num_experts_per_tok": 4}
+LFM_2_8B["layer_types"] = ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)]
+SIZES_OF = [(GPT_OSS_20B, 20_915), (COMMAND_R7B, 8_028), (DEEPSEEK, 15_706), (DEEPSEEK_V3, 671_026)]
+SIZES_OF += [(LFM_2_1_2B, 1_170), (LFM_2_8B, 8_340)]
 
-@pytest.mark.parametrize(
-    "config, millions", [(GPT_OSS_20B, 20_915), (COMMAND_R7B, 8_028), (DEEPSEEK, 15_706), (DEEPSEEK_V3, 671_026)]
-)
+
+@pytest.mark.parametrize("config, millions", SIZES_OF)
 def test_published_sizes_of_models_whose_configs_hold_words_of_their_own(config, millions):
     tensors = Layout(args_from_config(Config(config))).tensors
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6) == millions
@@ -579,6 +604,9 @@ WINDOW = {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": Tru
             DEEPSEEK_V3 | {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"]},
             ["mlp_layer_types is ['dense']", "each layer"],
         ),
+        (LFM_2_1_2B | {"conv_dim": 1024}, ["conv_dim is 1024", "2048"]),
+        (LFM_2_1_2B | {"layer_types": 16 * ["mamba"]}, ["'mamba'", "16 of conv"]),
+        (LFM_2_8B | {"use_expert_bias": False}, ["use_expert_bias is False"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         (WINDOW | {"layer_types": [*MIXED, *MIXED]}, ["layer_types", "2 of full_attention"]),
         (WINDOW | {"layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention"]),

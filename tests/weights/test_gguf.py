@@ -1,6 +1,7 @@
 """GGUF files written by the package `gguf` from tiny transformers models; and files that lie about themselves."""
 
 import os
+import re
 import struct
 import time
 
@@ -26,6 +27,8 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
@@ -78,6 +81,7 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.out_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -102,6 +106,16 @@ NAMES = {
     "qkv_proj": "attn_qkv",
 }
 POST_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+SHORT_CONV = {
+    "model.embedding_norm": "token_embd_norm",
+    "operator_norm": "attn_norm",
+    "q_layernorm": "attn_q_norm",
+    "k_layernorm": "attn_k_norm",
+    ".conv.": ".shortconv.",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}
 OTHER_NAMES = {  # of some families
     "gemma2": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
     "gemma3": POST_NORMS | {"pre_feedforward_layernorm": "ffn_norm"},
@@ -131,13 +145,20 @@ OTHER_NAMES = {  # of some families
         "experts.down_proj": "ffn_down_exps.weight",
     }
     | POST_NORMS,
+    "lfm2": SHORT_CONV,
+    "lfm2moe": SHORT_CONV
+    | {
+        "feed_forward.experts.down_proj": "ffn_down_exps.weight",
+        "feed_forward.expert_bias": "exp_probs_b.bias",
+        "feed_forward.gate.": "ffn_gate_inp.",
+    },
     "glm4": {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
 }
 # model_type -> what the package calls it, where that is another name
 ARCHITECTURES = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "olmo3": "olmo2", "mixtral": "llama"}
 ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "hunyuan_v1_dense": "hunyuan-dense"}
 ARCHITECTURES |= {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
-ARCHITECTURES |= {"glm4_moe": "glm4moe"}
+ARCHITECTURES |= {"glm4_moe": "glm4moe", "lfm2_moe": "lfm2moe"}
 ARCHITECTURES |= dict.fromkeys(("deepseek_v2", "deepseek_v3", "youtu"), "deepseek2")
 OFFSET = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")  # norms are 1 + weight
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3")  # of which the converter turns q and k
@@ -160,13 +181,13 @@ def interleaved(weight, n_head):
 
 def parts_of(model):
     """Names and tensors; the gates and up projections of experts, one tensor there, are two here."""
-    of_layers = ("layer_scalar", "e_score_correction_bias")
+    of_layers = ("layer_scalar", "e_score_correction_bias", "expert_bias")
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(of_layers)]
     for name, weight in [*model.named_parameters(), *buffers]:  # a tied head is not among them
         name = name.replace("block_sparse_moe", "mlp")
-        if name.endswith("mlp.experts.gate_up_proj"):
+        if name.endswith(("mlp.experts.gate_up_proj", "feed_forward.experts.gate_up_proj")):
             gate, up = weight.chunk(2, dim=1)
-            blk = name.removesuffix("mlp.experts.gate_up_proj")
+            blk = name.removesuffix("experts.gate_up_proj").removesuffix("mlp.").removesuffix("feed_forward.")
             yield f"{blk}ffn_gate_exps.weight", gate
             yield f"{blk}ffn_up_exps.weight", up
         else:
@@ -206,7 +227,7 @@ def blocks_of(weight, kind):
 
 
 def is_matrix(name, weight):
-    return weight.ndim > 1 and "gate_inp" not in name and "mlp.gate." not in name and "conv1d" not in name
+    return weight.ndim > 1 and not re.search(r"gate_inp|\.gate\.|conv1d|conv\.conv", name)
 
 
 def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None, **parts):
@@ -227,7 +248,7 @@ def write_gguf(path, model, kind=Type.F32, fields=None, tensors=None, kinds=None
     if config.model_type == "cohere2":
         writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_layer_norm_rms_eps(config.norm_eps if family.startswith("lfm2") else config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     for add, value in (fields or {}).items():
@@ -377,7 +398,13 @@ GROWING = {"mscale": 0.7, "mscale_all_dim": 0.7}
 WITH_GATES = {"add_expert_weights_norm": True, "add_expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID}
 WITH_GATES |= YARN | {"add_rope_scaling_yarn_beta_fast": 1.0, "add_rope_scaling_yarn_log_mul": 0.07}
 IN_TWO = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+SHORT_CONVS = NO_PAD | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+SHORT_CONVS_FILE = {"add_shortconv_l_cache": 3, "add_head_count_kv": [0, 2, 0, 0]}
+SHORT_CONV_EXPERTS_FILE = SHORT_CONVS_FILE | EXPERTS_FILE | {"add_leading_dense_block_count": 1}
+SHORT_CONV_EXPERTS_FILE |= {"add_expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID}
 FAMILIES |= {
+    "lfm2": (Lfm2Config, SHORT_CONVS | {"block_auto_adjust_ff_dim": False}, SHORT_CONVS_FILE),
+    "lfm2moe": (Lfm2MoeConfig, SHORT_CONVS | EXPERTS | {"num_dense_layers": 1}, SHORT_CONV_EXPERTS_FILE),
     "qwen3next": (Qwen3NextConfig, NO_PAD | DELTA_EXPERTS | {"norm_topk_prob": True}, DELTA_EXPERTS_FILE),
     "qwen35": (Qwen3_5TextConfig, NO_PAD | DELTA, DELTA_FILE),
     "qwen35, in two layers": (

@@ -40,6 +40,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": LLAMA_3,
     "llama3": LLAMA_3,
     "llama-v3": LLAMA_3,
+    "lfm2": LLAMA_3,
     "dbrx": LLAMA_3._replace(whole_words=False, adds_bos=False),  # Phi-4, OLMo 2
     "qwen2": QWEN_2,
     "deepseek-r1-qwen": QWEN_2,

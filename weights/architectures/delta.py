@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model import ModelArgs
-from weights.families.delta import rows_in_file
+from weights.families.recurrent import rows_in_file
 from weights.gguf_file import GGUFFile
 from weights.layout import Readers
 

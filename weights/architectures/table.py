@@ -4,6 +4,7 @@ from weights.architectures.architecture import Architecture
 from weights.architectures.delta import SPLIT, delta_layers, joined_rows, tiled_rows, untiled_outputs
 from weights.architectures.gemma_4 import gemma_4_layers
 from weights.architectures.latent import glm_experts, joined_latents, latent_layers
+from weights.architectures.short_conv import short_conv_layers
 from weights.huggingface import EXPERTS
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -26,6 +27,8 @@ ARCHITECTURES = {
         tensors=joined_latents,
     ),
     "glm4moe": Architecture("glm4_moe", by_layer=glm_experts),
+    "lfm2": Architecture("lfm2", by_layer=short_conv_layers),
+    "lfm2moe": Architecture("lfm2_moe", by_layer=short_conv_layers, modules=EXPERTS),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", interleaved=True),
     "glm4": Architecture("glm4", interleaved=True),

@@ -17,6 +17,8 @@ from weights.families.defaults import (
     GLM_LITE_CONFIG,
     GLM_MOE_CONFIG,
     GPT_OSS_CONFIG,
+    LFM_2_DENSE_CONFIG,
+    LFM_2_MOE_CONFIG,
     MINICPM_3_CONFIG,
     MINISTRAL_CONFIG,
     MISTRAL_CONFIG,
@@ -38,7 +40,6 @@ from weights.families.defaults import (
     SMOLLM_3_CONFIG,
     YOUTU_CONFIG,
 )
-from weights.families.delta import delta_experts, delta_net
 from weights.families.experts import clamped_experts, experts, normed_sigmoid_experts, only, unclipped
 from weights.families.family import Family, activation
 from weights.families.gemma_4 import gemma_4_fields
@@ -48,6 +49,7 @@ from weights.families.latent import (
     latent_with_sigmoid_experts,
     latent_with_softmax_experts,
 )
+from weights.families.recurrent import delta_experts, delta_net, dense_short_convs, short_convs_and_experts
 from weights.families.rope import rope
 from weights.families.unknown import refuse_unknown
 from weights.families.windows import rope_in_some, rope_with_window, windows
@@ -133,6 +135,10 @@ FAMILIES = {
     "qwen3_5_text": Family(DELTA, delta_net, QWEN_3_5_CONFIG, biases=ATTENTION_BIAS, activations=SILU),
     "qwen3_5_moe_text": Family(
         DELTA, delta_experts, QWEN_3_5_MOE_CONFIG, expert_size=MOE_SIZE, biases=ATTENTION_BIAS, activations=SILU
+    ),
+    "lfm2": Family({"qk_norm": True}, dense_short_convs, LFM_2_DENSE_CONFIG, norm_eps="norm_eps"),
+    "lfm2_moe": Family(
+        {"qk_norm": True}, short_convs_and_experts, LFM_2_MOE_CONFIG, expert_size=MOE_SIZE, norm_eps="norm_eps"
     ),
     "phi3": Family(defaults=PHI_CONFIG),
     "glm4": Family({"post_norm": True}, defaults=GLM_4_CONFIG, biases=QKV_BIAS),

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = re.compile(
     r"|qk_head_dim|aux_loss_alpha|seq_aux|embedding_initializer_range"
     r"|use_parallel_(block|embedding)|position_embedding_type|order_of_interleaved_layers|layer_switch|norm_type|pool_type"
     r"|attention_head_dim|org_vocab_size|cla_share_factor|dense_list|(pad|mask_init|(im|text)_(start|end))_id"
+    r"|block_norm_eps|(block|conv)_(use_xavier_init|\w+_init_scale)"
     r"|enable_lm_head_fp32|initial_context_length|experts_per_token|(quantization|compression)_config"
 )
 

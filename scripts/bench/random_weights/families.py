@@ -30,6 +30,9 @@ DELTA = {"model_type": "qwen3_5_text", "hidden_size": 2048, "num_attention_heads
 DELTA |= {"head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128}
 DELTA |= {"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4}
 DELTA |= {"intermediate_size": 6144, "num_hidden_layers": 8}
+SHORT_CONV = {"model_type": "lfm2", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHORT_CONV |= {"conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "intermediate_size": 8192, "num_hidden_layers": 8}
+SHORT_CONV |= {"full_attn_idxs": [2, 5]}
 GEMMA_4 = {"model_type": "gemma4_text", "hidden_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 1}
 GEMMA_4 |= {"head_dim": 256, "global_head_dim": 512, "sliding_window": 512, "intermediate_size": 6144}
 GEMMA_4 |= {"num_hidden_layers": 10, "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 256}
@@ -49,6 +52,7 @@ GLM |= {"topk_group": 1}
 FAMILIES = {
     "Llama": DENSE,
     "Qwen3.5": DELTA,
+    "LFM2": SHORT_CONV,
     "Gemma-4": GEMMA_4,
     "gpt-oss": GPT_OSS,
     "DeepSeek-V2-Lite": LATENT,

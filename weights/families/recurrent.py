@@ -1,11 +1,12 @@
-"""Gated DeltaNet layers: their fields, from a config in Hugging Face's words, and the order of rows in its files."""
+"""Layers that keep a state of all tokens: their fields, from a config in Hugging Face's words; rows in its files."""
 
 import torch
 from torch import Tensor
 
 from mixers.recurrent.delta_net import DeltaSizes
+from mixers.recurrent.short_conv import ConvSizes
 from model import ModelArgs
-from weights.families.experts import experts
+from weights.families.experts import dense_layers, experts, only
 from weights.files import Config
 
 
@@ -32,6 +33,44 @@ def delta_net(config: Config) -> dict:
 
 def delta_experts(config: Config) -> dict:
     return delta_net(config) | experts(config)
+
+
+def short_convs(config: Config) -> dict:
+    """The config says which layers have attention; all do where it does not."""
+    n_layer, dim = config.whole("num_hidden_layers"), config.whole("hidden_size")
+    full = range(n_layer) if config.get("full_attn_idxs") is None else config.list_of(int, "full_attn_idxs")
+    kinds = ["full_attention" if i in full else "conv" for i in range(n_layer)]
+    kinds = kinds if config.get("layer_types") is None else config.list_of(str, "layer_types")
+    if len(kinds) != n_layer or not set(kinds) <= {"conv", "full_attention"}:
+        raise config.error(f"layer_types is {kinds}; {n_layer} of conv and full_attention are needed")
+    for key in ("block_dim", "conv_dim", "conv_dim_out"):
+        only(config, key, dim)
+    only(config, "num_heads", config.whole("num_attention_heads"))
+    only(config, "block_use_swiglu", True)
+    only(config, "use_pos_enc", True)
+    layers, n_tap = tuple(i for i, kind in enumerate(kinds) if kind == "conv"), config.whole("conv_L_cache")
+    return {
+        "short_conv": ConvSizes(layers, dim, n_tap, bool(config.get("conv_bias"))) if layers else None,
+        "tie_embeddings": bool(config.get("tie_embedding", config.get("tie_word_embeddings"))),
+    }
+
+
+def dense_short_convs(config: Config) -> dict:
+    """... and a feed-forward of the width that the config gives, or of two thirds of it, rounded up."""
+    size = config.whole("block_ff_dim", config.whole("intermediate_size"))
+    if config.get("block_auto_adjust_ff_dim"):
+        step = config.whole("block_multiple_of")
+        size = int(config.number("block_ffn_dim_multiplier", 1.0) * int(2 * size / 3))
+        size = -(-size // step) * step
+    return short_convs(config) | {"intermediate_size": size}
+
+
+def short_convs_and_experts(config: Config) -> dict:
+    """... and experts in all layers but the first ones."""
+    only(config, "use_expert_bias", True)
+    fields = experts(config) | dense_layers(config, tuple(range(config.count("num_dense_layers"))))
+    scored = {"sigmoid_experts": True, "expert_scale": config.number("routed_scaling_factor")}
+    return short_convs(config) | fields | scored
 
 
 def rows_in_file(args: ModelArgs, model_type: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: its two forms against each other, and what keeps, takes back and copies the states of rows."""
+"""Gated DeltaNet's two forms against each other; what keeps, takes back and copies the states of layers with one."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3_5TextConfig
+from transformers import Lfm2Config, Qwen3_5TextConfig
 
 import engine.decode
 from engine.cache import allocate, holds, row_bytes
@@ -18,6 +18,7 @@ from engine.speculation.drafters import DraftModel, PromptLookup
 from engine.speculation.speculative import Speculation, build_speculation
 from measure.scoring import questions_of, score
 from mixers.recurrent.delta_net import CHUNK, DeltaSizes, chunks, steps
+from mixers.recurrent.short_conv import ConvSizes
 from serving.scheduler import Scheduler, Task
 from tests.tiny import GREEDY, SIZES, continuation, ids_of, make_tiny_checkpoint, save_tiny, tiny_model
 from text.tokenizer import load_tokenizer
@@ -44,11 +45,17 @@ def test_chunks_of_a_prompt_equal_single_steps(length):
     assert torch.equal(states[1, max(length - 4, 0)], states[1, -1]) or length < 4
 
 
-@pytest.fixture(scope="module", params=[24, 32], ids=["plain", "operator"])
+MODELS = {  # whose values are of a size that the operator takes, or not
+    "plain": FIELDS,
+    "operator": FIELDS | {"delta": replace(DELTA, value_dim=32)},
+    "short convolutions": {"n_layer": 3, "short_conv": ConvSizes((0, 2), 48, n_tap=4, bias=True)},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def tiny(tmp_path_factory, request):
-    """A model of ours with a tokenizer, whose values are of a size that the operator takes, or not."""
-    fields = FIELDS | {"delta": replace(DELTA, value_dim=request.param)}
-    path = make_tiny_checkpoint(tmp_path_factory.mktemp("delta"), template=None, **fields)
+    """A model of ours with a tokenizer."""
+    path = make_tiny_checkpoint(tmp_path_factory.mktemp("states"), template=None, **MODELS[request.param])
     return SimpleNamespace(model=load_model(path, dtype=torch.float32), tokenizer=load_tokenizer(path))
 
 
@@ -78,11 +85,17 @@ def new_ids(engine, prompts):
     return rows
 
 
+CONFIGS = {
+    "qwen3_5": Qwen3_5TextConfig(**{**SIZES, **SIZE, "head_dim": 16, "num_hidden_layers": 4}),
+    "lfm2": Lfm2Config(**{**SIZES, "num_hidden_layers": 4, "full_attn_idxs": [1, 3], "conv_bias": True}),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @torch.inference_mode()
-def test_prompts_in_chunks_of_a_ragged_batch_equal_transformers(tmp_path, prompts, monkeypatch):
+def test_prompts_in_chunks_of_a_ragged_batch_equal_transformers(config, tmp_path, prompts, monkeypatch):
     """Rows that end in an earlier chunk, in rows of a cache that held other texts before."""
     monkeypatch.setattr(engine.decode, "PREFILL_CHUNK", 48)
-    config = Qwen3_5TextConfig(**{**SIZES, **SIZE, "head_dim": 16, "num_hidden_layers": 4})
     theirs, ours = save_tiny(config, tmp_path), load_model(tmp_path, dtype=torch.float32)
     cache = ours.new_cache(len(prompts), 256)
     for order in (prompts, prompts[::-1]):
@@ -94,7 +107,8 @@ def test_prompts_in_chunks_of_a_ragged_batch_equal_transformers(tmp_path, prompt
 def test_rounds_of_guesses_that_are_taken_back_equal_plain_decoding(tiny, prompts, answers, k):
     tiny_engine = Engine(tiny.model, speculation=build_speculation(tiny.model, PromptLookup(), k))
     assert new_ids(tiny_engine, prompts) == answers
-    assert tiny_engine.cache.rewind == (k if k != "auto" else 8) + 1
+    most = 8 if tiny.model.args.delta else 32  # of one matrix a head for each token, or of some inputs
+    assert tiny_engine.cache.rewind == (k if k != "auto" else most) + 1
 
 
 def test_compiled_steps_and_prompts_equal_plain_ones(tiny, prompts, answers):
@@ -147,7 +161,7 @@ def test_continuations_of_one_prompt_are_scored_after_copies_of_its_state(tiny):
 
 
 @torch.inference_mode()
-def test_which_prefixes_a_row_can_go_on_from():
+def test_which_prefixes_a_row_can_go_on_from_after_gated_deltanet():
     model = tiny_model(**FIELDS)
     cache = model.new_cache(2, 64, rewind=2)
     ids, pos = torch.arange(9)[None], torch.arange(9)[None]
@@ -163,11 +177,33 @@ def test_which_prefixes_a_row_can_go_on_from():
         engine.decode.read_prompts(model, cache, [[1, 2]], start=5)
 
 
+@torch.inference_mode()
+def test_which_prefixes_a_row_can_go_on_from_after_short_convolutions():
+    """Those of which the last three inputs are kept."""
+    model = tiny_model(**MODELS["short convolutions"])
+    cache = model.new_cache(2, 64, rewind=2)
+    ids, pos = torch.arange(9)[None], torch.arange(9)[None]
+    model(ids, pos, cache.view())
+    assert [n for n in range(12) if holds(cache, 0, n)] == [0, 7, 8, 9]
+    model(ids[:, :2], torch.tensor([[9, 10]]), cache.view(counts=torch.tensor([1])))
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 8, 9, 10]  # the other was padding
+    model(ids[:, :1], torch.tensor([[8]]), cache.view())
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 8, 9]  # two were taken back
+    model(ids[:, :4], torch.tensor([[48, 49, 50, 51]]), cache.view(counts=torch.tensor([0])))
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 8, 9]  # of a row that has ended
+    model(ids[:, :1], torch.tensor([[0]]), cache.view())
+    assert [n for n in range(14) if holds(cache, 0, n)] == [0, 1]
+
+
 def test_bytes_of_a_row_and_a_draft_that_is_refused(tiny):
-    n_value = 4 * tiny.model.args.delta.value_dim
-    state = 16 * n_value + 3 * (2 * 2 * 16 + n_value)  # of one layer, and the inputs of three tokens
+    if tiny.model.args.delta:
+        n_value = 4 * tiny.model.args.delta.value_dim
+        floats = 16 * n_value + 3 * (2 * 2 * 16 + n_value)  # a state, and the inputs of three tokens
+        stands = 1
+    else:
+        floats, stands = 3 * 48, 3
     keys = 2 * 2 * 16 * 100
-    assert row_bytes(tiny.model, 100) == 4 * (2 * state + keys) + 2 * 8
+    assert row_bytes(tiny.model, 100) == 4 * (2 * floats + keys) + 2 * 8 * stands
     cache = allocate(tiny.model, 3, 100, rewind=4)
     assert 3 * row_bytes(tiny.model, 100, 4) == sum(each.nbytes for each in cache.layers.buffers())
     with pytest.raises(ValueError, match="DeltaNet.*ngram"):
