@@ -120,7 +120,7 @@ def build(name: str, folder: Path) -> Path:
     """Compile the operators for a level: the library. Raises what `available` catches if they cannot be."""
     from torch.utils import cpp_extension
 
-    print("Building the CPU operators, once, half a minute ...", file=sys.stderr, flush=True)
+    print("Building the CPU operators, once, one to two minutes ...", file=sys.stderr, flush=True)
     # ninja is installed beside this Python, whose folder is on the path only in an activated environment
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     try:
