@@ -93,6 +93,8 @@ def build_engine(
     device = model.device
     if compile or compile_prefill:
         require_compiler(device)
+    if compile_prefill and model.args.short_conv:  # the compiler takes the sizes of the first prompt for fixed
+        raise ValueError("--compile_prefill does not go with short convolutions (LFM2) yet; leave it out")
     return Engine(
         model,
         compile_step(decode_one_token, device) if compile else decode_one_token,
