@@ -132,8 +132,9 @@ def test_layers_that_reuse_keys_and_values_take_no_memory():
 
 def test_perplexity_of_the_default_model_hardly_changes(default_model_dir):
     model = load_model(default_model_dir / "model.pth")
-    ids = load_tokenizer(default_model_dir).encode(pydoc_data.topics.topics["assignment"])[:512]
+    text = pydoc_data.topics.topics["assignment"] + pydoc_data.topics.topics["formatstrings"]
+    ids = load_tokenizer(default_model_dir).encode(text)[:2048]  # bfloat16 itself moves that of 512 by 0.5 %
     float_cache, int8_cache = (
         perplexity(Engine(each), ids, window=512).perplexity for each in (model, with_int8_cache(model))
     )
-    assert 0 < abs(int8_cache / float_cache - 1) < 0.005
+    assert 0 < abs(int8_cache / float_cache - 1) < 0.003
