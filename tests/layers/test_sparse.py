@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import transformers
 
-from engine.engine import Engine
+from engine.engine import Engine, build_engine
 from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.packed import FEW
@@ -14,7 +14,7 @@ from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
 from model import FeedForward, ModelArgs, Transformer
 from tests.tiny import SIZES as FAMILY_SIZES
 from tests.tiny import ids_of, pairwise, random_ids, random_prompts, save_tiny, tiny_model
-from weights.checkpoint import build, load_model
+from weights.checkpoint import build, load_model, random_model
 
 needs_operators = pytest.mark.skipif(not cpu.available(), reason="the CPU operators cannot be built")
 SPECS = {"float": None, "int8": QuantSpec(8), "int8.g16": QuantSpec(8, 16), "int4": QuantSpec(4, 32)}
@@ -189,6 +189,16 @@ def test_a_relu_model_writes_the_same_tokens():
     assert all(type(block.feed_forward) is ReluFeedForward for block in fast.layers)
     prompts = random_ids(20, 3)
     assert ids_of(fast, prompts, 24) == ids_of(plain, prompts, 24)
+
+
+@needs_operators
+@pytest.mark.parametrize("spec", [None, QuantSpec(4, 32)], ids=str)
+def test_compiled_a_relu_model_writes_the_same_tokens(spec):
+    """Its up and gate projections are parts of one weight, of which the compiler takes no views."""
+    model = random_model(ModelArgs(**SIZES, max_seq_length=128, activation="relu"), quantize=spec)
+    assert all(type(block.feed_forward) is ReluFeedForward for block in model.layers)
+    prompt = random_ids(20)
+    assert ids_of(build_engine(model, compile=True), prompt, 12) == ids_of(model, prompt, 12)
 
 
 def test_only_relu_units_whose_rows_operators_take():
