@@ -23,6 +23,7 @@ from weights.files import read_json
 
 TEXTS = read_json(Path(__file__).with_name("prompts.json"))
 WAYS = ["ngram 4", "ngram auto", "int4 2", "int4 auto", "useless auto"]
+DRAFTERS, PRECISIONS = ("ngram", "useless"), ("bf16", "int8", "int4")
 PARTS, SAME = ("texts",), ("threads", "model", "new_tokens", "ways")
 
 
@@ -34,7 +35,19 @@ def add_flags(parser) -> None:
     parser.add_argument("--new_tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
 
 
+def parse_way(way: str) -> tuple[str, int | str]:
+    """The drafter and its k."""
+    name, _, k = way.rpartition(" ")
+    is_known = name in DRAFTERS or name.partition(":")[0] in PRECISIONS
+    if not is_known or (k != "auto" and not (k.isdecimal() and int(k))):
+        drafters = f"{', '.join((*DRAFTERS, *PRECISIONS))} or int4:PATH"
+        raise ValueError(f"--ways has {way!r}; give a drafter ({drafters}) and its k, such as 'ngram 4' or 'int4 auto'")
+    return name, k if k == "auto" else int(k)
+
+
 def fill(report: Report, *, model: str, ways: list[str], new_tokens: int, rounds: int, threads: int) -> None:
+    for way in ways:
+        parse_way(way)
     plain, tokenizer = build_engine(load_model(model), compile=True), load_tokenizer(Path(model))
     engines = {"plain": plain} | make_engines(plain, model, ways)
     for name, text in TEXTS.items():
@@ -48,10 +61,10 @@ def make_engines(plain: Engine, model: str, ways: list[str]) -> dict[str, Engine
     # one for all: a second compiled form of the same function would make each call look through both
     check, drafters, engines = compile_step(verify, plain.model.device), {}, {}
     for way in ways:
-        name, _, k = way.rpartition(" ")
+        name, k = parse_way(way)
         if name not in drafters:
             drafters[name] = make_drafter(name, plain, model)
-        speculation = Speculation(drafters[name], k if k == "auto" else int(k), check, device=plain.model.device)
+        speculation = Speculation(drafters[name], k, check, device=plain.model.device)
         engines[way] = Engine(plain.model, plain.step, plain.forward, speculation)
     return engines
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from scripts.bench import long_context, report, run, speed
+from scripts.bench import long_context, report, run, speculation, speed
 from scripts.bench.compressed import pruning
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import ROOT, take_turns
@@ -256,6 +256,17 @@ def test_every_table_explains_itself(table, capsys):
         run.build_parser([table]).parse_args([table, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "--output" in text and "--fresh" in text and "--threads" in text
+
+
+@pytest.mark.parametrize("way", ["foo 4", "ngram", "int4 0", "ngram:a.pth 4", "int4 -1"])
+def test_a_way_that_is_none_is_refused(way):
+    with pytest.raises(ValueError, match=f"--ways has '{way}'; give a drafter .* and its k"):
+        speculation.parse_way(way)
+
+
+def test_a_way_names_a_drafter_a_checkpoint_and_a_length():
+    assert speculation.parse_way("int4:my folder/a.pth auto") == ("int4:my folder/a.pth", "auto")
+    assert speculation.parse_way("ngram 4") == ("ngram", 4)
 
 
 def test_late_steps_stand_beside_their_bytes():
