@@ -24,7 +24,7 @@ from flags import check_counts, check_damping, check_threads, model_flags, place
 from layers.quantized import GROUPSIZE_HELP, LAYERS, QuantSpec, quant_spec
 from measure.machine import peak_memory
 from measure.perplexity import WINDOW, perplexity
-from ranks import init_tp
+from ranks import require_one_process
 from text.files import require_utf8
 from text.prompts import ids_of, ids_to_measure
 from text.tokenizer import tokenizer_saved
@@ -42,9 +42,7 @@ PART = 1 << 20  # weights compared at a time
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
     began, args = time.perf_counter(), argparse.Namespace(**flags)
-    with init_tp() as ranks:  # so that one of them says it
-        if ranks is not None:
-            raise ValueError("quantise without torchrun, in one process: the file serves any number of ranks")
+    require_one_process("quantise")
     check_request(args)
     job = open_job(args)
     check_job(job, args)

@@ -179,6 +179,13 @@ def from_first(ranks: Ranks | None, x: Tensor) -> Tensor:
     return x if ranks is None else ranks.broadcast(x)
 
 
+def require_one_process(what: str) -> None:
+    """Refuse torchrun, on one of its processes for all."""
+    with init_tp() as ranks:
+        if ranks is not None:
+            raise ValueError(f"{what} without torchrun, in one process: the file serves any number of ranks")
+
+
 @contextlib.contextmanager
 def init_tp(n_stage: int | None = None) -> Iterator[Ranks | None]:
     """The ranks that torchrun started, for the length of a `with` block; None where this process is alone.

@@ -18,11 +18,10 @@ from torch import Tensor
 import cli
 from cli import listed, say
 from compress.activations import (
-    PROJECTIONS,
+    compare_thresholds,
     find_thresholds,
     projection_sizes,
     require_projections,
-    set_thresholds,
     skippable_,
     with_thresholds,
 )
@@ -37,7 +36,7 @@ from flags import check_counts, check_damping, check_threads, model_flags, place
 from layers.quantized import GROUPSIZE_HELP, QuantSpec, quant_spec
 from measure.perplexity import WINDOW, Perplexity, perplexity
 from model import ModelArgs, Transformer
-from ranks import init_tp
+from ranks import require_one_process
 from text.prompts import ids_of, ids_to_measure
 from text.tokenizer import tokenizer_saved
 from weights.checkpoint import build, load_model, new_table, open_model, read_tensors, save_checkpoint
@@ -55,9 +54,7 @@ CPU = torch.device("cpu")
 def main(**flags) -> None:
     """Keyword arguments are the command line's flags; `build_parser` has their defaults."""
     args = argparse.Namespace(**flags)
-    with init_tp() as ranks:  # so that one of them says it
-        if ranks is not None:
-            raise ValueError("sparsify without torchrun, in one process: the file serves any number of ranks")
+    require_one_process("sparsify")
     check_request(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -268,17 +265,9 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     found, uniform = find_thresholds(model, projection_sizes(job.source.layout), job.windows, args.sparsity)
     table = with_thresholds(job.source.table, found)
     save(job, job.source.args, read_tensors(job.source, CPU, job.dtype, "Copying"), table)
-    forms = {"all inputs": [[0.0] * len(PROJECTIONS)] * len(found), "uniform": uniform, "found": found}
-    measured = {} if job.ids is None else forms
-    quality = [perplexity_skipping(job, model, layers, each) for each in measured.values()]
+    quality = {} if job.ids is None else compare_thresholds(model, layers, found, uniform, job.ids)
     del model, layers
     report_skipping(quality, decode_rates(job, args), args.sparsity)
-
-
-def perplexity_skipping(job: Job, model: Transformer, layers: list, thresholds: list[list[float]]) -> float:
-    """Of a model that skips in every token, as decoding does."""
-    set_thresholds(layers, thresholds)
-    return quality_of(job, model).perplexity
 
 
 def decode_rates(job: Job, args: argparse.Namespace) -> tuple[float, float]:
@@ -296,11 +285,12 @@ def decode_rates(job: Job, args: argparse.Namespace) -> tuple[float, float]:
     return tuple(statistics.median(each) for each in rates)
 
 
-def report_skipping(quality: list[float], rates: tuple[float, float], sparsity: float) -> None:
+def report_skipping(quality: dict[str, float], rates: tuple[float, float], sparsity: float) -> None:
     """The table at the end, on standard output."""
     row("", ["all inputs", "uniform", f"sparse {sparsity:g}"])
     if quality:
-        row("perplexity", [*(f"{each:.4f}" for each in quality), f"{100 * (quality[-1] / quality[0] - 1):+.2f} %"])
+        change = f"{100 * (quality['found'] / quality['all inputs'] - 1):+.2f} %"
+        row("perplexity", [*(f"{each:.4f}" for each in quality.values()), change])
     row("decode tok/s", [f"{rates[0]:.1f}", "", f"{rates[1]:.1f}", f"{rates[1] / rates[0]:.2f} x"])
 
 

@@ -13,10 +13,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cli import listed, progress
-from compress.walk import arguments_of
+from cli import listed
+from compress.walk import arguments_of, block_calls
+from engine.engine import Engine
 from layers.quantized import QuantSpec, replace_
 from layers.sparse import Thresholded
+from measure.perplexity import WINDOW, perplexity
 from model import ModelArgs, Transformer
 from weights.layout import Layout
 
@@ -81,6 +83,21 @@ def set_thresholds(layers: list[list[Thresholded]], thresholds: list[list[float]
             layer.threshold = threshold
 
 
+def compare_thresholds(
+    model: Transformer,
+    layers: list[list[Thresholded]],
+    found: list[list[float]],
+    uniform: list[list[float]],
+    ids: list[int],
+) -> dict[str, float]:
+    """The perplexity of ids with all inputs, with uniform thresholds and with those found, skipping in every token."""
+    none, perplexities = [[0.0] * len(PROJECTIONS)] * len(found), {}
+    for name, each in {"all inputs": none, "uniform": uniform, "found": found}.items():
+        set_thresholds(layers, each)
+        perplexities[name] = perplexity(Engine(model), ids, window=min(WINDOW, model.args.max_seq_length)).perplexity
+    return perplexities
+
+
 @torch.no_grad()
 def find_thresholds(
     model: Transformer, weights: list[int], windows: Tensor, sparsity: float
@@ -90,12 +107,8 @@ def find_thresholds(
     windows: the calibration text, int64 [n, S]. weights: of each projection. sparsity: the share of a block's weights
     that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
     """
-    pos = torch.arange(windows.shape[1], device=model.device)[None]
-    hidden = [model.embed(tokens[None], pos) for tokens in windows.to(model.device)]
-    contexts = model.contexts(pos, None)
     found, uniform = [], []
-    for i, block in enumerate(progress(model.layers, desc="Finding thresholds", unit="block")):
-        batches = [(x, pos, *contexts[i]) for x in hidden]
+    for _, block, batches in block_calls(model, windows, "Finding thresholds", batch_size=1):
         layers = [block.get_submodule(name) for name in PROJECTIONS]
         inputs = [magnitudes(layer, block, batches) for layer in layers]
         parts = [Projection(*each) for each in zip(layers, weights, inputs, strict=True)]
@@ -108,7 +121,6 @@ def find_thresholds(
         found.append([layer.threshold for layer in layers])
         for part in parts:
             part.skip(0.0)
-        hidden = exact
     return found, uniform
 
 

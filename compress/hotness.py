@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cli import progress
+from compress.walk import read_watched
 from mixers.experts import MixtureOfExperts
 from model import FeedForward, ModelArgs, Transformer
 
@@ -15,7 +15,6 @@ PAYS = 1.5  # times the coverage of units that are used alike, from which a plan
 TOP = 0.1  # of a token's neurons: those of most magnitude count as active where no activation is 0
 
 
-@torch.no_grad()
 def count_uses(model: Transformer, windows: Tensor) -> dict:
     """{"experts": {layer: [counts]}, "neurons": {layer: [counts]}} of the tokens in windows, int64 [n, S].
 
@@ -24,12 +23,7 @@ def count_uses(model: Transformer, windows: Tensor) -> dict:
     """
     found = {"experts": {}, "neurons": {}}
     hooks = [hook for name, layer in model.named_modules() for hook in watch(name, layer, model.args, found)]
-    try:
-        for tokens in progress(windows.to(model.device), desc="Counting", unit="window"):
-            model.hidden(tokens[None], torch.arange(len(tokens), device=model.device)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_watched(model, windows, hooks, "Counting")
     return {kind: {layer: counts.tolist() for layer, counts in each.items()} for kind, each in found.items()}
 
 

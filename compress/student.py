@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import listed, progress
+from cli import listed
+from compress.walk import read_watched
 from layers.formats import QuantizedLinear
 from layers.quantized import QuantSpec, replace_
 from layers.two_four import TwoFourLinear, compress
@@ -31,7 +32,6 @@ def kept_layers(n_layer: int, n_kept: int) -> list[int]:
     return [round(i * (n_layer - 1) / max(n_kept - 1, 1)) for i in range(n_kept)]
 
 
-@torch.no_grad()
 def block_influences(model: Transformer, windows: Tensor) -> list[float]:
     """How much each block changes its input: 1 - the cosine of what it takes and returns, mean of all tokens.
 
@@ -43,12 +43,7 @@ def block_influences(model: Transformer, windows: Tensor) -> list[float]:
         sums[i] += F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).sum().item()
 
     hooks = [block.register_forward_hook(partial(add, i)) for i, block in enumerate(model.layers)]
-    try:
-        for tokens in progress(windows.to(model.device), desc="Comparing", unit="window"):
-            model.hidden(tokens[None], torch.arange(len(tokens), device=model.device)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_watched(model, windows, hooks, "Comparing")
     return (1 - sums / windows.numel()).clamp(min=0).tolist()  # rounding: a cosine is at most 1
 
 

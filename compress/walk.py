@@ -5,12 +5,13 @@ what earlier ones have lost.
 """
 
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from cli import listed, progress
@@ -121,6 +122,25 @@ class Visited:
 
 
 @torch.no_grad()
+def block_calls(
+    model: Transformer, windows: Tensor, title: str, batch_size: int
+) -> Iterator[tuple[int, nn.Module, list[tuple[Tensor, ...]]]]:
+    """Each block with its number and what it is called with, batch by batch; afterwards it runs as it then is.
+
+    windows: the calibration text, int64 [n, S]. title: of the progress bar.
+    """
+    pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
+    parts = windows.to(model.device).split(batch_size)
+    hidden = [model.embed(tokens, pos[: len(tokens)]) for tokens in parts]  # updated block by block
+    contexts = model.contexts(pos, None)
+    for i, block in enumerate(progress(model.layers, desc=title, unit="block")):
+        batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
+        yield i, block, batches
+        for x, *others in batches:
+            x.copy_(block(x, *others))
+
+
+@torch.no_grad()
 def walk_(
     model: Transformer,
     windows: Tensor,
@@ -132,16 +152,20 @@ def walk_(
 ) -> None:
     """Give each layer of a block whose name is in `names` the weight that `change` returns, in the order of running.
 
-    windows: the calibration text, int64 [n, S]. title: of the progress bar.
+    windows and title: as of `block_calls`.
     """
-    pos = torch.arange(windows.shape[1], device=model.device).repeat(batch_size, 1)
-    parts = windows.to(model.device).split(batch_size)
-    hidden = [model.embed(tokens, pos[: len(tokens)]) for tokens in parts]  # updated block by block
-    contexts = model.contexts(pos, None)
-    for i, block in enumerate(progress(model.layers, desc=title, unit="block")):
-        batches = [(x, *(each[: len(x)] for each in (pos, *contexts[i]))) for x in hidden]
+    for i, block, batches in block_calls(model, windows, title, batch_size):
         for name, layer in block.named_modules(prefix=f"layers.{i}"):
             if name in names:
                 layer.weight.copy_(change(Visited(name, layer, block, batches)))
-        for x, *others in batches:
-            x.copy_(block(x, *others))
+
+
+@torch.no_grad()
+def read_watched(model: Transformer, windows: Tensor, hooks: list[RemovableHandle], title: str) -> None:
+    """Read windows, int64 [n, S], one by one through all blocks while hooks look on, which are removed afterwards."""
+    try:
+        for tokens in progress(windows.to(model.device), desc=title, unit="window"):
+            model.hidden(tokens[None], torch.arange(len(tokens), device=model.device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -22,7 +22,7 @@ from cli import cache_folder, in_words, one_line, scratch
 FOLDER = Path(__file__).with_name("cpu")
 HEAD_DIMS = (64, 96, 128, 256)  # that `attend` and `join_cache` take
 HEAD_UNIT = 32  # of which `attend` takes every multiple for few queries a row
-TILE = 16  # outputs of a tile of `linear_two_four`
+TILE = 16  # outputs of a tile of codes, or of 2:4 weights
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def available() -> bool:
 
 
 def bf16_rows_apart() -> bool:
-    """Whether rows of bfloat16 are multiplied each by itself, also where they are many; of operators that there are."""
+    """Whether the operators, which must be available, multiply rows of bfloat16 one by one, however many there are."""
     return torch.ops.gpt_faster.bf16_rows_apart()
 
 

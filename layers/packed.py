@@ -129,7 +129,7 @@ class CodesLinear(nn.Module):
     or 2, 16] in the file's dtype; bias float32 [tiles * 16]; those of experts are [E, ...].
     """
 
-    LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
+    LANES, GROUP = cpu.TILE, 32  # output rows of a tile; inputs, whose number is padded to a multiple
 
     def __init__(self, layer: QuantizedLinear):
         super().__init__()

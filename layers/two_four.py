@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from layers.formats import PART, Int8Linear, QuantizedLinear, float_linear
 from model import ModelArgs
 
@@ -115,7 +116,7 @@ class PackedTwoFour(nn.Module):
     kept values in their dtype. scales: bfloat16 [tiles, groups, 1, 16], None: floats. bias: float32 [tiles * 16].
     """
 
-    LANES, GROUP = 16, 32  # output rows of a tile; inputs, whose number is padded to a multiple
+    LANES, GROUP = cpu.TILE, 32  # output rows of a tile; inputs, whose number is padded to a multiple
 
     def __init__(self, layer: TwoFourLinear):
         super().__init__()

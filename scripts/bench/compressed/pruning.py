@@ -6,8 +6,6 @@ characters are measured. Magnitude is the baseline that looks at no text: the le
 
 import math
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from compress.pruning import Pattern, by_magnitude, parse_pattern
 from engine.engine import Engine
 from layers.quantized import QuantSpec, linear_table
 from measure.perplexity import WINDOW, perplexity
-from scripts.bench.compressed.quality import write_halves
+from scripts.bench.compressed.quality import fill_variants
 from scripts.bench.report import Report, markdown, run_command, shared_flags
 from text.prompts import ids_to_measure
 from weights.checkpoint import build, open_model, read_tensors
@@ -44,11 +42,7 @@ def add_flags(parser) -> None:
 
 
 def fill(report: Report, *, model: str, threads: int) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_halves(folder, MEASURED)
-        for variant, how in VARIANTS.items():
-            report.once(report.result["variants"], variant, partial(measure, Path(model), how, threads, folder))
+    fill_variants(report, VARIANTS, measure, model, threads, MEASURED)
 
 
 def measure(checkpoint: Path, how: tuple[str, ...] | None, threads: int, folder: Path) -> dict:

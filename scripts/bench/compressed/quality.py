@@ -6,6 +6,7 @@ GPTQ calibrates with, the second is measured. Activations are rounded as decodin
 
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -33,18 +34,23 @@ def add_flags(parser) -> None:
 
 
 def fill(report: Report, *, model: str, threads: int) -> None:
+    fill_variants(report, VARIANTS, measure, model, threads)
+
+
+def fill_variants(
+    report: Report, variants: dict, measure: Callable[..., dict], model: str, threads: int, most: int | None = None
+) -> None:
+    """Measure each variant by measure(model, how it is made, threads, folder).
+
+    The folder has first.txt, to calibrate with, and second.txt, to measure: `most` characters of the second half.
+    """
+    text = "\n".join(topics.values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_halves(folder)
-        for variant, how in VARIANTS.items():
+        (folder / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
+        (folder / "second.txt").write_text(text[len(text) // 2 :][:most], encoding="utf-8")
+        for variant, how in variants.items():
             report.once(report.result["variants"], variant, partial(measure, Path(model), how, threads, folder))
-
-
-def write_halves(folder: Path, most: int | None = None) -> None:
-    """first.txt, to calibrate with, and second.txt, to measure: the first `most` characters of the second half."""
-    text = "\n".join(topics.values())
-    (folder / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
-    (folder / "second.txt").write_text(text[len(text) // 2 :][:most], encoding="utf-8")
 
 
 def measure(checkpoint: Path, how: list | None, threads: int, folder: Path) -> dict:

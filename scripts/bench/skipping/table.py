@@ -34,6 +34,8 @@ def add_flags(parser) -> None:
 
 
 def fill(report: Report, *, model: str, precisions: list[str], rounds: int, new_tokens: int, text: str | None, **_):
+    path = Path(model)
+    ids = ids_of(read_text(text) if text else "\n".join(topics.values()), path, open_model(path).args.vocab_size)
     for precision in precisions:
         spec = PRECISIONS[precision]
         for shape in SHAPES:
@@ -42,13 +44,12 @@ def fill(report: Report, *, model: str, precisions: list[str], rounds: int, new_
             report.once(report.result["units"], f"{shape}, {precision}", how)
         how = partial(relu.measure_decode, args_from_name(SHAPES[0]), spec, 0.9, new_tokens, rounds)
         report.once(report.result["decode"], f"{SHAPES[0]}, {precision}", how)
-    fill_thresholds(report, Path(model), precisions, rounds, new_tokens, text)
+    fill_thresholds(report, path, precisions, rounds, new_tokens, ids)
 
 
 def fill_thresholds(
-    report: Report, path: Path, precisions: list[str], rounds: int, new_tokens: int, text: str | None
+    report: Report, path: Path, precisions: list[str], rounds: int, new_tokens: int, ids: list[int]
 ) -> None:
-    ids = ids_of(read_text(text) if text else "\n".join(topics.values()), path, open_model(path).args.vocab_size)
     calibration, held_out = ids[: len(ids) // 2], ids[len(ids) // 2 :][:HELD_OUT]
     quality = report.result["quality"]
     for sparsity in SPARSITIES:

@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 
 from compress.activations import (
-    PROJECTIONS,
+    compare_thresholds,
     find_thresholds,
     projection_sizes,
-    set_thresholds,
     skippable_,
     with_thresholds,
 )
 from compress.calibration import calibration_windows
 from engine.engine import Engine, build_engine, generate
 from layers.quantized import QuantSpec
-from measure.perplexity import WINDOW, perplexity
 from scripts.bench.report import take_turns
 from scripts.bench.sides import GREEDY
 from weights.checkpoint import load_model, open_model, read_tensors, save_checkpoint
@@ -36,12 +34,8 @@ def measure_quality(path: Path, sparsity: float, calibration: list[int], held_ou
     layers = skippable_(model)
     windows = calibration_windows(calibration, limit=N_WINDOW, seq_length=LENGTH, needed=LENGTH, seed=0)
     found, uniform = find_thresholds(model, projection_sizes(open_model(path).layout), windows, sparsity)
-    none = [[0.0] * len(PROJECTIONS)] * len(found)
     result = {"sparsity": sparsity, "calibration_tokens": windows.numel(), "thresholds": found}
-    for name, each in {"all inputs": none, "uniform": uniform, "found": found}.items():
-        set_thresholds(layers, each)
-        result[name] = perplexity(Engine(model), held_out, window=min(WINDOW, model.args.max_seq_length)).perplexity
-    return result
+    return result | compare_thresholds(model, layers, found, uniform, held_out)
 
 
 def measure_decode(
