@@ -84,8 +84,8 @@ struct ManyQueries {
   }
 
   // The softmax of row r but for its division: e^(score - largest), which it sums, in bfloat16, in the first half of the
-  // memory of the scores. It is 0 for slots of `columns` that the row does not see. The sum has
-  // the sink's share too. Scales multiply scores and result.
+  // memory of the scores. It is 0 for slots of `columns` that the row does not see. The sum has the sink's share too. Scales
+  // multiply scores and result.
   void softmax(Task& task, int64_t r, Range columns) const {
     float* row = task.scores.data() + r * task.width;
     BFloat16* to = reinterpret_cast<BFloat16*>(row);
