@@ -114,15 +114,15 @@ struct SparseProduct {
   }
 
   // To the sums of one row of x [outputs], the products of the inputs k, k + stride ..., R of them. Meanwhile, if asked to,
-  // it fetches those `ahead` of each.
+  // it fetches the one after each.
   template <int R, bool FETCH>
-  void add_inputs(int64_t k, int64_t stride, int64_t ahead, float* sums) const {
+  void add_inputs(int64_t k, int64_t stride, float* sums) const {
     const int64_t last = active.ends.back() - 1;
     const Code *rows[R], *next[R];
     Floats x[R];
     UNROLL for (int r = 0; r < R; r++) {
       const int64_t own = k + r * stride;
-      rows[r] = row(own), next[r] = row(std::min(own + ahead, last)), x[r] = every(active.values[own]);
+      rows[r] = row(own), next[r] = row(std::min(own + 1, last)), x[r] = every(active.values[own]);
     }
     for (int64_t o = outputs.begin; o < outputs.end; o += kColumns, sums += kColumns) {
       Floats sum[2] = {load(sums), load(sums + 16)};
@@ -165,11 +165,53 @@ struct SparseProduct {
 
   template <bool FETCH>
   void add_streams(int64_t k, int64_t end, float* sums) const {
-    const int64_t n = end - k, stream = n / kAtOnce, ahead = weight.groups > 1 ? n : 1;  // in the next group; the next
-    for (int64_t i = 0; i < stream; i++) add_inputs<kAtOnce, FETCH>(k + i, stream, ahead, sums);
+    const int64_t stream = (end - k) / kAtOnce;
+    for (int64_t i = 0; i < stream; i++) add_inputs<kAtOnce, FETCH>(k + i, stream, sums);
     k += stream * kAtOnce;
-    for (; k + 2 <= end; k += 2) add_inputs<2, FETCH>(k, 1, ahead, sums);
-    if (k < end) add_inputs<1, FETCH>(k, 1, ahead, sums);
+    for (; k + 2 <= end; k += 2) add_inputs<2, FETCH>(k, 1, sums);
+    if (k < end) add_inputs<1, FETCH>(k, 1, sums);
+  }
+
+  // To the sums of one row of x [outputs], the products of R inputs from k on, all of group g, in one pass over the outputs.
+  // Meanwhile it fetches as many that follow, and the scales of the next group.
+  template <int R>
+  void add_scaled(int64_t g, int64_t k, float* sums) const {
+    const int64_t last = active.ends.back() - 1, columns = weight.columns(), of_group = (kIsInt4 ? 2 : 1) * columns;
+    const BFloat16 *scales = weight.scales + g * of_group, *others = g + 1 < weight.groups ? scales + of_group : scales;
+    const Code *rows[R], *next[R];
+    Floats x[R];
+    float sum_of_inputs = 0.0f;
+    UNROLL for (int r = 0; r < R; r++) {
+      rows[r] = row(k + r), next[r] = row(std::min(k + R + r, last)), x[r] = every(active.values[k + r]);
+      sum_of_inputs += active.values[k + r];
+    }
+    const Floats begin = every(kIsInt4 ? -8 * sum_of_inputs : 0.0f);
+    for (int64_t o = outputs.begin; o < outputs.end; o += kColumns, sums += kColumns) {
+      Floats sum[2] = {begin, begin};
+      __builtin_prefetch(others + o);
+      if constexpr (kIsInt4) __builtin_prefetch(others + columns + o);
+      UNROLL for (int r = 0; r < R; r++) {
+        fetch(next[r], o * kColumnBits);
+        Floats codes[2];
+        load_two(rows[r], o, codes);
+        UNROLL for (int i = 0; i < 2; i++) sum[i] = multiply_add(codes[i], x[r], sum[i]);
+      }
+      UNROLL for (int i = 0; i < 2; i++) {
+        const BFloat16* scale = scales + o + 16 * i;
+        Floats whole = multiply_add(load(scale), sum[i], load(sums + 16 * i));
+        if constexpr (kIsInt4) whole = multiply_add(load(scale + columns), every(sum_of_inputs), whole);
+        store(sums + 16 * i, whole);
+      }
+    }
+  }
+
+  // As add_scaled for the n inputs of group g from k on, AT_ONCE or fewer in a pass.
+  template <int AT_ONCE = kAtOnce>
+  void add_all_scaled(int64_t g, int64_t k, int64_t n, float* sums) const {
+    for (; n >= AT_ONCE; n -= AT_ONCE, k += AT_ONCE) add_scaled<AT_ONCE>(g, k, sums);
+    if constexpr (AT_ONCE > 1) {
+      if (n) add_all_scaled<AT_ONCE - 1>(g, k, n, sums);
+    }
   }
 
   // Scales the sums of group g's codes [M, outputs] and adds them to those of all groups.
@@ -208,9 +250,14 @@ struct SparseProduct {
     sums.assign(M * (outputs.end - outputs.begin), 0.0f);
     if (!weight.scales) add_all(0, active.ends.back(), sums.data());
     else for (int64_t g = 0; g < weight.groups; g++) {
-      if (active.ends[g] == active.ends[g + 1]) continue;
+      const int64_t begin = active.ends[g], end = active.ends[g + 1];
+      if (begin == end) continue;
+      if (M == 1 && weight.groups > 1) {
+        add_all_scaled(g, begin, end - begin, sums.data());
+        continue;
+      }
       of_group.assign(sums.size(), 0.0f);
-      add_all(active.ends[g], active.ends[g + 1], of_group.data());
+      add_all(begin, end, of_group.data());
       add_group(g, of_group.data(), sums.data());
     }
     finish(sums.data(), y);
@@ -257,6 +304,11 @@ struct WantedProduct {
     return static_cast<const Code*>(weight.weight) + n * weight.in / kParts;
   }
 
+  void fetch_scales(int64_t n) const {
+    const BFloat16* from = weight.scales + n * kParts * weight.groups;
+    for (int64_t i = 0; weight.scales && i < kParts * weight.groups; i += 32) __builtin_prefetch(from + i);
+  }
+
   // The scales of row n as floats; returns what its bias, its zeros, and the 8 that nibbles have too much, add to output m.
   float prepare(int64_t n, int64_t m, float* scales) const {
     Floats rest = every(0.0f);
@@ -285,6 +337,7 @@ struct WantedProduct {
     UNROLL for (int r = 0; r < R; r++) {
       const int32_t* own = n + r * stride;
       codes[r] = row(*own), next[r] = row(*std::min(own + 1, last)), total[r] = every(0.0f);
+      if constexpr (FETCH) fetch_scales(*std::min(own + 1, last));
       rest[r] = prepare(*own, m, &scales[r * padded]);
     }
     for (int64_t g = 0; g < weight.groups; g++) {
