@@ -145,7 +145,7 @@ class ReluFeedForward(nn.Module):
 
 
 def some_rows(layer: nn.Module, rows: slice) -> nn.Module:
-    """A layer with some of the outputs of a linear one, in memory of its own: the compiler takes no two views of one."""
+    """A layer with some of the outputs of a linear one, in memory of its own: compilers take no two views of one."""
     if isinstance(layer, QuantizedLinear):
         return type(layer)(**{name: tensor[rows].clone() for name, tensor in layer.named_buffers()})
     return float_linear(layer.weight[rows].clone(), None if layer.bias is None else layer.bias[rows].clone())

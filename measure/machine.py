@@ -1,5 +1,6 @@
 """What this machine has and can do: memory, bandwidth."""
 
+import mmap
 import os
 import statistics
 import time
@@ -11,7 +12,7 @@ import torch
 from kernels import cpu
 from measure.memory import peak_main_memory
 from ranks import Ranks
-from weights.files import GB
+from weights.files import GB, open_past_cache
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -45,16 +46,17 @@ def measured_bandwidth(device: torch.device) -> float | None:
 
 
 def disk_rate(path: Path) -> float:
-    """GB/s at which the largest file here is read, at eight places, once what is cached of it is dropped."""
+    """GB/s at which the largest file here is read, at eight places, past the page cache."""
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
-    size, file = largest.stat().st_size, os.open(largest, os.O_RDONLY)
+    size, file = largest.stat().st_size, open_past_cache(largest)
     try:
-        part = min(size // 8 + 1, 16 << 20)
+        pages = mmap.mmap(-1, (min(size // 8, 16 << 20) // mmap.PAGESIZE + 1) * mmap.PAGESIZE)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         began = time.perf_counter()
-        n_byte = sum(len(os.pread(file, part, i * size // 8)) for i in range(8))
+        places = (i * size // 8 // mmap.PAGESIZE * mmap.PAGESIZE for i in range(8))
+        n_byte = sum(os.preadv(file, [pages], place) for place in places)
         return n_byte / (time.perf_counter() - began) / GB
     finally:
         os.close(file)

@@ -244,3 +244,11 @@ def dropping_page_cache(readers: dict[str, Callable], files: Iterable[Path]) -> 
         return read()
 
     return {name: partial(read_after_drop, read) for name, read in readers.items()}
+
+
+def open_past_cache(path: Path) -> int:
+    """Open a file to read past the page cache, by whole pages into memory that begins at one; else as others."""
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:  # its file system has only the page cache
+        return os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@
 #include "experts.h"
 #include "torch_delta.h"
 #include "torch_layers.h"
+#include "wanted.h"
 
 namespace {
 

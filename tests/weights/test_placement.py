@@ -1,6 +1,7 @@
 """Plans of what lies in which tier: against enumeration, what they refuse, and the bytes that they promise."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from layers.offload import Unit
 from layers.quantized import QuantSpec, quant_spec
 from tests.tiny import make_tiny_checkpoint
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
+from weights.tiers import packed_copy
 from weights.tiers.packed_copy import PackedCopy
 from weights.tiers.place import beside
 from weights.tiers.placement import MemoryBudget, Plan, fingerprint, hottest, make_plan, parse_size
@@ -192,6 +194,22 @@ def test_the_bytes_of_the_plan_are_those_of_the_model(path, quantize, capsys, mo
     near = {t.data_ptr(): t.nbytes for name, t in model.state_dict().items() if ".far." not in name}
     assert (sum(near.values()), far) == (plans[0].near_bytes, plans[0].far_bytes) and far
     assert f"{len(plans[0].far)} of 24 experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_units_larger_than_a_request_are_read_whole(tmp_path, monkeypatch, is_direct):
+    """In pages, into tensors that begin and end anywhere in them."""
+    monkeypatch.setattr(packed_copy, "PIECE", 2 * packed_copy.PAGE)
+    if not is_direct:
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    layers = [torch.nn.Linear(37, 101) for _ in range(3)]
+    copy = PackedCopy(tmp_path / "m.packed", [], {"x": 3}, {"x": layers[0]})
+    copy.write((Unit("x", e), layer) for e, layer in enumerate(layers))
+    copy.open()
+    for e in (2, 0, 1):
+        tensors = [torch.zeros_like(each) for each in layers[e].state_dict().values()]
+        copy.read(Unit("x", e), [each.view(-1).view(torch.uint8).numpy().data for each in tensors])
+        assert all(map(torch.equal, tensors, layers[e].state_dict().values()))
 
 
 def test_a_copy_is_taken_only_for_the_model_that_it_was_made_of(tmp_path):

@@ -5,18 +5,21 @@ and where the units of each feed-forward begin. A unit's tensors lie after each 
 """
 
 import json
+import mmap
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from layers.offload import Unit
-from weights.files import atomic_path, require_space, require_writable
+from weights.files import atomic_path, open_past_cache, require_space, require_writable
 
-PAGE = 4096  # units begin at multiples, because the page cache drops whole pages
-PIECE = 8 << 20  # bytes of one request, which the page cache holds meanwhile
+PAGE = 4096  # units begin at multiples, because the disk is read in whole pages
+PIECE = 8 << 20  # bytes of one request, and of the memory that each thread reads into
 
 
 def padded(size: int) -> int:
@@ -78,20 +81,38 @@ class PackedCopy:
 
     def open(self) -> None:
         """Prepare to read; what then happens to the name of the file does not matter."""
-        self.file = os.open(self.path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # else megabytes after each unit are read too, and kept
+        self.file, self.own = open_past_cache(self.path), threading.local()
+        if hasattr(os, "posix_fadvise"):  # of one that is cached, megabytes after each unit are read too, and kept
             os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, unit: Unit, buffers: list[memoryview]) -> None:
-        """Fill the buffers with the tensors of a unit, and leave nothing of them in the page cache."""
-        begin = at = self.begins[unit.module] + unit.expert * self.strides[unit.module]
-        for buffer in buffers:
-            while len(buffer):
-                n = os.preadv(self.file, [buffer[:PIECE]], at)
-                if n == 0:
-                    raise ValueError(f"{self.path} was cut short while it was read; start again to make it anew")
-                buffer, at = buffer[n:], at + n
-                drop(self.file, begin, padded(at - begin))
+        """Fill the buffers with the tensors of a unit, and leave nothing of them in the page cache.
+
+        They go by way of whole pages: the disk's own reader takes no others.
+        """
+        if not hasattr(self.own, "pages"):
+            self.own.pages = mmap.mmap(-1, PIECE)
+        at = self.begins[unit.module] + unit.expert * self.strides[unit.module]
+        room = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+        while room:
+            end = padded(sum(map(len, room)))
+            n = os.preadv(self.file, [memoryview(self.own.pages)[: min(end, PIECE)]], at)
+            if n < min(PAGE, end):
+                raise ValueError(f"{self.path} was cut short while it was read; start again to make it anew")
+            drop(self.file, at, n)
+            n -= n % PAGE
+            spread(np.frombuffer(self.own.pages, np.uint8, n), room)
+            at += n
+
+
+def spread(data: np.ndarray, room: list[np.ndarray]) -> None:
+    """Copy bytes into the arrays in turn, and leave in the list what is not filled yet. Other threads run meanwhile."""
+    while room and len(data):
+        n = min(len(data), len(room[0]))
+        np.copyto(room[0][:n], data[:n])
+        data, room[0] = data[n:], room[0][n:]
+        if not len(room[0]):
+            del room[0]
 
 
 def drop(file: int, begin: int, size: int) -> None:

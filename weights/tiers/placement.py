@@ -119,7 +119,7 @@ def make_plan(layout: Layout, dtype: torch.dtype, budget: MemoryBudget, sizes: d
         largest = max(sizes.values())
         # experts are read to where others were; feed-forwards of each form, which differ in size, to slots of their own
         slots = 0 if layout.args.n_expert else AHEAD * sum(set(sizes.values()))
-        must["to read into, and the page cache"] = slots + AHEAD * min(PIECE, largest)
+        must["to read by"] = slots + AHEAD * min(PIECE, largest)
         free = budget.size - sum(must.values())
         near = hottest(order, sizes, free)
     least = layout.args.n_expert_used if budget.second is None and layout.args.n_expert else 0
