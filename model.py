@@ -27,7 +27,7 @@ from mixers.layer_kinds import (
     key_heads,
     layer_caches,
     projected_heads,
-    source_layers,
+    source_layer,
     state_layers,
 )
 from mixers.norms import block_norm, head_norm
@@ -123,9 +123,13 @@ class ModelArgs:
         """How many numbers of a head rope turns."""
         return self.rope_dim or self.head_dim
 
+    def window(self, layer: int) -> int | None:
+        """The window of a layer; None: it has none."""
+        return None if layer in self.full_layers else self.sliding_window
+
     def windows(self) -> list[int | None]:
-        """The window of each layer; None: it has none."""
-        return [None if i in self.full_layers else self.sliding_window for i in range(self.n_layer)]
+        """The window of each layer."""
+        return [self.window(layer) for layer in range(self.n_layer)]
 
     def to_dict(self) -> dict:
         """JSON types only."""
@@ -239,7 +243,7 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.heads, self.window = projected_heads(args, layer), args.windows()[layer]
+        self.heads, self.window = projected_heads(args, layer), args.window(layer)
         self.n_head, (_, self.head_dim) = args.n_head, key_heads(args, self.window is not None)
         self.wqkv = nn.Linear(args.dim, sum(self.heads) * self.head_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * self.head_dim, args.dim, bias=args.wo_bias)
@@ -307,7 +311,7 @@ def mixer(args: ModelArgs, layer: int) -> nn.Module:
 def feed_forward(args: ModelArgs, layer: int) -> nn.Module:
     """The feed-forward of one layer."""
     if args.n_expert is None or layer in args.dense_layers:
-        own = args.reusing_size if source_layers(args)[layer] != layer else None
+        own = args.reusing_size if source_layer(args, layer) != layer else None
         return FeedForward(args, own or (args.intermediate_size if args.n_expert is None else args.dense_size))
     shared = FeedForward(args, args.shared_size) if args.shared_size else None
     return SeparateExperts(args, shared) if args.separate_experts else MixtureOfExperts(args, shared)

@@ -19,11 +19,17 @@ def key_heads(args, windowed: bool) -> tuple[int, int]:
     return args.full_kv_head or args.n_kv_head, args.full_head_dim or args.head_dim
 
 
+def source_layer(args, layer: int) -> int:
+    """The layer whose keys and values a layer attends to: itself or, of the last, the last before them of its kind."""
+    first = args.n_layer - (args.n_reusing_layer or 0)
+    if layer < first:
+        return layer
+    return next(i for i in reversed(range(first)) if args.window(i) == args.window(layer))
+
+
 def source_layers(args) -> list[int]:
-    """For each layer, the one whose keys and values it attends to: itself or, of the last, the last before them."""
-    first, windows = args.n_layer - (args.n_reusing_layer or 0), args.windows()
-    last = {window: layer for layer, window in enumerate(windows[:first])}
-    return [*range(first), *(last[window] for window in windows[first:])]
+    """The `source_layer` of each layer."""
+    return [source_layer(args, layer) for layer in range(args.n_layer)]
 
 
 def state_layers(args) -> set[int]:
@@ -36,9 +42,9 @@ def projected_heads(args, layer: int) -> tuple[int, int, int, int]:
 
     Values may be keys, and both be those of another layer.
     """
-    is_full, n_gate = args.windows()[layer] is None, args.n_head if args.attention_gate else 0
+    is_full, n_gate = args.window(layer) is None, args.n_head if args.attention_gate else 0
     n_kv_head, _ = key_heads(args, not is_full)
-    if source_layers(args)[layer] != layer:
+    if source_layer(args, layer) != layer:
         return args.n_head, 0, 0, n_gate
     return args.n_head, n_kv_head, 0 if args.keys_as_values and is_full else n_kv_head, n_gate
 

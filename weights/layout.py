@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from layers.quantized import QuantSpec, quantize_
 from mixers.experts import MixtureOfExperts
@@ -29,6 +30,15 @@ IGNORED = re.compile(
 )
 
 
+class Undrawn(TorchFunctionMode):
+    """Layers are made without drawing their first weights, a quarter of the time, because those of a file follow."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return function(*args, **(kwargs or {}))
+
+
 class Layout:
     """What the file of a model holds: its tensors, as meta tensors by name, and the table of layers with a spec.
 
@@ -44,7 +54,7 @@ class Layout:
         kind: type[Transformer] | None = None,
     ) -> None:
         if model is None:
-            with torch.device("meta"):
+            with torch.device("meta"), Undrawn():
                 model = (kind or Transformer)(args)
         self.args = args = model.args
         self.table, self.model = table or {}, model
