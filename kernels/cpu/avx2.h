@@ -275,6 +275,9 @@ INLINE __m256 part_of(__m256i pairs) {
   return _mm256_castsi256_ps(SECOND ? pairs & _mm256_set1_epi32(0xffff0000) : _mm256_slli_epi32(pairs, 16));
 }
 
+INLINE Floats firsts_of(Pairs pairs) { return {part_of<false>(pairs.low), part_of<false>(pairs.high)}; }
+INLINE Floats seconds_of(Pairs pairs) { return {part_of<true>(pairs.low), part_of<true>(pairs.high)}; }
+
 // To each sum, its two products are added.
 INLINE Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   const auto dot = [](__m256 sum, __m256i a, __m256i b) {

@@ -157,14 +157,15 @@ struct ByteSums {
 
 // ---------------------------------------------------------------- 5. sums of products of bfloat16
 
+INLINE Floats firsts_of(Pairs pairs) { return (Floats)(pairs << 16); }
+INLINE Floats seconds_of(Pairs pairs) { return (Floats)(pairs & 0xffff0000); }
+
 // To each sum, its two products are added.
 INLINE Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
 #ifdef __AVX512BF16__
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
-  const auto first = [](Pairs pairs) { return (Floats)(pairs << 16); };
-  const auto second = [](Pairs pairs) { return (Floats)(pairs & 0xffff0000); };
-  return multiply_add(first(a), first(b), multiply_add(second(a), second(b), sum));
+  return multiply_add(firsts_of(a), firsts_of(b), multiply_add(seconds_of(a), seconds_of(b), sum));
 #endif
 }
 

@@ -75,11 +75,9 @@ struct PanelProduct {
         __builtin_prefetch(layer.weight + (n + i) * layer.K + k + c + 64);  // 16 streams are too many for the hardware
       }
       transpose(columns);
-      for (int i = 0; i < 16; i++) {
-        uint32_t pairs[16], both[2][16];
-        store(pairs, columns[i]);
-        for (int j = 0; j < 16; j++) both[0][j] = pairs[j] << 16, both[1][j] = pairs[j] & 0xffff0000;
-        std::memcpy(panel + (c + 2 * i) * 16, both, sizeof(both));
+      UNROLL for (int i = 0; i < 16; i++) {
+        store(panel + (c + 2 * i) * 16, firsts_of(columns[i]));
+        store(panel + (c + 2 * i + 1) * 16, seconds_of(columns[i]));
       }
     }
   }

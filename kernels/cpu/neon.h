@@ -298,14 +298,22 @@ struct ByteSums {
 
 // ---------------------------------------------------------------- 5. sums of products of bfloat16
 
+INLINE float32x4_t firsts_of(uint32x4_t pairs) { return (float32x4_t)vshlq_n_u32(pairs, 16); }
+INLINE float32x4_t seconds_of(uint32x4_t pairs) { return (float32x4_t)vandq_u32(pairs, vdupq_n_u32(0xffff0000)); }
+
+INLINE Floats firsts_of(Pairs pairs) {
+  return each<Floats>([](uint32x4_t part) { return firsts_of(part); }, pairs);
+}
+INLINE Floats seconds_of(Pairs pairs) {
+  return each<Floats>([](uint32x4_t part) { return seconds_of(part); }, pairs);
+}
+
 // To each sum, its two products are added.
 INLINE float32x4_t dot_pairs(float32x4_t sum, uint32x4_t a, uint32x4_t b) {
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
   return vbfdotq_f32(sum, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
 #else
-  const auto first = [](uint32x4_t pairs) { return (float32x4_t)vshlq_n_u32(pairs, 16); };
-  const auto second = [](uint32x4_t pairs) { return (float32x4_t)vandq_u32(pairs, vdupq_n_u32(0xffff0000)); };
-  return vfmaq_f32(vfmaq_f32(sum, second(a), second(b)), first(a), first(b));
+  return vfmaq_f32(vfmaq_f32(sum, seconds_of(a), seconds_of(b)), firsts_of(a), firsts_of(b));
 #endif
 }
 
