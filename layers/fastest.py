@@ -104,10 +104,16 @@ def rounds_each_row(blocks: nn.Module) -> bool:
     # latent attention has a form of its own for many tokens, and how many an expert gets depends on the others
     if any(issubclass(kind, LatentAttention | MixtureOfExperts) for kind in kinds):
         return False
-    ours = {CodesLinear, PackedTwoFour} | ({FewRowsLinear} if cpu.available() and cpu.bf16_rows_apart() else set())
+    ours = {CodesLinear, PackedTwoFour} | ({FewRowsLinear} if widens_weights(blocks) else set())
     others = {FewRowsLinear, nn.Linear, Gate, Attend, StepAttend, OperatorAttend, DeltaNet, WithAdapter}
     others |= {*LAYERS.values(), TwoFourLinear, Thresholded, SparseLinear, ReluFeedForward}
     return ManyAttend in kinds and bool(kinds & ours) and not kinds & (others - ours)
+
+
+def widens_weights(blocks: nn.Module) -> bool:
+    """Whether a CPU turns weights of bfloat16 to float32 in each pass over many tokens, in panels of ours."""
+    has_bf16 = any(type(module) is FewRowsLinear for module in blocks.modules())
+    return has_bf16 and cpu.bf16_rows_apart()
 
 
 def copy_as_float_(model: nn.Module, memory: int | None) -> None:

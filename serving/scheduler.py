@@ -24,13 +24,13 @@ from engine.speculation.drafters import PromptLookup
 from engine.speculation.guess_length import AdaptiveLength, FixedLength
 from engine.speculation.speculative import Speculation, Text
 from kernels import cpu
-from layers.fastest import rounds_each_row
+from layers.fastest import rounds_each_row, widens_weights
 from layers.packed import FEW
 from model import CacheView, Transformer
 from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
-SMALL_CHUNK = 32  # of slower processors
+SMALL_CHUNK, PANEL_CHUNK = 32, 48  # of slower processors; where a pass widens weights of bfloat16, which takes as long
 GREEDY = Sampling(temperature=0)
 GPU_ROWS = 64  # of a step: our kernels take no more; on a CPU FEW, because more are computed by other operators
 
@@ -95,11 +95,12 @@ class Scheduler:
         self.engine, self.context, self.step_rows = engine, context, step_rows
         if engine.is_compiled:  # on a CPU one form serves any number of rows, on a GPU each is a graph
             self.step_rows = compile_step(step_rows, device, any_length=not self.is_cuda)
-        self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), SMALL_CHUNK)
+        blocks, ranks = engine.model.layers, engine.model.ranks
+        small = PANEL_CHUNK if widens_weights(blocks) else SMALL_CHUNK
+        self.chunk = CHUNK.get("cuda" if self.is_cuda else cpu.isa(), small)
         # alone, a prompt is read faster in larger chunks, if that changes it in no stage
-        ranks = engine.model.ranks
-        is_exact = rounds_each_row(engine.model.layers) and (ranks is None or ranks.n_stage == 1)
-        self.chunk_alone = max(self.chunk, PREFILL_CHUNK) if is_exact else self.chunk
+        is_exact = rounds_each_row(blocks) and (ranks is None or ranks.n_stage == 1)
+        self.chunk_alone = max(PREFILL_CHUNK // self.chunk, 1) * self.chunk if is_exact else self.chunk
         self.waiting: deque[Task] = deque()
         self.reading: Task | None = None
         self.running: list[Task] = []

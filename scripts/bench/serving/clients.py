@@ -32,7 +32,7 @@ async def ask_all(url: str, body: Callable, load: Load, vocab_size: int, seed: s
         answers = []
         for due, prompt, tokens in requests:
             await asyncio.sleep(began + due - time.perf_counter())
-            answers.append(await ask(http, body(prompt, tokens), tokens))
+            answers.append(await ask(http, body(prompt, tokens), Answer(tokens)))
         return answers
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an idle one may end while it is taken
@@ -41,9 +41,9 @@ async def ask_all(url: str, body: Callable, load: Load, vocab_size: int, seed: s
     return [answer for each in found for answer in each]
 
 
-async def ask(http: httpx.AsyncClient, body: dict, tokens: int) -> Answer:
-    """Send one request and read its stream. Raises ValueError if the answer is not whole."""
-    answer, reason = Answer(tokens), None
+async def ask(http: httpx.AsyncClient, body: dict, answer: Answer) -> Answer:
+    """Send one request, and note in `answer` what comes of its stream. Raises ValueError if the answer is not whole."""
+    reason = None
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise ValueError(f"the server answered {response.status_code}: {(await response.aread())[:200]!r}")
@@ -54,5 +54,5 @@ async def ask(http: httpx.AsyncClient, body: dict, tokens: int) -> Answer:
                 if choice.get("text"):
                     answer.pieces.append(time.perf_counter())
     if reason != "length" or not answer.pieces:
-        raise ValueError(f"an answer of {tokens} tokens ended early: {reason}")
+        raise ValueError(f"an answer of {answer.tokens} tokens ended early: {reason}")
     return answer

@@ -1,6 +1,7 @@
 """What clients of serve.py wait for: a long prompt beside rows that run, those rows, and the next turn of a chat.
 
-A prompt of 512 tokens is read alone, then beside 15 answers that run; a conversation begins with 1,000 tokens.
+A prompt of 512 tokens is read alone, then beside 15 answers that run, which for most of the time have no such prompt beside
+them; a conversation begins with 1,000 tokens.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from scripts.bench.serving.servers import OUR_FLAGS, ROWS, Server, our_server
 PARTS, SAME = ("found",), ("threads", "model")
 PROMPT, FIRST_TURN, ANSWER, QUESTION = 512, 1000, 30, 20  # tokens
 RUNNING = 1024  # tokens of the answers beside which prompts arrive
+PAUSE = 1.5  # of the time to a prompt's answer, until the next prompt
 
 
 def add_flags(parser) -> None:
@@ -43,18 +45,22 @@ async def all_waits(server: Server, rounds: int) -> dict[str, float]:
 
     async with httpx.AsyncClient(base_url=server.url, timeout=None) as http:
 
-        async def asked(prompt: list[int], tokens: int) -> Answer:
-            return await ask(http, server.body(prompt, tokens), tokens)
+        async def asked(prompt: list[int], tokens: int, answer: Answer | None = None) -> Answer:
+            return await ask(http, server.body(prompt, tokens), answer or Answer(tokens))
 
         await asyncio.gather(*(asked(ids(16), 8) for _ in range(ROWS)))  # warms up
         alone = [(await asked(ids(PROMPT), 4)).first_s for _ in range(rounds)]
         turns = [await two_turns(asked, ids) for _ in range(rounds)]
-        rows = [asyncio.create_task(asked(ids(16), RUNNING)) for _ in range(ROWS - 1)]
-        await asked(ids(16), 1)  # prompts are read in turn, so all rows run now
-        beside = []
+        answers = [Answer(RUNNING) for _ in range(ROWS - 1)]
+        rows = [asyncio.create_task(asked(ids(16), RUNNING, answer)) for answer in answers]
+        while not all(answer.pieces for answer in answers):
+            await asyncio.sleep(0.01)
+        n_first, beside = [len(answer.between_s) for answer in answers], []
         while not any(row.done() for row in rows):
-            beside.append((await asked(ids(PROMPT), 4)).first_s)
-        gaps = [gap for answer in await asyncio.gather(*rows) for gap in answer.between_s]
+            beside.append((await asked(ids(PROMPT), 1)).first_s)
+            await asyncio.sleep(PAUSE * beside[-1])
+        await asyncio.gather(*rows)
+        gaps = [gap for answer, n in zip(answers, n_first, strict=True) for gap in answer.between_s[n:]]
     first, second = (statistics.median(each) for each in zip(*turns, strict=True))
     found = {"alone_s": statistics.median(alone), "arrived": len(beside), "beside_p99_s": percentile(beside, 0.99)}
     found |= {"between_p50_s": statistics.median(gaps), "between_p99_s": percentile(gaps, 0.99)}
