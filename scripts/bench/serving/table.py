@@ -119,8 +119,9 @@ def leave_out(report: Report, what: str, error: ValueError | OSError) -> None:
 def table(result: dict) -> str:
     header = [f"{result['model']}, {result['threads']} CPU threads", "server", "tokens/s", "requests/s"]
     header += ["first token, p50 / p99", "between tokens, p50 / p99", "memory"]
-    rows = []
-    for key, sides in result["loads"].items():
+    rows, keys = [], (f"{precision}, {load}" for precision in OUR_FLAGS for load in LOADS)
+    for key in filter(result["loads"].__contains__, keys):
+        sides = result["loads"][key]
         ours = sides[OURS]["median"]["output_tok_s"]
         for name, facts in sides.items():
             m = facts["median"]

@@ -1,7 +1,7 @@
 """What clients of serve.py wait for: a long prompt beside rows that run, those rows, and the next turn of a chat.
 
-A prompt of 512 tokens is read alone, then beside 15 answers that run, which for most of the time have no such prompt beside
-them; a conversation begins with 1,000 tokens.
+A prompt of 512 tokens is read alone, then beside 15 answers that run, and have no such prompt beside them for most of
+the time; a conversation begins with 1,000 tokens.
 """
 
 import asyncio
