@@ -100,6 +100,7 @@ def test_our_server_is_measured_and_others_that_are_missing_or_fail_are_named(tm
     monkeypatch.setattr(table, "SERVERS", some)
     monkeypatch.setattr(table, "OUR_FLAGS", ["int8"])
     monkeypatch.setattr(table, "QUICK", loads)
+    monkeypatch.setattr(table, "LOADS", loads)
     monkeypatch.setattr(servers, "CONTEXT", 64)
     monkeypatch.setattr(servers, "COMPILED", [])
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
