@@ -82,6 +82,7 @@ struct Blocks {
   // quantised activations, in turn: one is written while another thread may still read the other
   void *quantised, *other_quantised;
   float *found, *attend_scratch;  // see FewQueries; of the latter each thread has its own
+  float* sums;                    // see multiply_sparse
 
   void take_scratch(Scratch& scratch) {
     const int64_t widest = std::max({dim, width, n_head * D});
@@ -96,6 +97,8 @@ struct Blocks {
     const FewQueries<Element> few{attention, nullptr};
     found = scratch.take<float>(few.found_size());
     attend_scratch = scratch.take<float>(threads.count * few.scratch_size());
+    const int64_t most = std::max({dim, 2 * width, (n_head + 2 * n_kv_head) * D});
+    sums = scratch.take<float>(sums_size(M, most, threads.count));
   }
 
   void normalise(const void* norm, const Linear& next, Range rows) const {
@@ -153,9 +156,14 @@ struct Blocks {
     const auto share = [&](int64_t n, int64_t unit) { return share_of(n, unit, thread, threads); };
     const Range all_rows{0, M}, rows = share(M, 1), queries = share(M * n_head, 1);
     const Range outputs = share(dim, kColumns), inner = share(width, kGroup);
+    const auto multiply = [&](const Linear& layer, const Element* x, Element* y, void* quantised,
+                              std::initializer_list<Range> outputs) {
+      if (layer.sparse.weight) return multiply_sparse(layer.sparse, x, y, M, sums, thread, threads, outputs);
+      for (const Range& range : outputs) layer.multiply_few_rows(x, y, M, quantised, range);
+    };
     normalise(block.attention_norm, block.wqkv, rows);
     wait_for_all();
-    block.wqkv.multiply_few_rows(normed, qkv, M, quantised, share(block.wqkv.out, kColumns));
+    multiply(block.wqkv, normed, qkv, quantised, {share(block.wqkv.out, kColumns)});
     wait_for_all();
     place_heads(block, cache, share(M * (n_head + n_kv_head), 1));
     wait_for_all();
@@ -169,16 +177,15 @@ struct Blocks {
       block.wo.quantise_inputs(attended, M, S, other_quantised, b * S + s, {h * D, (h + 1) * D});
     }
     wait_for_all();
-    block.wo.multiply_few_rows(attended, made, M, other_quantised, outputs);
+    multiply(block.wo, attended, made, other_quantised, {outputs});
     add_made(all_rows, outputs);
     wait_for_all();
     normalise(block.ffn_norm, block.w13, rows);
     wait_for_all();
-    block.w13.multiply_few_rows(normed, gate_up, M, quantised, inner);
-    block.w13.multiply_few_rows(normed, gate_up, M, quantised, {width + inner.begin, width + inner.end});
+    multiply(block.w13, normed, gate_up, quantised, {inner, {width + inner.begin, width + inner.end}});
     gate(block, all_rows, inner);
     wait_for_all();
-    block.w2.multiply_few_rows(hidden, made, M, other_quantised, outputs);
+    multiply(block.w2, hidden, made, other_quantised, {outputs});
     add_made(all_rows, outputs);
     wait_for_all();
   }

@@ -55,7 +55,7 @@ struct Linear {
   int64_t in, out;
   ManyRowsProduct many_rows_product;  // for bfloat16 weights
   const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
-  SparseWeight sparse = {};           // which has a weight if the layer has neither of the others; few rows only
+  SparseWeight sparse = {};           // which has a weight if the layer has none of the others; for `multiply_sparse` only
   TwoFourWeight two_four = {};         // which has tiles if the layer has none of the others
 
   // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
@@ -89,7 +89,6 @@ struct Linear {
   // Some outputs of few rows, whole tiles of them, by one thread. `scratch` has the quantised inputs.
   template <class Element>
   void multiply_few_rows(const Element* x, Element* y, int64_t M, void* scratch, Range outputs) const {
-    if (sparse.weight) return multiply_sparse(sparse, x, y, M, outputs);
     if (two_four.tiles) return multiply_two_four(two_four, x, y, M, {outputs.begin / kLanes, outputs.end / kLanes});
     if (has_codes) {
       const Range tiles{outputs.begin / kLanes, outputs.end / kLanes};

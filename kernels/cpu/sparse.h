@@ -1,10 +1,12 @@
 // A linear layer whose weight lies by input, for few rows of which small inputs are skipped: of a weight only the rows of
 // the others are read. Several rows are read side by side, of places far apart: of rows in one page the processor's own
-// prefetcher would follow one.
+// prefetcher would follow one. Inputs are dealt out to the threads, whose sums are added in the end: with a part of each row
+// to read, two threads were as slow as one (benchmarks/LOG.md).
 #pragma once
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "parallel.h"
@@ -57,24 +59,26 @@ void with_code_of(const SparseWeight& weight, const Work& work) {
   else work(Nibbles{});
 }
 
-// The inputs that are not skipped, in some row at least, and their values in every row.
+// Those of some inputs that are not skipped, in some row at least, and their values in every row.
 struct ActiveInputs {
+  Range among;
   std::vector<int32_t> index;  // [n]
   std::vector<float> values;   // [M, in], of which n a row are used; 0 where that row skips the input
   std::vector<int64_t> ends;   // [1 + groups]: which are in which group of the weight
   int64_t stride;
 
+  // inputs: whole groups of them or, if there is one group, from a multiple of 16 on.
   template <class Element>
-  void find(const Element* x, int64_t M, const SparseWeight& weight) {
+  void find(const Element* x, int64_t M, const SparseWeight& weight, Range inputs) {
     const int64_t in = weight.in, groupsize = in / weight.groups;
-    stride = round_up(in, 16);
+    among = inputs, stride = round_up(in, 16);
     index.resize(in), values.resize(M * stride), ends.assign(1, 0);
-    for (int64_t m = 0; m < M; m++) for (int64_t i = 0; i < in; i += 16) {
+    for (int64_t m = 0; m < M; m++) for (int64_t i = among.begin; i < among.end; i += 16) {
       const Floats value = load(x + m * in + i, std::min<int64_t>(16, in - i));
       store(&values[m * stride + i], select(abs(value) < every(std::nextafter(weight.threshold, INFINITY)), every(0.0f), value));
     }
     for (int64_t g = 0, n = 0; g < weight.groups; g++) {
-      const Range group{g * groupsize, (g + 1) * groupsize};
+      const Range group{std::max(g * groupsize, among.begin), std::min((g + 1) * groupsize, among.end)};
       n = M == 1 ? place<1>(group, n, 1) : place<0>(group, n, M);
       ends.push_back(n);
     }
@@ -105,7 +109,7 @@ struct SparseProduct {
   const SparseWeight& weight;
   const ActiveInputs& active;
   int64_t M;
-  Range outputs;
+  Range outputs;  // all of them
   static constexpr bool kIsInt4 = std::is_same_v<Code, Nibbles>;
   static constexpr int kAtOnce = 8;  // inputs, of one row of x
 
@@ -159,7 +163,7 @@ struct SparseProduct {
       for (; k < end; k += 2) add_two_inputs(k, end, sums);
       return;
     }
-    if (nearly_all(active.ends.back(), weight.in)) add_streams<false>(k, end, sums);
+    if (nearly_all(active.ends.back(), active.among.end - active.among.begin)) add_streams<false>(k, end, sums);
     else add_streams<true>(k, end, sums);
   }
 
@@ -232,55 +236,59 @@ struct SparseProduct {
     }
   }
 
-  template <class Element>
-  void finish(const float* sums, Element* y) const {
-    const int64_t n = outputs.end - outputs.begin;
-    for (int64_t m = 0; m < M; m++) for (int64_t o = outputs.begin; o < outputs.end; o += 16) {
-      Floats value = load(sums + m * n + o - outputs.begin);
-      if (weight.bias) value = value + load(weight.bias + o);
-      Element rounded[16];
-      store(rounded, value);
-      std::memcpy(y + m * weight.out + o, rounded, std::clamp<int64_t>(weight.out - o, 0, 16) * sizeof(Element));
-    }
-  }
-
-  template <class Element>
-  void multiply(Element* y) const {
-    thread_local std::vector<float> sums, of_group;
-    sums.assign(M * (outputs.end - outputs.begin), 0.0f);
-    if (!weight.scales) add_all(0, active.ends.back(), sums.data());
-    else for (int64_t g = 0; g < weight.groups; g++) {
+  // Into `sums` [M, outputs].
+  void multiply(float* sums) const {
+    const int64_t size = M * (outputs.end - outputs.begin);
+    std::fill_n(sums, size, 0.0f);
+    if (!weight.scales) return add_all(0, active.ends.back(), sums);
+    thread_local std::vector<float> of_group;
+    for (int64_t g = 0; g < weight.groups; g++) {
       const int64_t begin = active.ends[g], end = active.ends[g + 1];
       if (begin == end) continue;
       if (M == 1 && weight.groups > 1) {
-        add_all_scaled(g, begin, end - begin, sums.data());
+        add_all_scaled(g, begin, end - begin, sums);
         continue;
       }
-      of_group.assign(sums.size(), 0.0f);
+      of_group.assign(size, 0.0f);
       add_all(begin, end, of_group.data());
-      add_group(g, of_group.data(), sums.data());
+      add_group(g, of_group.data(), sums);
     }
-    finish(sums.data(), y);
   }
 };
 
-// Some outputs of few rows of x [M, in], whole kColumns of them, into y [M, out], by one thread.
+// How many numbers `multiply_sparse` needs for the sums of its threads.
+inline int64_t sums_size(int64_t M, int64_t columns, int threads) { return threads * M * columns; }
+
+// The share of a thread of few rows of x [M, in], in a region that all threads call this in: of the products some inputs,
+// then, once all threads are there, of y [M, out] some outputs, whole 16 of them. sums: see sums_size, one for all threads.
 template <class Element>
-void multiply_sparse(const SparseWeight& weight, const Element* x, Element* y, int64_t M, Range outputs) {
+void multiply_sparse(const SparseWeight& weight, const Element* x, Element* y, int64_t M, float* sums, int thread,
+                     int threads, std::initializer_list<Range> outputs) {
   thread_local ActiveInputs active;
-  active.find(x, M, weight);
-  const auto with_code = [&](auto code) {
-    SparseProduct<decltype(code)>{.weight = weight, .active = active, .M = M, .outputs = outputs}.multiply(y);
-  };
-  with_code_of(weight, with_code);
+  const int64_t columns = weight.columns(), unit = weight.groups > 1 ? weight.in / weight.groups : 16;
+  active.find(x, M, weight, share_of(weight.in, unit, thread, threads));
+  with_code_of(weight, [&](auto code) {
+    SparseProduct<decltype(code)>{weight, active, M, Range{0, columns}}.multiply(sums + thread * M * columns);
+  });
+  wait_for_all();
+  for (const Range& range : outputs) for (int64_t m = 0; m < M; m++) for (int64_t o = range.begin; o < range.end; o += 16) {
+    Floats value = load(sums + m * columns + o);
+    for (int t = 1; t < threads; t++) value = value + load(sums + (t * M + m) * columns + o);
+    if (weight.bias) value = value + load(weight.bias + o);
+    Element rounded[16];
+    store(rounded, value);
+    std::memcpy(y + m * weight.out + o, rounded, std::clamp<int64_t>(weight.out - o, 0, 16) * sizeof(Element));
+  }
 }
 
 // All outputs, by all threads.
 template <class Element>
 void multiply_sparse(const SparseWeight& weight, const Element* x, Element* y, int64_t M, const Threads& threads) {
-  const int64_t grain = divide_up(131072, weight.in * kColumns);  // below so many weights a second thread does not pay
-  threads.for_shares(weight.columns() / kColumns, grain, [&](Range share) {
-    multiply_sparse(weight, x, y, M, Range{share.begin * kColumns, share.end * kColumns});
+  const int64_t useful = divide_up(weight.in * weight.columns(), 131072);  // below so many weights a thread does not pay
+  const Threads used{static_cast<int>(std::min<int64_t>(threads.count, useful))};
+  std::vector<float> sums(sums_size(M, weight.columns(), used.count));
+  used.region([&](int thread, int count) {
+    multiply_sparse(weight, x, y, M, sums.data(), thread, count, {share_of(weight.columns(), 16, thread, count)});
   });
 }
 
