@@ -30,7 +30,8 @@ from model import CacheView, Transformer
 from tp import full_logits
 
 CHUNK = {"amx": 256, "avx512": 128, "cuda": 512}  # prompt tokens of a pass: about two steps of all rows
-SMALL_CHUNK, PANEL_CHUNK = 32, 48  # of slower processors; where a pass widens weights of bfloat16, which takes as long
+SMALL_CHUNK = 32  # of slower processors
+PANEL_CHUNK = 48  # ... where each pass widens the weights of bfloat16, at a cost that its tokens share
 GREEDY = Sampling(temperature=0)
 GPU_ROWS = 64  # of a step: our kernels take no more; on a CPU FEW, because more are computed by other operators
 

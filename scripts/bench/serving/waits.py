@@ -53,7 +53,7 @@ async def all_waits(server: Server, rounds: int) -> dict[str, float]:
         turns = [await two_turns(asked, ids) for _ in range(rounds)]
         answers = [Answer(RUNNING) for _ in range(ROWS - 1)]
         rows = [asyncio.create_task(asked(ids(16), RUNNING, answer)) for answer in answers]
-        while not all(answer.pieces for answer in answers):
+        while not all(answer.pieces for answer in answers) and not any(row.done() for row in rows):  # done: it failed
             await asyncio.sleep(0.01)
         n_first, beside = [len(answer.between_s) for answer in answers], []
         while not any(row.done() for row in rows):
