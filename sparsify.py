@@ -262,7 +262,7 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     require_space(job.target, job.source.layout.bytes(job.dtype))
     model = load(job, args, apart=True)
     layers = skippable_(model)
-    found, uniform = find_thresholds(model, projection_sizes(job.source.layout), job.windows, args.sparsity)
+    found, uniform = find_thresholds(model, layers, projection_sizes(job.source.layout), job.windows, args.sparsity)
     table = with_thresholds(job.source.table, found)
     save(job, job.source.args, read_tensors(job.source, CPU, job.dtype, "Copying"), table)
     quality = {} if job.ids is None else compare_thresholds(model, layers, found, uniform, job.ids)

@@ -2,7 +2,8 @@
 
 Of each block as many weights are skipped, on average over a text. Which projection skips how many of its inputs is
 found step by step: the next inputs skipped are those of the projection in which that changes the block's output least,
-for the weights that it saves.
+for the weights that it saves. What changes a block least is not always what changes the model least, so that shares
+between those and uniform ones are then tried on the whole model.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from cli import listed
+from cli import listed, progress
 from compress.walk import arguments_of, block_calls
 from engine.engine import Engine
 from layers.quantized import QuantSpec, replace_
@@ -25,6 +27,8 @@ from weights.layout import Layout
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 STEP, MOST = 0.05, 0.95  # share of a projection's inputs that are skipped more at a time, and at most
 SAMPLES = 1 << 20  # magnitudes of inputs that are sorted
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # parts of the way from uniform shares to those of the blocks
+Thresholds = list[list[float]]  # of each block's `PROJECTIONS`
 
 
 def require_projections(args: ModelArgs) -> None:
@@ -40,7 +44,7 @@ def projection_sizes(layout: Layout) -> list[int]:
     return [layer.weight.shape[0] * layer.in_features for layer in layers]
 
 
-def with_thresholds(table: dict[str, QuantSpec], thresholds: list[list[float]]) -> dict[str, QuantSpec]:
+def with_thresholds(table: dict[str, QuantSpec], thresholds: Thresholds) -> dict[str, QuantSpec]:
     """The table of a file's layers, once each block's projections have these thresholds."""
     named = {
         f"layers.{i}.{name}": threshold
@@ -60,8 +64,12 @@ class Projection:
     share: float = 0.0  # of its inputs that it skips
 
     def skip(self, share: float) -> None:
-        self.share, last = share, len(self.magnitudes) - 1
-        self.layer.threshold = self.magnitudes[min(round(share * last), last)].item() if share else 0.0
+        self.share, self.layer.threshold = share, self.threshold(share)
+
+    def threshold(self, share: float) -> float:
+        """The magnitude below which that share of the inputs lies."""
+        last = len(self.magnitudes) - 1
+        return self.magnitudes[min(round(share * last), last)].item() if share else 0.0
 
 
 def skippable_(model: Transformer) -> list[list[Thresholded]]:
@@ -76,7 +84,7 @@ def skippable_(model: Transformer) -> list[list[Thresholded]]:
     return blocks
 
 
-def set_thresholds(layers: list[list[Thresholded]], thresholds: list[list[float]]) -> None:
+def set_thresholds(layers: list[list[Thresholded]], thresholds: Thresholds) -> None:
     """Give the layers of `skippable_` these thresholds."""
     for of_block, values in zip(layers, thresholds, strict=True):
         for layer, threshold in zip(of_block, values, strict=True):
@@ -84,44 +92,64 @@ def set_thresholds(layers: list[list[Thresholded]], thresholds: list[list[float]
 
 
 def compare_thresholds(
-    model: Transformer,
-    layers: list[list[Thresholded]],
-    found: list[list[float]],
-    uniform: list[list[float]],
-    ids: list[int],
+    model: Transformer, layers: list[list[Thresholded]], found: Thresholds, uniform: Thresholds, ids: list[int]
 ) -> dict[str, float]:
     """The perplexity of ids with all inputs, with uniform thresholds and with those found, skipping in every token."""
-    none, perplexities = [[0.0] * len(PROJECTIONS)] * len(found), {}
-    for name, each in {"all inputs": none, "uniform": uniform, "found": found}.items():
+    perplexities = {}
+    for name, each in {"all inputs": skipping_nothing(layers), "uniform": uniform, "found": found}.items():
         set_thresholds(layers, each)
         perplexities[name] = perplexity(Engine(model), ids, window=min(WINDOW, model.args.max_seq_length)).perplexity
     return perplexities
 
 
-@torch.no_grad()
-def find_thresholds(
-    model: Transformer, weights: list[int], windows: Tensor, sparsity: float
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Thresholds of each block's `PROJECTIONS`, found step by step, and those that skip the same share in each of them.
+def skipping_nothing(layers: list[list[Thresholded]]) -> Thresholds:
+    return [[0.0] * len(PROJECTIONS)] * len(layers)
 
-    windows: the calibration text, int64 [n, S]. weights: of each projection. sparsity: the share of a block's weights
-    that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
+
+def find_thresholds(
+    model: Transformer, layers: list[list[Thresholded]], weights: list[int], windows: Tensor, sparsity: float
+) -> tuple[Thresholds, Thresholds]:
+    """The thresholds that change the model's predictions least, and those that skip the same share everywhere.
+
+    layers: of `skippable_`, which skip nothing afterwards. weights: of each projection. windows: the calibration text,
+    int64 [n, S]. sparsity: the share of a block's weights that are not read.
     """
-    found, uniform = [], []
+    mixes = mixed_thresholds(model, weights, windows, sparsity)
+    changes = divergences(model, layers, windows, mixes)
+    return mixes[changes.index(min(changes))], mixes[0]
+
+
+@torch.no_grad()
+def mixed_thresholds(model: Transformer, weights: list[int], windows: Tensor, sparsity: float) -> list[Thresholds]:
+    """Thresholds for each of the `MIXES`: what block after block loses least is found step by step."""
+    mixes = [[] for _ in MIXES]
     for _, block, batches in block_calls(model, windows, "Finding thresholds", batch_size=1):
         layers = [block.get_submodule(name) for name in PROJECTIONS]
         inputs = [magnitudes(layer, block, batches) for layer in layers]
         parts = [Projection(*each) for each in zip(layers, weights, inputs, strict=True)]
         exact = [block(*batch) for batch in batches]
-        change = partial(error, block, batches, exact)
-        for part in parts:
-            part.skip(sparsity)
-        uniform.append([layer.threshold for layer in layers])
-        skip_greedily(parts, change, sparsity)
-        found.append([layer.threshold for layer in layers])
+        skip_greedily(parts, partial(error, block, batches, exact), sparsity)
+        for mix, blocks in zip(MIXES, mixes, strict=True):
+            blocks.append([part.threshold(sparsity + mix * (part.share - sparsity)) for part in parts])
         for part in parts:
             part.skip(0.0)
-    return found, uniform
+    return mixes
+
+
+@torch.no_grad()
+def divergences(
+    model: Transformer, layers: list[list[Thresholded]], windows: Tensor, tried: list[Thresholds]
+) -> list[float]:
+    """How far from the model's predictions each list of thresholds leads: KL divergence, nats a token of windows."""
+    sums = [0.0] * len(tried)
+    for tokens in progress(windows.to(model.device), desc="Comparing thresholds", unit="window"):
+        call = tokens[None], torch.arange(len(tokens), device=model.device)[None]
+        exact = model(*call)[0].float().log_softmax(-1)
+        for i, each in enumerate(tried):
+            set_thresholds(layers, each)
+            sums[i] += F.kl_div(model(*call)[0].float().log_softmax(-1), exact, reduction="sum", log_target=True).item()
+        set_thresholds(layers, skipping_nothing(layers))
+    return [each / windows.numel() for each in sums]
 
 
 def magnitudes(layer: nn.Module, block: nn.Module, batches: list[tuple]) -> Tensor:

@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 
-from compress.activations import PROJECTIONS, Projection, error, find_thresholds, skip_greedily, skippable_
+from compress.activations import (
+    PROJECTIONS,
+    Projection,
+    divergences,
+    error,
+    find_thresholds,
+    mixed_thresholds,
+    set_thresholds,
+    skip_greedily,
+    skippable_,
+)
 from compress.hotness import count_uses, coverage, in_words
 from layers.quantized import QuantSpec
 from layers.sparse import Thresholded
@@ -44,29 +54,45 @@ def test_a_token_of_large_numbers_counts_as_any_other():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
-def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(sparsity):
+def test_thresholds_skip_what_was_asked_and_disturb_a_block_less_than_uniform_ones(sparsity):
     model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
     sizes = [model.layers[0].get_submodule(name).weight.numel() for name in PROJECTIONS]
     layers = skippable_(model)
-    found, uniform = find_thresholds(model, sizes, windows, sparsity)
+    mixes = mixed_thresholds(model, sizes, windows, sparsity)
     pos = torch.arange(24)[None].expand(4, 24)
     batch = (model.embed(windows, pos), pos, *model.contexts(pos, None)[0])
-    block, skipped, errors = model.layers[0], [], {}
+    block, skipped, errors = model.layers[0], [], []
     wanted = block(*batch)
 
     def count(layer, inputs):
         skipped.append((inputs[0].abs() <= layer.threshold).float().mean().item())
 
-    for name, thresholds in (("uniform", uniform[0]), ("found", found[0])):
-        for layer, threshold in zip(layers[0], thresholds, strict=True):
-            layer.threshold = threshold
-        errors[name] = error(block, [batch], [wanted])
     hooks = [layer.register_forward_pre_hook(count) for layer in layers[0]]
-    block(*batch)
+    for mix in mixes:
+        skipped.clear()
+        set_thresholds(layers, mix)
+        errors.append(error(block, [batch], [wanted]))
+        share = sum(each * size for each, size in zip(skipped, sizes, strict=True)) / sum(sizes)
+        assert share == pytest.approx(sparsity, abs=0.02)
     [hook.remove() for hook in hooks]
-    share = sum(each * size for each, size in zip(skipped, sizes, strict=True)) / sum(sizes)
-    assert share == pytest.approx(sparsity, abs=0.02)
-    assert errors["found"] <= errors["uniform"]
+    assert errors[-1] <= errors[0]
+
+
+def test_of_mixed_shares_those_are_taken_that_change_the_predictions_least():
+    model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
+    sizes = [model.layers[0].get_submodule(name).weight.numel() for name in PROJECTIONS]
+    pos = torch.arange(24)[None].expand(4, 24)
+    exact = model(windows, pos)
+    layers = skippable_(model)
+    mixes = mixed_thresholds(model, sizes, windows, 0.5)
+    by_hand = []
+    for mix in mixes:
+        set_thresholds(layers, mix)
+        own, theirs = (torch.distributions.Categorical(logits=logits) for logits in (model(windows, pos), exact))
+        by_hand.append(torch.distributions.kl_divergence(theirs, own).mean().item())
+    set_thresholds(layers, [[0.0] * 4] * len(layers))
+    assert divergences(model, layers, windows, mixes) == pytest.approx(by_hand, rel=1e-3)
+    assert find_thresholds(model, layers, sizes, windows, 0.5) == (mixes[by_hand.index(min(by_hand))], mixes[0])
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])

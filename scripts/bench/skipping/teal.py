@@ -33,7 +33,7 @@ def measure_quality(path: Path, sparsity: float, calibration: list[int], held_ou
     model = load_model(path, apart=True)
     layers = skippable_(model)
     windows = calibration_windows(calibration, limit=N_WINDOW, seq_length=LENGTH, needed=LENGTH, seed=0)
-    found, uniform = find_thresholds(model, projection_sizes(open_model(path).layout), windows, sparsity)
+    found, uniform = find_thresholds(model, layers, projection_sizes(open_model(path).layout), windows, sparsity)
     result = {"sparsity": sparsity, "calibration_tokens": windows.numel(), "thresholds": found}
     return result | compare_thresholds(model, layers, found, uniform, held_out)
 
