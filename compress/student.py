@@ -108,6 +108,12 @@ def trainable(opened: ModelFile, device: torch.device) -> Transformer:
     return model
 
 
+def freeze_ends_(model: Transformer) -> None:
+    """Embeddings and head stay the teacher's: half of a small student's weights, which already fit each other."""
+    for layer in (model.tok_embeddings, model.output):
+        layer.requires_grad_(False)
+
+
 def keep_zeros_(model: Transformer) -> None:
     """Weights that are 0 now stay 0: no gradient reaches them, and so no moment of the optimizer either."""
     for name, weight in model.named_parameters():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.distillation import class_logprobs, distillation_loss, rate_at
-from compress.student import keep_zeros_, kept_layers, stored_tensors, student_of, trainable
+from compress.student import freeze_ends_, keep_zeros_, kept_layers, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, full_windows, split_off
 from engine.engine import Engine, generate
 from engine.speculation.drafters import DraftModel
@@ -105,6 +105,15 @@ def test_a_student_of_all_layers_has_nothing_to_learn():
     run = training(n_layer=3)
     assert run.backward() == pytest.approx(0, abs=1e-6)
     assert max(each.grad.abs().max() for each in run.parameters.values()) < 1e-6
+
+
+def test_embeddings_and_head_stay_the_teachers():
+    student = trainable(student_of(opened(), 2), CPU)
+    freeze_ends_(student)
+    before = {name: weight.detach().clone() for name, weight in student.state_dict().items()}
+    [*training(student=student).run()]
+    kept = {name for name, weight in student.state_dict().items() if torch.equal(weight, before[name])}
+    assert kept == {"tok_embeddings.weight", "output.weight"}
 
 
 def test_what_ties_layers_together_is_refused_by_name():
