@@ -6,14 +6,15 @@ if __name__ == "__main__":
     cli.begin()
 
 import argparse
-import ctypes
 import importlib.util
 import math
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on CPUs, the pages of fresh tensors cost a fifth of a step
 import torch
 from torch import Tensor
 
@@ -43,7 +44,6 @@ K = 4  # guesses a round whose acceptance is measured
 POINTS = 20  # of the curve, beside the first
 SAY_S, SAVE_S = 10, 120  # seconds of training between two lines, and between two states that are kept
 ROWS = 16  # texts that the teacher writes at a time
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SAME = ("teacher", "finetune", "layers", "self_data", "steps", "minutes", "batch_size", "seq_length", "top_k")
 SAME += ("temperature", "dtype", "seed", "adapter")  # flags without which a training cannot go on
 
@@ -196,7 +196,6 @@ def own_data(teacher: Transformer, tokenizer: Tokenizer, args: argparse.Namespac
 
 
 def begin(job: Job, teacher: Transformer, windows: Tensor, args: argparse.Namespace, ranks: Ranks | None) -> Training:
-    keep_freed_memory()
     student = trainable(job.student, job.device)
     if args.finetune is None:
         freeze_ends_(student)
@@ -205,14 +204,6 @@ def begin(job: Job, teacher: Transformer, windows: Tensor, args: argparse.Namesp
     names = ("steps", "minutes", "batch_size", "micro_batch", "learning_rate", "seed")
     plan = Plan(**{name: getattr(args, name) for name in names}, dtype=job.dtype)
     return Training(student, Targets(teacher, windows, args.top_k, args.temperature), plan, ranks)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next: fresh pages from the system cost a fifth of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
-    if mallopt is not None:
-        for limit in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(limit, 2**31 - 1)
 
 
 @dataclass
