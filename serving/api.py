@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from serving.answers import ChatChoice, Choice, TextChoice, Writer
 from serving.fields import RequestError, read_body
 from serving.jobs import Asked, Served, read_chat, read_completions, read_tokenize
+from serving.responses import ResponseWriter, read_responses
 from serving.worker import Worker
 
 BODY_SECONDS = 60  # for a client to send a body
@@ -37,6 +38,7 @@ class Api:
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
         ]
 
@@ -69,6 +71,10 @@ class Api:
 
     async def completions(self, request: Request) -> "Reply":
         return self.reply(TextChoice, await self.read(request, read_completions))
+
+    async def responses(self, request: Request) -> "Reply":
+        asked = await self.read(request, read_responses)
+        return Reply(ResponseWriter(asked, self.served, self.worker.submit(asked.jobs)))
 
     async def tokenize(self, request: Request) -> Response:
         ids = await self.read(request, read_tokenize)
@@ -109,7 +115,7 @@ class Api:
 class Reply:
     """A response that is made while it is sent. A client that goes away frees its rows."""
 
-    def __init__(self, writer: Writer):
+    def __init__(self, writer: Writer | ResponseWriter):
         self.writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

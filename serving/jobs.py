@@ -68,6 +68,7 @@ class Asked:
     tools: frozenset[str] = frozenset()  # their names
     marks: Marks | None = None  # of thoughts, if the model may think
     is_thinking: bool = False  # from the first token on
+    said: dict = field(default_factory=dict)  # what a response repeats of its request
 
 
 def task_of(job: Job, served: Served) -> Task:
@@ -83,7 +84,11 @@ def task_of(job: Job, served: Served) -> Task:
 
 def read_chat(body: dict, served: Served) -> Asked:
     """The answers that a body of /v1/chat/completions asks for."""
-    fields = read_fields(body, CHAT, CHAT_NEUTRAL)
+    return asked_in_chat(read_fields(body, CHAT, CHAT_NEUTRAL), served)
+
+
+def asked_in_chat(fields: dict, served: Served) -> Asked:
+    """The answers that the checked fields of a conversation ask for."""
     check_model(fields, served)
     if "messages" not in fields:
         raise RequestError("messages is missing", "messages")
