@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Slots:
     A count of uses that fades says which: by the time of last use all would leave in turn, where one token uses more
     units than there are slots. packed: the layers w13 and w2 of one unit, those of an expert with a first dimension of
     1. read: fetches a unit into the bytes of its tensors, in the order of their names there. use: the share of tokens
-    that is known to use each unit.
+    that is known to use each unit. near: units to be read first.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class Slots:
         n_slot: int,
         read: Callable[[Unit, list[memoryview]], None],
         use: dict[Unit, float],
+        near: Sequence[Unit] = (),
     ):
-        self.n_slot, self.read = n_slot, read
+        self.n_slot, self.read, self.near = n_slot, read, near
         shapes = {name: (t.shape[1:] if is_expert else t.shape, t.dtype) for name, t in packed.state_dict().items()}
         self.tensors = {name: torch.zeros(n_slot, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         if is_expert:  # whose layers find them by their slots, as otherwise by their numbers

@@ -27,7 +27,7 @@ from weights.huggingface import open_hf
 from weights.layout import Layout, ModelFile, Pair, dequantized
 from weights.registry import args_from_name
 from weights.shipped.adapter import adapted
-from weights.tiers.place import Tier, place
+from weights.tiers.place import Tier, fill_slots, place
 from weights.tiers.placement import MemoryBudget
 from weights.torch_files import open_torch
 
@@ -334,6 +334,7 @@ def fetch(
     model = fill(layout, read_tiers(tiers, dtype, what, ranks), opened.args, ranks, beside, apart)
     if budget is not None:
         forget(opened.paths)
+        fill_slots(model)
     return model
 
 

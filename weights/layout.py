@@ -221,7 +221,7 @@ def rename(
         if absent:
             raise ValueError(f"{where} lacks the tensor {absent[0]}; the file is incomplete, or of another model")
         used.update(*names)
-        tensors[name] = concatenated([[raw[part] for part in of_expert] for of_expert in names])
+        tensors[name] = Parts([[raw[part] for part in of_expert] for of_expert in names])
         own = (rows or {}).get(module.split(".", 2)[-1])
         if own is not None and leaf != "order":
             tensors[name] = lambda read=tensors[name], own=own: read()[own]
@@ -233,14 +233,26 @@ def rename(
     return tensors
 
 
-def concatenated(parts: list[list[Callable[[], Tensor]]]) -> Callable[[], Tensor]:
-    """The parts of each list as rows of one tensor; of several lists, one for each expert, their stack."""
+class Parts:
+    """Reads a tensor whose rows a file has in parts; of several lists of parts, one for each expert, the stack."""
 
-    def rows(of_expert: list[Callable[[], Tensor]]) -> Tensor:
-        tensors = [read() for read in of_expert]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2 if tensors[0].ndim > 1 else 0)
+    def __init__(self, parts: list[list[Callable[[], Tensor]]]):
+        self.parts = parts
 
-    return lambda: rows(parts[0]) if len(parts) == 1 else torch.stack([rows(of_expert) for of_expert in parts])
+    def __call__(self) -> Tensor:
+        if len(self.parts) == 1:
+            return joined_rows([read() for read in self.parts[0]])
+        return torch.stack([joined_rows([read() for read in of_expert]) for of_expert in self.parts])
+
+    def expert(self, number: int) -> Tensor:
+        """Of a stack [E, ...] that of one expert, [1, ...]; of a file that is mapped, nothing else is read."""
+        if len(self.parts) == 1:
+            return joined_rows([read()[number : number + 1] for read in self.parts[0]])
+        return joined_rows([read() for read in self.parts[number]])[None]
+
+
+def joined_rows(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2 if tensors[0].ndim > 1 else 0)
 
 
 def rope_order(args: ModelArgs, interleaved: bool) -> Tensor | None:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -11,13 +12,15 @@ import torch
 
 from engine.cache import planned_bytes, rows_that_fit
 from flags import memory_budget
-from layers.offload import Unit
+from layers.offload import Slots, Unit
 from layers.quantized import QuantSpec, quant_spec
 from tests.tiny import make_tiny_checkpoint
+from weights import checkpoint
 from weights.checkpoint import load_model, new_table, open_model, read_tensors, save_checkpoint
+from weights.layout import Parts
 from weights.tiers import packed_copy
 from weights.tiers.packed_copy import PackedCopy
-from weights.tiers.place import beside
+from weights.tiers.place import beside, read_units
 from weights.tiers.placement import MemoryBudget, Plan, fingerprint, hottest, make_plan, parse_size
 
 EXPERTS = {"n_layer": 3, "n_expert": 8, "n_expert_used": 2, "vocab_size": 320}
@@ -194,6 +197,36 @@ def test_the_bytes_of_the_plan_are_those_of_the_model(path, quantize, capsys, mo
     near = {t.data_ptr(): t.nbytes for name, t in model.state_dict().items() if ".far." not in name}
     assert (sum(near.values()), far) == (plans[0].near_bytes, plans[0].far_bytes) and far
     assert f"{len(plans[0].far)} of 24 experts" in capsys.readouterr().err
+
+
+def test_experts_are_read_one_by_one_as_together(path):
+    """A file's rows in parts, or experts apart: nothing else of the file is read for one expert."""
+    opened, name = open_model(path), "layers.1.feed_forward"
+    read = partial(read_tensors, device=torch.device("cpu"), dtype=torch.bfloat16, what="Reading")
+    together = replace(opened, tensors={key: (lambda each=each: each()) for key, each in opened.tensors.items()})
+    one_by_one, whole = ([*read_units(each, name, 8, read)] for each in (opened, together))
+    assert len(one_by_one) == len(whole) == 8
+    for ours, theirs in zip(one_by_one, whole, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert all(len(each) == 1 for each in ours.values())
+    asked = []
+
+    def reader(expert, value):
+        return lambda: asked.append(expert) or torch.full((2, 3), float(value))
+
+    apart = Parts([[reader(e, e), reader(e, 10 * e)] for e in range(3)])
+    assert apart.expert(2).tolist() == [[[2.0] * 3] * 2 + [[20.0] * 3] * 2] and set(asked) == {2}
+    assert torch.equal(apart()[2:], apart.expert(2))
+
+
+def test_what_stays_in_memory_is_read_after_all_else(tmp_path, monkeypatch):
+    """What reading other weights takes beside them is then still free."""
+    path, order = make_tiny_checkpoint(tmp_path, **EXPERTS), []
+    monkeypatch.setattr(checkpoint, "forget", lambda paths: order.append("others"))
+    take = Slots.take
+    monkeypatch.setattr(Slots, "take", lambda slots, units: order.append(len(units)) or take(slots, units))
+    load_model(path, dtype=torch.float32, budget=MemoryBudget(1_400_000))
+    assert order[0] == "others" and len(order) == 2 and 2 <= order[1] < 24
 
 
 @pytest.mark.parametrize("is_direct", [True, False])

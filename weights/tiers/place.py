@@ -1,8 +1,9 @@
 """Carrying out a plan: feed-forwards of a meta model become forms that find some of their weights in a second tier."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from layers.offload import (
 from layers.quantized import QuantSpec, replace_
 from weights.device import require_memory
 from weights.files import dropping_page_cache, size_text
-from weights.layout import Layout, ModelFile
+from weights.layout import Layout, ModelFile, Parts
 from weights.tiers.packed_copy import PackedCopy, source_facts, state_bytes
 from weights.tiers.placement import AHEAD, MemoryBudget, Plan, is_part, make_plan, units_of
 
@@ -79,11 +80,11 @@ def place(
     advice = "give a smaller --memory_budget, or use a smaller model"
     require_memory(plan.near_bytes, first.device, f"the weights of {path} that --memory_budget keeps there", advice)
     layout.model.cache_room = plan.must["caches"]
+    if plan.far and on_disk:
+        opened = offload_(opened, layout, plan, dtype, path, forms, read)
     opened = replace(opened, tensors=dropping_page_cache(opened.tensors, opened.paths))
-    if not plan.far:
+    if not plan.far or on_disk:
         return [first._replace(opened=opened)]
-    if on_disk:
-        return [first._replace(opened=offload_(opened, layout, plan, dtype, path, forms, read))]
     what = f"the other weights of {path}, for which a third tier, the disk behind main memory, is not supported,"
     require_memory(plan.far_bytes, budget.second, what, "use int8 or int4 weights, or give a larger --memory_budget")
     return split_(opened, layout, plan, first, budget.second)
@@ -158,24 +159,38 @@ def offload_(
         kinds.setdefault(repr((forms[name], shapes)), []).append(name)
     slots = {}
     for names in kinds.values():
-        slots |= dict.fromkeys(names, filled_slots(forms[names[0]], set(names), plan, layout, packed))
+        slots |= dict.fromkeys(names, slots_of(forms[names[0]], set(names), plan, layout, packed))
     replace_all_(layout, list(away), slots)
     return replace(opened, tensors={n: each for n, each in opened.tensors.items() if not is_part(n, away)})
 
 
 def packed_units(opened: ModelFile, layout: Layout, dtype: torch.dtype, numbers: dict[str, int], read: Read):
-    """Every unit with its packed layers, one after another; of each feed-forward, the tensors are read together."""
+    """Every unit with its packed layers, one after another."""
     for name, number in progress(numbers.items(), desc="Packing", unit="layer"):
-        own = read(replace(opened, tensors={n: each for n, each in opened.tensors.items() if is_part(n, {name: 1})}))
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}
         layer = layout.model.get_submodule(name)
+        for e, tensors in enumerate(read_units(opened, name, number, read)):
+            own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+            yield Unit(name, e), packed_unit(layer, own, layout, dtype)
+
+
+def read_units(opened: ModelFile, name: str, number: int, read: Read) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each unit of a feed-forward: read one by one from files that are mapped, else together."""
+    readers = {key: each for key, each in opened.tensors.items() if is_part(key, {name: 1})}
+    is_each = opened.gguf is None and all(isinstance(each, Parts) for each in readers.values())
+    source = copy.copy(opened.layout)
+    if opened.layout.args.n_expert and is_each:
+        source.tensors = opened.layout.tensors | first_of({key: opened.layout.tensors[key] for key in readers}, 1)
         for e in range(number):
-            part = {key: tensor[e : e + 1] if layout.args.n_expert else tensor for key, tensor in own.items()}
-            yield Unit(name, e), packed_unit(layer, part, layout, dtype)
+            own = {key: partial(each.expert, e) for key, each in readers.items()}
+            yield read(replace(opened, layout=source, tensors=dropping_page_cache(own, opened.paths)))
+        return
+    found = read(replace(opened, tensors=dropping_page_cache(readers, opened.paths)))
+    for e in range(number):
+        yield {key: tensor[e : e + 1] if opened.layout.args.n_expert else tensor for key, tensor in found.items()}
 
 
-def filled_slots(form: nn.Module, names: set[str], plan: Plan, layout: Layout, packed: PackedCopy) -> Slots:
-    """Slots for the units of the feed-forwards `names`, with those in them that the plan has in memory."""
+def slots_of(form: nn.Module, names: set[str], plan: Plan, layout: Layout, packed: PackedCopy) -> Slots:
+    """Slots for the units of the feed-forwards `names`, and those that the plan has in memory, to be read later."""
     n_used, use = layout.args.n_expert_used, {u: share for u, share in plan.use.items() if u.module in names}
     if not n_used:
         return Slots(form, False, AHEAD, packed.read, use)
@@ -184,9 +199,13 @@ def filled_slots(form: nn.Module, names: set[str], plan: Plan, layout: Layout, p
         raise ValueError(
             f"--memory_budget leaves memory for {len(near)} experts of a form of which {n_used} are needed"
         )
-    slots = Slots(form, True, len(near), packed.read, use)
-    slots.take(near)
-    return slots
+    return Slots(form, True, len(near), packed.read, use, near)
+
+
+def fill_slots(model: nn.Module) -> None:
+    """Read what the plan has in memory. It comes last: reading other weights takes memory that is free until then."""
+    for slots in {layer.slots for layer in model.modules() if isinstance(layer, OffloadedExperts)}:
+        slots.take(slots.near)
 
 
 def replace_all_(layout: Layout, names: list[str], slots: dict[str, Slots]) -> None:
