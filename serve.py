@@ -39,8 +39,8 @@ from flags import (
 )
 from layers.quantized import GROUPSIZE_HELP, MODES, quant_spec
 from ranks import Ranks, init_tp, shared, speaks
-from serving.fields import GENERATION, read_fields
-from serving.jobs import Served
+from serving.interface.fields import GENERATION, read_fields
+from serving.interface.jobs import Served
 from serving.scheduler import Scheduler
 from text.chat import start_rendering
 from text.settings import read_sampling

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.fields import RequestError
+from serving.interface.fields import RequestError
 from text.tokenizer import Tokenizer
 
 GUIDANCE = {"whitespace_pattern": r" |\n {0,16}"}  # between the parts of JSON; without a bound some write nothing else

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.api import Api
-from serving.fields import RequestError
+from serving.interface.api import Api
+from serving.interface.fields import RequestError
 from serving.metrics import Counted
 from serving.worker import Worker
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from serving.fields import RequestError
+from serving.interface.fields import RequestError
 from serving.processors import json_rule
 from text.thinking import CONTENT, Marks, Splitter
 

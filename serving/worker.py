@@ -15,8 +15,8 @@ import torch
 
 from cli import in_words
 from ranks import Ranks, shared, speaks
-from serving.fields import RequestError
-from serving.jobs import Job, Served, task_of
+from serving.interface.fields import RequestError
+from serving.interface.jobs import Job, Served, task_of
 from serving.metrics import Metrics
 from serving.scheduler import Scheduler, Task
 

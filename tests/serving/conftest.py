@@ -7,8 +7,8 @@ import torch
 from starlette.testclient import TestClient
 
 from engine.engine import Engine
-from serving.api import Api
-from serving.jobs import Served
+from serving.interface.api import Api
+from serving.interface.jobs import Served
 from serving.scheduler import Scheduler
 from serving.server import build_app
 from serving.worker import Worker

@@ -144,7 +144,9 @@ def test_what_came_back_goes_in_again(client, says, monkeypatch):
 
 
 def test_a_call_that_is_asked_for(client, monkeypatch):
-    monkeypatch.setattr("serving.jobs.render", lambda *_: "the cat")  # a short context has no place for the tools
+    monkeypatch.setattr(
+        "serving.interface.jobs.render", lambda *_: "the cat"
+    )  # a short context has no place for the tools
     closed = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"], "additionalProperties": False}
     response = ask(
         client,

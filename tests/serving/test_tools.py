@@ -6,7 +6,7 @@ from dataclasses import replace
 import jsonschema
 import pytest
 
-from serving.fields import RequestError
+from serving.interface.fields import RequestError
 from serving.tools import FORMS, CallSplitter, tool_form
 from tests.serving.test_api import CHAT, post, refusal
 from text.thinking import THINK, Showing, Splitter
@@ -162,8 +162,8 @@ MARKED = replace(HERMES, begin="<|im_start|>", call=('<|im_start|>{"name": "', *
 @pytest.fixture(params=[*FORMS.values(), MARKED], ids=[*FORMS, "marked"])
 def forcing(request, client, monkeypatch):
     """The client, whose model writes calls in one of the forms; its short context has no place for the tools."""
-    monkeypatch.setattr("serving.jobs.tool_form", lambda *_: request.param)
-    monkeypatch.setattr("serving.jobs.render", lambda *_: "the cat")
+    monkeypatch.setattr("serving.interface.jobs.tool_form", lambda *_: request.param)
+    monkeypatch.setattr("serving.interface.jobs.render", lambda *_: "the cat")
     return client
 
 

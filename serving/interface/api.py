@@ -11,10 +11,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from serving.answers import ChatChoice, Choice, TextChoice, Writer
-from serving.fields import RequestError, read_body
-from serving.jobs import Asked, Served, read_chat, read_completions, read_tokenize
-from serving.responses import ResponseWriter, read_responses
+from serving.interface.answers import ChatChoice, Choice, TextChoice, Writer
+from serving.interface.fields import RequestError, read_body
+from serving.interface.jobs import Asked, Served, read_chat, read_completions, read_tokenize
+from serving.interface.responses import ResponseWriter, read_responses
 from serving.worker import Worker
 
 BODY_SECONDS = 60  # for a client to send a body

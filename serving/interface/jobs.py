@@ -7,7 +7,7 @@ from functools import cached_property
 
 from engine.request import Request
 from engine.sampling import Sampling
-from serving.fields import (
+from serving.interface.fields import (
     CHAT,
     CHAT_NEUTRAL,
     COMPLETIONS,

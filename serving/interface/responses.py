@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from serving import fields as f
-from serving.answers import ChatChoice, Usage
-from serving.fields import GENERATION, RequestError, mapping, nested, read_fields, text, wrong
-from serving.jobs import Asked, Served, asked_in_chat
+from serving.interface import fields as f
+from serving.interface.answers import ChatChoice, Usage
+from serving.interface.fields import GENERATION, RequestError, mapping, nested, read_fields, text, wrong
+from serving.interface.jobs import Asked, Served, asked_in_chat
 from serving.worker import Answers, Piece
 
 # ---------------------------------------------------------------- requests

@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
-from serving.fields import RequestError
-from serving.jobs import Asked, Served
+from serving.interface.fields import RequestError
+from serving.interface.jobs import Asked, Served
 from serving.tools import CallSplitter
 from serving.worker import Answers, Piece, joined
 
