@@ -62,7 +62,8 @@ class Slots:
     ):
         self.n_slot, self.read, self.near = n_slot, read, near
         shapes = {name: (t.shape[1:] if is_expert else t.shape, t.dtype) for name, t in packed.state_dict().items()}
-        self.tensors = {name: torch.zeros(n_slot, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        # a page is taken when it is first written: nothing is held for a slot before its unit comes
+        self.tensors = {name: torch.empty(n_slot, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         if is_expert:  # whose layers find them by their slots, as otherwise by their numbers
             self.layers = [set_tensors(packed, self.tensors)]
         else:
