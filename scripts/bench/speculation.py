@@ -111,4 +111,11 @@ def table(result: dict) -> str:
         cells = [f"x{facts['median']['ratio']:.2f} ({facts['mean_accepted']:.1f})" for facts in found.values()]
         rows.append([name, f"{plain:.0f} tok/s", *cells])
     header = f"{result['model']}, bf16, {result['threads']} CPU threads, greedy"
-    return markdown([header, "plain", *found], rows)
+    return markdown([header, "plain", *map(shown, found)], rows)
+
+
+def shown(way: str) -> str:
+    """A way without the folders of its checkpoint."""
+    drafter, k = parse_way(way)
+    name, _, path = drafter.partition(":")
+    return f"{name} {Path(path).stem} {k}" if path else way

@@ -267,6 +267,7 @@ def test_a_way_that_is_none_is_refused(way):
 def test_a_way_names_a_drafter_a_checkpoint_and_a_length():
     assert speculation.parse_way("int4:my folder/a.pth auto") == ("int4:my folder/a.pth", "auto")
     assert speculation.parse_way("ngram 4") == ("ngram", 4)
+    assert [speculation.shown(way) for way in ("int4:my folder/a.pth auto", "int4 2")] == ["int4 a auto", "int4 2"]
 
 
 def test_late_steps_stand_beside_their_bytes():
