@@ -16,6 +16,7 @@ from serving.interface.answers import ChatChoice, Usage
 from serving.interface.fields import GENERATION, RequestError, mapping, nested, read_fields, text, wrong
 from serving.interface.jobs import Asked, Served, asked_in_chat
 from serving.worker import Answers, Piece
+from text.thinking import REASONING
 
 # ---------------------------------------------------------------- requests
 
@@ -214,7 +215,7 @@ class Items:
     def push(self, piece: Piece) -> Iterator[dict]:
         """The events of what a piece of the answer adds."""
         delta = self.choice.delta(piece)
-        if delta.keys() == {"reasoning_content"}:
+        if self.choice.splitter.part == REASONING:  # still, after this piece
             self.thought += len(piece.ids)
         for part in KINDS:
             if part in delta:
