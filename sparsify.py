@@ -18,6 +18,7 @@ from torch import Tensor
 import cli
 from cli import listed, say
 from compress.activations import (
+    Quality,
     compare_thresholds,
     find_thresholds,
     projection_sizes,
@@ -262,7 +263,7 @@ def activations(job: Job, args: argparse.Namespace) -> None:
     require_space(job.target, job.source.layout.bytes(job.dtype))
     model = load(job, args, apart=True)
     layers = skippable_(model)
-    found, uniform = find_thresholds(model, layers, projection_sizes(job.source.layout), job.windows, args.sparsity)
+    found, uniform = find_thresholds(model, projection_sizes(job.source.layout), job.windows, args.sparsity)
     table = with_thresholds(job.source.table, found)
     save(job, job.source.args, read_tensors(job.source, CPU, job.dtype, "Copying"), table)
     quality = {} if job.ids is None else compare_thresholds(model, layers, found, uniform, job.ids)
@@ -285,12 +286,13 @@ def decode_rates(job: Job, args: argparse.Namespace) -> tuple[float, float]:
     return tuple(statistics.median(each) for each in rates)
 
 
-def report_skipping(quality: dict[str, float], rates: tuple[float, float], sparsity: float) -> None:
+def report_skipping(quality: dict[str, Quality], rates: tuple[float, float], sparsity: float) -> None:
     """The table at the end, on standard output."""
     row("", ["all inputs", "uniform", f"sparse {sparsity:g}"])
     if quality:
-        change = f"{100 * (quality['found'] / quality['all inputs'] - 1):+.2f} %"
-        row("perplexity", [*(f"{each:.4f}" for each in quality.values()), change])
+        change = f"{100 * (quality['found'].perplexity / quality['all inputs'].perplexity - 1):+.2f} %"
+        row("perplexity", [*(f"{each.perplexity:.4f}" for each in quality.values()), change])
+        row("divergence", [*(f"{each.divergence:.4f}" for each in quality.values()), "nats a token"])
     row("decode tok/s", [f"{rates[0]:.1f}", "", f"{rates[1]:.1f}", f"{rates[1] / rates[0]:.2f} x"])
 
 

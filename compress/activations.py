@@ -2,8 +2,7 @@
 
 Of each block as many weights are skipped, on average over a text. Which projection skips how many of its inputs is
 found step by step: the next inputs skipped are those of the projection in which that changes the block's output least,
-for the weights that it saves. What changes a block least is not always what changes the model least, so that shares
-between those and uniform ones are then tried on the whole model.
+for the weights that it saves.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from weights.layout import Layout
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 STEP, MOST = 0.05, 0.95  # share of a projection's inputs that are skipped more at a time, and at most
 SAMPLES = 1 << 20  # magnitudes of inputs that are sorted
-MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # parts of the way from uniform shares to those of the blocks
 Thresholds = list[list[float]]  # of each block's `PROJECTIONS`
 
 
@@ -64,12 +62,8 @@ class Projection:
     share: float = 0.0  # of its inputs that it skips
 
     def skip(self, share: float) -> None:
-        self.share, self.layer.threshold = share, self.threshold(share)
-
-    def threshold(self, share: float) -> float:
-        """The magnitude below which that share of the inputs lies."""
-        last = len(self.magnitudes) - 1
-        return self.magnitudes[min(round(share * last), last)].item() if share else 0.0
+        self.share, last = share, len(self.magnitudes) - 1
+        self.layer.threshold = self.magnitudes[min(round(share * last), last)].item() if share else 0.0
 
 
 def skippable_(model: Transformer) -> list[list[Thresholded]]:
@@ -91,65 +85,69 @@ def set_thresholds(layers: list[list[Thresholded]], thresholds: Thresholds) -> N
             layer.threshold = threshold
 
 
+@dataclass(frozen=True)
+class Quality:
+    """What skipping inputs in every token of a text does to a model. divergence: of its predictions from those with all
+    inputs, KL in nats a token. Noise that only makes predictions less sure can lower a perplexity, but not this."""
+
+    perplexity: float
+    divergence: float
+
+
 def compare_thresholds(
     model: Transformer, layers: list[list[Thresholded]], found: Thresholds, uniform: Thresholds, ids: list[int]
-) -> dict[str, float]:
-    """The perplexity of ids with all inputs, with uniform thresholds and with those found, skipping in every token."""
-    perplexities = {}
-    for name, each in {"all inputs": skipping_nothing(layers), "uniform": uniform, "found": found}.items():
+) -> dict[str, Quality]:
+    """The quality on ids with all inputs, with uniform thresholds and with those found."""
+    nothing = [[0.0] * len(PROJECTIONS)] * len(layers)
+    tried, window = {"all inputs": nothing, "uniform": uniform, "found": found}, min(WINDOW, model.args.max_seq_length)
+    perplexities = []
+    for each in tried.values():
         set_thresholds(layers, each)
-        perplexities[name] = perplexity(Engine(model), ids, window=min(WINDOW, model.args.max_seq_length)).perplexity
-    return perplexities
-
-
-def skipping_nothing(layers: list[list[Thresholded]]) -> Thresholds:
-    return [[0.0] * len(PROJECTIONS)] * len(layers)
-
-
-def find_thresholds(
-    model: Transformer, layers: list[list[Thresholded]], weights: list[int], windows: Tensor, sparsity: float
-) -> tuple[Thresholds, Thresholds]:
-    """The thresholds that change the model's predictions least, and those that skip the same share everywhere.
-
-    layers: of `skippable_`, which skip nothing afterwards. weights: of each projection. windows: the calibration text,
-    int64 [n, S]. sparsity: the share of a block's weights that are not read.
-    """
-    mixes = mixed_thresholds(model, weights, windows, sparsity)
-    changes = divergences(model, layers, windows, mixes)
-    return mixes[changes.index(min(changes))], mixes[0]
+        perplexities.append(perplexity(Engine(model), ids, window=window).perplexity)
+    changes = divergences(model, layers, torch.tensor(ids), window, list(tried.values()))
+    return dict(zip(tried, map(Quality, perplexities, changes), strict=True))
 
 
 @torch.no_grad()
-def mixed_thresholds(model: Transformer, weights: list[int], windows: Tensor, sparsity: float) -> list[Thresholds]:
-    """Thresholds for each of the `MIXES`: what block after block loses least is found step by step."""
-    mixes = [[] for _ in MIXES]
+def divergences(
+    model: Transformer, layers: list[list[Thresholded]], ids: Tensor, window: int, tried: list[Thresholds]
+) -> list[float]:
+    """KL divergence, in nats a token of ids [n], of what each list of thresholds predicts from what the first does."""
+    sums = [0.0] * len(tried)
+    for tokens in progress(ids.to(model.device).split(window), desc="Comparing", unit="window"):
+        pos, exact = torch.arange(len(tokens), device=model.device), None
+        for i, each in enumerate(tried):
+            set_thresholds(layers, each)
+            own = model(tokens[None], pos[None])[0].float().log_softmax(-1)
+            exact = own if exact is None else exact
+            sums[i] += F.kl_div(own, exact, reduction="sum", log_target=True).item()
+    return [each / len(ids) for each in sums]
+
+
+@torch.no_grad()
+def find_thresholds(
+    model: Transformer, weights: list[int], windows: Tensor, sparsity: float
+) -> tuple[Thresholds, Thresholds]:
+    """Thresholds of each block's `PROJECTIONS`, found step by step, and those that skip the same share in each of them.
+
+    windows: the calibration text, int64 [n, S]. weights: of each projection. sparsity: the share of a block's weights
+    that are not read. The layers of `model` are those of `skippable_`, and skip nothing afterwards.
+    """
+    found, uniform = [], []
     for _, block, batches in block_calls(model, windows, "Finding thresholds", batch_size=1):
         layers = [block.get_submodule(name) for name in PROJECTIONS]
         inputs = [magnitudes(layer, block, batches) for layer in layers]
         parts = [Projection(*each) for each in zip(layers, weights, inputs, strict=True)]
         exact = [block(*batch) for batch in batches]
-        skip_greedily(parts, partial(error, block, batches, exact), sparsity)
-        for mix, blocks in zip(MIXES, mixes, strict=True):
-            blocks.append([part.threshold(sparsity + mix * (part.share - sparsity)) for part in parts])
+        change = partial(error, block, batches, exact)
+        for part in parts:
+            part.skip(sparsity)
+        uniform.append([layer.threshold for layer in layers])
+        skip_greedily(parts, change, sparsity)
+        found.append([layer.threshold for layer in layers])
         for part in parts:
             part.skip(0.0)
-    return mixes
-
-
-@torch.no_grad()
-def divergences(
-    model: Transformer, layers: list[list[Thresholded]], windows: Tensor, tried: list[Thresholds]
-) -> list[float]:
-    """How far from the model's predictions each list of thresholds leads: KL divergence, nats a token of windows."""
-    sums = [0.0] * len(tried)
-    for tokens in progress(windows.to(model.device), desc="Comparing thresholds", unit="window"):
-        call = tokens[None], torch.arange(len(tokens), device=model.device)[None]
-        exact = model(*call)[0].float().log_softmax(-1)
-        for i, each in enumerate(tried):
-            set_thresholds(layers, each)
-            sums[i] += F.kl_div(model(*call)[0].float().log_softmax(-1), exact, reduction="sum", log_target=True).item()
-        set_thresholds(layers, skipping_nothing(layers))
-    return [each / windows.numel() for each in sums]
+    return found, uniform
 
 
 def magnitudes(layer: nn.Module, block: nn.Module, batches: list[tuple]) -> Tensor:

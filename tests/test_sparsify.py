@@ -12,7 +12,6 @@ from compress.activations import (
     divergences,
     error,
     find_thresholds,
-    mixed_thresholds,
     set_thresholds,
     skip_greedily,
     skippable_,
@@ -54,45 +53,48 @@ def test_a_token_of_large_numbers_counts_as_any_other():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
-def test_thresholds_skip_what_was_asked_and_disturb_a_block_less_than_uniform_ones(sparsity):
+def test_thresholds_skip_what_was_asked_and_disturb_less_than_uniform_ones(sparsity):
     model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
     sizes = [model.layers[0].get_submodule(name).weight.numel() for name in PROJECTIONS]
     layers = skippable_(model)
-    mixes = mixed_thresholds(model, sizes, windows, sparsity)
+    found, uniform = find_thresholds(model, sizes, windows, sparsity)
     pos = torch.arange(24)[None].expand(4, 24)
     batch = (model.embed(windows, pos), pos, *model.contexts(pos, None)[0])
-    block, skipped, errors = model.layers[0], [], []
+    block, skipped, errors = model.layers[0], [], {}
     wanted = block(*batch)
 
     def count(layer, inputs):
         skipped.append((inputs[0].abs() <= layer.threshold).float().mean().item())
 
+    for name, thresholds in (("uniform", uniform[0]), ("found", found[0])):
+        for layer, threshold in zip(layers[0], thresholds, strict=True):
+            layer.threshold = threshold
+        errors[name] = error(block, [batch], [wanted])
     hooks = [layer.register_forward_pre_hook(count) for layer in layers[0]]
-    for mix in mixes:
-        skipped.clear()
-        set_thresholds(layers, mix)
-        errors.append(error(block, [batch], [wanted]))
-        share = sum(each * size for each, size in zip(skipped, sizes, strict=True)) / sum(sizes)
-        assert share == pytest.approx(sparsity, abs=0.02)
+    block(*batch)
     [hook.remove() for hook in hooks]
-    assert errors[-1] <= errors[0]
+    share = sum(each * size for each, size in zip(skipped, sizes, strict=True)) / sum(sizes)
+    assert share == pytest.approx(sparsity, abs=0.02)
+    assert errors["found"] <= errors["uniform"]
 
 
-def test_of_mixed_shares_those_are_taken_that_change_the_predictions_least():
-    model, windows = tiny_model(), torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
-    sizes = [model.layers[0].get_submodule(name).weight.numel() for name in PROJECTIONS]
-    pos = torch.arange(24)[None].expand(4, 24)
-    exact = model(windows, pos)
+def test_divergence_is_that_of_the_distributions():
+    model, ids = tiny_model(), torch.randint(128, (56,), generator=torch.Generator().manual_seed(0))
     layers = skippable_(model)
-    mixes = mixed_thresholds(model, sizes, windows, 0.5)
+    tried = [[[threshold] * 4] * len(layers) for threshold in (0.0, 0.05, 0.2)]
     by_hand = []
-    for mix in mixes:
-        set_thresholds(layers, mix)
-        own, theirs = (torch.distributions.Categorical(logits=logits) for logits in (model(windows, pos), exact))
-        by_hand.append(torch.distributions.kl_divergence(theirs, own).mean().item())
-    set_thresholds(layers, [[0.0] * 4] * len(layers))
-    assert divergences(model, layers, windows, mixes) == pytest.approx(by_hand, rel=1e-3)
-    assert find_thresholds(model, layers, sizes, windows, 0.5) == (mixes[by_hand.index(min(by_hand))], mixes[0])
+    for each in tried:
+        sums = 0.0
+        for tokens in ids.split(24):  # two windows and the rest
+            call = tokens[None], torch.arange(len(tokens))[None]
+            set_thresholds(layers, tried[0])
+            exact = torch.distributions.Categorical(logits=model(*call))
+            set_thresholds(layers, each)
+            own = torch.distributions.Categorical(logits=model(*call))
+            sums += torch.distributions.kl_divergence(exact, own).sum().item()
+        by_hand.append(sums / 56)
+    assert 0 == by_hand[0] < by_hand[1] < by_hand[2]
+    assert divergences(model, layers, ids, 24, tried) == pytest.approx(by_hand, rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
@@ -104,7 +106,7 @@ def test_a_sparse_checkpoint_is_read_like_any_other(mode, folder, call):
     target = folder / f"sparse-{mode}.pth"
     options = ("--checkpoint_path", source, "--mode", "activations", "--sparsity", 0.4, "--output", target)
     out = call("sparsify.py", *flags(folder, *options, "--check", folder / "text.txt")).out
-    assert "perplexity" in out and "decode tok/s" in out and "sparse 0.4" in out
+    assert all(name in out for name in ("perplexity", "divergence", "decode tok/s", "sparse 0.4"))
     specs = open_model(target).table
     assert all(specs[f"layers.{i}.{name}"].threshold > 0 for i in range(2) for name in PROJECTIONS)
     assert {spec.bits for name, spec in specs.items() if name != "output"} == {{"int8": 8, "int4": 4}.get(mode)}

@@ -225,7 +225,7 @@ class Items:
         if piece.ends:
             if not self.all:
                 yield from self.grow("content", "")
-            yield from self.end()
+            yield from self.end("incomplete" if piece.finish_reason == "length" else "completed")
 
     def grow(self, part: str, more: str) -> Iterator[dict]:
         """Add to the item that has this part of the answer, or begin one."""
@@ -240,14 +240,14 @@ class Items:
             self.all[-1]["content"][0]["text"] += more
             yield self.event(f"{kind.content['type']}.delta", delta=more, content_index=0, **kind.events)
 
-    def end(self) -> Iterator[dict]:
+    def end(self, status: str = "completed") -> Iterator[dict]:
         """The events after which the last item grows no more."""
         if self.growing is None:
             return
         kind, [content] = KINDS[self.growing], self.all[-1]["content"]
         yield self.event(f"{kind.content['type']}.done", text=content["text"], content_index=0, **kind.events)
         yield self.event("content_part.done", part=content, content_index=0)
-        yield self.complete()
+        yield self.finish(status)
         self.growing = None
 
     def call(self, call: dict) -> Iterator[dict]:
@@ -256,14 +256,14 @@ class Items:
         yield self.begin("fc", type="function_call", call_id=call["id"], name=name, arguments="")
         yield self.event("function_call_arguments.delta", delta=arguments)
         yield self.event("function_call_arguments.done", name=name, arguments=arguments)
-        yield self.complete(arguments=arguments)
+        yield self.finish("completed", arguments=arguments)
 
     def begin(self, prefix: str, **item) -> dict:
         self.all.append({"id": new_id(prefix), **item, "status": "in_progress"})
         return self.event("output_item.added", item=self.all[-1])
 
-    def complete(self, **fields) -> dict:
-        self.all[-1] |= {**fields, "status": "completed"}
+    def finish(self, status: str, **fields) -> dict:
+        self.all[-1] |= {**fields, "status": status}
         return self.event("output_item.done", item=self.all[-1])
 
     def event(self, kind: str, **fields) -> dict:

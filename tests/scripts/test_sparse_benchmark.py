@@ -77,7 +77,10 @@ def test_thresholds_are_found_measured_and_timed(eager, monkeypatch, tmp_path):
     path = make_tiny_checkpoint(tmp_path)
     ids = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     quality = teal.measure_quality(path, 0.4, ids[:200], ids[200:])
-    assert quality["all inputs"] != quality["found"] and quality["calibration_tokens"] == 128
+    assert quality["all inputs"]["divergence"] == 0 < quality["found"]["divergence"]
+    assert (
+        quality["all inputs"]["perplexity"] != quality["found"]["perplexity"] and quality["calibration_tokens"] == 128
+    )
     rates = teal.measure_decode(path, QuantSpec(4, 32), {"40%": quality["thresholds"]}, ids[:8], 6, 2)
     assert list(rates) == ["all inputs", "40%"] and all(each["median"]["tok_s"] > 0 for each in rates.values())
     teal.write(path, tmp_path / "sparse.pth", quality["thresholds"])
@@ -88,13 +91,15 @@ def test_thresholds_are_found_measured_and_timed(eager, monkeypatch, tmp_path):
 def test_the_tables_by_hand():
     unit = {"dense": {"median": {"us": 100.0}}, "sparse": {"median": {"us": 50.0}}, "ratio": 2.0, "allowed": 2.5}
     rate = {"dense": {"median": {"tok_s": 10.0}}, "sparse": {"median": {"tok_s": 15.0}}, "ratio": 1.5, "allowed": 2.0}
-    quality = {"40%": {"all inputs": 10.0, "found": 11.0, "uniform": 12.0}}
+    pairs = {"all inputs": (10.0, 0.0), "found": (11.0, 0.05), "uniform": (12.0, 0.0625)}
+    quality = {"40%": {name: {"perplexity": p, "divergence": d} for name, (p, d) in pairs.items()}}
     sides = {name: {"median": {"tok_s": each}} for name, each in {"all inputs": 60.0, "40%": 75.0}.items()}
     result = {"model": "m", "units": {"TinyLlama-1.1B, bf16": {"90% inactive": unit}}, "decode": {"T, bf16": rate}}
     text = table.table(result | {"quality": quality, "thresholds": {"bf16": sides}})
     assert "| feed-forward of TinyLlama-1.1B, bf16, 90% inactive | 100 us | 50 us | x2.00 | x2.50 | 80% |" in text
     assert "| decoding of T, bf16, 90% inactive | 10.0 tok/s | 15.0 tok/s | x1.50 | x2.00 | 75% |" in text
-    assert "| 40% of each block's weights skipped | 11.000 (+10.0 %) | 12.000 | 75.0 tok/s (x1.25) |" in text
+    losses = "11.000 (+10.0 %), 0.050 nats | 12.000 (+20.0 %), 0.062 nats"
+    assert f"| 40% of each block's weights skipped | {losses} | 75.0 tok/s (x1.25) |" in text
 
 
 # ---------------------------------------------------------------- placement

@@ -87,11 +87,14 @@ def table_of_thresholds(result: dict) -> str:
     if not result["quality"]:
         return ""
     rows, precisions = [], result["thresholds"]
-    whole = next(iter(result["quality"].values()))["all inputs"]
+    whole = next(iter(result["quality"].values()))["all inputs"]["perplexity"]
     rates = {name: {side: each["median"]["tok_s"] for side, each in of.items()} for name, of in precisions.items()}
     rows.append(["all inputs", f"{whole:.3f}", "", *(f"{of['all inputs']:.1f} tok/s" for of in rates.values())])
     for name, facts in result["quality"].items():
-        change = f"{facts['found']:.3f} ({100 * (facts['found'] / facts['all inputs'] - 1):+.1f} %)"
+        losses = []
+        for side in ("found", "uniform"):
+            perplexity, divergence = facts[side]["perplexity"], facts[side]["divergence"]
+            losses.append(f"{perplexity:.3f} ({100 * (perplexity / whole - 1):+.1f} %), {divergence:.3f} nats")
         faster = [f"{of[name]:.1f} tok/s (x{of[name] / of['all inputs']:.2f})" for of in rates.values()]
-        rows.append([f"{name} of each block's weights skipped", change, f"{facts['uniform']:.3f}", *faster])
-    return markdown([result["model"], "perplexity", "uniform thresholds", *precisions], rows)
+        rows.append([f"{name} of each block's weights skipped", *losses, *faster])
+    return markdown([result["model"], "perplexity, KL divergence", "of uniform thresholds", *precisions], rows)

@@ -1,7 +1,8 @@
-"""Thresholds found on a text (TEAL): perplexity beside uniform ones, and decoding beside that with all inputs."""
+"""Thresholds found on a text (TEAL): quality beside uniform ones, and decoding beside that with all inputs."""
 
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +27,17 @@ PROMPT = 16  # tokens of a held-out text, after which tokens are timed
 
 
 def measure_quality(path: Path, sparsity: float, calibration: list[int], held_out: list[int]) -> dict:
-    """Thresholds of all layers, and the perplexity of a text with all inputs, with uniform ones, and with those found.
+    """Thresholds of all layers, and the `Quality` on a text with all inputs, with uniform ones, and with those found.
 
     Small inputs are skipped in every token, also of what is read at once.
     """
     model = load_model(path, apart=True)
     layers = skippable_(model)
     windows = calibration_windows(calibration, limit=N_WINDOW, seq_length=LENGTH, needed=LENGTH, seed=0)
-    found, uniform = find_thresholds(model, layers, projection_sizes(open_model(path).layout), windows, sparsity)
+    found, uniform = find_thresholds(model, projection_sizes(open_model(path).layout), windows, sparsity)
     result = {"sparsity": sparsity, "calibration_tokens": windows.numel(), "thresholds": found}
-    return result | compare_thresholds(model, layers, found, uniform, held_out)
+    qualities = compare_thresholds(model, layers, found, uniform, held_out)
+    return result | {name: asdict(quality) for name, quality in qualities.items()}
 
 
 def measure_decode(
