@@ -158,7 +158,7 @@ class Writer:
     async def whole(self) -> dict:
         """The body of an answer that is not streamed."""
         pieces = [[] for _ in self.choices]
-        async for index, piece in self.pieces():
+        async for index, piece in counted(self.answers, self.usage):
             pieces[index].append(piece)
         choices = [choice.whole(joined(own)) for choice, own in zip(self.choices, pieces, strict=True)]
         return {**self.envelope, "choices": choices, "usage": self.usage.to_json()}
@@ -172,7 +172,7 @@ class Writer:
             if first := choice.first():
                 yield event(envelope | {"choices": [first]})
         try:
-            async for index, piece in self.pieces():
+            async for index, piece in counted(self.answers, self.usage):
                 if choice := self.choices[index].chunk(piece):
                     yield event(envelope | {"choices": [choice]})
         except RequestError as error:
@@ -182,14 +182,18 @@ class Writer:
             yield event(envelope | {"choices": [], "usage": self.usage.to_json()})
         yield "data: [DONE]\n\n"
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        async for index, piece in self.answers:
-            if piece.ids or piece.error is None:
-                self.usage.count(index, piece)
-                yield index, piece
-            if piece.error is not None:
-                raise piece.error
+
+async def counted(answers: Answers, usage: Usage) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of answers, each after it is counted. Raises the RequestError that ends them."""
+    async for index, piece in answers:
+        if piece.ids or piece.error is None:
+            usage.count(index, piece)
+            yield index, piece
+        if piece.error is not None:
+            raise piece.error
 
 
-def event(value: dict) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(value: dict, name: str | None = None) -> str:
+    """A server-sent event; some interfaces name theirs."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"

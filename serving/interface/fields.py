@@ -180,7 +180,7 @@ def message(name: str, value: Any) -> dict:
     """A message whose content is a text, and whose tool calls have their arguments as objects."""
     checks = {
         "role": one_of("system", "developer", "user", "assistant", "tool"),
-        "content": content,
+        "content": texts("text", default="text"),
         "name": text,
         "reasoning_content": text,
         "tool_calls": tool_calls,
@@ -205,17 +205,23 @@ def nested(name: str, check: Callable, *arguments) -> Any:
         raise RequestError(f"{name}: {error}", name) from None
 
 
-def content(name: str, value: Any) -> str:
-    """A text, or the parts of one."""
-    if isinstance(value, str):
-        return text(name, value)
-    if not isinstance(value, list):
-        raise wrong(name, value, "a text or a list of parts")
-    kinds = {each["type"] for each in value if isinstance(each, dict) and isinstance(each.get("type"), str)} - {"text"}
-    if kinds:
-        raise RequestError(f"a part of type {listed(sorted(kinds))} is not supported; this model reads text", name)
-    parts = [read_fields(mapping(name, each), {"type": text, "text": text}) for each in value]
-    return "".join(part.get("text", "") for part in parts)
+def texts(*kinds: str, default: str | None = None, neutral: dict[str, tuple] | None = None) -> Check:
+    """A text, or parts of one, each of these types. default: of a part that names none; neutral: see `read_fields`."""
+
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str):
+            return text(name, value)
+        if not isinstance(value, list):
+            raise wrong(name, value, "a text or a list of parts")
+        found = []
+        for part in value:
+            kind = default if mapping(name, part).get("type") is None else part["type"]
+            if kind not in kinds:
+                raise RequestError(f"a part of type {kind} is not supported; this model reads {listed(kinds)}", name)
+            found.append(read_fields(part, {"type": text, "text": text}, neutral).get("text", ""))
+        return "".join(found)
+
+    return check
 
 
 def tool_calls(name: str, value: Any) -> list[dict]:

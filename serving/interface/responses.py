@@ -3,7 +3,6 @@
 Nothing is stored here: a client sends the whole conversation each time.
 """
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,9 +10,25 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from serving.interface import fields as f
-from serving.interface.answers import ChatChoice, Usage
-from serving.interface.fields import GENERATION, RequestError, mapping, nested, read_fields, text, wrong
+from serving.interface.answers import ChatChoice, Usage, counted, event
+from serving.interface.fields import (
+    GENERATION,
+    Check,
+    RequestError,
+    boolean,
+    integer,
+    mapping,
+    messages,
+    nested,
+    one_of,
+    read_fields,
+    response_format,
+    text,
+    texts,
+    tool_choice,
+    tools,
+    wrong,
+)
 from serving.interface.jobs import Asked, Served, asked_in_chat
 from serving.worker import Answers, Piece
 from text.thinking import REASONING
@@ -21,38 +36,17 @@ from text.thinking import REASONING
 # ---------------------------------------------------------------- requests
 
 
-def texts(*kinds: str) -> f.Check:
-    """A text, or parts of it of these types."""
-
-    def check(name: str, value: Any) -> str:
-        if isinstance(value, str):
-            return text(name, value)
-        if not isinstance(value, list):
-            raise wrong(name, value, "a text or a list of parts")
-        found = []
-        for part in value:
-            kind = mapping(name, part).get("type")
-            if kind not in kinds:
-                raise RequestError(
-                    f"a part of type {kind} is not supported; this model reads {' and '.join(kinds)}", name
-                )
-            found.append(read_fields(part, {"type": text, "text": text}, PART_NEUTRAL).get("text", ""))
-        return "".join(found)
-
-    return check
-
-
 PART_NEUTRAL = {"annotations": ([],), "logprobs": ([],)}
 FACTS = {"type": text, "id": text, "status": text}  # of every item
-ITEMS: dict[str, dict[str, f.Check]] = {
+ITEMS: dict[str, dict[str, Check]] = {
     "message": FACTS
     | {
-        "role": f.one_of("system", "developer", "user", "assistant"),
-        "content": texts("input_text", "output_text", "text"),
+        "role": one_of("system", "developer", "user", "assistant"),
+        "content": texts("input_text", "output_text", "text", neutral=PART_NEUTRAL),
     },
     "function_call": FACTS | {"call_id": text, "name": text, "arguments": text},
-    "function_call_output": FACTS | {"call_id": text, "output": texts("input_text")},
-    "reasoning": FACTS | {"content": texts("reasoning_text")},
+    "function_call_output": FACTS | {"call_id": text, "output": texts("input_text", neutral=PART_NEUTRAL)},
+    "reasoning": FACTS | {"content": texts("reasoning_text", neutral=PART_NEUTRAL)},
 }
 NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name"), "function_call_output": ("output",)}
 
@@ -66,7 +60,7 @@ def read_input(name: str, value: Any) -> list[dict]:
     found: list[dict] = []
     for i, each in enumerate(value):
         nested(f"{name}[{i}]", add_item, found, mapping(f"{name}[{i}]", each))
-    return f.messages(name, found)
+    return messages(name, found)
 
 
 def add_item(found: list[dict], item: dict) -> None:
@@ -98,39 +92,38 @@ def add_item(found: list[dict], item: dict) -> None:
 
 def read_tools(name: str, value: Any) -> list[dict]:
     """Tools, whose functions stand in no object of their own here."""
-    if not isinstance(value, list):
-        raise wrong(name, value, "a list of tools")
-    return f.tools(name, [in_function(mapping(f"{name}[{i}]", each)) for i, each in enumerate(value)])
+    return tools(name, [in_function(each) for each in value] if isinstance(value, list) else value)
 
 
-def in_function(described: dict) -> dict:
-    if described.get("type") != "function":
+def in_function(described: Any) -> Any:
+    """A function as /v1/chat/completions describes one; what is none stays as it is, to be refused."""
+    if not isinstance(described, dict) or described.get("type") != "function":
         return described
     return {"type": "function", "function": {name: each for name, each in described.items() if name != "type"}}
 
 
 def read_choice(name: str, value: Any) -> str | dict:
-    return f.tool_choice(name, in_function(value) if isinstance(value, dict) else value)
+    return tool_choice(name, in_function(value))
 
 
 def read_format(name: str, value: Any) -> dict | None:
     """The JSON schema of the answer; None: it is plain text."""
     found = read_fields(mapping(name, value), {"format": mapping}, {"verbosity": ("medium",)}).get("format")
     if found is None or found.get("type") != "json_schema":
-        return f.response_format(f"{name}.format", found or {"type": "text"})
+        return response_format(f"{name}.format", found or {"type": "text"})
     schema = {key: each for key, each in found.items() if key != "type"}
-    return f.response_format(f"{name}.format", {"type": "json_schema", "json_schema": schema})
+    return response_format(f"{name}.format", {"type": "json_schema", "json_schema": schema})
 
 
 OTHERS = ("n", "max_tokens", "max_completion_tokens", "response_format", "stream_options")
-RESPONSES: dict[str, f.Check] = {name: check for name, check in GENERATION.items() if name not in OTHERS} | {
+RESPONSES: dict[str, Check] = {name: check for name, check in GENERATION.items() if name not in OTHERS} | {
     "input": read_input,
     "instructions": text,
-    "max_output_tokens": f.integer(1),
+    "max_output_tokens": integer(1),
     "text": read_format,
     "tools": read_tools,
     "tool_choice": read_choice,
-    "parallel_tool_calls": f.boolean,
+    "parallel_tool_calls": boolean,
     "chat_template_kwargs": mapping,
     "prompt_cache_key": text,  # prefixes are found without it
 }
@@ -184,9 +177,9 @@ def new_id(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a part of an answer is written: an item with one part of content."""
+    """How a part of an answer is written: an item with one part of content. prefix: of its id."""
 
-    id: str
+    prefix: str
     item: dict
     content: dict
     events: dict  # what those of the text have beside it
@@ -232,7 +225,7 @@ class Items:
         kind = KINDS[part]
         if self.growing != part:
             yield from self.end()
-            yield self.begin(kind.id, **kind.item, content=[])
+            yield self.begin(kind.prefix, **kind.item, content=[])
             self.growing = part
             self.all[-1]["content"] = [kind.content | {"text": ""}]
             yield self.event("content_part.added", part=self.all[-1]["content"][0], content_index=0)
@@ -311,15 +304,14 @@ class ResponseWriter:
         """The events, numbered; an error in the midst of them is the last."""
         numbers = count()
 
-        def line(event: dict) -> str:
-            data = json.dumps(event | {"sequence_number": next(numbers)}, ensure_ascii=False, separators=(",", ":"))
-            return f"event: {event['type']}\ndata: {data}\n\n"
+        def line(facts: dict) -> str:
+            return event(facts | {"sequence_number": next(numbers)}, facts["type"])
 
         for kind in ("created", "in_progress"):
             yield line({"type": f"response.{kind}", "response": self.response("in_progress")})
         try:
-            async for event in self.events():
-                yield line(event)
+            async for facts in self.events():
+                yield line(facts)
         except RequestError as error:
             yield line({"type": "error", "code": error.code, "message": str(error), "param": error.param})
             return
@@ -329,11 +321,7 @@ class ResponseWriter:
         return "incomplete" if self.reason == "length" else "completed"
 
     async def events(self) -> AsyncIterator[dict]:
-        async for index, piece in self.answers:
-            if piece.ids or piece.error is None:
-                self.usage.count(index, piece)
-                self.reason = piece.finish_reason or self.reason
-                for event in self.items.push(piece):
-                    yield event
-            if piece.error is not None:
-                raise piece.error
+        async for _, piece in counted(self.answers, self.usage):
+            self.reason = piece.finish_reason or self.reason
+            for facts in self.items.push(piece):
+                yield facts
