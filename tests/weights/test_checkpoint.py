@@ -776,7 +776,7 @@ thread.start()
 model = load_model(sys.argv[1], dequantize="dequantize" in sys.argv)
 done = True
 thread.join()
-print(peak - before, sum(tensor.nbytes for tensor in model.state_dict().values()))
+print(max(peak, anonymous()) - before, sum(tensor.nbytes for tensor in model.state_dict().values()))
 """
 
 
@@ -809,7 +809,9 @@ def test_loading_needs_little_more_memory_than_the_weights(form, tmp_path):
 @pytest.mark.parametrize("how, least", [("dequantize", 0.2e9), ("kept", 0.1e9)])
 def test_loading_the_default_gguf_needs_350_mb_more_than_the_weights(default_gguf, how, least):
     grown, size = peak_growth(default_gguf, how)
-    assert least < size < grown <= size + 350e6, f"{(grown - size) / 1e6:.0f} MB more than {size / 1e6:.0f} MB"
+    assert least < size
+    # Memory that the imports freed is taken again: up to a tenth of the weights may lie in it.
+    assert size * 0.9 < grown <= size + 350e6, f"{(grown - size) / 1e6:.0f} MB more than {size / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------- writing
