@@ -1,4 +1,4 @@
-"""Gated feed-forwards with a ReLU, most of whose neurons are inactive: alone, and in the decoding of a whole model.
+"""Feed-forwards with a ReLU, most of whose neurons are inactive: alone, and in the decoding of a whole model.
 
 Random weights. Alone, inputs are positive and the signs of a gate's weights decide whether its neuron is active; in a
 model, large biases of the gates do. So the share that is inactive is exact, and which neurons are is random.
@@ -91,8 +91,10 @@ def bytes_of(owner: nn.Module) -> int:
 
 
 def skippable_bytes(unit: ReluFeedForward) -> int:
-    """Bytes of the weights that belong to single neurons, beside the gate's."""
-    return sum(tensor.nbytes for name, tensor in unit.state_dict().items() if not name.startswith("gate."))
+    """Bytes that belong to single neurons, beside the gate's. The scales of the down projection belong to groups of them,
+    hardly one of which has no active neuron."""
+    skipped = ("up.weight", "up.scales", "down.weight")
+    return sum(tensor.nbytes for name, tensor in unit.state_dict().items() if name in skipped)
 
 
 @torch.inference_mode()

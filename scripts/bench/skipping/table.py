@@ -1,7 +1,7 @@
 """Weights that decoding does not read: of inactive neurons behind a ReLU, and of small inputs (TEAL), against all.
 
-A feed-forward alone in two shapes, 90 %, 50 % and none of its neurons inactive; the decoding of a model in TinyLlama's
-shape; and of a checkpoint with thresholds found on a text: by default the first half of Python's own documentation of
+Feed-forwards alone, 90 %, 50 % and none of their neurons inactive; the decoding of models in TinyLlama's shape and in
+Llama-2-7B's, of which half the layers fit in 24 GB twice; and of a checkpoint with thresholds found on a text: by default the first half of Python's own documentation of
 its language, pydoc_data.topics, whose second half is measured.
 """
 
@@ -18,7 +18,16 @@ from text.prompts import ids_of
 from weights.checkpoint import open_model
 from weights.registry import args_from_name
 
-SHAPES = ("TinyLlama-1.1B", "Llama-2-7B")  # of feed-forwards; the first also of a whole model
+UNITS = {  # what feed-forwards have beside the sizes of a known model
+    "TinyLlama-1.1B": ("TinyLlama-1.1B", {}),
+    "Llama-2-7B": ("Llama-2-7B", {}),
+    "OPT-1.3B (no gate)": ("TinyLlama-1.1B", {"intermediate_size": 8192, "gated": False, "ffn_bias": True}),
+    "Nemotron-Mini-4B (no gate)": ("Llama-3.2-3B", {"intermediate_size": 9216, "gated": False}),
+}
+MODELS = {
+    "TinyLlama-1.1B": args_from_name("TinyLlama-1.1B"),
+    "Llama-2-7B, 16 of 32 layers": replace(args_from_name("Llama-2-7B"), n_layer=16),
+}
 PRECISIONS = {"bf16": None, "int8": QuantSpec(8), "int4": QuantSpec(4, 32)}
 SPARSITIES = (0.25, 0.4)
 HELD_OUT = 8192  # tokens whose perplexity is measured
@@ -38,12 +47,12 @@ def fill(report: Report, *, model: str, precisions: list[str], rounds: int, new_
     ids = ids_of(read_text(text) if text else "\n".join(topics.values()), path, open_model(path).args.vocab_size)
     for precision in precisions:
         spec = PRECISIONS[precision]
-        for shape in SHAPES:
-            args = replace(args_from_name(shape), activation="relu")
-            how = partial(relu.measure_units, args, spec, rounds)
-            report.once(report.result["units"], f"{shape}, {precision}", how)
-        how = partial(relu.measure_decode, args_from_name(SHAPES[0]), spec, 0.9, new_tokens, rounds)
-        report.once(report.result["decode"], f"{SHAPES[0]}, {precision}", how)
+        for name, (shape, others) in UNITS.items():
+            args = replace(args_from_name(shape), activation="relu", **others)
+            report.once(report.result["units"], f"{name}, {precision}", partial(relu.measure_units, args, spec, rounds))
+        for name, args in MODELS.items():
+            how = partial(relu.measure_decode, args, spec, 0.9, new_tokens, rounds)
+            report.once(report.result["decode"], f"{name}, {precision}", how)
     fill_thresholds(report, path, precisions, rounds, new_tokens, ids)
 
 
@@ -74,7 +83,7 @@ def table_of_relu(result: dict) -> str:
     for name, facts in result["decode"].items():
         dense, sparse = (f"{facts[side]['median']['tok_s']:.1f} tok/s" for side in ("dense", "sparse"))
         rows.append([f"decoding of {name}, 90% inactive", dense, sparse, *gains(facts)])
-    header = ["gated units with a ReLU", "dense", "sparse", "gain", "the bytes allow", "of that"]
+    header = ["units with a ReLU", "dense", "sparse", "gain", "the bytes allow", "of that"]
     return markdown(header, rows) if rows else ""
 
 
