@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from layers.packed import FEW, CodesLinear, FewRowsLinear, OperatorAttend
-from layers.sparse import COLUMNS, SparseLinear
+from layers.sparse import COLUMNS, SparseLinear, Thresholded
 from layers.two_four import PackedTwoFour
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
@@ -48,6 +48,8 @@ def is_joinable(layer: nn.Module) -> bool:
     """Whether `join_blocks` takes a layer, which is no rank's part."""
     if type(layer) is SparseLinear:
         return layer.out_features % COLUMNS == 0 and layer.weight.dtype != torch.float32
+    if type(layer) is Thresholded:
+        return type(layer.layer) is CodesLinear
     return type(layer) in (FewRowsLinear, CodesLinear, PackedTwoFour)
 
 
@@ -63,10 +65,11 @@ class FusedBlocks(RegionBlocks):
         attention, eps = blocks[0].attention, blocks[0].ffn_norm.eps
         attended, attend = attention.n_head * attention.head_dim, attention.attend
         layers = [layer for block in blocks for layer in linear_layers(block)]
-        self.takes_many = attend.takes_many and not any(type(layer) is SparseLinear for layer in layers)
         tensors = [tensor for block in blocks for tensor in self.tensors(block)]
-        thresholds = [layer.threshold if type(layer) is SparseLinear else -1.0 for layer in layers]  # -1: dense
-        self.fused = torch.ops.gpt_faster.join_blocks(tensors, thresholds, attended, eps, attend.scale)
+        thresholds = [getattr(layer, "threshold", -1.0) for layer in layers]  # -1: all inputs count
+        by_input = [type(layer) is SparseLinear for layer in layers]
+        self.takes_many = attend.takes_many and max(thresholds) < 0
+        self.fused = torch.ops.gpt_faster.join_blocks(tensors, thresholds, by_input, attended, eps, attend.scale)
 
     @staticmethod
     def fits(blocks: Blocks, args: ModelArgs) -> bool:
@@ -84,7 +87,8 @@ class FusedBlocks(RegionBlocks):
     def tensors(block: TransformerBlock) -> list[Tensor | None]:
         """The tensors of one block in the order of `join_blocks`."""
         a = block.attention
-        wqkv, wo, w13, w2 = ((each.weight, each.scales, each.bias) for each in linear_layers(block))
+        layers = [each.layer if type(each) is Thresholded else each for each in linear_layers(block)]
+        wqkv, wo, w13, w2 = ((each.weight, each.scales, each.bias) for each in layers)
         q_norm, k_norm = (norm.weight if isinstance(norm, RMSNorm) else None for norm in (a.q_norm, a.k_norm))
         return [block.attention_norm.weight, *wqkv, q_norm, k_norm, *wo, block.ffn_norm.weight, *w13, *w2]
 

@@ -12,7 +12,7 @@ from layers.blocks import FusedBlocks, RegionBlocks
 from layers.formats import Int4Linear, Int8Linear, QuantizedLinear
 from layers.gpu.attention import GpuAttention
 from layers.gpu.experts import GpuExperts
-from layers.gpu.linear import CodesOnGpu, GpuBlock, codes_on_gpu, has_head_for_gpu, join_head_
+from layers.gpu.linear import CodesOnGpu, GpuBlock, TwoFourOnGpu, codes_on_gpu, has_head_for_gpu, join_head_
 from layers.low_rank import WithAdapter
 from layers.mixers.latent import AbsorbedAttention, HeadLinear, OperatorHeadLinear
 from layers.mixers.recurrent import OperatorDeltaNet
@@ -64,6 +64,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row(ALL,                    "cuda", None,  False,     CodesOnGpu.fits,     codes_on_gpu),
     Row((TwoFourLinear,),       "cpu",  None,  True,      PackedTwoFour.fits,  PackedTwoFour),
+    Row((TwoFourLinear,),       "cuda", None,  False,     TwoFourOnGpu.fits,   TwoFourOnGpu),
     Row((Thresholded,),         "cpu",  None,  True,      SparseLinear.fits,   SparseLinear),
     Row((FeedForward,),         "cpu",  None,  True,      ReluFeedForward.fits, ReluFeedForward),
     Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),

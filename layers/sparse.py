@@ -96,7 +96,8 @@ class SparseLinear(RowsLinear):
 
     @staticmethod
     def fits(plain: Thresholded, _: ModelArgs | None) -> bool:
-        return RowsLinear.takes(plain.layer)
+        """Whether leaving out rows gains anything. Of int4 it does not: a dense product works with whole numbers."""
+        return RowsLinear.takes(plain.layer) and type(plain.layer) is not Int4Linear
 
     def forward(self, x: Tensor) -> Tensor:  # as Thresholded
         if surely_few(x[..., 0].numel(), FEW):

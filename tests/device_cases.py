@@ -58,6 +58,7 @@ BIASED_EXPERTS = replace(ALL_USED, attention_sinks=True, qkv_bias=True, ffn_bias
 FLOAT4 = QuantSpec(4, 32, "float4")
 SHIPPED = [FLOAT4, QuantSpec(4, 64, "nf4"), QuantSpec(4, 64, "fp4"), QuantSpec(8, 64, "int8.zeros")]
 SHIPPED += [QuantSpec(8, groupsize, "float8") for groupsize in (None, 128)]
+TWO_FOUR = [QuantSpec(pattern="2:4"), QuantSpec(8, pattern="2:4")]
 PROMPT_LENGTHS, NEW = (530, 1, 40), 4  # longer than a chunk of the prefill, a single token, and between
 GREEDY = Sampling(temperature=0)
 LAST_CASE = 60.0  # seconds that a case may take which begins in the last second
@@ -176,7 +177,10 @@ def check_draws(compiled: bool, device, dtype) -> None:
 def check_layer(spec: QuantSpec, compiled: bool, device, dtype) -> None:
     """A quantised layer, from one row to many, against its dequantised weight."""
     torch.manual_seed(0)
-    tensors = quantize_weight(torch.randn(768, 512), spec)
+    weight = torch.randn(768, 512)
+    if spec.pattern is not None:
+        weight *= (torch.rand(768, 128, 4).argsort(-1) < 2).flatten(1)
+    tensors = quantize_weight(weight if spec.bits else weight.to(dtype), spec)
     work = fast_layer(spec, tensors, compiled, device)
     for n_row in ROWS:
         x = torch.randn(n_row, 512).to(dtype)
@@ -265,7 +269,7 @@ def named_cases() -> dict[str, Callable[[torch.device, torch.dtype], None]]:
         found[f"model, {how}: with an int8 cache"] = partial(check_model, ARGS, int4, compiled, cache_dtype=torch.int8)
         for name, args in (("float", ARGS), ("with experts", EXPERTS)):
             found[f"model, {how}: {name} in float32"] = partial(check_model_in_float32, args, compiled)
-        for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256)), *SHIPPED):
+        for spec in (int8, QuantSpec(8, 64), *(QuantSpec(4, size) for size in (32, 64, 128, 256)), *SHIPPED, *TWO_FOUR):
             found[f"layer, {how}: {spec}"] = partial(check_layer, spec, compiled)
         for name, spec in (specs | shipped).items():
             found[f"experts, {how}: {name}"] = partial(check_experts, spec, compiled)

@@ -104,7 +104,7 @@ struct Blocks {
   void normalise(const void* norm, const Linear& next, Range rows) const {
     for (int64_t m = rows.begin; m < rows.end; m++) {
       rms_norm(x + m * dim, static_cast<const Element*>(norm), normed + m * dim, dim, eps);
-      next.quantise_inputs(normed, M, S, quantised, m, {0, dim});
+      next.take_inputs(normed, M, S, quantised, m, {0, dim});
     }
   }
 
@@ -141,7 +141,7 @@ struct Blocks {
     for (int64_t m = rows.begin; m < rows.end; m++) {
       const Element *gate = gate_up + 2 * m * width + outputs.begin, *up = gate + width;
       silu_times(gate, up, hidden + m * width + outputs.begin, outputs.end - outputs.begin);
-      block.w2.quantise_inputs(hidden, M, S, other_quantised, m, outputs);
+      block.w2.take_inputs(hidden, M, S, other_quantised, m, outputs);
     }
   }
 
@@ -174,7 +174,7 @@ struct Blocks {
     for (int64_t i = queries.begin; i < queries.end; i++) {
       few.join(i);
       const auto [b, s, h] = few.query(i);
-      block.wo.quantise_inputs(attended, M, S, other_quantised, b * S + s, {h * D, (h + 1) * D});
+      block.wo.take_inputs(attended, M, S, other_quantised, b * S + s, {h * D, (h + 1) * D});
     }
     wait_for_all();
     multiply(block.wo, attended, made, other_quantised, {outputs});

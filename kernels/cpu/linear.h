@@ -57,6 +57,7 @@ struct Linear {
   const MatrixUnit* matrix_unit;      // for bfloat16 activations of codes; null: there is none
   SparseWeight sparse = {};           // which has a weight if the layer has none of the others; for `multiply_sparse` only
   TwoFourWeight two_four = {};         // which has tiles if the layer has none of the others
+  float threshold = -1;               // of codes: inputs of few tokens, up to it in magnitude, count as 0
 
   // Whether activations are multiplied as they are if each request has S tokens. Else they are quantised.
   bool takes_floats(int64_t S) const {
@@ -75,6 +76,13 @@ struct Linear {
     if (takes_floats(S)) return;
     const Range groups{inputs.begin / kGroup, divide_up(inputs.end, kGroup)};
     quantise(x, codes, activations<Element>(scratch, M), m, groups);
+  }
+
+  // As quantise_inputs for few rows, where `threshold` holds: small inputs become 0 in x, too.
+  template <class Element>
+  void take_inputs(Element* x, int64_t M, int64_t S, void* scratch, int64_t m, Range inputs) const {
+    if (threshold >= 0) skip_small(x + m * in + inputs.begin, inputs.end - inputs.begin, threshold);
+    quantise_inputs(x, M, S, scratch, m, inputs);
   }
 
   // All inputs of all rows, by all threads.

@@ -206,18 +206,22 @@ struct JoinedCache {
 
 constexpr int64_t kTensors = 16;  // of a block
 
-// A layer from three tensors: weight, scales and bias. threshold: of one whose weight lies by input, else negative.
-Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype, double threshold) {
+// A layer from three tensors: weight, scales and bias. threshold: of one that skips small inputs, else negative; by_input:
+// whether its weight lies so.
+Linear joined_layer(OptionalTensor* tensors, int64_t in, Dtype dtype, double threshold, bool by_input) {
   TORCH_CHECK(tensors[0] && tensors[0]->dim() == 2, "join_blocks: a weight is missing");
   for (int i = 0; i < 3; i++) tensors[i] = contiguous(tensors[i]);
-  if (threshold >= 0) {
+  if (by_input) {
     const int64_t out = tensors[0]->size(1) * (tensors[0]->scalar_type() == at::kByte ? 2 : 1);
     const SparseWeight sparse = sparse_of(*tensors[0], tensors[1], tensors[2], out, threshold, "join_blocks");
     TORCH_CHECK(sparse.in == in, "join_blocks: wrong size");
     return {.has_codes = false, .codes = {}, .bf16 = {}, .in = in, .out = out, .many_rows_product = nullptr,
             .matrix_unit = nullptr, .sparse = sparse};
   }
-  return layer_of(*tensors[0], tensors[1], tensors[2], in, dtype, "join_blocks");
+  Linear layer = layer_of(*tensors[0], tensors[1], tensors[2], in, dtype, "join_blocks");
+  TORCH_CHECK(threshold < 0 || layer.has_codes, "join_blocks: a threshold of a layer without codes");
+  layer.threshold = threshold;
+  return layer;
 }
 
 const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
@@ -228,9 +232,11 @@ const void* joined_norm(OptionalTensor& norm, int64_t size, Dtype dtype) {
   return norm->const_data_ptr();
 }
 
-Block joined_block(OptionalTensor* t, const c10::List<double>& thresholds, size_t number, int64_t dim, int64_t attended,
-                   int64_t head_norm, Dtype dtype) {
-  const auto layer = [&](int at, int64_t in, int i) { return joined_layer(t + at, in, dtype, thresholds[4 * number + i]); };
+Block joined_block(OptionalTensor* t, const c10::List<double>& thresholds, const c10::List<bool>& by_input, size_t number,
+                   int64_t dim, int64_t attended, int64_t head_norm, Dtype dtype) {
+  const auto layer = [&](int at, int64_t in, size_t i) {
+    return joined_layer(t + at, in, dtype, thresholds[4 * number + i], by_input[4 * number + i]);
+  };
   Block block{.wqkv = layer(1, dim, 0), .wo = layer(6, attended, 1), .w13 = layer(10, dim, 2), .w2 = {}};
   block.w2 = layer(13, block.w13.out / 2, 3);
   TORCH_CHECK(t[0] && t[9], "join_blocks: a norm is missing");
@@ -244,11 +250,12 @@ Block joined_block(OptionalTensor* t, const c10::List<double>& thresholds, size_
 // The blocks of a model as one handle for run_blocks, which keeps the tensors it is made of. Of each block, in this order:
 // attention_norm, wqkv, q_norm and k_norm or none, wo, ffn_norm, w13, w2. A linear layer is its weight, scales and bias,
 // as linear_codes or linear_two_four takes them, or linear_bf16. attended: inputs of wo; eps: of the norms; scale: of
-// q k. thresholds: of its four layers, see `joined_layer`.
-Tensor join_blocks(const c10::List<OptionalTensor>& tensors, const c10::List<double>& thresholds, int64_t attended,
-                   double eps, double scale) {
-  TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0 && thresholds.size() * kTensors == tensors.size() * 4,
-              "join_blocks: ", tensors.size(), " tensors, ", thresholds.size(), " thresholds");
+// q k. thresholds, by_input: of its four layers, see `joined_layer`.
+Tensor join_blocks(const c10::List<OptionalTensor>& tensors, const c10::List<double>& thresholds,
+                   const c10::List<bool>& by_input, int64_t attended, double eps, double scale) {
+  const size_t layers = tensors.size() / kTensors * 4;
+  TORCH_CHECK(!tensors.empty() && tensors.size() % kTensors == 0 && thresholds.size() == layers &&
+              by_input.size() == layers, "join_blocks: ", tensors.size(), " tensors, ", thresholds.size(), " thresholds");
   JoinedBlocks joined{.tensors = tensors.vec(), .eps = eps, .scale = scale};
   OptionalTensor* all = joined.tensors.data();
   TORCH_CHECK(all[0], "join_blocks: a norm is missing");
@@ -257,7 +264,8 @@ Tensor join_blocks(const c10::List<OptionalTensor>& tensors, const c10::List<dou
   for (int i : {4, 5}) if (all[i]) joined.head_norm = all[i]->numel();
   for (size_t t = 0; t < tensors.size(); t += kTensors) {
     const size_t number = t / kTensors;
-    joined.blocks.push_back(joined_block(all + t, thresholds, number, dim, attended, joined.head_norm, joined.dtype));
+    joined.blocks.push_back(
+        joined_block(all + t, thresholds, by_input, number, dim, attended, joined.head_norm, joined.dtype));
     const Block &first = joined.blocks[0], &block = joined.blocks.back();
     TORCH_CHECK(first.wqkv.out == block.wqkv.out && first.wo.in == block.wo.in && first.w13.out == block.w13.out,
                 "join_blocks: unlike blocks");
@@ -340,7 +348,8 @@ TORCH_LIBRARY(gpt_faster, m) {
         "float scale, Tensor? sinks=None) -> Tensor");
   m.def("linear_sparse(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int out, float threshold) -> Tensor");
   m.def("linear_wanted(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, Tensor wanted) -> Tensor");
-  m.def("join_blocks(Tensor?[] tensors, float[] thresholds, int attended, float eps, float scale) -> Tensor");
+  m.def("join_blocks(Tensor?[] tensors, float[] thresholds, bool[] by_input, int attended, float eps, float scale) "
+        "-> Tensor");
   m.def("join_cache(Tensor?[] tensors) -> Tensor");
   // Both that follow write to caches. Their schemas do not say so, because the compiler would then copy the handle or the
   // states: nothing else reads the caches in the same graph, and every use of the result comes after.

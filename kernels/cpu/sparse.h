@@ -59,6 +59,21 @@ void with_code_of(const SparseWeight& weight, const Work& work) {
   else work(Nibbles{});
 }
 
+// `value` with 0 where its magnitude is up to a threshold.
+INLINE Floats without_small(Floats value, float threshold) {
+  return select(abs(value) < every(std::nextafter(threshold, INFINITY)), every(0.0f), value);
+}
+
+// Makes those of n numbers 0 whose magnitude is up to a threshold.
+template <class Element>
+void skip_small(Element* x, int64_t n, float threshold) {
+  for (int64_t i = 0; i < n; i += 16) {
+    Element values[16];
+    store(values, without_small(load(x + i, std::min<int64_t>(16, n - i)), threshold));
+    std::memcpy(x + i, values, std::min<int64_t>(16, n - i) * sizeof(Element));
+  }
+}
+
 // Those of some inputs that are not skipped, in some row at least, and their values in every row.
 struct ActiveInputs {
   Range among;
@@ -75,7 +90,7 @@ struct ActiveInputs {
     index.resize(in), values.resize(M * stride), ends.assign(1, 0);
     for (int64_t m = 0; m < M; m++) for (int64_t i = among.begin; i < among.end; i += 16) {
       const Floats value = load(x + m * in + i, std::min<int64_t>(16, in - i));
-      store(&values[m * stride + i], select(abs(value) < every(std::nextafter(weight.threshold, INFINITY)), every(0.0f), value));
+      store(&values[m * stride + i], without_small(value, weight.threshold));
     }
     for (int64_t g = 0, n = 0; g < weight.groups; g++) {
       const Range group{std::max(g * groupsize, among.begin), std::min((g + 1) * groupsize, among.end)};

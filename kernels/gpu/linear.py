@@ -1,8 +1,9 @@
 """Linear layers on a GPU in Triton, from the weights as files store them: float, int8, e4m3, int4 or other nibbles.
 
 A thread reads a weight 16 bytes, a chunk, at a time: 8 inputs of bfloat16, 16 of a byte, 32 of nibbles, which lie in
-one group. `gemv` serves few rows of x by sums in registers, `product` more by the tensor cores. Both may normalise x
-first, and add a bias, add a residual or apply a gated activation last, so that nothing else need be launched for it.
+one group; of a 2:4 weight the kept values of 16 inputs in bfloat16, or of 32 in int8. BITS is what an input takes.
+`gemv` serves few rows of x by sums in registers, `product` more by the tensor cores. Both may normalise x first, and
+add a bias, add a residual or apply a gated activation last, so that nothing else need be launched for it.
 """
 
 import functools
@@ -41,6 +42,35 @@ def codes_of(q, table, BITS: tl.constexpr):
         return q.to(tl.float32) if table is None else tl.load(table + q.to(tl.int32))
     else:
         return of_bytes(q)
+
+
+@triton.jit
+def spread(q, positions, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr):
+    """Chunks of kept values, of each four inputs two, in float32 [rows, chunks, inputs of a chunk]; the others are 0.
+
+    positions: uint8 [N, K / 8], see `layers.two_four`.
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    CHUNKS: tl.constexpr = q.shape[1]
+    FOURS: tl.constexpr = q.shape[2] // 2
+    at = chunk[:, None] * (FOURS // 2) + tl.arange(0, FOURS // 2)[None, :]
+    mask = (row < N)[:, None, None] & (chunk < K * BITS // 128)[None, :, None]
+    places = tl.load(positions + row.to(tl.int64)[:, None, None] * (K // 8) + at[None], mask=mask, other=0)
+    places = tl.reshape(tl.join(places & 15, places >> 4), (ROWS, CHUNKS, FOURS))[:, :, :, None]
+    first, second = tl.split(tl.reshape(of_bytes(q), (ROWS, CHUNKS, FOURS, 2)))
+    place = tl.arange(0, 4)[None, None, None, :]
+    four = tl.where((places & 3) == place, first[:, :, :, None], 0.0)
+    four += tl.where((places >> 2) == place, second[:, :, :, None], 0.0)
+    return tl.reshape(four, (ROWS, CHUNKS, 4 * FOURS))
+
+
+@triton.jit
+def weights_of(q, table, positions, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr):
+    """Chunks of a weight as `codes_of` or `spread` has them."""
+    if positions is None:
+        return codes_of(q, table, BITS)
+    else:
+        return spread(q, positions, row, chunk, N, K, BITS)
 
 
 @triton.jit
@@ -107,7 +137,7 @@ def finish(total, r, m, M, N, scales, bias, residual, y, GROUP: tl.constexpr, AC
 
 @triton.jit(do_not_specialize=["M", "eps"])
 def gemv(
-    x, w, scales, zeros, table, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
+    x, w, scales, zeros, table, positions, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +155,7 @@ def gemv(
         if PDL and first == 0:  # weights are on their way; all else may be what the kernel before this one writes
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        codes = codes_of(stored, table, BITS)
+        codes = weights_of(stored, table, positions, row, chunk, N, K, BITS)
         xs = inputs_of(x, m, chunk, M, K, BITS)
         if norm is not None:
             squares += tl.sum(xs * xs, 2)
@@ -182,7 +212,7 @@ def summed(acc, squares, partials, counters, SPLIT: tl.constexpr, BM: tl.constex
 
 @triton.jit(do_not_specialize=["M", "eps"])
 def product(
-    x, w, scales, zeros, table, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
+    x, w, scales, zeros, table, positions, bias, norm, residual, y, M, N, eps, K: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, partials, counters,
 ):  # fmt: skip
@@ -195,7 +225,8 @@ def product(
     acc, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
     for first in tl.range(tl.program_id(2) * 4, K * BITS // 128, SPLIT * 4, num_stages=STAGES):
         chunk = first + tl.arange(0, 4)
-        weight = codes_of(chunks_of(w, row, chunk, N, K, BITS), table, BITS)
+        stored = chunks_of(w, row, chunk, N, K, BITS)
+        weight = weights_of(stored, table, positions, row, chunk, N, K, BITS)
         if GROUP is not None:
             scale = of_groups(scales, row, chunk, N, K, BITS, GROUP)
             weight *= scale[:, :, None]
@@ -279,19 +310,19 @@ def new_counters(weight: Tensor) -> Tensor:
 def launch(
     x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, counters: Tensor,
     norm: Tensor | None, eps: float, norm_offset: bool, residual: Tensor | None, activation: str | None,
-    table: Tensor | None = None,
+    table: Tensor | None = None, positions: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """How x [rows, in] makes the argument y [rows, out], see `linear`."""
     (rows, K), N = x.shape, weight.shape[0]
-    bits = 16 if scales is None else 8 if weight.shape[1] == K else 4
+    bits = 8 * weight.itemsize * weight.shape[1] // K
     # one scale a row, without a zero, multiplies the sums
-    group = None if bits == 16 or (bits == 8 and zeros is None and scales.shape[1] == 1) else K // scales.shape[1]
+    group = None if scales is None or (zeros is None and scales.shape[1] == 1) else K // scales.shape[1]
     sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
     if table is not None and sizes["BM"] > 16:  # look-ups would be prefetched too: more memory than small GPUs have
         sizes |= {"STAGES": 1}
     y = x.new_empty(rows, N if activation is None else N // 2)
-    tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "table": table, "bias": bias, "norm": norm}
-    tensors |= {"residual": None if residual is None else residual.contiguous()}
+    tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "table": table, "positions": positions}
+    tensors |= {"bias": bias, "norm": norm, "residual": None if residual is None else residual.contiguous()}
     numbers = {"M": rows, "N": N, "eps": eps, "K": K, "BITS": bits, "GROUP": group, "OFFSET": norm_offset}
     arguments = {**tensors, "y": y, **numbers, "ACTIVATION": activation, **sizes}
     BM, BN, split = sizes["BM"], sizes["BN"], sizes.get("SPLIT")
@@ -310,7 +341,7 @@ def launch(
 torch.library.define(
     "gpt_faster::linear_on_gpu",
     "(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, Tensor counters, Tensor? norm, float eps, "
-    "bool norm_offset, Tensor? residual, str? activation, Tensor? table=None) -> Tensor",
+    "bool norm_offset, Tensor? residual, str? activation, Tensor? table=None, Tensor? positions=None) -> Tensor",
 )
 
 
@@ -320,7 +351,7 @@ def linear(x: Tensor, weight: Tensor, *others: Tensor | float | str | None) -> T
     x [..., in] in half precision; weight, scales, zeros and bias of a linear layer, a float one in the dtype of x;
     counters of `new_counters`; norm [in] and eps: of an RMSNorm before; residual [..., out]: added last. activation
     "silu" or "gelu_tanh": the weight holds the rows of a gate and of as many values, y is activation(gate) * values.
-    table float32 [16]: what nibbles stand for, but those of int4.
+    table float32 [16]: what nibbles stand for, but those of int4. positions: of the kept values of a 2:4 weight.
     """
     made = launch(x.reshape(-1, x.shape[-1]).contiguous(), weight, *others)
     made.run()
@@ -331,5 +362,5 @@ torch.library.impl("gpt_faster::linear_on_gpu", "default", linear)
 
 
 @torch.library.register_fake("gpt_faster::linear_on_gpu")
-def _(x, weight, scales, zeros, bias, counters, norm, eps, norm_offset, residual, activation, table=None):
+def _(x, weight, scales, zeros, bias, counters, norm, eps, norm_offset, residual, activation, *_):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2))

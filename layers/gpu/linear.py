@@ -9,6 +9,7 @@ from layers.blocks import HONOURED, honours
 from layers.formats import QuantizedLinear, Table4Linear
 from layers.packed import has_triton
 from layers.quantized import LAYERS
+from layers.two_four import TwoFourLinear
 from mixers.activations import ACTIVATIONS
 from mixers.compiled import surely_few
 from mixers.norms import RMSNorm
@@ -27,13 +28,13 @@ class OnGpu(nn.Module):
         nn.Module.__init__(self)
         from kernels.gpu.linear import FEW, new_counters  # registers the operator; it needs Triton
 
-        for name in ("weight", "scales", "zeros", "bias", "order"):
+        for name in ("weight", "scales", "zeros", "bias", "order", "positions"):
             tensor = getattr(layer, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         self.register_buffer("counters", new_counters(self.weight), persistent=False)
         numbers = layer.table().to(self.weight.device, torch.float32) if isinstance(layer, Table4Linear) else None
         self.register_buffer("numbers", numbers, persistent=False)
-        self.few = FEW[getattr(layer, "bits", 16)]
+        self.few = FEW[min(16, 8 * self.weight.itemsize * self.weight.shape[1] // layer.in_features)]
 
     @staticmethod
     def fits(layer: nn.Linear | QuantizedLinear, _: ModelArgs | None) -> bool:
@@ -46,12 +47,14 @@ class OnGpu(nn.Module):
     ) -> Tensor:
         """x [..., in] -> [..., out]: the layer of norm(x), or of it activation(gate) * up, plus residual."""
         rows, is_half = x[..., 0].numel(), x.dtype in (torch.bfloat16, torch.float16)
-        if is_half and (self.scales is not None or surely_few(rows, self.MOST)):
+        is_float = self.scales is None and self.positions is None
+        if is_half and (not is_float or surely_few(rows, self.MOST)):
             if norm is not None and x.dtype == torch.float16 and not surely_few(rows, self.few):
                 x, norm = norm(x), None  # x times the norm's weight alone may be more than the tensor cores' float16
             how = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.offset)
             tensors = (self.weight, self.scales, self.zeros, self.bias, self.counters)
-            return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, residual, activation, self.numbers)
+            lasts = (residual, activation, self.numbers, self.positions)
+            return torch.ops.gpt_faster.linear_on_gpu(x, *tensors, *how, *lasts)
         y = self.linear(x if norm is None else norm(x))
         if activation is not None:
             gate, up = y.chunk(2, dim=-1)
@@ -71,6 +74,15 @@ class CodesOnGpu(OnGpu):
     def fits(layer: QuantizedLinear, args: ModelArgs | None) -> bool:
         """Whether the codes in 16 bytes, which are read at once, share a scale, too."""
         return OnGpu.fits(layer, args) and layer.in_features >= 128 // layer.bits * layer.scales.shape[-1]
+
+
+class TwoFourOnGpu(OnGpu, TwoFourLinear):
+    @staticmethod
+    def fits(layer: TwoFourLinear, args: ModelArgs | None) -> bool:
+        """Whether it holds half precision, or codes of which those of 32 inputs, read at once, share a scale."""
+        if layer.scales is None and layer.weight.dtype == torch.float32:
+            return False
+        return OnGpu.fits(layer, args) and (layer.scales is None or layer.in_features >= 32 * layer.scales.shape[1])
 
 
 def form_on_gpu(kind: type[QuantizedLinear]) -> type[CodesOnGpu]:

@@ -120,6 +120,7 @@ SHIPPED = {  # which only files of other programs have
     "int8.zeros": QuantSpec(8, 64, "int8.zeros"),
     "float4": QuantSpec(4, 32, "float4"),
     "nf4": QuantSpec(4, 64, "nf4"),
+    "2:4": QuantSpec(pattern="2:4"),
 }
 
 

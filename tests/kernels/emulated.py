@@ -54,7 +54,7 @@ class EmulatedOperators:
         arguments = [q, k, k_scales, v, v_scales, cache_rows, mask, scale, sinks]
         return self.call(ATTEND, arguments, [torch.empty(q.shape, dtype=q.dtype)])
 
-    def join_blocks(self, tensors, _, attended, eps, scale):
+    def join_blocks(self, tensors, _, __, attended, eps, scale):
         return tensors, eps, scale
 
     def join_cache(self, tensors):

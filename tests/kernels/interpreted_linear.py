@@ -32,23 +32,22 @@ def random(*shape, seed=0):
 
 
 def layer_of(name, out, inputs):
-    """The tensors of a layer as `linear` takes them, and its weight in float64."""
-    weight = random(out, inputs)
-    if FORMATS[name] is None:
-        return (weight.half(), None, None), weight.half().double()
-    layer = FORMATS[name].layer(**quantize_weight(weight, FORMATS[name]))
-    return (layer.weight, layer.scales, layer.zeros), layer.dequantize().double()
-
-
-def table_of(name):
-    """The last argument of `linear`, if it is needed."""
-    is_table = FORMATS[name] is not None and issubclass(FORMATS[name].layer, Table4Linear)
-    return (FORMATS[name].layer.table().float(),) if is_table else ()
+    """The tensors of a layer as `linear` takes them, its weight in float64, and the last arguments, if needed."""
+    weight, spec = random(out, inputs).half(), FORMATS[name]
+    if spec is None:
+        return (weight, None, None), weight.double(), ()
+    if spec.pattern is not None:
+        places = random(out, inputs // 4, 4, seed=5).argsort(-1)  # any two of four
+        weight = weight * (places < 2).flatten(1)
+    layer = spec.layer(**quantize_weight(weight, spec))
+    lasts = (layer.table().float(),) if isinstance(layer, Table4Linear) else ()
+    lasts = lasts if spec.pattern is None else (None, layer.positions)
+    return (layer.weight, layer.scales, layer.zeros), layer.dequantize().double(), lasts
 
 
 def case(name, rows, shape, last, offset):
     """Arguments of `linear`, and what it makes of them."""
-    tensors, weight = layer_of(name, *shape)
+    tensors, weight, lasts = layer_of(name, *shape)
     x = random(rows, shape[1], seed=1) * torch.logspace(-1, 1, rows)[:, None]
     norm = random(shape[1], seed=2) / 4 + (not offset) if offset is not None else None
     bias = random(shape[0], seed=3) if last == "bias" else None
@@ -64,14 +63,17 @@ def case(name, rows, shape, last, offset):
         gate, up = y.chunk(2, dim=-1)
         y = (F.silu(gate) if last == "silu" else F.gelu(gate, approximate="tanh")) * up
     counters = gpu.new_counters(tensors[0])
-    return (x, *tensors, bias, counters, norm, 0.1, bool(offset), residual, activation, *table_of(name)), y
+    return (x, *tensors, bias, counters, norm, 0.1, bool(offset), residual, activation, *lasts), y
 
 
 OTHERS = {"float8": QuantSpec(8, None, "float8"), "float8.g64": QuantSpec(8, 64, "float8")}
 OTHERS |= {"int8.zeros": QuantSpec(8, None, "int8.zeros"), "int8.zeros.g64": QuantSpec(8, 64, "int8.zeros")}
 OTHERS |= {"float4.g32": QuantSpec(4, 32, "float4"), "nf4.g64": QuantSpec(4, 64, "nf4")}
+OTHERS |= {"2:4": QuantSpec(pattern="2:4"), "2:4.int8": QuantSpec(8, pattern="2:4")}
+OTHERS |= {"2:4.int8.g64": QuantSpec(8, 64, pattern="2:4")}
 FORMATS |= OTHERS
 OF_OTHERS = [(name, rows, SHAPES[0], "silu", False) for name in OTHERS for rows in (1, 16)]
+OF_OTHERS += [("2:4", rows, SHAPES[1], "bias", None) for rows in (2, 70)]
 ONE_GROUP = [("int4.g256", rows, (24, 256), "nothing", None) for rows in (1, 5)]  # a row: it has a zero nevertheless
 
 

@@ -17,6 +17,7 @@ from tests.cuda_offline.imagined_gpu import CUDA, FAKE, PROCESSORS
 from tests.cuda_offline.machine_code import compiled_launches, hands_over, instructions, spilled
 
 FORMATS = {"float": (16, None), "int8": (8, None), "int8.g64": (8, 64), "int4.g32": (4, 32), "int4.g128": (4, 128)}
+FORMATS |= {"2:4": (16, None), "2:4.int8": (8, None)}
 ROWS = (1, 2, 4, 16, 32, 64, 100)  # one for each launch of the table; float prompts are cuBLAS's
 # the layers of Llama 3.1 8B: out, in, activation; of which the first adds a residual, the second has a norm
 LAYERS = {"w2": (4096, 14336, None), "w13": (28672, 4096, "silu")}
@@ -29,6 +30,7 @@ ALL = [
     if name != "float" or rows <= 64
 ]
 QUICK = [(90, "int4.g32", 1, "w13"), (90, "int8", 4, "w13"), (90, "float", 16, "w2"), (90, "int4.g32", 16, "w2")]
+QUICK += [(90, "2:4", 1, "w13"), (90, "2:4.int8", 16, "w2")]
 SPILLED = {(100, "float", 64, "w13"): 24}  # bytes a thread
 
 
@@ -52,8 +54,11 @@ def run_linear(name, rows, layer):
     scales = None if bits == 16 else empty(out, inputs // group if group else 1)
     zeros = scales if bits == 4 else None
     norm, residual = (empty(inputs), None) if activation else (None, empty(rows, out))
+    positions = None
+    if name.startswith("2:4"):
+        weight, positions = empty(out, inputs // 2, dtype=weight.dtype), empty(out, inputs // 8, dtype=torch.uint8)
     tensors = (empty(rows, inputs), weight, scales, zeros, None, gpu.new_counters(weight))
-    gpu.linear(*tensors, norm, 1e-5, False, residual, activation)
+    gpu.linear(*tensors, norm, 1e-5, False, residual, activation, None, positions)
 
 
 @pytest.mark.slow
@@ -67,9 +72,11 @@ def test_machine_code(sm, name, rows, layer):
     assert kernel.metadata.shared <= 99 << 10
     reads = set(re.findall(r"\bLDG(?:STS)?\.E\S*", instructions(kernel)))
     assert any(".128" in read for read in reads)
-    # two bytes: a scale or a zero; the sums of programs are no weights either; of float, 8 bytes of x
+    # two bytes: a scale, a zero, positions of 16 inputs; the sums of programs are no weights either; of float, 8 bytes
+    # of x; of 2:4 codes, four bytes of positions
     narrow = [read for read in reads if ".128" not in read and "U16" not in read and "STRONG" not in read]
-    assert all(name == "float" and ".64" in read for read in narrow), narrow
+    known = {"float": r".*\.64.*", "2:4.int8": r"LDG(STS)?\.E"}
+    assert all(re.fullmatch(known.get(name, ""), read) for read in narrow), narrow
 
 
 @pytest.mark.parametrize("pdl", [False, True])

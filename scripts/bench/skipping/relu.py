@@ -91,8 +91,10 @@ def bytes_of(owner: nn.Module) -> int:
 
 
 def skippable_bytes(unit: ReluFeedForward) -> int:
-    """Bytes that belong to single neurons, beside the gate's. The scales of the down projection belong to groups of them,
-    hardly one of which has no active neuron."""
+    """Bytes that belong to single neurons, beside the gate's.
+
+    The scales of the down projection belong to groups of neurons, hardly one of which has no active one.
+    """
     skipped = ("up.weight", "up.scales", "down.weight")
     return sum(tensor.nbytes for name, tensor in unit.state_dict().items() if name in skipped)
 

@@ -1,8 +1,8 @@
 """Weights that decoding does not read: of inactive neurons behind a ReLU, and of small inputs (TEAL), against all.
 
 Feed-forwards alone, 90 %, 50 % and none of their neurons inactive; the decoding of models in TinyLlama's shape and in
-Llama-2-7B's, of which half the layers fit in 24 GB twice; and of a checkpoint with thresholds found on a text: by default the first half of Python's own documentation of
-its language, pydoc_data.topics, whose second half is measured.
+Llama-2-7B's, of which half the layers fit in 24 GB twice; and of a checkpoint with thresholds found on a text: by
+default the first half of Python's own documentation of its language, pydoc_data.topics, whose second half is measured.
 """
 
 from dataclasses import replace
