@@ -10,7 +10,7 @@ from kernels import cpu
 from layers.blocks import FusedBlocks, RegionBlocks
 from layers.packed import FEW
 from layers.quantized import QuantSpec, quantize_, quantize_weight
-from layers.sparse import ReluFeedForward, SparseLinear, Thresholded
+from layers.sparse import ReluFeedForward, SparseLinear, Thresholded, in_large_pages
 from model import FeedForward, ModelArgs, Transformer
 from tests.tiny import SIZES as FAMILY_SIZES
 from tests.tiny import ids_of, pairwise, random_ids, random_prompts, save_tiny, tiny_model
@@ -51,6 +51,15 @@ def test_few_rows_skip_what_is_small(spec, dtype, shape):
             kept = x.double() * (x.abs().float() > threshold)
             wanted = kept @ weight.detach().double().T + plain.layer.bias.double()
             torch.testing.assert_close(layer(x).double(), wanted, rtol=tolerance, atol=tolerance * n_in**0.5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.uint8], ids=str)
+def test_values_in_large_pages_are_the_same(dtype):
+    small, large = (torch.randn(n, 1024, generator=torch.Generator().manual_seed(0)).to(dtype).T for n in (3, 3001))
+    for each in (small, large):
+        copy = in_large_pages(each)
+        assert torch.equal(copy, each) and copy.is_contiguous() and copy.dtype == dtype
+        assert copy.data_ptr() != each.data_ptr()
 
 
 @needs_operators

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.engine import Engine, build_engine
 from layers.fastest import pack_
 from layers.quantized import QuantSpec, quantize_
-from layers.sparse import ReluFeedForward
+from layers.sparse import ReluFeedForward, RowsLinear, in_large_pages
 from model import FeedForward, ModelArgs
 from scripts.bench.peers.protocol import Case
 from scripts.bench.report import take_turns
@@ -82,8 +82,12 @@ def dense_unit(unit: FeedForward, args: ModelArgs, spec: QuantSpec | None) -> nn
 
 
 def side_by_side(owner: nn.Module, least_bytes: int) -> list[nn.Module]:
-    """Copies of a unit that take so many bytes together."""
-    return [owner, *(copy.deepcopy(owner) for _ in range(int(least_bytes / bytes_of(owner))))]
+    """Copies of a unit that take so many bytes together, its weights in such pages as the unit's own."""
+    copies = [copy.deepcopy(owner) for _ in range(int(least_bytes / bytes_of(owner)))]
+    for layer in [layer for each in copies for layer in each.modules() if isinstance(layer, RowsLinear)]:
+        for name, tensor in list(layer.named_buffers()):
+            layer.register_buffer(name, in_large_pages(tensor))
+    return [owner, *copies]
 
 
 def bytes_of(owner: nn.Module) -> int:
