@@ -55,6 +55,7 @@ def is_experts(layer: nn.Module, _: ModelArgs | None) -> bool:
 
 FLOAT, CODES, ALL = (nn.Linear, Gate, ExpertLinear), (Int8Linear, Int4Linear), tuple(LAYERS.values())
 BF16, HALF = (torch.bfloat16,), (torch.bfloat16, torch.float16)
+KEPT = (*HALF, torch.int8)  # of a 2:4 layer alone; a model in float32 gets dense layers
 CUDA_REGIONS = RegionBlocks.fits_cuda_graph
 TABLE = [  # the first row that fits is used; where none does, the plain form stays
     #   plain                   device  dtypes operators  fits                 fast
@@ -64,7 +65,7 @@ TABLE = [  # the first row that fits is used; where none does, the plain form st
     Row((nn.Linear, Gate),      "cpu",  HALF,  False,     FloatLinear.fits,    FloatLinear.of),
     Row(ALL,                    "cuda", None,  False,     CodesOnGpu.fits,     codes_on_gpu),
     Row((TwoFourLinear,),       "cpu",  None,  True,      PackedTwoFour.fits,  PackedTwoFour),
-    Row((TwoFourLinear,),       "cuda", None,  False,     TwoFourOnGpu.fits,   TwoFourOnGpu),
+    Row((TwoFourLinear,),       "cuda", KEPT,  False,     TwoFourOnGpu.fits,   TwoFourOnGpu),
     Row((Thresholded,),         "cpu",  None,  True,      SparseLinear.fits,   SparseLinear),
     Row((FeedForward,),         "cpu",  None,  True,      ReluFeedForward.fits, ReluFeedForward),
     Row((HeadLinear,),          "cpu",  BF16,  True,      None,                OperatorHeadLinear),

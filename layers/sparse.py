@@ -92,9 +92,9 @@ class RowsLinear(nn.Module):
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """The values in memory with pages of 2 MB, where the system has them, else contiguous in any.
+    """The tensor, contiguous; a large one is copied to pages of 2 MB, where the system has them.
 
-    Rows that are read here and there lie in pages of which the processor knows few at a time.
+    Active rows lie in pages here and there, and a processor keeps the addresses of few pages.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE") or tensor.nbytes < LARGE_PAGE or tensor.device.type != "cpu":
         return tensor.contiguous()

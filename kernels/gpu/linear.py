@@ -320,6 +320,8 @@ def launch(
     sizes = shape_of(bits, max(1, rows), N, K, before_hopper(x.device))
     if table is not None and sizes["BM"] > 16:  # look-ups would be prefetched too: more memory than small GPUs have
         sizes |= {"STAGES": 1}
+    if positions is not None:  # zeros that are put back take registers and shared memory: smaller programs
+        sizes |= {"BN": 4} if "CHUNKS" in sizes else {"BM": min(sizes["BM"], 64), "STAGES": 2}
     y = x.new_empty(rows, N if activation is None else N // 2)
     tensors = {"x": x, "w": weight, "scales": scales, "zeros": zeros, "table": table, "positions": positions}
     tensors |= {"bias": bias, "norm": norm, "residual": None if residual is None else residual.contiguous()}

@@ -79,9 +79,7 @@ class CodesOnGpu(OnGpu):
 class TwoFourOnGpu(OnGpu, TwoFourLinear):
     @staticmethod
     def fits(layer: TwoFourLinear, args: ModelArgs | None) -> bool:
-        """Whether it holds half precision, or codes of which those of 32 inputs, read at once, share a scale."""
-        if layer.scales is None and layer.weight.dtype == torch.float32:
-            return False
+        """Whether the codes of 32 inputs, which are read at once, share a scale, too."""
         return OnGpu.fits(layer, args) and (layer.scales is None or layer.in_features >= 32 * layer.scales.shape[1])
 
 

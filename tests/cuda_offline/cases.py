@@ -120,8 +120,8 @@ SHIPPED = {  # which only files of other programs have
     "int8.zeros": QuantSpec(8, 64, "int8.zeros"),
     "float4": QuantSpec(4, 32, "float4"),
     "nf4": QuantSpec(4, 64, "nf4"),
-    "2:4": QuantSpec(pattern="2:4"),
 }
+PRUNED = {"2:4": QuantSpec(pattern="2:4")}  # which experts do not have
 
 
 def fake_model(

@@ -13,7 +13,7 @@ from tests.tiny import all_offline, covering, pairwise
 
 pytest.importorskip("triton", reason="the CUDA path needs Triton, which has wheels for Linux only")
 
-from tests.cuda_offline.cases import FAMILIES, FORMATS, OTHERS, SHIPPED, call_of, fake_model, fake_ranks
+from tests.cuda_offline.cases import FAMILIES, FORMATS, OTHERS, PRUNED, SHIPPED, call_of, fake_model, fake_ranks
 from tests.cuda_offline.generated import generated
 from tests.cuda_offline.imagined_gpu import PROCESSORS
 from tests.cuda_offline.machine_code import compile_generated, spilled
@@ -57,7 +57,7 @@ def graph_of(model, call, n_rows, sm=90):
 
 def check(family, form, call, n_rows, sm=90, ranks=None, cache_dtype=None):
     """A graph whose caches are written, of few kernels, which are returned."""
-    model = fake_model(FAMILIES[family], (FORMATS | SHIPPED)[form], ranks=ranks)
+    model = fake_model(FAMILIES[family], (FORMATS | SHIPPED | PRUNED)[form], ranks=ranks)
     model.cache_dtype = cache_dtype
     made, record, n_token = graph_of(model, call, n_rows, sm)
     caches = {i for i, each in enumerate(made.inputs) if isinstance(each, torch.Tensor) and each.ndim == 4}
@@ -81,7 +81,7 @@ def test_a_graph_of_other_families_can_be_captured(family, form, call):
     graph_of(fake_model(OTHERS[family], (FORMATS | SHIPPED)[form]), call, 2)
 
 
-@pytest.mark.parametrize("form, n_rows", all_offline([*product(SHIPPED, [1, 16])], [("float8", 1)]))
+@pytest.mark.parametrize("form, n_rows", all_offline([*product(SHIPPED | PRUNED, [1, 16])], [("float8", 1)]))
 def test_a_graph_of_shipped_formats_can_be_captured(form, n_rows):
     check("plain", form, "step", n_rows)
 

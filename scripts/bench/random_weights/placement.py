@@ -43,7 +43,7 @@ SPEC, HEAD = QuantSpec(4, 32), QuantSpec(8)
 SHARE = 1 / 3  # of the file, that the budget is
 ANY = Sampling(temperature=1.0, top_k=0)
 LENGTH = 512  # tokens that a cache has room for
-SHORTER = 5  # times that a turn of `measure_whole` is, of which there are as many more
+SHORTER = 5  # a turn of `measure_whole` has so many times fewer tokens, and there are so many times more turns
 SMALL = ModelArgs(64, 1, 2, 1, 32, 96, 256, 512, n_expert=2, n_expert_used=1)
 SPARE = 1.2  # times the file: a budget that holds all
 PARTS, SAME = ("found",), ("threads", "file_gb", "new_tokens")
