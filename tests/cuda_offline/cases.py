@@ -71,7 +71,7 @@ FAMILIES = {
 }
 # whose layers differ too much for counts of kernels and caches
 OTHERS = {
-    "latent": replace(PLAIN, n_kv_head=8, head_dim=48, kv_latent=64, q_latent=96, value_dim=32, rope_dim=16),
+    "latent": replace(PLAIN, n_kv_head=8, head_dim=48, kv_latent=128, q_latent=128, value_dim=32, rope_dim=16),
     "delta": replace(
         PLAIN,
         delta=DeltaSizes(layers=(0,), n_key_head=4, n_value_head=8, key_dim=32, value_dim=32, n_tap=4),
