@@ -24,23 +24,55 @@ from ranks import Ranks, from_first
 CLIP = 1.0  # the longest gradient that a step takes as it is
 WARM_UP, LEAST_RATE = 0.05, 0.1  # parts: of the training, and of the learning rate, which ends where it began
 BETAS = (0.9, 0.95)  # of AdamW, without decay: the weights that a student begins with are not to be forgotten
+IN_CACHE = 1 << 20  # logits of so many are computed with at a time
 KEPT_BYTES = 1 << 30  # of the teacher's predictions, for windows that are read again
 
 
 def class_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [..., K + 1], float32, of the tokens ids [..., K], K < V, and of all others together."""
-    logits = logits.float() / temperature
-    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.cat((logits.gather(-1, ids), rest), -1).log_softmax(-1)
+    return classes_(logits.float() / temperature, ids)[0]
+
+
+def classes_(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities as of `class_logprobs`, and the sum of what the scores [..., V] become.
+
+    Of the others that is in proportion to their chances, and of the tokens ids 0.
+    """
+    top = scores.gather(-1, ids)
+    peak = scores.scatter_(-1, ids, float("-inf")).amax(-1, keepdim=True)
+    total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+    return torch.cat((top, peak + total.log()), -1).log_softmax(-1), total
+
+
+class Divergence(torch.autograd.Function):
+    """KL(teacher || student) over K + 1 classes, in nats, mean of N tokens; times the square of the temperature.
+
+    Its gradient is made in the same pass, for few tokens at a time, whose numbers fit into the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, target: Tensor, temperature: float) -> Tensor:
+        """logits [N, V]; ids [N, K]; target: `class_logprobs` [N, K + 1]."""
+        gradient, loss = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        size = max(1, IN_CACHE // logits.shape[1])
+        room = logits.new_empty(size, logits.shape[1], dtype=torch.float32)
+        for own, given, top, at in zip(*(each.split(size) for each in (gradient, logits, ids, target)), strict=True):
+            scores = room[: len(given)].copy_(given).div_(temperature)
+            logprobs, total = classes_(scores, top)
+            loss += F.kl_div(logprobs, at, log_target=True, reduction="sum")
+            away = (logprobs.exp() - at.exp()) * (temperature / len(logits))
+            own.copy_(scores.mul_(away[:, -1:] / total).scatter_(-1, top, away[:, :-1]))
+        ctx.save_for_backward(gradient)
+        return loss * (temperature**2 / len(logits))
+
+    @staticmethod
+    def backward(ctx, by: Tensor) -> tuple:
+        return ctx.saved_tensors[0] * by, None, None, None
 
 
 def distillation_loss(logits: Tensor, ids: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) over K + 1 classes, in nats a token, of logits [..., V]; target: `class_logprobs`.
-
-    Times the square of the temperature, so that gradients keep their size.
-    """
-    own = class_logprobs(logits, ids, temperature).flatten(0, -2)
-    return F.kl_div(own, target.flatten(0, -2), log_target=True, reduction="batchmean") * temperature**2
+    """`Divergence` of logits [..., V], with ids and target for each; the temperature keeps the size of gradients."""
+    return Divergence.apply(*(each.flatten(0, -2) for each in (logits, ids, target)), temperature)
 
 
 class Targets:
