@@ -24,7 +24,7 @@ from ranks import Ranks, from_first
 CLIP = 1.0  # the longest gradient that a step takes as it is
 WARM_UP, LEAST_RATE = 0.05, 0.1  # parts: of the training, and of the learning rate, which ends where it began
 BETAS = (0.9, 0.95)  # of AdamW, without decay: the weights that a student begins with are not to be forgotten
-IN_CACHE = 1 << 20  # logits of so many are computed with at a time
+AT_ONCE = 1 << 20  # logits, of which the loss on a CPU is made: few enough for its cache
 KEPT_BYTES = 1 << 30  # of the teacher's predictions, for windows that are read again
 
 
@@ -34,9 +34,9 @@ def class_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def classes_(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities as of `class_logprobs`, and the sum of what the scores [..., V] become.
+    """The log-probabilities of `class_logprobs`, from scores [..., V]; and a sum [..., 1].
 
-    Of the others that is in proportion to their chances, and of the tokens ids 0.
+    It is the sum of what the scores become: exponentials in proportion to the others' chances, 0 for the tokens ids.
     """
     top = scores.gather(-1, ids)
     peak = scores.scatter_(-1, ids, float("-inf")).amax(-1, keepdim=True)
@@ -47,23 +47,26 @@ def classes_(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 class Divergence(torch.autograd.Function):
     """KL(teacher || student) over K + 1 classes, in nats, mean of N tokens; times the square of the temperature.
 
-    Its gradient is made in the same pass, for few tokens at a time, whose numbers fit into the cache.
+    Its gradient is made in the same pass. A CPU takes a few tokens at a time, whose numbers stay in its cache; a
+    GPU takes all, because each part would cost its launches.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, target: Tensor, temperature: float) -> Tensor:
-        """logits [N, V]; ids [N, K]; target: `class_logprobs` [N, K + 1]."""
+    def forward(ctx, logits: Tensor, ids: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """logits [N, V]; ids [N, K]; targets: `class_logprobs` [N, K + 1]."""
         gradient, loss = torch.empty_like(logits), torch.zeros((), device=logits.device)
-        size = max(1, IN_CACHE // logits.shape[1])
-        room = logits.new_empty(size, logits.shape[1], dtype=torch.float32)
-        for own, given, top, at in zip(*(each.split(size) for each in (gradient, logits, ids, target)), strict=True):
-            scores = room[: len(given)].copy_(given).div_(temperature)
+        n_token, n_vocab = logits.shape
+        size = min(n_token, max(1, AT_ONCE // n_vocab)) if logits.device.type == "cpu" else n_token
+        room = logits.new_empty(size, n_vocab, dtype=torch.float32)
+        parts = (each.split(size) for each in (logits, ids, targets, gradient))
+        for part, top, target, part_gradient in zip(*parts, strict=True):
+            scores = room[: len(part)].copy_(part).div_(temperature)
             logprobs, total = classes_(scores, top)
-            loss += F.kl_div(logprobs, at, log_target=True, reduction="sum")
-            away = (logprobs.exp() - at.exp()) * (temperature / len(logits))
-            own.copy_(scores.mul_(away[:, -1:] / total).scatter_(-1, top, away[:, :-1]))
+            loss += F.kl_div(logprobs, target, log_target=True, reduction="sum")
+            too_likely = (logprobs.exp() - target.exp()) * (temperature / n_token)
+            part_gradient.copy_(scores.mul_(too_likely[:, -1:] / total).scatter_(-1, top, too_likely[:, :-1]))
         ctx.save_for_backward(gradient)
-        return loss * (temperature**2 / len(logits))
+        return loss * (temperature**2 / n_token)
 
     @staticmethod
     def backward(ctx, by: Tensor) -> tuple:

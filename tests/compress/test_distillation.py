@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from compress import distillation
 from compress.distillation import class_logprobs, distillation_loss, rate_at
 from compress.student import freeze_ends_, keep_zeros_, kept_layers, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, full_windows, split_off
@@ -27,9 +28,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---------------------------------------------------------------- the loss
 
 
+@pytest.mark.parametrize("at_once", [distillation.AT_ONCE, 150])
 @pytest.mark.parametrize("top_k", [1, 8, 49])
-def test_loss_and_gradient_are_those_of_kl_div_in_float64(top_k):
-    """With 49 of 50 tokens each class is one token, and the loss is that of the whole distributions."""
+def test_loss_and_gradient_are_those_of_kl_div_in_float64(top_k, at_once, monkeypatch):
+    """With 49 of 50 tokens each class is one token, and the loss is that of the whole distributions.
+
+    With 150 logits at once the ten tokens are three parts of three and one of one.
+    """
+    monkeypatch.setattr(distillation, "AT_ONCE", at_once)
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 2, 5, 50, dtype=torch.float64) * 3
     student.requires_grad_()
