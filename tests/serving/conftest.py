@@ -13,6 +13,7 @@ from serving.scheduler import Scheduler
 from serving.server import build_app
 from serving.worker import Worker
 from tests.tiny import make_tiny_checkpoint
+from text.thinking import Splitter
 from text.tokenizer import load_tokenizer
 from weights.checkpoint import load_model
 
@@ -67,3 +68,22 @@ def serving(model, tokenizer):
 def client(serving):
     with serving() as client:
         yield client
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says(text, ...): what the tiny model writes, piece by piece, in the place of its noise.
+
+    Tokens that come while a server is busy are one piece, so that all that is left comes with the last.
+    """
+    push = Splitter.push
+
+    def replace(*pieces):
+        said = iter(pieces)
+
+        def say(self, _: str, ends: bool = False) -> dict:
+            return push(self, "".join(said) if ends else next(said, ""), ends)
+
+        monkeypatch.setattr(Splitter, "push", say)
+
+    return replace

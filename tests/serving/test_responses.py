@@ -7,7 +7,6 @@ import pytest
 
 from serving.tools import FORMS
 from tests.serving.test_api import CHAT, post, refusal
-from text.thinking import Splitter
 
 PATH = "/v1/responses"
 GREEDY = {"temperature": 0, "max_output_tokens": 12}
@@ -40,18 +39,6 @@ def without_ids(response):
         {name: each for name, each in item.items() if name not in ("id", "call_id")} for item in response["output"]
     ]
     return {name: each for name, each in response.items() if name not in ("id", "created_at")} | {"output": items}
-
-
-@pytest.fixture
-def says(monkeypatch):
-    """says(text, ...): what the model writes, piece by piece, in the place of its noise."""
-    push = Splitter.push
-
-    def replace(*pieces):
-        said = iter(pieces)
-        monkeypatch.setattr(Splitter, "push", lambda self, text, ends=False: push(self, next(said, ""), ends))
-
-    return replace
 
 
 def chat(client, **fields):

@@ -9,7 +9,7 @@ import pytest
 from serving.interface.fields import RequestError
 from serving.tools import FORMS, CallSplitter, tool_form
 from tests.serving.test_api import CHAT, post, refusal
-from text.thinking import THINK, Showing, Splitter
+from text.thinking import THINK, Showing
 
 TOOLS = frozenset({"weather", "time"})
 WEATHER = ("weather", {"city": "Bern"})
@@ -123,11 +123,9 @@ def test_tools_reach_the_template_and_calls_come_back_as_text(client, tokenizer)
     refusal(post(client, CHAT, messages=talk), 400, "JSON object")
 
 
-def test_an_answer_that_is_a_call(client, monkeypatch):
+def test_an_answer_that_is_a_call(client, says):
     """The tiny model writes noise, so what it writes is replaced before it is split."""
-    push = Splitter.push
-    said = iter(["I look <tool", f"_call>{CALL}", "</tool_call>"])
-    monkeypatch.setattr(Splitter, "push", lambda self, text, ends=False: push(self, next(said, ""), ends))
+    says("I look <tool", f"_call>{CALL}", "</tool_call>")
     choice = post(client, CHAT, tools=[TOOL], stream=True, logit_bias={"5": 100}, ignore_eos=True)
     chunks = [json.loads(line[6:])["choices"][0] for line in choice.text.split("\n\n") if line.startswith("data: {")]
     (calls,) = [chunk["delta"]["tool_calls"] for chunk in chunks if "tool_calls" in chunk["delta"]]
