@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.tiny import GREEDY_FLAGS as GREEDY
-from tests.tiny import greedy_text, start
+from tests.tiny import greedy_text, make_tiny_checkpoint, start
 
 
 def test_conversation_through_a_pipe(talk, tiny):
@@ -99,8 +99,10 @@ class Terminal:
 PASTES = "\x1b[?2004h"  # the prompt is there: it takes pasted lines as one
 
 
-def test_a_conversation_at_a_terminal(tiny, tmp_path):
-    flags = ("--interactive", "--checkpoint_path", tiny, "--temperature", 0, "--ignore_eos", "--max_seq_length", 500)
+def test_a_conversation_at_a_terminal(tmp_path):
+    # on a fast machine 500 tokens were over before the Ctrl-C came; these take seconds there
+    endless = make_tiny_checkpoint(tmp_path / "endless", context=6_000)
+    flags = ("--interactive", "--checkpoint_path", endless, "--temperature", 0, "--ignore_eos")
     terminal = Terminal(*flags, state=tmp_path)
     terminal.expect(PASTES)
     terminal.type("forgotten\x03")
@@ -108,6 +110,7 @@ def test_a_conversation_at_a_terminal(tiny, tmp_path):
     terminal.type("the cat\\\r")
     terminal.expect("..")
     terminal.type("he said\r")
+    terminal.expect("\x1b[?2004l")  # the line is read; the answer begins
     time.sleep(0.5)
     terminal.type("\x03")
     terminal.expect("[interrupted]")
