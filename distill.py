@@ -21,7 +21,7 @@ from torch import Tensor
 import cli
 from cli import progress, say
 from compress.distillation import Diverged, Plan, Step, Targets, Training
-from compress.student import freeze_ends_, keep_zeros_, stored_tensors, student_of, trainable
+from compress.student import freeze_ends_, keep_zeros_, stood_for, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, fingerprint, full_windows, split_off, training_text
 from compress.training_state import StateFile, draw_curve
 from engine.engine import Engine
@@ -196,14 +196,17 @@ def own_data(teacher: Transformer, tokenizer: Tokenizer, args: argparse.Namespac
 
 
 def begin(job: Job, teacher: Transformer, windows: Tensor, args: argparse.Namespace, ranks: Ranks | None) -> Training:
-    student = trainable(job.student, job.device)
+    student, blocks = trainable(job.student, job.device), None
     if args.finetune is None:
         freeze_ends_(student)
+        blocks = stood_for(teacher.args.n_layer, args.layers)
     else:
         keep_zeros_(student)
     names = ("steps", "minutes", "batch_size", "micro_batch", "learning_rate", "seed")
     plan = Plan(**{name: getattr(args, name) for name in names}, dtype=job.dtype)
-    return Training(student, Targets(teacher, windows, args.top_k, args.temperature), plan, ranks)
+    n_sharing = ranks.size if ranks is not None and job.device.type == "cpu" else 1
+    targets = Targets(teacher, windows, args.top_k, args.temperature, blocks, n_sharing)
+    return Training(student, targets, plan, ranks)
 
 
 @dataclass
@@ -257,10 +260,13 @@ class Run:
                 self.save()
 
     def mark(self, step: Step | None, loss: float | None) -> None:
-        """Add a point to the curve: the mean loss since the last, and the guesses accepted now."""
+        """Add a point to the curve: the mean loss, or error of rows, since the last, and the guesses accepted now."""
         accepted = mean_accepted(self.training.student, self.texts, K)
         number, tokens, seconds = (step.number, step.tokens, step.seconds) if step else (0, 0, 0.0)
-        self.curve.append({"step": number, "tokens": tokens, "seconds": seconds, "loss": loss, "accepted": accepted})
+        point = {"step": number, "tokens": tokens, "seconds": seconds, "loss": None, "row_error": None}
+        kind = "row_error" if step is not None and step.of_rows else "loss"
+        point |= {kind: loss, "accepted": accepted}
+        self.curve.append(point)
 
     def say(self, step: Step) -> None:
         of = "" if self.training.plan.steps is None else f" of {self.training.plan.steps}"
@@ -268,7 +274,8 @@ class Run:
         guesses = "" if accepted is None else f", accepted {accepted:.2f} of {K}"
         left = step.seconds / step.progress * max(1 - step.progress, 0)
         rate = step.tokens / step.seconds
-        say(f"Step {step.number}{of}: loss {step.loss:.4f}{guesses}, {rate:.0f} tokens/s, {time_text(left)} left")
+        what = "rows off by" if step.of_rows else "loss"
+        say(f"Step {step.number}{of}: {what} {step.loss:.4f}{guesses}, {rate:.0f} tokens/s, {time_text(left)} left")
 
     def save(self) -> None:
         self.state_file.write(self.training.state() | {"curve": self.curve, "windows": self.windows})

@@ -1,17 +1,21 @@
 """Knowledge distillation (Hinton et al. 2015): a student learns to predict what its teacher predicts.
 
 The loss is the forward KL divergence over the teacher's likeliest K tokens and, as one more class, all others: what the
-student says of those counts too, and no V numbers a token need be kept. Shapes: B windows of S tokens, V vocabulary.
+student says of those counts too, and no V numbers a token need be kept. A student of some of the teacher's blocks first
+learns to make the teacher's hidden rows (Romero et al. 2015), without a head, which is half of a small student's work:
+each block those that the teacher's last block has made for which it stands, so that each learns as if alone.
+Shapes: B windows of S tokens, V vocabulary, N blocks of the student.
 """
 
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,12 +24,14 @@ from cli import postponed
 from compress.training_data import batch_of
 from model import Transformer
 from ranks import Ranks, from_first
+from weights.device import free_memory
 
 CLIP = 1.0  # the longest gradient that a step takes as it is
 WARM_UP, LEAST_RATE = 0.05, 0.1  # parts: of the training, and of the learning rate, which ends where it began
 BETAS = (0.9, 0.95)  # of AdamW, without decay: the weights that a student begins with are not to be forgotten
 AT_ONCE = 1 << 20  # logits, of which the loss on a CPU is made: few enough for its cache
-KEPT_BYTES = 1 << 30  # of the teacher's predictions, for windows that are read again
+ROWS_UNTIL = 0.5  # the part of the training in which rows are learned
+KEPT_PART, KEPT_BYTES = 4, 1 << 30  # of what a teacher finds: a quarter of what is free, or so much where nobody knows
 
 
 def class_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -78,34 +84,85 @@ def distillation_loss(logits: Tensor, ids: Tensor, target: Tensor, temperature: 
     return Divergence.apply(*(each.flatten(0, -2) for each in (logits, ids, target)), temperature)
 
 
-class Targets:
-    """What the teacher predicts for windows [n, S]: each is computed alone, so that its numbers are always the same.
+def row_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """How far rows [N, B, S, dim] are from others, in parts of these: |ours - theirs|^2 / |theirs|^2.
 
-    What was computed is kept, up to KEPT_BYTES, because most texts are read more than once.
+    The sum over N, mean of all tokens. A few rows are a hundred times as long as others, and count no more than they.
+    """
+    theirs = theirs.float()
+    distance = (ours.float() - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
+    return distance.sum(0).mean()
+
+
+class Watched(nn.Module):
+    """A model that shows what some of its blocks make, and what its head reads. DistributedDataParallel wraps it."""
+
+    def __init__(self, model: Transformer, blocks: Sequence[int]):
+        super().__init__()
+        self.model, self.blocks = model, blocks
+
+    def forward(self, tokens: Tensor, to_rows: bool) -> Tensor:
+        """The rows [N, B, S, dim] after each of the blocks and, as the last, before the head; or logits [B, S, V]."""
+        if not to_rows:
+            return self.model(tokens, positions(tokens))
+        found = []
+        layers = [self.model.layers[i] for i in self.blocks]
+        hooks = [layer.register_forward_hook(lambda *call: found.append(call[-1])) for layer in layers]
+        try:
+            last = self.model.norm(self.model.hidden(tokens, positions(tokens)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([*found, last])
+
+
+class Targets:
+    """What the teacher finds in windows [n, S]: each is computed alone, so that its numbers are always the same.
+
+    What was computed is kept as far as memory allows, because most texts are read more than once. blocks: those of the
+    teacher whose rows the student's N blocks learn; None: it learns none. n_sharing: the ranks that share the memory.
     """
 
-    def __init__(self, teacher: Transformer, windows: Tensor, top_k: int, temperature: float):
-        self.teacher, self.windows, self.temperature = teacher, windows, temperature
+    def __init__(
+        self,
+        teacher: Transformer,
+        windows: Tensor,
+        top_k: int,
+        temperature: float,
+        blocks: list[int] | None = None,
+        n_sharing: int = 1,
+    ):
+        self.windows, self.temperature, self.blocks, self.device = windows, temperature, blocks, teacher.device
+        self.teacher = Watched(teacher, (blocks or [])[:-1])
         self.top_k = min(top_k, teacher.args.vocab_size - 1)
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.n_keep = KEPT_BYTES // (windows.shape[1] * (8 * self.top_k + 4))
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self.of_rows = False  # what is kept
+        free = free_memory(self.device)
+        self.room = (KEPT_BYTES if free is None else free // KEPT_PART) // n_sharing
 
     @torch.no_grad()
-    def predict(self, window: int) -> tuple[Tensor, Tensor]:
-        """ids [S, K], int32, and their `class_logprobs` [S, K + 1]."""
-        tokens = self.windows[window : window + 1].to(self.teacher.device).long()
-        logits = self.teacher(tokens, positions(tokens))[0]
+    def predict(self, window: int) -> tuple[Tensor, ...]:
+        """ids [S, K], int32, and their `class_logprobs` [S, K + 1]; or rows [N, S, dim]."""
+        tokens = self.windows[window : window + 1].to(self.device).long()
+        if self.of_rows:
+            return (self.teacher(tokens, True)[:, 0],)
+        logits = self.teacher(tokens, False)[0]
         ids = logits.topk(self.top_k).indices
         return ids.int(), class_logprobs(logits, ids, self.temperature)
 
-    def of(self, windows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, S], ids [B, S, K] and log-probabilities [B, S, K + 1] of some windows."""
+    def of(self, windows: list[int], of_rows: bool) -> tuple[Tensor, ...]:
+        """Tokens [B, S], ids [B, S, K] and log-probabilities [B, S, K + 1] of some windows; or tokens and rows."""
+        if of_rows != self.of_rows:
+            self.kept, self.of_rows = {}, of_rows
         found = [self.kept.get(window) or self.predict(window) for window in windows]
         for window, each in zip(windows, found, strict=True):
-            if len(self.kept) < self.n_keep:
+            if (len(self.kept) + 1) * sum(part.nbytes for part in each) <= self.room:
                 self.kept[window] = each
+        tokens = self.windows[windows].to(self.device).long()
+        if of_rows:
+            return tokens, torch.stack([rows for (rows,) in found], 1)
         ids, logprobs = (torch.stack(each) for each in zip(*found, strict=True))
-        return self.windows[windows].to(ids.device).long(), ids.long(), logprobs
+        return tokens, ids.long(), logprobs
 
 
 def positions(tokens: Tensor) -> Tensor:  # [B, S] -> [B, S]
@@ -127,10 +184,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """One step that is done; loss in nats a token, before it; progress: the part of the training that lies behind."""
+    """One step that is done; loss: before it; progress: the part of the training that lies behind."""
 
     number: int  # from 1
-    loss: float
+    loss: float  # nats a token, or a `row_error`
+    of_rows: bool
     tokens: int  # trained on so far
     seconds: float  # trained so far
     progress: float
@@ -143,7 +201,8 @@ class Training:
         self.student, self.targets, self.plan, self.ranks = student, targets, plan, ranks
         self.parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
         self.optimizer = torch.optim.AdamW(self.groups(), plan.learning_rate, BETAS, weight_decay=0.0, fused=True)
-        self.parallel = student if ranks is None else DistributedDataParallel(student)
+        watched = Watched(student, range(student.args.n_layer - 1))
+        self.parallel = watched if ranks is None else DistributedDataParallel(watched)
         self.step, self.seconds = 0, 0.0
 
     def groups(self) -> list[dict]:
@@ -156,7 +215,7 @@ class Training:
     def run(self) -> Iterator[Step]:
         """Train to the end; each step as it is done. Raises ValueError on a loss that is no number."""
         while self.progress() < 1:
-            began = time.perf_counter()
+            began, of_rows = time.perf_counter(), self.learns_rows()
             loss = self.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
             if not math.isfinite(loss) or not norm.isfinite():
@@ -167,7 +226,7 @@ class Training:
                 self.optimizer.step()
                 self.step, self.seconds = self.step + 1, self.seconds + time.perf_counter() - began
             tokens = self.step * self.plan.batch_size * self.targets.windows.shape[1]
-            yield Step(self.step, loss, tokens, self.seconds, self.progress())
+            yield Step(self.step, loss, of_rows, tokens, self.seconds, self.progress())
 
     def progress(self) -> float:
         """The part of the training that is done, alike on all ranks."""
@@ -176,27 +235,30 @@ class Training:
         done = torch.tensor(self.seconds / (60 * self.plan.minutes), dtype=torch.float64)
         return from_first(self.ranks, done).item()
 
+    def learns_rows(self) -> bool:
+        return self.targets.blocks is not None and self.progress() < ROWS_UNTIL
+
     def backward(self) -> float:
         """The gradient of one step's loss, and the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         rank, size = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
-        plan, loss = self.plan, torch.zeros(1)
+        plan, loss, of_rows = self.plan, torch.zeros(1), self.learns_rows()
         own = batch_of(self.step, plan.batch_size, len(self.targets.windows), plan.seed)[rank::size]
         parts = [own[i : i + plan.micro_batch] for i in range(0, len(own), plan.micro_batch)]
         for i, part in enumerate(parts, 1):
             is_last = self.ranks is None or i == len(parts)  # ranks add up their gradients once a step
             with nullcontext() if is_last else self.parallel.no_sync():
-                share = self.loss(part) * (len(part) / len(own))
+                share = self.loss(part, of_rows) * (len(part) / len(own))
                 share.backward()
             loss += share.detach().cpu()
         return (loss if self.ranks is None else self.ranks.sum(loss)).item() / size
 
-    def loss(self, windows: list[int]) -> Tensor:
-        tokens, ids, target = self.targets.of(windows)
+    def loss(self, windows: list[int], of_rows: bool) -> Tensor:
+        tokens, *target = self.targets.of(windows, of_rows)
         dtype = self.plan.dtype
         with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-            logits = self.parallel(tokens, positions(tokens))
-        return distillation_loss(logits, ids, target, self.targets.temperature)
+            found = self.parallel(tokens, of_rows)
+        return row_error(found, *target) if of_rows else distillation_loss(found, *target, self.targets.temperature)
 
     def state(self) -> dict:
         """Tensors and plain values, which the next step changes in place."""

@@ -32,6 +32,11 @@ def kept_layers(n_layer: int, n_kept: int) -> list[int]:
     return [round(i * (n_layer - 1) / max(n_kept - 1, 1)) for i in range(n_kept)]
 
 
+def stood_for(n_layer: int, n_kept: int) -> list[int]:
+    """For each block of such a student the teacher's last for which it stands: itself, and what comes after it."""
+    return [*(layer - 1 for layer in kept_layers(n_layer, n_kept)[1:]), n_layer - 1]
+
+
 def block_influences(model: Transformer, windows: Tensor) -> list[float]:
     """How much each block changes its input: 1 - the cosine of what it takes and returns, mean of all tokens.
 

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import torch
 
 from compress.distillation import Plan, Targets, Training
-from compress.student import student_of, trainable
+from compress.student import freeze_ends_, stood_for, student_of, trainable
 from compress.training_data import full_windows
 from model import ModelArgs
 from ranks import init_tp
@@ -30,21 +30,31 @@ def opened(args=ARGS, seed=0):
     return ModelFile(Layout(args), {name: lambda t=t: t for name, t in tensors.items()})
 
 
-def training(n_layer=2, plan=PLAN, ranks=None, student=None, top_k=8):
+def training(n_layer=2, plan=PLAN, ranks=None, student=None, top_k=8, rows=False):
+    """Of a student that learns rows for half of the steps, or none."""
     windows = full_windows([torch.randint(128, (200,), generator=torch.Generator().manual_seed(0)).tolist()], 16, 4)
     teacher = trainable(opened(), CPU)
     student = trainable(student_of(opened(), n_layer), CPU) if student is None else student
-    return Training(student, Targets(teacher, windows, top_k, 1.5), plan, ranks)
+    if rows:
+        freeze_ends_(student)
+    blocks = stood_for(3, n_layer) if rows else None
+    return Training(student, Targets(teacher, windows, top_k, 1.5, blocks), plan, ranks)
 
 
 def on_ranks(path):
     with init_tp() as ranks:
-        run = training(plan=replace(PLAN, micro_batch=2), ranks=ranks)
-        loss = run.backward()
-        gradients = {name: each.grad.clone() for name, each in run.parameters.items()}
-        [*run.run()]
+        found = [trained(ranks, rows) for rows in (False, True)]
         if ranks.is_first:
-            torch.save((loss, gradients, run.state()["weights"]), path)
+            torch.save(found, path)
+
+
+def trained(ranks, rows):
+    """The first step's loss and gradients, and the weights in the end."""
+    run = training(plan=replace(PLAN, micro_batch=2), ranks=ranks, rows=rows)
+    loss = run.backward()
+    gradients = {name: each.grad.clone() for name, each in run.parameters.items()}
+    [*run.run()]
+    return loss, gradients, run.state()["weights"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Distillation: the loss against PyTorch's own in float64, students, a training that goes on, guesses, two ranks."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from compress import distillation
-from compress.distillation import class_logprobs, distillation_loss, rate_at
-from compress.student import freeze_ends_, keep_zeros_, kept_layers, stored_tensors, student_of, trainable
+from compress.distillation import Watched, class_logprobs, distillation_loss, rate_at, row_error
+from compress.student import freeze_ends_, keep_zeros_, kept_layers, stood_for, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, full_windows, split_off
 from engine.engine import Engine, generate
 from engine.speculation.drafters import DraftModel
@@ -66,6 +67,64 @@ def test_rate_rises_then_falls():
     assert [round(rate_at(p), 4) for p in (0.0, 0.025, 0.05, 0.5, 1.0)] == [0.1, 0.55, 0.9945, 0.55, 0.1]
 
 
+# ---------------------------------------------------------------- the teacher's rows
+
+
+def test_rows_are_those_of_the_model_that_ends_there():
+    """Without the blocks behind it, a model makes a block's rows; its head makes logits of the last."""
+    model, tokens = trainable(opened(), CPU), torch.tensor(random_ids(20))
+    rows = Watched(model, [0, 1])(tokens, True)
+    assert torch.equal(model.output(rows[-1]), Watched(model, [0, 1])(tokens, False))
+    for n in (2, 1):
+        del model.layers[n]
+        assert torch.equal(rows[n - 1], model.hidden(tokens, torch.arange(20)[None]))
+
+
+def test_error_of_rows_and_gradient_are_those_of_float64():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 3, 2, 5, 8, dtype=torch.float64)
+    theirs[0, 0, 0] *= 1000
+    ours.requires_grad_()
+    expected = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean((1, 2)).sum()
+    (gradient,) = torch.autograd.grad(expected, ours)
+    rows = ours.detach().float().requires_grad_()
+    error = row_error(rows, theirs.float())
+    error.backward()
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_what_a_student_stands_for():
+    assert stood_for(30, 6) == [5, 11, 16, 22, 28, 29]
+    assert stood_for(12, 12) == list(range(12)) and stood_for(12, 1) == [11]
+
+
+def test_rows_are_learned_first_without_a_head():
+    run, heads = training(plan=replace(PLAN, steps=40), rows=True), []
+    for model in (run.student, run.targets.teacher.model):
+        model.output.register_forward_hook(lambda *_: heads.append(1))
+    steps = []
+    for step in run.run():
+        steps.append((step.of_rows, bool(heads), step.loss))
+        heads.clear()
+    assert [step[:2] for step in steps] == [(True, False)] * 20 + [(False, True)] * 20
+    assert steps[19][2] < 0.7 * steps[0][2] and steps[20][2] < 0.1 * training().backward()
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_what_a_teacher_finds_is_kept_where_there_is_room(of_rows, monkeypatch):
+    targets, computed = training(rows=True).targets, []
+    targets.room = 3 * sum(each.nbytes for each in targets.of([0], of_rows)[1:]) + 1  # ids become twice as long
+    targets.kept.clear()
+    predict = targets.predict
+    monkeypatch.setattr(targets, "predict", lambda window: computed.append(window) or predict(window))
+    first = [targets.of([window, 0], of_rows) for window in range(6)]
+    again = [targets.of([window, 0], of_rows) for window in range(6)]
+    assert len(targets.kept) < 6 and len(computed) < 18
+    for ours, theirs in zip(chain(*first), chain(*again), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -107,8 +166,9 @@ def test_a_student_is_its_teacher_without_some_blocks():
     assert torch.equal(student(tokens, pos), teacher(tokens, pos))
 
 
-def test_a_student_of_all_layers_has_nothing_to_learn():
-    run = training(n_layer=3)
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_student_of_all_layers_has_nothing_to_learn(rows):
+    run = training(n_layer=3, rows=rows)
     assert run.backward() == pytest.approx(0, abs=1e-6)
     assert max(each.grad.abs().max() for each in run.parameters.values()) < 1e-6
 
@@ -144,16 +204,18 @@ def test_bfloat16_arithmetic_has_nearly_the_gradient_of_float32():
     assert F.cosine_similarity(ours, theirs, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("micro_batch", [2, 3, 4])
-def test_accumulated_gradients_are_those_of_one_batch(micro_batch):
-    runs = training(), training(plan=replace(PLAN, micro_batch=micro_batch))
+def test_accumulated_gradients_are_those_of_one_batch(micro_batch, rows):
+    runs = training(rows=rows), training(plan=replace(PLAN, micro_batch=micro_batch), rows=rows)
     assert runs[0].backward() == pytest.approx(runs[1].backward(), rel=1e-5)
     for ours, theirs in zip(*(run.parameters.values() for run in runs), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_that_goes_on_is_the_same_bit_for_bit():
-    whole, first, second = training(), training(), training()
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_training_that_goes_on_is_the_same_bit_for_bit(rows):
+    whole, first, second = (training(rows=rows) for _ in range(3))
     [*whole.run()]
     run = first.run()
     next(run), next(run)
@@ -228,11 +290,11 @@ def test_texts_end_where_the_model_ends_them():
 
 def test_two_ranks_have_the_gradient_of_one_process_with_all_windows(tmp_path):
     ran(2, Path(__file__).with_name("distillation_cases.py"), tmp_path / "found.pt")
-    loss, gradients, weights = torch.load(tmp_path / "found.pt")
-    alone = training()
-    assert loss == pytest.approx(alone.backward(), rel=1e-5)
-    for name, each in alone.parameters.items():
-        torch.testing.assert_close(gradients[name], each.grad, rtol=1e-4, atol=1e-6)
-    [*alone.run()]
-    for name, each in alone.parameters.items():  # after four steps
-        torch.testing.assert_close(weights[name], each.detach(), rtol=1e-2, atol=1e-3)
+    for rows, (loss, gradients, weights) in enumerate(torch.load(tmp_path / "found.pt")):
+        alone = training(rows=bool(rows))
+        assert loss == pytest.approx(alone.backward(), rel=1e-5)
+        for name, each in alone.parameters.items():
+            torch.testing.assert_close(gradients[name], each.grad, rtol=1e-4, atol=1e-6)
+        [*alone.run()]
+        for name, each in alone.parameters.items():  # after four steps
+            torch.testing.assert_close(weights[name], each.detach(), rtol=1e-2, atol=1e-3)
