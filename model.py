@@ -445,7 +445,10 @@ class Transformer(nn.Module):
         """The last norm and the head of what `hidden` returned; rows as in `forward`."""
         if rows is not None:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-        return softcap(_scaled(self.output(self.norm(x)), self.args.logit_scale), self.args.logit_softcap)
+        return self.head(self.norm(x))
+
+    def head(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
+        return softcap(_scaled(self.output(x), self.args.logit_scale), self.args.logit_softcap)
 
     def embed(self, tokens: Tensor, pos: Tensor) -> Tensor:  # [B, S], [B, S] -> [B, S, dim]
         x = _scaled(self.tok_embeddings(tokens), rounded(self.args.embedding_scale, self.dtype))

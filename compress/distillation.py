@@ -137,6 +137,7 @@ class Targets:
         self.top_k = min(top_k, teacher.args.vocab_size - 1)
         self.kept: dict[int, tuple[Tensor, ...]] = {}
         self.of_rows = False  # what is kept
+        self.last: dict[int, Tensor] = {}  # rows [S, dim] that wait for the head
         free = free_memory(self.device)
         self.room = (KEPT_BYTES if free is None else free // KEPT_PART) // n_sharing
 
@@ -146,13 +147,15 @@ class Targets:
         tokens = self.windows[window : window + 1].to(self.device).long()
         if self.of_rows:
             return (self.teacher(tokens, True)[:, 0],)
-        logits = self.teacher(tokens, False)[0]
+        last = self.last.pop(window, None)
+        logits = self.teacher(tokens, False)[0] if last is None else self.teacher.model.head(last)
         ids = logits.topk(self.top_k).indices
         return ids.int(), class_logprobs(logits, ids, self.temperature)
 
     def of(self, windows: list[int], of_rows: bool) -> tuple[Tensor, ...]:
         """Tokens [B, S], ids [B, S, K] and log-probabilities [B, S, K + 1] of some windows; or tokens and rows."""
         if of_rows != self.of_rows:
+            self.last = {window: each[0][-1].clone() for window, each in self.kept.items()} if self.of_rows else {}
             self.kept, self.of_rows = {}, of_rows
         found = [self.kept.get(window) or self.predict(window) for window in windows]
         for window, each in zip(windows, found, strict=True):

@@ -111,6 +111,15 @@ def test_rows_are_learned_first_without_a_head():
     assert steps[19][2] < 0.7 * steps[0][2] and steps[20][2] < 0.1 * training().backward()
 
 
+def test_predictions_from_kept_rows_are_the_teachers(monkeypatch):
+    fresh, kept = (training(rows=True).targets for _ in range(2))
+    kept.of([0, 1, 2], True)
+    first = kept.of([2, 1], False)
+    monkeypatch.setattr(kept.teacher, "forward", None)
+    for again in (first, kept.of([2, 1], False)):
+        assert all(map(torch.equal, again, fresh.of([2, 1], False)))
+
+
 @pytest.mark.parametrize("of_rows", [False, True])
 def test_what_a_teacher_finds_is_kept_where_there_is_room(of_rows, monkeypatch):
     targets, computed = training(rows=True).targets, []
