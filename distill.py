@@ -20,7 +20,7 @@ from torch import Tensor
 
 import cli
 from cli import progress, say
-from compress.distillation import Diverged, Plan, Step, Targets, Training
+from compress.distillation import KEPT_BYTES, Diverged, Plan, Step, Targets, Training
 from compress.student import freeze_ends_, keep_zeros_, stood_for, stored_tensors, student_of, trainable
 from compress.training_data import batch_of, fingerprint, full_windows, split_off, training_text
 from compress.training_state import StateFile, draw_curve
@@ -36,7 +36,7 @@ from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary, tokenizer_saved
 from weights.checkpoint import load_model, open_model, save_checkpoint
-from weights.device import parse_dtype, pick_device, require_memory
+from weights.device import free_memory, parse_dtype, pick_device, require_memory
 from weights.files import require_space, require_writable, size_text, write_json
 from weights.layout import ModelFile
 
@@ -204,9 +204,18 @@ def begin(job: Job, teacher: Transformer, windows: Tensor, args: argparse.Namesp
         keep_zeros_(student)
     names = ("steps", "minutes", "batch_size", "micro_batch", "learning_rate", "seed")
     plan = Plan(**{name: getattr(args, name) for name in names}, dtype=job.dtype)
-    n_sharing = ranks.size if ranks is not None and job.device.type == "cpu" else 1
-    targets = Targets(teacher, windows, args.top_k, args.temperature, blocks, n_sharing)
-    return Training(student, targets, plan, ranks)
+    room = room_for_targets(student, job.device, ranks)
+    return Training(student, Targets(teacher, windows, args.top_k, args.temperature, blocks, room), plan, ranks)
+
+
+def room_for_targets(student: Transformer, device: torch.device, ranks: Ranks | None) -> int:
+    """Bytes for what the teacher finds: a quarter of what the student's gradients and moments leave free."""
+    free, coming = free_memory(device), 3 * sum(each.nbytes for each in student.parameters() if each.requires_grad)
+    if free is None:
+        return KEPT_BYTES
+    if ranks is not None and device.type == "cpu":
+        free //= ranks.size
+    return max(0, free - coming) // 4
 
 
 @dataclass

@@ -24,14 +24,13 @@ from cli import postponed
 from compress.training_data import batch_of
 from model import Transformer
 from ranks import Ranks, from_first
-from weights.device import free_memory
 
 CLIP = 1.0  # the longest gradient that a step takes as it is
 WARM_UP, LEAST_RATE = 0.05, 0.1  # parts: of the training, and of the learning rate, which ends where it began
 BETAS = (0.9, 0.95)  # of AdamW, without decay: the weights that a student begins with are not to be forgotten
 AT_ONCE = 1 << 20  # logits, of which the loss on a CPU is made: few enough for its cache
 ROWS_UNTIL = 0.5  # the part of the training in which rows are learned
-KEPT_PART, KEPT_BYTES = 4, 1 << 30  # of what a teacher finds: a quarter of what is free, or so much where nobody knows
+KEPT_BYTES = 1 << 30  # of what a teacher finds in windows that are read again
 
 
 def class_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -119,8 +118,8 @@ class Watched(nn.Module):
 class Targets:
     """What the teacher finds in windows [n, S]: each is computed alone, so that its numbers are always the same.
 
-    What was computed is kept as far as memory allows, because most texts are read more than once. blocks: those of the
-    teacher whose rows the student's N blocks learn; None: it learns none. n_sharing: the ranks that share the memory.
+    What was computed is kept, because most texts are read more than once, up to `room` bytes. blocks: those of the
+    teacher whose rows the student's N blocks learn; None: it learns none.
     """
 
     def __init__(
@@ -130,16 +129,15 @@ class Targets:
         top_k: int,
         temperature: float,
         blocks: list[int] | None = None,
-        n_sharing: int = 1,
+        room: int = KEPT_BYTES,
     ):
-        self.windows, self.temperature, self.blocks, self.device = windows, temperature, blocks, teacher.device
+        self.windows, self.temperature, self.blocks, self.room = windows, temperature, blocks, room
+        self.device = teacher.device
         self.teacher = Watched(teacher, (blocks or [])[:-1])
         self.top_k = min(top_k, teacher.args.vocab_size - 1)
         self.kept: dict[int, tuple[Tensor, ...]] = {}
         self.of_rows = False  # what is kept
         self.last: dict[int, Tensor] = {}  # rows [S, dim] that wait for the head
-        free = free_memory(self.device)
-        self.room = (KEPT_BYTES if free is None else free // KEPT_PART) // n_sharing
 
     @torch.no_grad()
     def predict(self, window: int) -> tuple[Tensor, ...]:

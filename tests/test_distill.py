@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distill as program
-from compress.distillation import Training
+from compress.distillation import KEPT_BYTES, Training
 from layers.quantized import QuantSpec, quantize_weight
 from tests.tiny import GREEDY_FLAGS, greedy_text, make_tiny_checkpoint
 from weights.checkpoint import load_model, new_table, open_model, save_checkpoint
@@ -70,6 +70,23 @@ def test_the_student_is_a_draft_and_a_model(teach, call, made, tmp_path):
     assert [point["step"] for point in facts["curve"]] == [0, 1, 2, 3, 4]
     assert 0 <= facts["accepted"] <= 4 and min(facts["perplexity"]) > 1
     assert "accepted of 4 guesses" in teach.printed.out
+
+
+def test_the_curve_says_what_was_learned(teach):
+    """Rows for half of the steps, then predictions."""
+    curve = teach("--learning_rate", 1e-9)["curve"]
+    rows, nats = ([point[name] for point in curve] for name in ("row_error", "loss"))
+    assert [each is not None for each in rows] == [False, True, True, False, False]
+    assert [each is not None for each in nats] == [False, False, False, True, True]
+    assert "rows off by" in teach.printed.err and "loss" in teach.printed.err
+
+
+@pytest.mark.parametrize("free, n_ranks, room", [(None, 1, KEPT_BYTES), (4096, 1, 256), (4096, 2, 0), (8192, 2, 256)])
+def test_what_the_teacher_finds_has_a_quarter_of_what_is_left(monkeypatch, free, n_ranks, room):
+    """256 parameters, whose gradients and moments will take 3,072 bytes."""
+    monkeypatch.setattr(program, "free_memory", lambda device: free)
+    ranks = None if n_ranks == 1 else SimpleNamespace(size=n_ranks)
+    assert program.room_for_targets(torch.nn.Linear(16, 16, bias=False), torch.device("cpu"), ranks) == room
 
 
 def test_a_student_of_all_layers_is_its_teacher(teach):
