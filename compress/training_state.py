@@ -67,6 +67,7 @@ def draw_curve(curve: list[dict], k: int, path: str) -> None:
         axes.plot(*zip(*points, strict=True), marker=".")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("minutes trained")
+        axes.set_xlim(left=0)  # predictions may be learned from the middle on
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     with atomic_path(path) as temporary:
