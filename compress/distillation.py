@@ -3,7 +3,7 @@
 The loss is the forward KL divergence over the teacher's likeliest K tokens and, as one more class, all others: what the
 student says of those counts too, and no V numbers a token need be kept. A student of some of the teacher's blocks first
 learns to make the teacher's hidden rows (Romero et al. 2015), without a head, which is half of a small student's work:
-each block those that the teacher's last block has made for which it stands, so that each learns as if alone.
+each of its blocks makes those behind the teacher's blocks for which it stands, so that each has a target of its own.
 Shapes: B windows of S tokens, V vocabulary, N blocks of the student.
 """
 
