@@ -19,20 +19,17 @@ import torch
 from torch import Tensor
 
 import cli
-from cli import progress, say
+from cli import say
 from compress.distillation import KEPT_BYTES, Diverged, Plan, Step, Targets, Training
 from compress.student import freeze_ends_, keep_zeros_, stood_for, stored_tensors, student_of, trainable
-from compress.training_data import batch_of, fingerprint, full_windows, split_off, training_text
+from compress.training_data import continued, fingerprint, full_windows, split_off, training_text
 from compress.training_state import StateFile, draw_curve
 from engine.engine import Engine
-from engine.request import Request, Timing
-from engine.sampling import Sampling
 from flags import check_counts, check_threads, checkpoint_path, model_flags, place_flags, say_device
 from measure.acceptance import N_PROMPT, Text, greedy_texts, mean_accepted
 from measure.perplexity import WINDOW, perplexity
 from model import Transformer
 from ranks import Ranks, init_tp, shared, speaks
-from serving.scheduler import Scheduler, Task, run_tasks
 from text.prompts import checked_ids
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_vocabulary, tokenizer_saved
 from weights.checkpoint import load_model, open_model, save_checkpoint
@@ -43,7 +40,6 @@ from weights.layout import ModelFile
 K = 4  # guesses a round whose acceptance is measured
 POINTS = 20  # of the curve, beside the first
 SAY_S, SAVE_S = 10, 120  # seconds of training between two lines, and between two states that are kept
-ROWS = 16  # texts that the teacher writes at a time
 SAME = ("teacher", "finetune", "layers", "self_data", "steps", "minutes", "batch_size", "seq_length", "top_k")
 SAME += ("temperature", "dtype", "seed", "adapter")  # flags without which a training cannot go on
 
@@ -181,17 +177,8 @@ def read_data(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[Tensor, l
 def own_data(teacher: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
     """Windows [n, S] of what the teacher writes after the beginnings of windows of the data."""
     beginnings, _ = read_data(tokenizer, args)
-    n_prompt, n_text = min(N_PROMPT, args.seq_length // 2), args.self_data
-    tasks = []
-    for n, window in enumerate(batch_of(0, n_text, len(beginnings), args.seed)):
-        prompt = beginnings[window, :n_prompt].tolist()
-        request = Request(prompt, tokenizer, args.seq_length - n_prompt, (), ignore_eos=False)
-        tasks.append(Task(request, Sampling(temperature=1.0), args.seed + n))
-    scheduler = Scheduler(Engine(teacher), min(ROWS, n_text), args.seq_length)
-    with progress(total=n_text, desc="Writing", unit="text") as bar:
-        for request, _ in run_tasks(scheduler, tasks, Timing()):
-            bar.update(request.finish_reason is not None)
-    texts = [task.request.prompt + task.request.token_ids for task in tasks]
+    n_prompt = min(N_PROMPT, args.seq_length // 2)
+    texts = continued(teacher, tokenizer, beginnings, args.self_data, n_prompt, args.seed)
     return full_windows(texts, args.seq_length, args.batch_size)
 
 

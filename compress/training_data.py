@@ -6,7 +6,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cli import progress
 from compress.calibration import calibration_text
+from engine.cache import rows_that_fit
+from engine.engine import Engine
+from engine.request import Request, Timing
+from engine.sampling import Sampling
+from model import Transformer
+from serving.scheduler import Scheduler, Task, run_tasks
+from text.tokenizer import Tokenizer
 
 HELD_OUT = 10  # of so many parts of the data the last is measured on, and not trained on
 MOST_HELD_OUT = 8192  # tokens: measuring takes seconds
@@ -44,6 +52,25 @@ def batch_of(step: int, size: int, n_windows: int, seed: int) -> list[int]:
             order = torch.randperm(n_windows, generator=generator).tolist()
         chosen.append(order[at])
     return chosen
+
+
+def continued(
+    teacher: Transformer, tokenizer: Tokenizer, windows: Tensor, n_text: int, n_prompt: int, seed: int
+) -> list[list[int]]:
+    """n_text times the first n_prompt tokens of one of the windows [n, S], and what the teacher writes after them."""
+    chosen, length = batch_of(0, n_text, len(windows), seed), windows.shape[1]
+    requests = [Request(windows[i, :n_prompt].tolist(), tokenizer, length - n_prompt, (), False) for i in chosen]
+    tasks = [Task(request, Sampling(temperature=1.0), seed + i) for i, request in enumerate(requests)]
+    write(teacher, tasks, length, "Writing")
+    return [request.prompt + request.token_ids for request in requests]
+
+
+def write(teacher: Transformer, tasks: list[Task], length: int, what: str) -> None:
+    """Run tasks of up to `length` tokens each, as many at a time as make it faster."""
+    scheduler = Scheduler(Engine(teacher), min(rows_that_fit(teacher, length), len(tasks)), length)
+    with progress(total=len(tasks), desc=what, unit="text") as bar:
+        for request, _ in run_tasks(scheduler, tasks, Timing()):
+            bar.update(request.finish_reason is not None)
 
 
 def fingerprint(windows: Tensor) -> str:
