@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on CPUs, the pages of fresh tensors cost a fifth of a step
@@ -22,7 +23,7 @@ import cli
 from cli import say
 from compress.distillation import KEPT_BYTES, Diverged, Plan, Step, Targets, Training
 from compress.student import freeze_ends_, keep_zeros_, stood_for, stored_tensors, student_of, trainable
-from compress.training_data import continued, fingerprint, full_windows, split_off, training_text
+from compress.training_data import Writer, fingerprint, full_windows, keep_texts, split_off, training_text
 from compress.training_state import StateFile, draw_curve
 from engine.engine import Engine
 from flags import check_counts, check_threads, checkpoint_path, model_flags, place_flags, say_device
@@ -55,17 +56,16 @@ def main(**flags) -> None:
         say_device(job.device, ranks)
         tokenizer = load_tokenizer(args.teacher, job.teacher.args.vocab_size)
         check_job(job, tokenizer, args)
-        windows, held_out = shared(ranks, lambda: read_data(tokenizer, args))
+        how = {"dequantize": args.dequantize, "adapter": args.adapter}
+        load_teacher = partial(load_model, args.teacher, job.device, job.dtype, args.model_name, **how)
+        teacher = load_teacher() if args.self_data else None
+        windows, held_out = shared(ranks, lambda: read_data(job, teacher, tokenizer, args))
         settings = {name: flags[name] for name in SAME} | {"data": fingerprint(windows)}
         state_file = StateFile(job.target.with_suffix(".state"), settings)
         state = state_file.read() or {}
-        how = {"dequantize": args.dequantize, "adapter": args.adapter}
-        teacher = load_model(args.teacher, job.device, job.dtype, args.model_name, **how)
-        if args.self_data:
-            windows = state.get("windows")
-            windows = shared(ranks, lambda: own_data(teacher, tokenizer, args)) if windows is None else windows
+        teacher = teacher or load_teacher()
         training = begin(job, teacher, windows, args, ranks)
-        run = Run(job, training, state_file, windows if args.self_data else None, state.get("curve", []))
+        run = Run(job, training, state_file, state.get("curve", []))
         if state:
             training.resume(state)
             say(f"Going on after step {training.step}, from {state_file.path}")
@@ -89,12 +89,19 @@ class Job:
     device: torch.device
     dtype: torch.dtype  # of the arithmetic
 
+    @property
+    def own_texts(self) -> Path:
+        """The file of what the teacher writes itself."""
+        return self.target.with_suffix(".jsonl")
+
 
 def check_request(args: argparse.Namespace, ranks: Ranks | None) -> None:
     """Refuse arguments that cannot work, before anything slow."""
     for one, other in (("steps", "minutes"), ("layers", "finetune")):
         if (getattr(args, one) is None) == (getattr(args, other) is None):
             raise ValueError(f"give either --{one} or --{other}")
+    if not args.data and not args.self_data:
+        raise ValueError("give --data FILE to learn from, or let the teacher write N texts with --self_data N")
     check_counts(vars(args), "layers", "steps", "batch_size", "micro_batch", "seq_length", "top_k", "self_data")
     for name in ("minutes", "learning_rate", "temperature"):
         value = getattr(args, name)
@@ -141,6 +148,10 @@ def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     if any(spec.has_codes and tensors[f"{name}.weight"].ndim == 3 for name, spec in job.student.table.items()):
         raise ValueError(f"{args.finetune} has quantised experts, which cannot be taught; start from the float file")
     require_writable(job.target)
+    if args.self_data:
+        require_writable(job.own_texts, args.data)
+        if not args.data and tokenizer.chat_template is None:
+            raise ValueError("the teacher has no chat template, in which it could write questions; give --data as well")
     require_space(job.target, job.student.layout.bytes(torch.bfloat16))
     if job.student.args.n_layer > job.teacher.args.n_layer:
         sizes = f"{job.student.args.n_layer} layers, and its teacher {job.teacher.args.n_layer}"
@@ -158,28 +169,38 @@ def check_job(job: Job, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     require_memory(size, job.device, "the teacher and its student in training", "use fewer --layers")
 
 
-def read_data(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[Tensor, list[int]]:
-    """The windows of the data [n, S], and the ids that are measured on."""
-    ids = checked_ids(tokenizer.encode(training_text(args.data)), tokenizer)
-    if args.check is None:
-        ids, held_out = split_off(ids)
-    else:
-        held_out = checked_ids(tokenizer.encode(training_text([args.check])), tokenizer)
-    windows = full_windows([ids], args.seq_length, 1 if args.self_data else args.batch_size)
+def read_data(job: Job, teacher: Transformer | None, tokenizer: Tokenizer, args: argparse.Namespace) -> tuple:
+    """The windows to train on [n, S], int32, and the ids that are measured on. teacher: None if it writes nothing."""
+    held_out = None if args.check is None else read_ids([args.check], tokenizer)
+    if args.data:
+        ids, held_out = split_off(read_ids(args.data, tokenizer), held_out)
+    if args.self_data:
+        beginnings = full_windows(ids, min(N_PROMPT, args.seq_length // 2), 1) if args.data else None
+        path = own_texts(job, teacher, tokenizer, beginnings, args)
+        ids, held_out = split_off(read_ids([path], tokenizer), held_out)
+    windows = full_windows(ids, args.seq_length, args.batch_size)
     if len(held_out) < 2:
         raise ValueError(f"the text to measure on is too short (tokens: {len(held_out)}); give more, or a --check FILE")
     return windows, held_out
 
 
+def read_ids(paths: list[str], tokenizer: Tokenizer) -> list[int]:
+    return checked_ids(tokenizer.encode(training_text(paths)), tokenizer)
+
+
+def own_texts(
+    job: Job, teacher: Transformer, tokenizer: Tokenizer, beginnings: Tensor | None, args: argparse.Namespace
+) -> str:
+    """The file of what the teacher writes, after beginnings [n, tokens] or, without, of its own."""
+    settings = {name: str(getattr(args, name)) for name in ("teacher", "adapter", "seq_length", "dtype", "seed")}
+    settings["data"] = None if beginnings is None else fingerprint(beginnings)
+    writer = Writer(teacher, tokenizer, args.seq_length, args.seed)
+    write = writer.conversations if beginnings is None else partial(writer.continued, beginnings)
+    keep_texts(job.own_texts, args.self_data, settings, write)
+    return str(job.own_texts)
+
+
 # ---------------------------------------------------------------- the training
-
-
-def own_data(teacher: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> Tensor:
-    """Windows [n, S] of what the teacher writes after the beginnings of windows of the data."""
-    beginnings, _ = read_data(tokenizer, args)
-    n_prompt = min(N_PROMPT, args.seq_length // 2)
-    texts = continued(teacher, tokenizer, beginnings, args.self_data, n_prompt, args.seed)
-    return full_windows(texts, args.seq_length, args.batch_size)
 
 
 def begin(job: Job, teacher: Transformer, windows: Tensor, args: argparse.Namespace, ranks: Ranks | None) -> Training:
@@ -212,7 +233,6 @@ class Run:
     job: Job
     training: Training
     state_file: StateFile
-    windows: Tensor | None  # that the teacher wrote
     curve: list[dict]
     texts: list[Text] = ()
 
@@ -274,7 +294,7 @@ class Run:
         say(f"Step {step.number}{of}: {what} {step.loss:.4f}{guesses}, {rate:.0f} tokens/s, {time_text(left)} left")
 
     def save(self) -> None:
-        self.state_file.write(self.training.state() | {"curve": self.curve, "windows": self.windows})
+        self.state_file.write(self.training.state() | {"curve": self.curve})
 
     def write(self) -> None:
         job = self.job
@@ -336,10 +356,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def data_flags(group) -> None:
     text = "texts in UTF-8, or JSON Lines with a text field"
-    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help=text)
+    group.add_argument("--data", nargs="+", default=[], metavar="FILE", help=text)
     text = "a text to measure on (default: the last tenth of the data, which is then not trained on)"
     group.add_argument("--check", metavar="FILE", help=text)
-    text = "train on N texts that the teacher writes, after beginnings from the data (default: on the data)"
+    text = "train on N texts that the teacher writes, after beginnings from --data or, without, of its own: questions, "
+    text += "with answers, in its chat template; they are kept beside the output (.jsonl)"
     group.add_argument("--self_data", type=int, metavar="N", help=text)
     text = "tokens of a window (default: %(default)s)"
     group.add_argument("--seq_length", type=int, default=512, metavar="N", help=text)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -38,10 +39,10 @@ def teach(made, call, monkeypatch, tmp_path):
     for name, few in {"N_TEXT": 4, "N_PROMPT": 12, "N_NEW": 16}.items():
         monkeypatch.setattr(f"measure.acceptance.{name}", few)
 
-    def teach(*flags, output=tmp_path / "student.pth"):
+    def teach(*flags, output=tmp_path / "student.pth", data=("--data", made / "text.txt")):
         flags = flags if {"--steps", "--minutes"} & set(flags) else ("--steps", 4, *flags)
         flags = flags if "--finetune" in flags else ("--layers", 2, *flags)
-        where = ("--teacher", made / "teacher/model.pth", "--data", made / "text.txt", "--output", output)
+        where = ("--teacher", made / "teacher/model.pth", *data, "--output", output)
         facts = tmp_path / "facts.json"
         teach.printed = call("distill.py", *where, *SHORT, "--output_json", facts, *flags)
         return json.loads(facts.read_text())
@@ -101,9 +102,11 @@ def test_the_name_beside_the_teacher(call, made, tmp_path):
     assert open_model(path.parent / "model_student-1.pth").args.n_layer == 1
 
 
-@pytest.mark.parametrize("own", [(), ("--self_data", 9)], ids=["data", "self_data"])
-def test_an_interrupted_training_goes_on_bit_for_bit(teach, monkeypatch, capsys, tmp_path, own):
-    teach(*own, output=tmp_path / "whole.pth")
+@pytest.mark.parametrize("kind", ["data", "self_data after data", "self_data"])
+def test_an_interrupted_training_goes_on_bit_for_bit(teach, monkeypatch, capsys, tmp_path, kind):
+    flags = ("--self_data", 9, "--seq_length", 48) if "self" in kind else ()
+    run = partial(teach, *flags, **({"data": ()} if kind == "self_data" else {}))
+    run(output=tmp_path / "whole.pth")
     backward = Training.backward
 
     def interrupted(training):
@@ -113,14 +116,15 @@ def test_an_interrupted_training_goes_on_bit_for_bit(teach, monkeypatch, capsys,
 
     monkeypatch.setattr(Training, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        teach(*own)
+        run()
     assert f"step 2 is kept in {tmp_path}/student.state" in capsys.readouterr().err
     assert not (tmp_path / "student.pth").exists()
     monkeypatch.setattr(Training, "backward", backward)
-    with pytest.raises(ValueError, match="is of a training with another seed .1234, now 5"):
-        teach(*own, "--seed", 5)
-    facts = teach(*own)
-    assert "Going on after step 2" in teach.printed.err
+    other = "student.jsonl has texts that were written with other flags" if flags else "another seed .1234, now 5"
+    with pytest.raises(ValueError, match=other):
+        run("--seed", 5)
+    facts = run()
+    assert "Going on after step 2" in teach.printed.err and "Writing" not in teach.printed.err
     assert [point["step"] for point in facts["curve"]] == [0, 1, 2, 3, 4]
     assert same(tensors(tmp_path / "whole.pth"), tensors(tmp_path / "student.pth"))
 

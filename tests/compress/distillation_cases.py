@@ -32,7 +32,7 @@ def opened(args=ARGS, seed=0):
 
 def training(n_layer=2, plan=PLAN, ranks=None, student=None, top_k=8, rows=False):
     """Of a student that learns rows for half of the steps, or none."""
-    windows = full_windows([torch.randint(128, (200,), generator=torch.Generator().manual_seed(0)).tolist()], 16, 4)
+    windows = full_windows(torch.randint(128, (200,), generator=torch.Generator().manual_seed(0)).tolist(), 16, 4)
     teacher = trainable(opened(), CPU)
     student = trainable(student_of(opened(), n_layer), CPU) if student is None else student
     if rows:

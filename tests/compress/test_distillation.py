@@ -144,11 +144,11 @@ def test_every_window_comes_once_an_epoch_and_the_step_alone_decides():
 
 
 def test_windows_are_full_and_the_end_is_held_out():
-    ids, held_out = split_off(list(range(100)))
+    ids, held_out = split_off(list(range(100)), None)
     assert held_out == list(range(90, 100))
-    assert full_windows([ids[:50], ids[50:]], 16, 5).tolist() == [ids[i : i + 16] for i in range(0, 80, 16)]
+    assert full_windows(ids, 16, 5).tolist() == [ids[i : i + 16] for i in range(0, 80, 16)]
     with pytest.raises(ValueError, match=r"too short for one step \(tokens: 90\): it takes 6 windows of 16"):
-        full_windows([ids], 16, 6)
+        full_windows(ids, 16, 6)
 
 
 # ---------------------------------------------------------------- students
