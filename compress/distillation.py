@@ -118,8 +118,9 @@ class Watched(nn.Module):
 class Targets:
     """What the teacher finds in windows [n, S]: each is computed alone, so that its numbers are always the same.
 
-    What was computed is kept, because most texts are read more than once, up to `room` bytes. blocks: those of the
-    teacher whose rows the student's N blocks learn; None: it learns none.
+    What was computed is kept, because most texts are read more than once, up to `room` bytes: of rows first the last of
+    every window, of which predictions are made later. blocks: those of the teacher whose rows the student's N blocks
+    learn; None: it learns none.
     """
 
     def __init__(
@@ -153,17 +154,27 @@ class Targets:
     def of(self, windows: list[int], of_rows: bool) -> tuple[Tensor, ...]:
         """Tokens [B, S], ids [B, S, K] and log-probabilities [B, S, K + 1] of some windows; or tokens and rows."""
         if of_rows != self.of_rows:
-            self.last = {window: each[0][-1].clone() for window, each in self.kept.items()} if self.of_rows else {}
             self.kept, self.of_rows = {}, of_rows
         found = [self.kept.get(window) or self.predict(window) for window in windows]
         for window, each in zip(windows, found, strict=True):
-            if (len(self.kept) + 1) * sum(part.nbytes for part in each) <= self.room:
-                self.kept[window] = each
+            self.keep(window, each)
         tokens = self.windows[windows].to(self.device).long()
         if of_rows:
             return tokens, torch.stack([rows for (rows,) in found], 1)
         ids, logprobs = (torch.stack(each) for each in zip(*found, strict=True))
         return tokens, ids.long(), logprobs
+
+    def keep(self, window: int, found: tuple[Tensor, ...]) -> None:
+        """Keep what there is room for."""
+        if not self.of_rows:
+            waiting = sum(each.nbytes for each in self.last.values())
+        else:
+            last = found[0][-1]
+            if window not in self.last and (len(self.last) + 1) * last.nbytes <= self.room:
+                self.last[window] = last.clone()
+            waiting = len(self.windows) * last.nbytes
+        if waiting + (len(self.kept) + 1) * sum(part.nbytes for part in found) <= self.room:
+            self.kept[window] = found
 
 
 def positions(tokens: Tensor) -> Tensor:  # [B, S] -> [B, S]

@@ -120,16 +120,32 @@ def test_predictions_from_kept_rows_are_the_teachers(monkeypatch):
         assert all(map(torch.equal, again, fresh.of([2, 1], False)))
 
 
+def test_predictions_take_the_last_rows_of_windows_that_were_too_many_to_keep(monkeypatch):
+    targets, fresh = (training(rows=True).targets for _ in range(2))
+    size = targets.of([0], True)[1][-1].nbytes
+    targets.kept.clear(), targets.last.clear()
+    targets.room = 2 * size
+    targets.of([0, 1, 2, 3], True)
+    assert not targets.kept and [*targets.last] == [0, 1]
+    assert all(map(torch.equal, targets.of([2], False), fresh.of([2], False)))
+    monkeypatch.setattr(targets.teacher, "forward", None)
+    assert all(map(torch.equal, targets.of([1, 0], False), fresh.of([1, 0], False)))
+    assert not targets.last
+
+
 @pytest.mark.parametrize("of_rows", [False, True])
 def test_what_a_teacher_finds_is_kept_where_there_is_room(of_rows, monkeypatch):
     targets, computed = training(rows=True).targets, []
-    targets.room = 3 * sum(each.nbytes for each in targets.of([0], of_rows)[1:]) + 1  # ids become twice as long
-    targets.kept.clear()
+    found = targets.of([0], of_rows)[1:]
+    targets.room = 3 * sum(each.nbytes for each in found) + 1  # ids become twice as long
+    if of_rows:  # the last rows of every window come first
+        targets.room += len(targets.windows) * found[0][-1].nbytes
+    targets.kept.clear(), targets.last.clear()
     predict = targets.predict
     monkeypatch.setattr(targets, "predict", lambda window: computed.append(window) or predict(window))
     first = [targets.of([window, 0], of_rows) for window in range(6)]
     again = [targets.of([window, 0], of_rows) for window in range(6)]
-    assert len(targets.kept) < 6 and len(computed) < 18
+    assert 0 < len(targets.kept) < 6 and len(computed) < 18 and len(targets.last) == 6 * of_rows
     for ours, theirs in zip(chain(*first), chain(*again), strict=True):
         assert torch.equal(ours, theirs)
 
