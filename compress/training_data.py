@@ -16,9 +16,11 @@ from engine.request import Request, Timing
 from engine.sampling import Sampling
 from model import Transformer
 from serving.scheduler import Scheduler, Task, run_tasks
+from text.files import read_text
 from text.tokenizer import Tokenizer
 from weights.files import atomic_path
 
+LENGTH = 512  # tokens of a text that a teacher writes, at most
 PART = 512  # texts that are kept at a time: fewer leave rows idle at their end more often
 ANSWERS = (0.0, 0.7)  # temperatures of answers, in turn: how models are asked
 HELD_OUT = 10  # of so many parts of the data the last is measured on, and not trained on
@@ -64,9 +66,10 @@ def keep_texts(path: Path, n_text: int, settings: dict, write: Callable[[range],
     """Fill a file of JSON Lines with n_text texts, some at a time, and go on with one that was begun.
 
     Its first line has no text, but the settings, JSON values, by which it was written. write: texts of some numbers.
+    Raises ValueError if others wrote it, or it cannot be written.
     """
     head = json.dumps({"text": "", "settings": settings})
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [head]
+    lines = read_text(path).splitlines() if path.exists() else [head]
     if lines[:1] != [head] or len(lines) > n_text + 1:
         advice = "give it as --data, remove it, or choose another --output"
         raise ValueError(f"{path} has texts that were written with other flags; {advice}")
@@ -78,10 +81,11 @@ def keep_texts(path: Path, n_text: int, settings: dict, write: Callable[[range],
 
 
 class Writer:
-    """Writes texts of up to `length` tokens with a teacher; the number of each decides what is drawn for it."""
+    """Writes texts of up to LENGTH tokens with a teacher; the number of each decides what is drawn for it."""
 
-    def __init__(self, teacher: Transformer, tokenizer: Tokenizer, length: int, seed: int):
-        self.teacher, self.tokenizer, self.length, self.seed = teacher, tokenizer, length, seed
+    def __init__(self, teacher: Transformer, tokenizer: Tokenizer, seed: int):
+        self.teacher, self.tokenizer, self.seed = teacher, tokenizer, seed
+        self.length = min(LENGTH, teacher.args.max_seq_length)
 
     def continued(self, beginnings: Tensor, numbers: range) -> list[str]:
         """What it writes after some of the beginnings [n, tokens], with these."""
@@ -98,7 +102,7 @@ class Writer:
         room = (self.length - len(before) - len(after)) // 2  # an answer has as much
         if room < 1:
             used = f"the chat template writes {len(before) + len(after)} tokens around a question"
-            raise ValueError(f"--seq_length {self.length} is too short: {used}")
+            raise ValueError(f"{used}, which leave no room for one in {self.length}; give --data as well")
         ends = frozenset(after[:1]) & self.tokenizer.special_tokens.keys()
         stop = [] if ends or not end else [end]
         asked = [Request(before, self.tokenizer, room, stop, False) for _ in numbers]

@@ -35,7 +35,7 @@ def spelled(tokenizer, ids):
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN, SPECIAL], ids=["chatml", "plain", "special"])
 def test_a_teacher_asks_and_answers_as_it_would_alone(tmp_path, template):
-    path = make_tiny_checkpoint(tmp_path, template=template)
+    path = make_tiny_checkpoint(tmp_path, context=LENGTH, template=template)
     model, tokenizer = load_model(path), load_tokenizer(path)
     before, after = {
         CHATML: ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
@@ -44,7 +44,7 @@ def test_a_teacher_asks_and_answers_as_it_would_alone(tmp_path, template):
     }[template]
     prompt = tokenizer.encode(before)
     room = (LENGTH - len(prompt) - len(tokenizer.encode(after))) // 2
-    found = Writer(model, tokenizer, LENGTH, SEED).conversations(NUMBERS)
+    found = Writer(model, tokenizer, SEED).conversations(NUMBERS)
     ended = 0
     for number, text in zip(NUMBERS, found, strict=True):
         asked = alone(model, tokenizer, prompt, room, 1.0, number)
@@ -82,10 +82,9 @@ def test_texts_are_kept_part_by_part(tmp_path, monkeypatch, capsys):
             keep_texts(path, n_text, settings, write)
 
 
-def test_a_window_without_room_for_a_question_is_refused(tmp_path):
-    path = make_tiny_checkpoint(tmp_path)
-    writer = Writer(load_model(path), load_tokenizer(path), 12, SEED)
-    with pytest.raises(
-        ValueError, match="--seq_length 12 is too short: the chat template writes [0-9]+ tokens around a question"
-    ):
+def test_a_context_without_room_for_a_question_is_refused(tmp_path):
+    path = make_tiny_checkpoint(tmp_path, context=12)
+    writer = Writer(load_model(path), load_tokenizer(path), SEED)
+    message = "the chat template writes [0-9]+ tokens around a question, which leave no room for one in 12"
+    with pytest.raises(ValueError, match=message):
         writer.conversations(range(2))
