@@ -87,6 +87,8 @@ class AdaptiveLength:
     MARGIN = 1.05  # the least gain over plain steps that is believed: costs are known to about 5 %
     HICCUP = 1.5  # a round pays at most so many times its cost: what takes longer waited for other programs
     CHECK_EVERY, TIMED = 32, 3  # after CHECK_EVERY rounds, TIMED plain steps measure what a plain step costs now
+    FIRST_CHECK = 2  # and after the first rounds, because costs were measured at another time
+    CHEAP = 1.1  # of a plain step: where a guess costs no more, a check costs more than it saves
 
     def __init__(self, costs: "Costs"):
         self.costs = replace(costs, rounds=dict(costs.rounds))  # a copy: it follows this text only
@@ -96,6 +98,8 @@ class AdaptiveLength:
         self.timed = {k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()}  # the last rounds of each k
         self.caught_up = [costs.behind] * self.TIMED
         self.alike, self.last, self.unchecked = 0, None, 0  # equal k in a row, the last k, rounds since a check
+        if any(costs.rounds[k] > self.CHEAP * costs.rounds[0] for k in self.lengths[:1]):
+            self.unchecked = self.CHECK_EVERY - self.FIRST_CHECK
 
     def at_most(self, k: int) -> "AdaptiveLength":
         """The same, without longer ones."""

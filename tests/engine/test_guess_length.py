@@ -143,6 +143,14 @@ def test_costs_follow_plain_steps_that_take_less_than_was_measured():
     assert seconds < 1000 * 0.4 / 0.9
 
 
+def test_a_machine_that_is_faster_now_than_when_costs_were_measured():
+    """Of guesses that cost a third of a step one in four is right; plain steps take three quarters of what they did."""
+    measured, late = costs_of(0.3), Costs({**costs_of(0.3).rounds, 0: 0.75})
+    places = range(0, 130, 4)
+    seconds, _ = simulated(drifting(measured), lambda done: int(done in places), 128, lambda done: late)
+    assert seconds < 128 * 0.75 / 0.95
+
+
 def test_watching_for_drift_costs_little_where_costs_stay():
     seconds, _ = simulated(drifting(costs_of(0.1)), lambda done: 2, 1000)
     assert seconds < 1.05 * simulated(costs_of(0.1), lambda done: 2, 1000)[0]
