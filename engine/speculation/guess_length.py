@@ -98,6 +98,7 @@ class AdaptiveLength:
         self.timed = {k: [seconds] * self.TIMED for k, seconds in costs.rounds.items()}  # the last rounds of each k
         self.caught_up = [costs.behind] * self.TIMED
         self.alike, self.last, self.unchecked = 0, None, 0  # equal k in a row, the last k, rounds since a check
+        self.is_new = True  # before the first check
         if any(costs.rounds[k] > self.CHEAP * costs.rounds[0] for k in self.lengths[:1]):
             self.unchecked = self.CHECK_EVERY - self.FIRST_CHECK
 
@@ -156,7 +157,9 @@ class AdaptiveLength:
             self.timed[k] = [*self.timed[k][1:], seconds]
             self.costs.rounds[k] = statistics.median(self.timed[k])
         if k == 0 and self.alike == self.TIMED:
-            self.unchecked = 0
+            if self.is_new and self.unchecked >= self.CHECK_EVERY:  # what it missed meanwhile is no fault of the draft
+                self.credit += self.costs.behind * Costs.growth(self.TIMED)
+            self.unchecked, self.is_new = 0, False
 
 
 @dataclass
