@@ -176,8 +176,8 @@ def read_data(job: Job, teacher: Transformer | None, tokenizer: Tokenizer, args:
         ids, held_out = split_off(read_ids(args.data, tokenizer), held_out)
     if args.self_data:
         beginnings = full_windows(ids, min(N_PROMPT, job.teacher.args.max_seq_length // 2), 1) if args.data else None
-        path = own_texts(job, teacher, tokenizer, beginnings, args)
-        ids, held_out = split_off(read_ids([path], tokenizer), held_out)
+        write_own_texts(job, teacher, tokenizer, beginnings, args)
+        ids, held_out = split_off(read_ids([str(job.own_texts)], tokenizer), held_out)
     windows = full_windows(ids, args.seq_length, args.batch_size)
     if len(held_out) < 2:
         raise ValueError(f"the text to measure on is too short (tokens: {len(held_out)}); give more, or a --check FILE")
@@ -188,16 +188,15 @@ def read_ids(paths: list[str], tokenizer: Tokenizer) -> list[int]:
     return checked_ids(tokenizer.encode(training_text(paths)), tokenizer)
 
 
-def own_texts(
+def write_own_texts(
     job: Job, teacher: Transformer, tokenizer: Tokenizer, beginnings: Tensor | None, args: argparse.Namespace
-) -> str:
-    """The file of what the teacher writes, after beginnings [n, tokens] or, without, of its own."""
+) -> None:
+    """Let the teacher write its file, after beginnings [n, tokens] or, without, questions and answers of its own."""
     settings = {name: str(getattr(args, name)) for name in ("teacher", "adapter", "dtype", "seed")}
     settings["data"] = None if beginnings is None else fingerprint(beginnings)
     writer = Writer(teacher, tokenizer, args.seed)
     write = writer.conversations if beginnings is None else partial(writer.continued, beginnings)
     keep_texts(job.own_texts, args.self_data, settings, write)
-    return str(job.own_texts)
 
 
 # ---------------------------------------------------------------- the training

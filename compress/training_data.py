@@ -116,6 +116,7 @@ class Writer:
         """The ids that the chat template writes before a question, and after one; and these as text."""
         mark = "WHAT-IS-ASKED"
         before, _, after = self.tokenizer.render_chat([{"role": "user", "content": mark}]).partition(mark)
+        # a space at the end belongs to the token of the next word
         return *(self.tokenizer.encode(each.strip(" "), False) for each in (before, after)), after.strip()
 
     def write(self, prompts: list[list[int]], numbers: range, temperatures: Sequence[float]) -> list[str]:

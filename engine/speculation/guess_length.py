@@ -80,7 +80,7 @@ class AdaptiveLength:
     A credit, in seconds, bounds the loss. Each round pays what it took and earns what its tokens would have taken in
     plain steps. The credit begins at FREE_STEPS plain steps and grows by SHARE of the time; while it lasts, lengths
     that do not pay are tried again, because the text may have changed. On a machine whose speed drifts, the costs are
-    the medians of the last rounds.
+    the medians of the last rounds, and what a draft misses in the first check of a plain step is added to the credit.
     """
 
     FREE_STEPS, SHARE, MOST_STEPS = 1.5, 0.01, 4.0
@@ -99,7 +99,7 @@ class AdaptiveLength:
         self.caught_up = [costs.behind] * self.TIMED
         self.alike, self.last, self.unchecked = 0, None, 0  # equal k in a row, the last k, rounds since a check
         self.is_new = True  # before the first check
-        if any(costs.rounds[k] > self.CHEAP * costs.rounds[0] for k in self.lengths[:1]):
+        if costs.rounds[self.lengths[0]] > self.CHEAP * costs.rounds[0]:
             self.unchecked = self.CHECK_EVERY - self.FIRST_CHECK
 
     def at_most(self, k: int) -> "AdaptiveLength":
@@ -157,7 +157,7 @@ class AdaptiveLength:
             self.timed[k] = [*self.timed[k][1:], seconds]
             self.costs.rounds[k] = statistics.median(self.timed[k])
         if k == 0 and self.alike == self.TIMED:
-            if self.is_new and self.unchecked >= self.CHECK_EVERY:  # what it missed meanwhile is no fault of the draft
+            if self.is_new and self.unchecked >= self.CHECK_EVERY:  # the draft is behind by no fault of its own
                 self.credit += self.costs.behind * Costs.growth(self.TIMED)
             self.unchecked, self.is_new = 0, False
 
